@@ -1,0 +1,1 @@
+"""The model: attention in parts, crossbatch, memory, and the two transformer families."""

@@ -1,0 +1,256 @@
+"""Softmax attention in parts.
+
+Everything the Focused Transformer adds to a transformer is more keys in the same softmax. So
+attention is built of *parts*: a part is one tile of queries against one tile of keys, and parts
+merge exactly through their logsumexp. A list of pairs (query row, key row) says which parts there
+are; local causal attention, every crossbatch context and every block of a memory are such lists.
+
+`attend` walks the list forward, `attend_backward` walks it again and recomputes the scores from the
+saved logsumexp, so neither ever holds the scores of more than one step. Softmax is in float32.
+
+Letters: R rows, N key rows, H heads, K key/value heads, D head dim, T queries and S keys of a row,
+P pairs of one step. Grouped queries (H = K * groups) fold into the query axis.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+MASKED = -1e30  # finite, so that a part without any visible key merges as "nothing" and not as NaN
+
+# What a pair lets its queries see of its keys. Keys of segment 0 are padding.
+NOTHING = 0  # fills up a step that has fewer pairs than slots
+SAME_DOCUMENT = 1  # keys of the query's own segment
+ANY_DOCUMENT = 2  # every key that is not padding
+
+MAX_TILE = 512
+
+
+class Pairs(NamedTuple):
+    """Which query row attends to which key row, in steps of at most P pairs.
+
+    No query row appears twice in one step, so that a step can write its rows independently.
+    """
+
+    q_row: jax.Array  # [steps, P] int32; slots that see nothing point beyond the last row
+    k_row: jax.Array  # [steps, P] int32
+    sees: jax.Array  # [steps, P] int32: NOTHING, SAME_DOCUMENT or ANY_DOCUMENT
+    count: jax.Array  # [] int32: steps in use, the rest is filling
+
+
+def schedule_pairs(pairs: Sequence[tuple[int, int, int]], rows: int, slots: int) -> Pairs:
+    """Packs (query row, key row, sees) triples into as few steps of `slots` pairs as possible.
+
+    Every step takes the query rows with most pairs left: the fewest steps that keep a query row
+    from appearing twice in a step. Pairs of one query row keep their order.
+    """
+    waiting: dict[int, list[tuple[int, int, int]]] = {}
+    for pair in pairs:
+        waiting.setdefault(pair[0], []).append(pair)
+    heap = [(-len(left), q_row) for q_row, left in waiting.items()]
+    heapq.heapify(heap)
+    steps = []
+    while heap:
+        taken = [heapq.heappop(heap) for _ in range(min(slots, len(heap)))]
+        step = [waiting[q_row][left] for left, q_row in taken]  # left = -(pairs still to come)
+        steps.append(sorted(step) + [(rows, 0, NOTHING)] * (slots - len(step)))
+        for left, q_row in taken:
+            if left + 1:
+                heapq.heappush(heap, (left + 1, q_row))
+    table = np.asarray(steps, np.int32).reshape(len(steps), slots, 3)
+    return Pairs(table[..., 0], table[..., 1], table[..., 2], np.int32(len(steps)))
+
+
+def tile_of(length: int) -> int:
+    """The tile that `length` queries or keys are cut into: the largest divisor up to MAX_TILE."""
+    for tile in range(min(length, MAX_TILE), 0, -1):
+        if length % tile == 0:
+            # A length with no useful divisor (a large prime) is one tile.
+            return tile if tile >= 64 else length
+    return length
+
+
+def slots_of(heads: int, queries: int, keys: int, platform: str) -> int:
+    """Pairs worth computing in one step: scores that stay in a CPU's cache, or fill a chip."""
+    budget = 2**20 if platform == "cpu" else 2**25
+    return max(1, budget // (heads * tile_of(queries) * tile_of(keys)))
+
+
+def to_tiles(x_RTHD: jax.Array, kv_heads: int) -> jax.Array:
+    """[R, T, H, D] -> [R * tiles, K, H/K * tile, D]."""
+    R, T, H, D = x_RTHD.shape
+    tile, G = tile_of(T), H // kv_heads
+    x = x_RTHD.reshape(R, T // tile, tile, kv_heads, G, D).transpose(0, 1, 3, 4, 2, 5)
+    return x.reshape(R * (T // tile), kv_heads, G * tile, D)
+
+
+def from_tiles(x: jax.Array, rows: int, length: int) -> jax.Array:
+    """[R * tiles, K, H/K * tile, D] -> [R, T, H, D], the inverse of `to_tiles`."""
+    _, K, GT, D = x.shape
+    tile = tile_of(length)
+    x = x.reshape(rows, length // tile, K, GT // tile, tile, D).transpose(0, 1, 4, 2, 3, 5)
+    return x.reshape(rows, length, K * (GT // tile), D)
+
+
+class Parts(NamedTuple):
+    """Attention so far: the output of the keys seen and the logsumexp of their scores."""
+
+    out: jax.Array  # [R * tiles, K, G * tile, D] float32
+    lse: jax.Array  # [R * tiles, K, G * tile] float32
+
+
+def no_parts(q: jax.Array) -> Parts:
+    """The neutral element of merging: nothing seen yet, for tiled queries `q`."""
+    return Parts(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], MASKED, jnp.float32))
+
+
+def merge(a: Parts, b: Parts) -> Parts:
+    """One softmax over the keys of both parts, exactly (method.md §2)."""
+    top = jnp.maximum(a.lse, b.lse)
+    wa, wb = jnp.exp(a.lse - top), jnp.exp(b.lse - top)
+    out = (a.out * wa[..., None] + b.out * wb[..., None]) / (wa + wb)[..., None]
+    return Parts(out, top + jnp.log(wa + wb))
+
+
+def attend(q, k, v, q_segments, k_segments, pairs: Pairs, parts: Parts, causal: bool) -> Parts:
+    """Merges the attention of all `pairs` into `parts`.
+
+    Args:
+      q: [R * tiles, K, G * tile, D] scaled queries (`to_tiles`), any float type.
+      k, v: [N * tiles, K, tile, D].
+      q_segments, k_segments: [R, T], [N, S] int32 documents, 0 for padding.
+      pairs: which rows meet.
+      parts: what the queries have attended to so far.
+      causal: True when a pair's two rows are the same window: only keys at or before a query
+        are visible. False when the keys lie in other contexts, all of them before the query.
+    """
+    walk = _Walk(q, k, q_segments, k_segments, pairs, causal)
+
+    def step(i, parts):
+        at = walk.at(i)
+        scores, visible = walk.scores(at)
+        before = Parts(*(walk.take_q(x, at) for x in parts))
+        top = jnp.maximum(jnp.where(visible, scores, MASKED).max(-1), before.lse)
+        p = jnp.where(visible, jnp.exp(scores - top[..., None]), 0.0)
+        kept = jnp.exp(before.lse - top)
+        total = kept + p.sum(-1)
+        part = _dot("pkts,pksd->pktd", p.astype(v.dtype), walk.take_k(v, at))
+        out = (before.out * kept[..., None] + part) / total[..., None]
+        return Parts(
+            walk.put_q(parts.out, at, out), walk.put_q(parts.lse, at, top + jnp.log(total))
+        )
+
+    return lax.fori_loop(0, walk.steps, step, parts)
+
+
+def attend_backward(q, k, v, q_segments, k_segments, pairs, lse, d_out, delta, grads, causal):
+    """Adds the gradients of all `pairs` to `grads` = (dq, dk, dv), tiled like q, k, v, float32.
+
+    Args:
+      lse: [R * tiles, K, G * tile] logsumexp over *all* parts of the forward pass.
+      d_out: [R * tiles, K, G * tile, D] gradient of the merged output.
+      delta: [R * tiles, K, G * tile] sum over D of d_out * out.
+    """
+    walk = _Walk(q, k, q_segments, k_segments, pairs, causal)
+
+    def step(i, grads):
+        dq, dk, dv = grads
+        at = walk.at(i)
+        scores, visible = walk.scores(at)
+        p = jnp.where(visible, jnp.exp(scores - walk.take_q(lse, at)[..., None]), 0.0)
+        d_out_b = walk.take_q(d_out, at)
+        dp = _dot("pktd,pksd->pkts", d_out_b, walk.take_k(v, at))
+        ds = (p * (dp - walk.take_q(delta, at)[..., None])).astype(q.dtype)
+        dv_b = _dot("pkts,pktd->pksd", p.astype(q.dtype), d_out_b)
+        dk_b = _dot("pkts,pktd->pksd", ds, walk.take_q(q, at))
+        dq_b = _dot("pkts,pksd->pktd", ds, walk.take_k(k, at))
+        return walk.add_q(dq, at, dq_b), walk.add_k(dk, at, dk_b), walk.add_k(dv, at, dv_b)
+
+    return lax.fori_loop(0, walk.steps, step, grads)
+
+
+def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+class _At(NamedTuple):
+    q: jax.Array  # [P] tiles of queries
+    k: jax.Array  # [P] tiles of keys
+    sees: jax.Array  # [P]
+    ahead: jax.Array  # [] position of the query tile minus that of the key tile
+
+
+class _Walk:
+    """The steps of a list of pairs: for each step of rows, every visible pair of their tiles."""
+
+    def __init__(self, q, k, q_segments, k_segments, pairs, causal):
+        self.q, self.k, self.causal = q, k, causal
+        self.pairs = Pairs(*(jnp.asarray(x) for x in pairs))
+        self.q_tiles = q.shape[0] // q_segments.shape[0]
+        self.k_tiles = k.shape[0] // k_segments.shape[0]
+        self.q_segments = q_segments.reshape(q.shape[0], -1)
+        self.k_segments = k_segments.reshape(k.shape[0], -1)
+        tiles = np.argwhere(np.ones((self.q_tiles, self.k_tiles), bool))
+        self.tiles = jnp.asarray(tiles[tiles[:, 0] >= tiles[:, 1]] if causal else tiles)
+        self.steps = pairs.count * len(self.tiles)
+
+    def at(self, i) -> _At:
+        step, tile = i // len(self.tiles), self.tiles[i % len(self.tiles)]
+        return _At(
+            self.pairs.q_row[step] * self.q_tiles + tile[0],
+            self.pairs.k_row[step] * self.k_tiles + tile[1],
+            self.pairs.sees[step],
+            (tile[0] - tile[1]) * self.k_segments.shape[1],
+        )
+
+    def scores(self, at: _At) -> tuple[jax.Array, jax.Array]:
+        """Scores and visibility of a step, both [P, K, G * tile, tile]."""
+        scores = _dot("pktd,pksd->pkts", self.take_q(self.q, at), self.take_k(self.k, at))
+        q_seg, k_seg = self.take_q(self.q_segments, at), self.take_k(self.k_segments, at)
+        q_seg, k_seg, sees = q_seg[:, :, None], k_seg[:, None, :], at.sees[:, None, None]
+        if self.causal:
+            T, S = q_seg.shape[1], k_seg.shape[2]
+            before = jnp.arange(T)[:, None] + at.ahead >= jnp.arange(S)
+            visible = (q_seg == k_seg) & before & (sees == SAME_DOCUMENT)
+        else:
+            wanted = ((q_seg == k_seg) & (sees == SAME_DOCUMENT)) | (sees == ANY_DOCUMENT)
+            visible = wanted & (k_seg > 0)
+        P, K, GT, S = scores.shape
+        T = q_seg.shape[1]
+        visible = jnp.broadcast_to(visible[:, None, None], (P, K, GT // T, T, S))
+        return scores, visible.reshape(scores.shape)
+
+    def take_q(self, x, at):
+        return _take(x, at.q)
+
+    def take_k(self, x, at):
+        return _take(x, at.k)
+
+    def put_q(self, x, at, value):
+        if at.q.shape[0] == 1:
+            return lax.dynamic_update_slice_in_dim(x, value, at.q[0], 0)
+        return x.at[at.q].set(value, mode="drop", unique_indices=True)
+
+    def add_q(self, x, at, value):
+        if at.q.shape[0] == 1:
+            return self.put_q(x, at, value + self.take_q(x, at))
+        return x.at[at.q].add(value, mode="drop", unique_indices=True)
+
+    def add_k(self, x, at, value):
+        if at.k.shape[0] == 1:
+            return lax.dynamic_update_slice_in_dim(x, value + self.take_k(x, at), at.k[0], 0)
+        return x.at[at.k].add(value)
+
+
+def _take(x, index):
+    # One row is a slice: XLA's CPU and TPU backends move it without a gather.
+    if index.shape[0] == 1:
+        return lax.dynamic_slice_in_dim(x, index[0], 1, 0)
+    return jnp.take(x, index, axis=0, mode="clip")

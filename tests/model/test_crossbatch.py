@@ -1,0 +1,283 @@
+"""Crossbatch against brute force: every score written out, in NumPy float64."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh
+
+from fot_jax.errors import UserError
+from fot_jax.model import crossbatch
+from fot_jax.model.crossbatch import NoCrossbatch, Packed, PackedTable, PreviousContext
+
+# --- The oracle: which rows a row sees, written from method.md §3 and not from the code ----------
+
+
+def visible_rows(scheme, row, group):
+    """[(row, own document only)] of one row within its group, by the rules of the paper."""
+    if isinstance(scheme, PreviousContext):
+        lane, place = divmod(row, scheme.w + 1)
+        if place < scheme.w:
+            return []
+        lanes = group // (scheme.w + 1)
+        own = [(lane * (scheme.w + 1) + p, True) for p in range(scheme.w)]
+        others = [(lane + j) % lanes for j in range(1, scheme.d)]
+        return own + [(o * (scheme.w + 1) + scheme.w - 1, False) for o in others]
+    if isinstance(scheme, Packed):
+        n = scheme.range + 1
+        step = int(np.ceil(n / max(scheme.pack - 1, 1)))
+        in_all = min((row % scheme.pack) * step + 1, n)
+        return [(row - j, False) for j in range(1, in_all) if row - j >= 0]
+    if isinstance(scheme, PackedTable):
+        k = len(scheme.table)
+        positives, negatives = scheme.table[row % k]
+        first = row // k * k
+        return [(row - j, False) for j in range(1, positives + 1)] + [
+            (first - j, False) for j in range(1, negatives + 1) if first - j >= 0
+        ]
+    return []
+
+
+def visibility(scheme, rows, group, segments):
+    """[R, T, 2, R, T]: does query (row, t) see (local or context key) (row, s)?"""
+    T = segments.shape[1]
+    seen = np.zeros((rows, T, 2, rows, T), bool)
+    for r in range(rows):
+        for t in range(T):
+            for s in range(t + 1):
+                seen[r, t, 0, r, s] = segments[r, t] == segments[r, s]
+        start = r // group * group
+        for other, own_only in visible_rows(scheme, r - start, group):
+            for s in range(T):
+                real = segments[start + other, s] > 0
+                same = segments[start + other, s] == segments[r, :]
+                seen[r, :, 1, start + other, s] = real & (same if own_only else True)
+    return seen
+
+
+def brute_force(q, k, k_context, v, d_out, seen):
+    """Output and gradients of one softmax over everything visible, float64."""
+    q, k, k_context, v, d_out = (np.asarray(x, np.float64) for x in (q, k, k_context, v, d_out))
+    groups = q.shape[2] // k.shape[2]
+    keys = np.repeat(np.stack([k, k_context]), groups, axis=3)  # [2, R, S, H, D]
+    values = np.repeat(np.stack([v, v]), groups, axis=3)
+    scores = np.einsum("rthd,cushd->rthcus", q, keys)
+    scores = np.where(seen[:, :, None], scores, -np.inf)
+    p = np.exp(scores - scores.max((3, 4, 5), keepdims=True))
+    p /= p.sum((3, 4, 5), keepdims=True)
+    out = np.einsum("rthcus,cushd->rthd", p, values)
+    dp = np.einsum("rthd,cushd->rthcus", d_out, values)
+    ds = p * (dp - (p * dp).sum((3, 4, 5), keepdims=True))
+    dq = np.einsum("rthcus,cushd->rthd", ds, keys)
+
+    def kv_heads(x):
+        return x.reshape(*x.shape[:-2], -1, groups, x.shape[-1]).sum(-2)
+
+    dk = kv_heads(np.einsum("rthcus,rthd->cushd", ds, q))
+    dv = kv_heads(np.einsum("rthcus,rthd->cushd", p, d_out))
+    return out, (dq, dk[0], dk[1], dv.sum(0)), p
+
+
+def random_inputs(seed, rows, window, heads, kv_heads, dim, documents=3, padding=True):
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    q, d_out = normal(rows, window, heads, dim), normal(rows, window, heads, dim)
+    k, k_context, v = (normal(rows, window, kv_heads, dim) for _ in range(3))
+    # Documents in runs along a row, as a lane gives them; some rows start with padding.
+    segments = np.sort(rng.integers(0 if padding else 1, documents + 1, (rows, window)), axis=1)
+    return q, k, k_context, v, d_out, segments.astype(np.int32)
+
+
+def ours(plan, q, k, k_context, v, d_out, segments):
+    @jax.jit
+    def run(q, k, k_context, v, d_out, segments):
+        def f(q, k, k_context, v):
+            return crossbatch.attention(q, k, v, segments, plan, k_context)
+
+        out, vjp = jax.vjp(f, q, k, k_context, v)
+        return out, vjp(d_out)
+
+    return jax.tree.map(np.asarray, run(q, k, k_context, v, d_out, segments))
+
+
+schemes = st.one_of(
+    st.builds(PreviousContext, d=st.integers(1, 4), w=st.integers(1, 2)),
+    st.builds(Packed, pack=st.integers(1, 5), range=st.integers(0, 9)),
+    st.sampled_from(
+        [PackedTable(), PackedTable(((0, 0), (1, 2), (2, 5), (3, 4))), PackedTable(((0, 3),))]
+    ),
+    st.just(NoCrossbatch()),
+)
+
+
+def check(scheme, lanes, group_lanes, window, heads, kv_heads, dim, seed, mesh=None):
+    rows, group = lanes * scheme.windows, group_lanes * scheme.windows
+    inputs = random_inputs(seed, rows, window, heads, kv_heads, dim)
+    plan = crossbatch.make_plan(
+        scheme, rows, group_rows=group, mesh=mesh, heads=heads, window=window
+    )
+    out, grads = ours(plan, *inputs)
+    expected, expected_grads, _ = brute_force(
+        *inputs[:5], visibility(scheme, rows, group, inputs[5])
+    )
+    np.testing.assert_allclose(out, expected, atol=1e-5, rtol=1e-5)
+    for name, got, want in zip(("q", "k", "k_context", "v"), grads, expected_grads, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5, err_msg=f"gradient of {name}")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    scheme=schemes,
+    groups=st.integers(1, 2),
+    group_lanes=st.integers(4, 5),
+    window=st.sampled_from([1, 5, 8]),
+    kv_heads=st.integers(1, 2),
+    ratio=st.sampled_from([1, 2, 4]),
+    dim=st.sampled_from([2, 8]),
+    seed=st.integers(0, 2**31),
+)
+def test_equals_brute_force(scheme, groups, group_lanes, window, kv_heads, ratio, dim, seed):
+    lanes = groups * group_lanes
+    check(scheme, lanes, group_lanes, window, kv_heads * ratio, kv_heads, dim, seed)
+
+
+@pytest.mark.parametrize("tile, budget", [(4, 2), (4, 100), (8, 10**6), (16, 1)])
+def test_any_tiling_gives_the_same(monkeypatch, tile, budget):
+    # Small tiles and steps, so that the paths for long windows run at a size brute force can do.
+    monkeypatch.setattr(crossbatch.parts_of, "tile_of", lambda length: min(tile, length))
+    monkeypatch.setattr(crossbatch.parts_of, "slots_of", lambda *a: budget)
+    for scheme in (PreviousContext(d=3, w=2), Packed(pack=3, range=7)):
+        check(scheme, 6, 3, 16, 4, 2, 4, seed=tile + budget)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2), (1, 8, 1)])
+@pytest.mark.parametrize(
+    "scheme, lanes, group_lanes",
+    [
+        (PreviousContext(d=3), 8, 8),  # negatives on the next devices, around the end
+        (PreviousContext(d=8), 8, 8),
+        (PreviousContext(d=2), 16, 4),  # groups smaller than the ring of all devices
+        (PreviousContext(d=2), 16, 2),
+        (PreviousContext(d=5, w=3), 8, 8),
+        (Packed(pack=2, range=15), 8, 8),
+        (Packed(pack=4, range=5), 8, 4),
+        (Packed(pack=16, range=15), 1, 1),  # one document over all devices
+        (PackedTable(((0, 0), (1, 2), (2, 5), (3, 4))), 4, 4),
+    ],
+)
+def test_on_eight_devices(shape, scheme, lanes, group_lanes):
+    devices = np.asarray(jax.devices()[:8]).reshape(shape)
+    mesh = Mesh(devices, ("data", "fsdp", "tensor"))
+    check(scheme, lanes, group_lanes, 4, 4, 2, 4, seed=1, mesh=mesh)
+
+
+@settings(max_examples=15, deadline=None)
+@given(scheme=schemes, seed=st.integers(0, 2**31), tensor=st.sampled_from([None, 1, 2]))
+def test_positive_mass(scheme, seed, tensor):
+    lanes = 8
+    rows = lanes * scheme.windows
+    q, _, k_context, v, _, segments = random_inputs(seed, rows, 4, 4, 2, 4)
+    mesh = None
+    if tensor:
+        devices = np.asarray(jax.devices()[:8]).reshape(8 // tensor, 1, tensor)
+        mesh = Mesh(devices, ("data", "fsdp", "tensor"))
+    plan = crossbatch.make_plan(scheme, rows, mesh=mesh, heads=4, window=4)
+    got = jax.jit(lambda *a: crossbatch.positive_mass(*a, plan))(q, k_context, v, segments)
+
+    seen = visibility(scheme, rows, rows, segments)
+    scores = np.einsum("rthd,ushd->rthus", q, np.repeat(k_context, 2, axis=2)).astype(np.float64)
+    weight = np.exp(scores) * seen[:, :, 1][:, :, None]
+    same_lane = np.arange(rows)[:, None] // scheme.windows == np.arange(rows) // scheme.windows
+    positive = (weight * same_lane[:, None, None, :, None]).sum((3, 4))
+    sees = (positive > 0) & (segments > 0)[:, :, None]
+    want = (positive[sees] / weight.sum((3, 4))[sees]).mean() if sees.any() else np.nan
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+def test_gradients_reach_the_contexts_of_other_devices():
+    mesh = Mesh(np.asarray(jax.devices()[:8]).reshape(8, 1, 1), ("data", "fsdp", "tensor"))
+    plan = crossbatch.make_plan(PreviousContext(d=2), 16, mesh=mesh, heads=1, window=2)
+    inputs = random_inputs(0, 16, 2, 1, 1, 2, padding=False)
+    _, (_, _, d_context, _) = ours(plan, *inputs)
+    previous = np.abs(d_context[0::2]).sum((1, 2, 3))
+    assert (previous > 0).all() and not d_context[1::2].any()
+
+
+@pytest.mark.parametrize("family", [PreviousContext, Packed])
+def test_with_d_changes_only_d(family):
+    scheme = family().with_d(7)
+    assert getattr(scheme, "d" if family is PreviousContext else "range") == 7
+    assert scheme == dataclasses.replace(scheme)
+
+
+def test_longllama_table_reads_as_the_paper():
+    """method.md §3: per place (positives, negatives) of the 3B model, in the second pack."""
+    contexts = PackedTable().contexts(8)
+    counts = [(sum(c.positive for c in row), sum(not c.positive for c in row)) for row in contexts]
+    assert counts == [(0, 0), (1, 0), (2, 0), (3, 0), (0, 0), (1, 1), (2, 1), (3, 0)]
+    assert [c.row for c in contexts[6]] == [5, 4, 3]
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: PreviousContext(d=9).contexts(16), "PreviousContext.d = 9 is larger than"),
+        (lambda: PreviousContext(d=0), "PreviousContext.d = 0: give 1 or more"),
+        (lambda: Packed(pack=0), "Packed.pack = 0"),
+        (lambda: Packed(range=-1), "Packed.range = -1"),
+        (lambda: PackedTable(((1, 0),)), r"PackedTable.table\[0\] = \(1, 0\)"),
+        (lambda: NoCrossbatch().with_d(2), "NoCrossbatch has no d"),
+        (lambda: PackedTable().with_d(2), "PackedTable has no d"),
+        (
+            lambda: crossbatch.make_plan(Packed(4), 12, group_rows=8, heads=1, window=4),
+            "12 rows of a microbatch are not whole crossbatch groups of 8",
+        ),
+    ],
+)
+def test_bad_schemes(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_rows_that_do_not_fit_the_mesh():
+    mesh = Mesh(np.asarray(jax.devices()[:8]).reshape(8, 1, 1), ("data", "fsdp", "tensor"))
+    with pytest.raises(UserError, match="12 rows of a microbatch do not divide over 8 devices"):
+        crossbatch.make_plan(Packed(4), 12, mesh=mesh, heads=1, window=4)
+    with pytest.raises(UserError, match="a device has 6 rows, a crossbatch group 4"):
+        crossbatch.make_plan(Packed(4), 48, group_rows=4, mesh=mesh, heads=1, window=4)
+
+
+def test_memory_does_not_grow_with_d():
+    """Temporaries of the gradient at 2048 tokens: flat in d, a quarter of the dense formulation."""
+    lanes, T, H, D = 16, 2048, 8, 64
+    q = jax.ShapeDtypeStruct((lanes, T, H, D), jnp.float32)
+    segments = jax.ShapeDtypeStruct((lanes, T), jnp.int32)
+
+    def temporaries(attention, *args):
+        grad = jax.grad(lambda *a: attention(*a).astype(jnp.float32).sum(), argnums=(0, 1, 2, 3))
+        compiled = jax.jit(grad).lower(*args).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    def crossbatched(d):
+        plan = crossbatch.make_plan(Packed(pack=2, range=d), lanes, heads=H, window=T)
+        return temporaries(
+            lambda q, k, kc, v, s: crossbatch.attention(q, k, v, s, plan, kc), q, q, q, q, segments
+        )
+
+    def dense(q, k, k_context, v):
+        rows = (np.arange(lanes)[:, None] - np.arange(1, 9)) % lanes
+        k_all = jnp.concatenate([k[:, None], k_context[rows]], 1).reshape(lanes, -1, H, D)
+        v_all = jnp.concatenate([v[:, None], v[rows]], 1).reshape(lanes, -1, H, D)
+        causal = jnp.concatenate([jnp.tri(T, dtype=bool), jnp.ones((T, 8 * T), bool)], 1)
+        return jax.nn.dot_product_attention(q, k_all, v_all, mask=causal[None, None])
+
+    at_2, at_16 = crossbatched(2), crossbatched(16)
+    assert at_16 < 1.1 * at_2
+    assert at_16 < temporaries(dense, q, q, q, q) / 4
