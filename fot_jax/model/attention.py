@@ -83,6 +83,11 @@ def slots_of(heads: int, queries: int, keys: int, platform: str) -> int:
     return max(1, budget // (heads * tile_of(queries) * tile_of(keys)))
 
 
+def every_row(rows: int, sees: int, slots: int) -> Pairs:
+    """Pairs of each query row with the key row of the same number."""
+    return schedule_pairs([(row, row, sees) for row in range(rows)], rows, min(slots, rows))
+
+
 def to_tiles(x_RTHD: jax.Array, kv_heads: int) -> jax.Array:
     """[R, T, H, D] -> [R * tiles, K, H/K * tile, D]."""
     R, T, H, D = x_RTHD.shape

@@ -192,6 +192,12 @@ class PackedTable:
         raise UserError(f"PackedTable has no d (asked for d={d}): use Packed, or drop train.d")
 
 
+def output_rows(scheme: Scheme, x: jax.Array) -> jax.Array:
+    """Of an array of rows, those the loss is taken on: [lanes * windows, ...] -> [lanes * n, ...]."""
+    by_lane = x.reshape(-1, scheme.windows, *x.shape[1:])[:, scheme.output_place()]
+    return by_lane.reshape(-1, *x.shape[1:])
+
+
 Scheme = NoCrossbatch | PreviousContext | Packed | PackedTable
 
 
@@ -209,12 +215,16 @@ def _check_positive(scheme, *fields: str) -> None:
 class Plan:
     """A scheme laid out for the devices of a mesh: static, made once per d by `make_plan`."""
 
-    mesh: Mesh | None  # None: one device, no sharding
-    ring: int  # devices that one crossbatch group spans
-    direction: int  # +1: a device reads the rows of those before it first; -1: of those after it
-    local: Pairs  # every row with itself
-    hops: tuple[Pairs, ...]  # by distance around the ring; leaves carry a leading device axis
-    positives: tuple[Pairs, ...]  # the same, positives alone: for the positive attention mass
+    mesh: Mesh | None = None  # None: one device, no sharding
+    ring: int = 1  # devices that one crossbatch group spans
+    direction: int = 1  # +1: a device reads the rows of those before it first; -1: of those after
+    hops: tuple[Pairs, ...] = ()  # by distance around the ring; leaves have a leading device axis
+    positives: tuple[Pairs, ...] = ()  # the same, positives alone: for the positive attention mass
+
+    @property
+    def platform(self) -> str:
+        """Where this runs (or is compiled for): cpu, gpu or tpu."""
+        return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
 
 
 def make_plan(
@@ -241,7 +251,6 @@ def make_plan(
     group_rows = group_rows or rows
     devices = 1 if mesh is None else _row_devices(mesh)
     head_shards = 1 if mesh is None else mesh.shape[HEAD_AXIS]
-    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     if rows % devices:
         raise UserError(
             f"{rows} rows of a microbatch do not divide over {devices} devices (mesh axes "
@@ -266,7 +275,7 @@ def make_plan(
         for row, of_row in enumerate(contexts)
         for context in of_row
     ]
-    slots = parts_of.slots_of(heads // head_shards, window, window, platform)
+    slots = parts_of.slots_of(heads // head_shards, window, window, Plan(mesh).platform)
 
     def hops_of(direction: int, edges) -> tuple[Pairs, ...]:
         by_hop: list[list[list]] = [[[] for _ in range(devices)] for _ in range(ring)]
@@ -279,15 +288,8 @@ def make_plan(
         return tuple(_stack(per_device, local_rows, slots) for per_device in by_hop)
 
     direction = min((1, -1), key=lambda sign: len(hops_of(sign, edges)))
-    itself = [(row, row, SAME_DOCUMENT) for row in range(local_rows)]
-    return Plan(
-        mesh=mesh,
-        ring=ring,
-        direction=direction,
-        local=parts_of.schedule_pairs(itself, local_rows, min(slots, local_rows)),
-        hops=hops_of(direction, edges),
-        positives=hops_of(direction, [(row, c) for row, c in edges if c.positive]),
-    )
+    positives = [(row, context) for row, context in edges if context.positive]
+    return Plan(mesh, ring, direction, hops_of(direction, edges), hops_of(direction, positives))
 
 
 def _row_devices(mesh: Mesh) -> int:
@@ -320,7 +322,7 @@ def attention(q, k, v, segments, plan: Plan, k_context=None) -> jax.Array:
       q: [R, T, H, D] queries, scaled; rotated where the layer has positions.
       k, v: [R, T, K, D] keys (rotated like q) and values of the local windows; H % K == 0.
       segments: [R, T] int32 documents, 0 for padding. Locally only the own document is visible.
-      plan: from `make_plan` for R rows.
+      plan: from `make_plan` for R rows; without `k_context` any plan of the same mesh.
       k_context: [R, T, K, D] the same keys as other rows see them: not rotated (method.md §2).
         None in layers without memory.
 
@@ -333,13 +335,13 @@ def attention(q, k, v, segments, plan: Plan, k_context=None) -> jax.Array:
     run = functools.partial(_attention, plan, len(hops))
     if plan.mesh is None:
         device = jnp.zeros([], jnp.int32)
-        return run(q, k, k_context, v, segments, plan.local, _of_device(hops, device))
+        return run(q, k, k_context, v, segments, _of_device(hops, device))
     heads = PartitionSpec(ROW_AXES, None, HEAD_AXIS, None)
     rows = PartitionSpec(ROW_AXES, None)
 
     def on_device(q, k, k_context, v, segments):
         pairs = _of_device(hops, lax.axis_index(ROW_AXES))
-        return run(q, k, k_context, v, segments, plan.local, pairs)
+        return run(q, k, k_context, v, segments, pairs)
 
     return jax.shard_map(
         on_device,
@@ -355,14 +357,15 @@ def _of_device(hops: tuple[Pairs, ...], device) -> tuple[Pairs, ...]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(plan, n_hops, q, k, k_context, v, segments, local, hops):
-    return _forward(plan, n_hops, q, k, k_context, v, segments, local, hops)[0]
+def _attention(plan, n_hops, q, k, k_context, v, segments, hops):
+    return _forward(plan, n_hops, q, k, k_context, v, segments, hops)[0]
 
 
-def _forward(plan, n_hops, q, k, k_context, v, segments, local, hops):
-    R, T, H, D = q.shape
+def _forward(plan, n_hops, q, k, k_context, v, segments, hops):
+    R, T = q.shape[:2]
     K = k.shape[2]
     q_t, k_t, kc_t, v_t = (parts_of.to_tiles(x, K) for x in (q, k, k_context, v))
+    local = _local_pairs(plan, q)
     parts = parts_of.no_parts(q_t)
     parts = parts_of.attend(q_t, k_t, v_t, segments, segments, local, parts, causal=True)
 
@@ -373,13 +376,13 @@ def _forward(plan, n_hops, q, k, k_context, v, segments, local, hops):
         kc_t, v_t, k_segments = travelling
         parts = parts_of.attend(q_t, kc_t, v_t, segments, k_segments, pairs, parts, causal=False)
     out = parts_of.from_tiles(parts.out.astype(q.dtype), R, T)
-    saved = (q, k, k_context, v, segments, out, parts.lse, local, hops)
+    saved = (q, k, k_context, v, segments, out, parts.lse, hops)
     return out, saved
 
 
 def _backward(plan, n_hops, saved, d_out):
-    q, k, k_context, v, segments, out, lse, local, hops = saved
-    R, T, H, D = q.shape
+    q, k, k_context, v, segments, out, lse, hops = saved
+    R, T = q.shape[:2]
     K = k.shape[2]
     q_t, k_t, kc_t, v_t = (parts_of.to_tiles(x, K) for x in (q, k, k_context, v))
     d_out_t, out_t = (parts_of.to_tiles(x, K) for x in (d_out, out))
@@ -389,7 +392,7 @@ def _backward(plan, n_hops, saved, d_out):
         return jnp.zeros(x.shape, jnp.float32)
 
     dq, dk, dv_local = parts_of.attend_backward(
-        *(q_t, k_t, v_t, segments, segments, local, lse, d_out_t, delta),
+        *(q_t, k_t, v_t, segments, segments, _local_pairs(plan, q), lse, d_out_t, delta),
         (zeros(q_t), zeros(k_t), zeros(v_t)),
         causal=True,
     )
@@ -408,10 +411,15 @@ def _backward(plan, n_hops, saved, d_out):
         d_kc, d_v = _send(plan, (d_kc, d_v), hops=1 - n_hops)
     grads = (dq, dk, d_kc, dv_local + d_v)
     grads = (parts_of.from_tiles(x, R, T).astype(q.dtype) for x in grads)
-    return (*grads, None, None, None)
+    return (*grads, None, None)
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _local_pairs(plan: Plan, q: jax.Array) -> Pairs:
+    R, T, H, _ = q.shape
+    return parts_of.every_row(R, SAME_DOCUMENT, parts_of.slots_of(H, T, T, plan.platform))
 
 
 def _send(plan: Plan, block, hops: int = 1):
@@ -439,7 +447,7 @@ def _context_logsumexp(plan, q, k_context, v, segments, hops) -> jax.Array:
     """Logsumexp of the scores of the given contexts alone: [R, T, H] float32."""
 
     def on_device(q, k_context, v, segments, device):
-        R, T, H, D = q.shape
+        R, T = q.shape[:2]
         K = k_context.shape[2]
         q_t, travelling = parts_of.to_tiles(q, K), (parts_of.to_tiles(k_context, K), segments)
         v_t = parts_of.to_tiles(v, K)

@@ -1,0 +1,5 @@
+"""Errors."""
+
+
+class UserError(ValueError):
+    """Bad input."""

@@ -1,0 +1,363 @@
+"""The transformer, both families of method.md §2, as pure functions of (params, inputs, memory).
+
+The paper family: pre-LN, GELU MLP, q and k L2-normalised with a learned temperature per head, no
+positions in memory layers. The LLaMA family: RMSNorm, SwiGLU, rotary positions, memory keys as if
+at position 0 of the local window. Each difference is a field of `ModelConfig`, so that the
+families mix.
+
+Parameters of all layers are stacked on a leading axis; the layers between two memory layers run as
+one `lax.scan`, so compile time does not grow with depth.
+
+Letters: R rows, T tokens of a row, E model dim, H heads, K key/value heads, D head dim, F mlp dim,
+V vocabulary, L layers, M memory slots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from fot_jax.errors import UserError
+from fot_jax.model import crossbatch
+from fot_jax.model.memory import Memory
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Frequency scaling of LLaMA 3.1 and later ("llama3"): long wavelengths are stretched.
+
+    Wavelengths above original_max_position / low_freq_factor grow by `factor`, those below
+    original_max_position / high_freq_factor stay, those between are interpolated.
+    """
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Everything that determines the parameters and the function of a model.
+
+    `local_context` is C of method.md: the window that positions are trained for.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    memory_layers: tuple[int, ...]
+    local_context: int
+    norm: str = "rmsnorm"  # or "layernorm"
+    norm_epsilon: float = 1e-6
+    mlp: str = "swiglu"  # or "gelu"
+    qk_norm: bool = False  # L2-normalise q and k per head, with a learned temperature
+    memory_positions: bool = True  # rotary on local q and k of memory layers
+    tie_embeddings: bool = False
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "memory_layers", tuple(sorted(set(self.memory_layers))))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (not isinstance(value, int) or value < 1):
+                raise UserError(f"model.{field.name} = {value!r}: give a whole number, 1 or more")
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"model.num_heads = {self.num_heads} is not a multiple of model.num_kv_heads = "
+                f"{self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"model.head_dim = {self.head_dim} is odd: rotary needs an even one")
+        for layer in self.memory_layers:
+            if not 0 <= layer < self.num_layers:
+                raise UserError(
+                    f"model.memory_layers has {layer}, but layers are numbered 0 … "
+                    f"{self.num_layers - 1}"
+                )
+        for field, allowed in (("norm", ("rmsnorm", "layernorm")), ("mlp", ("swiglu", "gelu"))):
+            if getattr(self, field) not in allowed:
+                raise UserError(
+                    f"model.{field} = {getattr(self, field)!r}: choose one of {', '.join(allowed)}"
+                )
+
+
+class Output(NamedTuple):
+    """What a forward pass gives beside the hidden states of its last layer."""
+
+    hidden: Float[Array, "R T E"]  # normalised, ready for `Transformer.logits`
+    window: Any  # per memory layer (k, v), each [R, T, K, D], as memory keeps them
+    positive_mass: Float[Array, " memory_layers"] | None
+
+
+# Activations that each remat policy keeps for the backward pass; "none" keeps all of them.
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("attention"),
+    ),
+}
+
+
+class Transformer(nn.Module):
+    """A decoder with memory layers.
+
+    Attributes:
+      config: shapes and function.
+      dtype: type of activations and matrix products; parameters are float32.
+      remat: "none", "dots" (keep matrix products and attention) or "full" (keep layer inputs
+        only). Covers memory layers like all others.
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+
+    def setup(self):
+        c = self.config
+        if self.remat not in ("none", *REMAT_POLICIES):
+            raise UserError(f"remat = {self.remat!r}: choose one of none, dots, full")
+        self.embedding = self.param(
+            "embedding", nn.initializers.normal(c.hidden_size**-0.5), (c.vocab_size, c.hidden_size)
+        )
+        self.layers = self.param("layers", _init_layers, c)
+        self.final_norm = self.param("final_norm", _init_norm, c)
+        if not c.tie_embeddings:
+            self.head = self.param("head", _kernel, (c.hidden_size, c.vocab_size))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "R T"],
+        segments: Int[Array, "R T"],
+        plan: crossbatch.Plan,
+        *,
+        memory: Memory | None = None,
+        keep: crossbatch.Scheme | None = None,
+        measure_positive_mass: bool = False,
+    ) -> Output:
+        """Runs all layers over windows of tokens.
+
+        Args:
+          tokens: token ids below vocab_size.
+          segments: document of each token, 0 for padding.
+          plan: where rows live and which contexts the memory layers see in training;
+            `crossbatch.Plan()` for one device and none.
+          memory: what memory layers see beyond the window at inference (method.md §4).
+          keep: hidden states are wanted for this scheme's output rows only; the others leave after
+            the last memory layer, where nobody needs them any more.
+          measure_positive_mass: also return r_d of every memory layer.
+        """
+        c = self.config
+        x = self.embedding.astype(self.dtype)[tokens]
+        rope = rope_table(c, tokens.shape[1])
+        block = _block
+        if self.remat != "none":
+            policy = REMAT_POLICIES[self.remat]
+            block = jax.checkpoint(block, policy=policy, static_argnums=(0, 1, 2, 3))
+        window, mass = [], []
+        start = 0
+        for place, layer in enumerate((*c.memory_layers, c.num_layers)):
+            x = self._scan(block, x, segments, rope, plan, start, layer)
+            if layer == c.num_layers:
+                break
+            params = jax.tree.map(lambda p, layer=layer: p[layer], self.layers)
+            of_layer = None if memory is None else memory.layer(place)
+            x, aside = block(
+                c, plan, True, measure_positive_mass, params, x, segments, rope, of_layer
+            )
+            window.append(aside.window)
+            mass.append(aside.positive_mass)
+            start = layer + 1
+            if layer == c.memory_layers[-1] and keep is not None:
+                x, segments = (crossbatch.output_rows(keep, a) for a in (x, segments))
+        if not c.memory_layers and keep is not None:
+            x = crossbatch.output_rows(keep, x)
+        hidden = normalise(c, self.final_norm, x)
+        return Output(hidden, tuple(window), jnp.stack(mass) if measure_positive_mass else None)
+
+    def _scan(self, block, x, segments, rope, plan, start, stop):
+        """Layers start … stop - 1, none of them a memory layer."""
+        if start == stop:
+            return x
+
+        def body(x, params):
+            return block(self.config, plan, False, False, params, x, segments, rope, None)[0], None
+
+        return lax.scan(body, x, jax.tree.map(lambda p: p[start:stop], self.layers))[0]
+
+    def logits(self, hidden: Float[Array, "*rows E"]) -> Float[Array, "*rows V"]:
+        """Next-token logits of hidden states, float32."""
+        kernel = self.embedding.T if self.config.tie_embeddings else self.head
+        return jnp.matmul(hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+
+
+# --- One layer -----------------------------------------------------------------------------------
+
+
+class _Aside(NamedTuple):
+    window: Any = ()
+    positive_mass: Any = ()
+
+
+def _block(c, plan, remembers, measure, params, x, segments, rope, memory):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). Returns ([R, T, E], _Aside)."""
+    attended, aside = _attention(c, plan, remembers, measure, params, x, segments, rope, memory)
+    x = x + attended
+    h = normalise(c, params["mlp_norm"], x)
+    w = params["mlp"]
+    if c.mlp == "swiglu":
+        inner = nn.silu(linear(h, w["gate"])) * linear(h, w["up"])
+    else:
+        inner = nn.gelu(linear(h, w["up"]))
+    return x + linear(inner, w["down"]), aside
+
+
+def _attention(c, plan, remembers, measure, params, x, segments, rope, memory):
+    R, T, _ = x.shape
+    w = params["attention"]
+    h = normalise(c, params["attention_norm"], x)
+    q = linear(h, w["query"]).reshape(R, T, c.num_heads, c.head_dim)
+    k = linear(h, w["key"]).reshape(R, T, c.num_kv_heads, c.head_dim)
+    v = linear(h, w["value"]).reshape(R, T, c.num_kv_heads, c.head_dim)
+    if c.qk_norm:
+        # scores = <q, k> / tau with 1 / tau = exp(log_scale): the exponential lets it move fast.
+        q = _unit(q) * jnp.exp(w["log_scale"])[:, None].astype(x.dtype)
+        k = _unit(k)
+    else:
+        q = q * c.head_dim**-0.5
+    if remembers and not c.memory_positions:
+        q_local, k_local = q, k
+    else:
+        q_local, k_local = rotate(q, rope), rotate(k, rope)
+
+    if memory is not None:
+        attended = memory.attend_with_window(q_local, k_local, v, segments)
+    else:
+        # Other rows see this row's keys as if at position 0: not rotated (method.md §2).
+        attended = crossbatch.attention(
+            q_local, k_local, v, segments, plan, k_context=k if remembers else None
+        )
+    attended = checkpoint_name(attended, "attention").reshape(R, T, -1)
+    mass = crossbatch.positive_mass(q_local, k, v, segments, plan) if measure else ()
+    return linear(attended, w["out"]), _Aside((k, v) if remembers else (), mass)
+
+
+@jax.custom_vjp
+def linear(x: Float[Array, "R T E"], kernel: Float[Array, "E F"]) -> Float[Array, "R T F"]:
+    """x @ kernel in x's dtype.
+
+    The gradient is written out only to fix the order of its operands: autodiff's own asks XLA's CPU
+    backend for a transposed copy of the wider activation, which took a fifth of a training step.
+    """
+    return x @ kernel.astype(x.dtype)
+
+
+def _linear_backward(saved, dy):
+    x, kernel = saved
+    dx = dy @ kernel.astype(x.dtype).T
+    return dx, jnp.einsum("rte,rtf->ef", x, dy).astype(kernel.dtype)
+
+
+linear.defvjp(lambda x, kernel: (linear(x, kernel), (x, kernel)), _linear_backward)
+
+
+def normalise(c: ModelConfig, params, x: Float[Array, "*rows E"]) -> Float[Array, "*rows E"]:
+    """RMSNorm or LayerNorm over the last axis, in float32."""
+    y = x.astype(jnp.float32)
+    if c.norm == "layernorm":
+        y = y - y.mean(-1, keepdims=True)
+    y = y * lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + c.norm_epsilon) * params["scale"]
+    return (y + params["bias"] if c.norm == "layernorm" else y).astype(x.dtype)
+
+
+def _unit(x):
+    y = x.astype(jnp.float32)
+    return (y * lax.rsqrt(jnp.square(y).sum(-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+# --- Rotary positions ----------------------------------------------------------------------------
+
+
+def rope_frequencies(c: ModelConfig) -> np.ndarray:
+    """Angle per position of each pair of dimensions: [D / 2] float64."""
+    frequencies = c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim)
+    s = c.rope_scaling
+    if s is None:
+        return frequencies
+    turns = s.original_max_position * frequencies / (2 * np.pi)  # over the original context
+    keep = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    keep = np.clip(keep, 0.0, 1.0)
+    return frequencies * (keep + (1 - keep) / s.factor)
+
+
+def rope_table(c: ModelConfig, length: int, start: int = 0) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of positions start … start + length - 1: two [T, 1, D / 2] float32."""
+    angles = np.arange(start, start + length)[:, None, None] * rope_frequencies(c)
+    return jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+
+
+def rotate(x: Float[Array, "R T H D"], rope) -> Float[Array, "R T H D"]:
+    """Rotary positions in the half-split layout of Hugging Face weights; computed in float32."""
+    cos, sin = rope
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+# --- Initial parameters --------------------------------------------------------------------------
+
+
+def _kernel(key, shape, scale: float = 1.0):
+    """Normal with standard deviation scale / sqrt(fan in), fan in being the axis before last."""
+    return jax.random.normal(key, shape, jnp.float32) * (scale * shape[-2] ** -0.5)
+
+
+def _init_norm(key, c: ModelConfig, layers: tuple[int, ...] = ()):
+    del key
+    scale = jnp.ones((*layers, c.hidden_size), jnp.float32)
+    return (
+        {"scale": scale, "bias": jnp.zeros_like(scale)}
+        if c.norm == "layernorm"
+        else {"scale": scale}
+    )
+
+
+def _init_layers(key, c: ModelConfig):
+    L, E, F, D = c.num_layers, c.hidden_size, c.mlp_dim, c.head_dim
+    keys = iter(jax.random.split(key, 7))
+    # Layers that write into the residual stream start smaller, so that its size does not grow
+    # with depth.
+    into_residual = (2 * L) ** -0.5
+    attention = {
+        "query": _kernel(next(keys), (L, E, c.num_heads * D)),
+        "key": _kernel(next(keys), (L, E, c.num_kv_heads * D)),
+        "value": _kernel(next(keys), (L, E, c.num_kv_heads * D)),
+        "out": _kernel(next(keys), (L, c.num_heads * D, E), into_residual),
+    }
+    if c.qk_norm:
+        attention["log_scale"] = jnp.full((L, c.num_heads), np.log(10.0), jnp.float32)
+    mlp = {
+        "up": _kernel(next(keys), (L, E, F)),
+        "down": _kernel(next(keys), (L, F, E), into_residual),
+    }
+    if c.mlp == "swiglu":
+        mlp["gate"] = _kernel(next(keys), (L, E, F))
+    return {
+        "attention_norm": _init_norm(None, c, (L,)),
+        "attention": attention,
+        "mlp_norm": _init_norm(None, c, (L,)),
+        "mlp": mlp,
+    }
