@@ -1,1 +1,18 @@
-"""fot_jax."""
+"""Focused Transformer training in JAX: transformers that read from memories longer than anything
+they saw in training.
+
+Importing this package loads nothing heavy; `fot_jax.LanguageModel` loads JAX when first used.
+"""
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["LanguageModel"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LanguageModel":
+        from fot_jax.generate import LanguageModel
+
+        return LanguageModel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

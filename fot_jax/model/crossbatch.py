@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from fot_jax.errors import UserError
 from fot_jax.model import attention as parts_of
@@ -67,19 +67,26 @@ class PreviousContext:
     A lane gives its last `w` windows and its current one. The current window of lane i attends to
     the w previous windows of lane i (positives; keys of another document in them are hidden) and
     to the last previous window of lanes i+1 … i+d-1, modulo the group (negatives).
+
+    Lanes move on by `advance` windows: 1, so that every window is the current one once; or w + 1
+    where only every (w+1)-th window has a loss, as the questions of the dictionary lookup.
     """
 
     d: int = 1
     w: int = 1
+    advance: int = 1
 
     def __post_init__(self):
-        _check_positive(self, "d", "w")
+        _check_positive(self, "d", "w", "advance")
+        if self.advance > self.w + 1:
+            raise UserError(
+                f"PreviousContext.advance = {self.advance} skips windows: give at most w + 1 = "
+                f"{self.w + 1}"
+            )
 
     @property
     def windows(self) -> int:
         return self.w + 1
-
-    advance = 1
 
     def contexts(self, rows: int) -> list[list[Context]]:
         lanes = rows // self.windows
@@ -193,7 +200,7 @@ class PackedTable:
 
 
 def output_rows(scheme: Scheme, x: jax.Array) -> jax.Array:
-    """Of an array of rows, those the loss is taken on: [lanes * windows, ...] -> [lanes * n, ...]."""
+    """Of an array of rows, those with a loss: [lanes * windows, ...] -> [lanes * n, ...]."""
     by_lane = x.reshape(-1, scheme.windows, *x.shape[1:])[:, scheme.output_place()]
     return by_lane.reshape(-1, *x.shape[1:])
 
@@ -215,7 +222,7 @@ def _check_positive(scheme, *fields: str) -> None:
 class Plan:
     """A scheme laid out for the devices of a mesh: static, made once per d by `make_plan`."""
 
-    mesh: Mesh | None = None  # None: one device, no sharding
+    mesh: Mesh | AbstractMesh | None = None  # None: one device, no sharding
     ring: int = 1  # devices that one crossbatch group spans
     direction: int = 1  # +1: a device reads the rows of those before it first; -1: of those after
     hops: tuple[Pairs, ...] = ()  # by distance around the ring; leaves have a leading device axis
@@ -224,7 +231,8 @@ class Plan:
     @property
     def platform(self) -> str:
         """Where this runs (or is compiled for): cpu, gpu or tpu."""
-        return jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform
+        on = self.mesh
+        return on.devices.flat[0].platform if isinstance(on, Mesh) else jax.default_backend()
 
 
 def make_plan(

@@ -51,7 +51,7 @@ class LayerMemory(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Memories of all memory layers of a model. A ring: when full, the oldest slots are replaced."""
+    """Memories of all memory layers. A ring: when full, the oldest slots are replaced."""
 
     k: Float[Array, "L B M K D"]
     v: Float[Array, "L B M K D"]

@@ -106,10 +106,8 @@ class Output(NamedTuple):
 # Activations that each remat policy keeps for the backward pass; "none" keeps all of them.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("attention"),
-    ),
+    # By name: policies do not see the product inside of `linear`'s own gradient.
+    "dots": jax.checkpoint_policies.save_only_these_names("product", "attention"),
 }
 
 
@@ -256,11 +254,16 @@ def _attention(c, plan, remembers, measure, params, x, segments, rope, memory):
     return linear(attended, w["out"]), _Aside((k, v) if remembers else (), mass)
 
 
-@jax.custom_vjp
 def linear(x: Float[Array, "R T E"], kernel: Float[Array, "E F"]) -> Float[Array, "R T F"]:
-    """x @ kernel in x's dtype.
+    """x @ kernel in x's dtype."""
+    return checkpoint_name(_linear(x, kernel), "product")
 
-    The gradient is written out only to fix the order of its operands: autodiff's own asks XLA's CPU
+
+@jax.custom_vjp
+def _linear(x, kernel):
+    """The product.
+
+    Its gradient is written out only to fix the order of its operands: autodiff's own asks XLA's CPU
     backend for a transposed copy of the wider activation, which took a fifth of a training step.
     """
     return x @ kernel.astype(x.dtype)
@@ -272,7 +275,7 @@ def _linear_backward(saved, dy):
     return dx, jnp.einsum("rte,rtf->ef", x, dy).astype(kernel.dtype)
 
 
-linear.defvjp(lambda x, kernel: (linear(x, kernel), (x, kernel)), _linear_backward)
+_linear.defvjp(lambda x, kernel: (_linear(x, kernel), (x, kernel)), _linear_backward)
 
 
 def normalise(c: ModelConfig, params, x: Float[Array, "*rows E"]) -> Float[Array, "*rows E"]:

@@ -1,0 +1,1 @@
+"""Documents, and the lanes that turn them into batches."""

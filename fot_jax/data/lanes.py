@@ -1,0 +1,311 @@
+"""Lanes: documents to batches, one document after another in each row (method.md §3).
+
+Lane r of a batch reads one document from its start to its end, then the next. A step takes
+`windows` consecutive windows of every lane and then moves on by `advance` windows, so what a scheme
+calls previous and current contexts of a document stand in consecutive rows.
+
+Lanes are divided into a fixed number of groups; group g reads shard g of the document stream, and
+a host owns whole groups. So the batches do not depend on how many hosts there are, and neither does
+the state: per group its place in the stream, per lane what is left of its document.
+
+Letters: R rows (lanes * windows), T tokens of a window, W windows, N tokens of a document.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from fot_jax.data.vocabulary import Vocabulary
+from fot_jax.errors import UserError
+
+
+class Document(NamedTuple):
+    """A whole document, tokenized, with the marks of its beginning and end; two tokens or more."""
+
+    tokens: Int[np.ndarray, " N"]  # int32
+    weights: Float[np.ndarray, " N"]  # float32: of each token's loss when it is to be predicted
+
+
+Position = tuple[int, int]  # epoch, documents of the shard already taken in it
+
+
+class DocumentSource(Protocol):
+    """Where documents come from. Everything it yields is a function of its fields and arguments."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What the documents are tokenized with."""
+
+    def with_vocabulary(self, vocabulary: Vocabulary) -> DocumentSource:
+        """The same documents tokenized with another vocabulary, one read from a checkpoint, say."""
+
+    def documents(self, split: str) -> Iterator[Document]:
+        """The documents of a split (train, valid, test), each once, in a fixed order."""
+
+    def stream(
+        self, shard: int, shards: int, seed: int, position: Position = (0, 0)
+    ) -> Iterator[tuple[Position, Document]]:
+        """Training documents of one of `shards` disjoint shards, shuffled, epoch after epoch.
+
+        Yields (position after this document, document); starting again from a position gives the
+        documents that would have followed.
+        """
+
+
+# --- Lanes ---------------------------------------------------------------------------------------
+
+FIELDS = {
+    "inputs": np.int32,
+    "targets": np.int32,  # the token that follows each input in its document
+    "weights": np.float32,  # of the loss on each target
+    "segment_ids": np.int32,  # the document of each input: 1, 2, … along a lane; 0 for padding
+}
+PATIENCE = 1000  # documents a group draws before it complains that all are short
+
+
+class _Lane(NamedTuple):
+    """One lane between two steps. Arrays are shared and never written to."""
+
+    left: Document  # of the document being read, from the next input on
+    number: int  # of that document in this lane
+    history: dict[str, np.ndarray]  # windows that the next step shows again, each [W, T]
+
+
+class Snapshot(NamedTuple):
+    """A group between two steps, without copying anything."""
+
+    position: Position
+    lanes: tuple[_Lane, ...]
+
+
+class Lanes:
+    """An endless iterator over batches {inputs, targets, weights, segment_ids}, each [R, T].
+
+    R covers the lanes of the owned groups, lane by lane, the windows of a lane in consecutive rows.
+    """
+
+    def __init__(
+        self,
+        source: DocumentSource,
+        *,
+        lanes: int,
+        window: int,
+        windows: int = 1,
+        advance: int = 1,
+        groups: int = 1,
+        owned: Iterable[int] | None = None,
+        seed: int = 0,
+    ):
+        """Opens no file yet.
+
+        Args:
+          lanes: of all groups together.
+          window: tokens of a row, T.
+          windows, advance: rows of a lane in a step, and how many of them the next step moves on
+            by; the scheme's.
+          groups: lane groups; the shards of the document stream.
+          owned: the groups that this host reads; None for all.
+          seed: of the order of documents.
+
+        Raises:
+          UserError: lanes do not divide into groups.
+        """
+        if lanes % groups:
+            raise UserError(
+                f"Data.lanes = {lanes} is not a multiple of Data.lane_groups = {groups}: change one"
+            )
+        self._source, self._window, self._seed = source, window, seed
+        self._windows, self._advance, self._groups = windows, advance, groups
+        owned = range(groups) if owned is None else sorted(owned)
+        shape = (windows - advance, window)
+        lane = _Lane(
+            Document(np.zeros(0, np.int32), np.zeros(0, np.float32)),
+            number=0,
+            history={name: np.zeros(shape, dtype) for name, dtype in FIELDS.items()},
+        )
+        start = Snapshot((0, 0), (lane,) * (lanes // groups))
+        self._snapshots = dict.fromkeys(owned, start)
+        self._streams: dict[int, Iterator[tuple[Position, Document]]] = {}
+        self._longest = dict.fromkeys(owned, 0)
+        self._drawn = dict.fromkeys(owned, 0)
+
+    def __iter__(self) -> Lanes:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        blocks = []
+        for group in self._snapshots:
+            lanes = []
+            for lane in self._snapshots[group].lanes:
+                lane, block = self._advance_lane(group, lane)
+                lanes.append(lane)
+                blocks.append(block)
+            self._snapshots[group] = self._snapshots[group]._replace(lanes=tuple(lanes))
+        return {name: np.concatenate([block[name] for block in blocks]) for name in FIELDS}
+
+    def _advance_lane(self, group: int, lane: _Lane) -> tuple[_Lane, dict[str, np.ndarray]]:
+        """The lane after a step, and what it shows in this one: each [windows, T]."""
+        new = {name: np.zeros(self._advance * self._window, t) for name, t in FIELDS.items()}
+        (tokens, weights), number = lane.left, lane.number
+        at = 0
+        while at < self._advance * self._window:
+            if len(tokens) < 2:  # the last token of a document is only ever a target
+                tokens, weights = self._next_document(group)
+                number += 1
+            n = min(len(tokens) - 1, self._advance * self._window - at)
+            new["inputs"][at : at + n] = tokens[:n]
+            new["targets"][at : at + n] = tokens[1 : n + 1]
+            new["weights"][at : at + n] = weights[1 : n + 1]
+            new["segment_ids"][at : at + n] = number
+            tokens, weights, at = tokens[n:], weights[n:], at + n
+        shown = {
+            name: np.concatenate([lane.history[name], x.reshape(-1, self._window)])
+            for name, x in new.items()
+        }
+        history = {name: x[self._advance :] for name, x in shown.items()}
+        segments = shown["segment_ids"]
+        first = segments[segments > 0].min()
+        shown["segment_ids"] = np.maximum(segments - (first - 1), 0)
+        return _Lane(Document(tokens, weights), number, history), shown
+
+    def _next_document(self, group: int) -> Document:
+        if group not in self._streams:
+            position = self._snapshots[group].position
+            self._streams[group] = self._source.stream(group, self._groups, self._seed, position)
+        position, document = next(self._streams[group])
+        self._snapshots[group] = self._snapshots[group]._replace(position=position)
+        self._drawn[group] += 1
+        self._longest[group] = max(self._longest[group], len(document.tokens))
+        if (
+            self._windows > 1
+            and self._drawn[group] == PATIENCE
+            and self._longest[group] <= self._window
+        ):
+            raise UserError(
+                f"the first {PATIENCE} documents have at most {self._longest[group]} tokens: none "
+                f"is longer than a window of {self._window}, so memory layers would never see an "
+                "earlier part of their own document: set min_document_length, or a smaller "
+                "model.local_context"
+            )
+        return document
+
+    # --- State -----------------------------------------------------------------------------------
+
+    def snapshot(self) -> dict[int, Snapshot]:
+        """Where the owned groups are; cheap. `state_of` makes arrays of it."""
+        return dict(self._snapshots)
+
+    def restore(self, state: Mapping[int, Mapping[str, np.ndarray]]) -> None:
+        """Goes on from the state of the owned groups, whoever saved it.
+
+        Raises:
+          UserError: it was saved with other lanes, lane groups, windows or scheme.
+        """
+        for group in self._snapshots:
+            if group not in state:
+                raise UserError(
+                    f"the checkpoint has no lane group {group}: Data.lane_groups was "
+                    f"{len(state)} when it was saved: set it to that again"
+                )
+            arrays = state[group]
+            here = (
+                len(self._snapshots[group].lanes),
+                self._windows - self._advance,
+                self._window,
+                self._groups,
+            )
+            there = (*arrays["inputs"].shape, int(arrays["groups"]))
+            if here != there:
+                raise UserError(
+                    "the checkpoint's data was saved with (lanes of a group, windows kept, tokens "
+                    f"of a window, lane groups) = {there}, this experiment has {here}: use the "
+                    "same Data, scheme and model.local_context, or another workdir"
+                )
+            ends = np.cumsum(arrays["left"])
+            lanes = []
+            for i, (end, n) in enumerate(zip(ends, arrays["left"], strict=True)):
+                left = slice(end - n, end)
+                lanes.append(
+                    _Lane(
+                        Document(arrays["left_tokens"][left], arrays["left_weights"][left]),
+                        int(arrays["number"][i]),
+                        {name: arrays[name][i] for name in FIELDS},
+                    )
+                )
+            epoch, taken = arrays["position"].tolist()
+            self._snapshots[group] = Snapshot((epoch, taken), tuple(lanes))
+        self._streams = {}
+
+
+def state_of(snapshots: Mapping[int, Snapshot], groups: int) -> dict[int, dict[str, np.ndarray]]:
+    """Arrays of a snapshot, as checkpoints hold them and `Lanes.restore` takes them."""
+    state = {}
+    for group, (position, lanes) in snapshots.items():
+        state[group] = {
+            "position": np.asarray(position, np.int64),
+            "groups": np.asarray(groups, np.int64),
+            "left": np.asarray([len(lane.left.tokens) for lane in lanes], np.int64),
+            "left_tokens": np.concatenate([lane.left.tokens for lane in lanes]),
+            "left_weights": np.concatenate([lane.left.weights for lane in lanes]),
+            "number": np.asarray([lane.number for lane in lanes], np.int64),
+            **{name: np.stack([lane.history[name] for lane in lanes]) for name in FIELDS},
+        }
+    return state
+
+
+# --- Prefetching ---------------------------------------------------------------------------------
+
+
+class Prefetch:
+    """Batches made and placed on the devices by a background thread, a few steps ahead.
+
+    Iterates over (batch, snapshot of the lanes after it). An error in the thread is raised by the
+    `next` that would have given its batch.
+    """
+
+    def __init__(self, lanes: Lanes, place: Callable[[dict[str, np.ndarray]], Any], depth: int = 2):
+        self.waited = 0.0  # seconds that `next` has waited in all
+        self._queue: queue.Queue = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, args=(lanes, place), name="prefetch", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, lanes, place) -> None:
+        while not self._stop.is_set():
+            try:
+                item = (place(next(lanes)), lanes.snapshot())
+            except BaseException as error:
+                item = error
+            while not self._stop.is_set():
+                try:
+                    self._queue.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(item, BaseException):
+                return
+
+    def __iter__(self) -> Prefetch:
+        return self
+
+    def __next__(self) -> tuple[Any, dict[int, Snapshot]]:
+        start = time.perf_counter()
+        item = self._queue.get()
+        self.waited += time.perf_counter() - start
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Stops the thread; the lanes may then be used again."""
+        self._stop.set()
+        self._thread.join()

@@ -1,0 +1,429 @@
+"""Vocabularies: text to token ids and back, and how they are kept beside a checkpoint.
+
+A saved vocabulary is a directory: `vocabulary.json`, which says of what kind it is, and the
+tokenizer's own files, from which it is made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import re
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from etils import epath
+from jaxtyping import Int
+
+from fot_jax.errors import UserError
+
+
+class Vocabulary(Protocol):
+    """Token ids 0 … size - 1. Immutable; two are equal if they make the same tokens."""
+
+    @property
+    def size(self) -> int:
+        """How many ids there are, marks included."""
+
+    @property
+    def bos(self) -> int | None:
+        """Marks the beginning of a document; None where the vocabulary has no such mark."""
+
+    @property
+    def eos(self) -> int:
+        """Marks the end of a document."""
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, without marks around it."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of tokens; marks, and ids outside the vocabulary, give nothing."""
+
+    def save(self, directory: epath.PathLike) -> None:
+        """Writes what `load_vocabulary` reads, whole or not at all; may replace an older one."""
+
+
+def frame(vocabulary: Vocabulary, text: str) -> Int[np.ndarray, " N"]:
+    """A document: the mark of its beginning (bos; eos where there is none), its text, and eos."""
+    start = vocabulary.eos if vocabulary.bos is None else vocabulary.bos
+    return np.asarray([start, *vocabulary.encode(text), vocabulary.eos], np.int32)
+
+
+# --- Bytes and symbols ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """UTF-8: ids 0 … 255 are the bytes, 256 is bos, 257 eos."""
+
+    size = 258
+    bos = 256
+    eos = 257
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(i for i in ids if 0 <= i < 256).decode(errors="replace")
+
+    def save(self, directory: epath.PathLike) -> None:
+        _write(directory, {"kind": "Bytes"}, {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Symbols:
+    """Words of made-up data, separated by spaces: id i is names[i].
+
+    Attributes:
+      names: all different; "</s>", which must be among them, is eos, and "<s>" bos.
+    """
+
+    names: tuple[str, ...]
+
+    def __post_init__(self):
+        if "</s>" not in self.names or len(set(self.names)) < len(self.names):
+            raise ValueError(f'names must be all different and have "</s>": {self.names}')
+
+    @property
+    def size(self) -> int:
+        return len(self.names)
+
+    @property
+    def bos(self) -> int | None:
+        return self._ids.get("<s>")
+
+    @property
+    def eos(self) -> int:
+        return self._ids["</s>"]
+
+    def encode(self, text: str) -> list[int]:
+        """Raises UserError for a word that is no symbol."""
+        words = text.split()
+        for word in words:
+            if word not in self._ids:
+                raise UserError(f"{word!r} is none of the {self.size} symbols: {self.names}")
+        return [self._ids[word] for word in words]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        marks = (self.bos, self.eos)
+        return " ".join(self.names[i] for i in ids if 0 <= i < self.size and i not in marks)
+
+    def save(self, directory: epath.PathLike) -> None:
+        _write(directory, {"kind": "Symbols", "names": self.names}, {})
+
+    @functools.cached_property
+    def _ids(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.names)}
+
+
+# --- SentencePiece -------------------------------------------------------------------------------
+
+SPACE = "▁"  # how SentencePiece writes a space
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class SentencePiece:
+    """A SentencePiece model, such as LLaMA's tokenizer.model."""
+
+    model: bytes = dataclasses.field(repr=False)
+
+    def __init__(self, path: epath.PathLike):
+        """Reads a model file.
+
+        Raises:
+          UserError: it is missing or no such file, or the model has no eos.
+        """
+        object.__setattr__(self, "model", _read(epath.Path(path)))
+        try:
+            eos = self._processor.eos_id()
+        except RuntimeError as error:
+            raise UserError(
+                f"{path}: not a SentencePiece model, or damaged: give a .model file"
+            ) from error
+        if eos < 0:
+            raise UserError(f"{path}: the model has no end mark: train it with an eos_id")
+
+    @property
+    def size(self) -> int:
+        return self._processor.get_piece_size()
+
+    @property
+    def bos(self) -> int | None:
+        bos = self._processor.bos_id()
+        return bos if bos >= 0 else None
+
+    @property
+    def eos(self) -> int:
+        return self._processor.eos_id()
+
+    def encode(self, text: str) -> list[int]:
+        if self._space_as_bytes is None or SPACE not in text:
+            return self._processor.encode(text)
+        first, *rest = map(self._processor.encode, text.split(SPACE))
+        return first + [i for part in rest for i in (*self._space_as_bytes, *part)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._processor.decode([int(i) for i in ids if 0 <= i < self.size])
+
+    def save(self, directory: epath.PathLike) -> None:
+        _write(directory, {"kind": "SentencePiece"}, {"tokenizer.model": self.model})
+
+    @functools.cached_property
+    def _processor(self):
+        import sentencepiece
+
+        return sentencepiece.SentencePieceProcessor(model_proto=self.model)
+
+    @functools.cached_property
+    def _space_as_bytes(self) -> list[int] | None:
+        """How to spell a SPACE that stands in the text, which would come back as a space.
+
+        None for models that have no bytes, and for those that put a space before any text they are
+        given: there, cutting a text in parts would change it.
+        """
+        ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        adds_space = self._processor.encode("a", out_type=str)[0].startswith(SPACE)
+        return ids if all(map(self._processor.is_byte, ids)) and not adds_space else None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedSentencePiece:
+    """Not yet a vocabulary: asks for one to be trained on the corpus, which takes a second.
+
+    The same texts give the same vocabulary. Any text comes back from its tokens unchanged: nothing
+    is normalized, and what has no piece is spelt in bytes.
+
+    Attributes:
+      pieces: size of the vocabulary; 256 bytes and three marks are among them.
+    """
+
+    pieces: int = 1024
+
+    def train(self, texts: Iterable[str]) -> SentencePiece:
+        """Byte-pair encoding: better here than a unigram model, and made twenty times faster.
+
+        Args:
+          texts: all are held in memory; a few megabytes are enough.
+
+        Raises:
+          UserError: the texts are too few, or have too many characters, for so many pieces.
+        """
+        import sentencepiece
+
+        # Tabs and null characters, which the trainer cannot read, are bytes in any case.
+        parts = itertools.chain.from_iterable(re.split("[\t\0]+", text) for text in texts)
+        sentences = [part[i : i + 2000] for part in parts for i in range(0, len(part), 2000)]
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "trained"
+            try:
+                sentencepiece.SentencePieceTrainer.train(
+                    sentence_iterator=iter(sentences),
+                    model_prefix=str(path),
+                    model_type="bpe",
+                    vocab_size=self.pieces,
+                    byte_fallback=True,
+                    normalization_rule_name="identity",
+                    add_dummy_prefix=False,
+                    remove_extra_whitespaces=False,
+                    allow_whitespace_only_pieces=True,  # indentation
+                    max_sentence_length=2**14,  # bytes
+                    num_threads=1,  # more make another model
+                    minloglevel=2,
+                )
+            except RuntimeError as error:
+                raise UserError(_training_message(self.pieces, sentences, str(error))) from error
+            return SentencePiece(path.with_suffix(".model"))
+
+
+def _training_message(pieces: int, sentences: list[str], error: str) -> str:
+    advice = "set TrainedSentencePiece.pieces otherwise"
+    if limit := re.search(r"set it to a value <= (\d+)", error):
+        advice = f"the text is enough for at most {limit[1]}: set TrainedSentencePiece.pieces to it"
+    elif needed := re.search(r"required_chars.*\. \d+ vs (\d+)", error):
+        advice = f"its characters need {needed[1]} or more: raise TrainedSentencePiece.pieces"
+    elif not sentences:
+        advice = "the training split is empty"
+    return f"cannot make {pieces} pieces of {sum(map(len, sentences))} characters of text: {advice}"
+
+
+# --- Hugging Face --------------------------------------------------------------------------------
+
+COMMON_BOS = ("<s>", "<|begin_of_text|>")
+COMMON_EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>")
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class HuggingFaceTokenizer:
+    """A tokenizer.json. As in transformers, names of special tokens in a text are these tokens."""
+
+    tokenizer: bytes = dataclasses.field(repr=False)
+    bos_token: str | None
+    eos_token: str
+
+    def __init__(self, path: epath.PathLike, bos: str | None = None, eos: str | None = None):
+        """Reads a tokenizer.json.
+
+        Args:
+          path: of the file.
+          bos, eos: names of the marks; None takes those in tokenizer_config.json beside the file
+            or, where there is no such file, common names that the tokenizer knows.
+
+        Raises:
+          UserError: a file is missing or damaged, or a mark is not known.
+        """
+        path = epath.Path(path)
+        object.__setattr__(self, "tokenizer", _read(path))
+        try:
+            known = self._processor.get_vocab(with_added_tokens=True)
+        except Exception as error:  # the library raises nothing more specific
+            raise UserError(f"{path}: not a tokenizer.json, or damaged ({error})") from error
+        config = path.parent / "tokenizer_config.json"
+        if config.exists():
+            names = _read_json(config)
+            bos = bos or _token_name(names.get("bos_token"))
+            eos = eos or _token_name(names.get("eos_token"))
+        else:
+            bos = bos or next(filter(known.__contains__, COMMON_BOS), None)
+            eos = eos or next(filter(known.__contains__, COMMON_EOS), None)
+        if eos is None:
+            raise UserError(f"{path}: which token ends a text is not known: set eos to its name")
+        for name in filter(None, (bos, eos)):
+            if name not in known:
+                raise UserError(
+                    f"{path}: has no token {name!r}: set bos and eos to the names of two it has"
+                )
+        object.__setattr__(self, "bos_token", bos)
+        object.__setattr__(self, "eos_token", eos)
+
+    @functools.cached_property
+    def size(self) -> int:
+        return 1 + max(self._processor.get_vocab(with_added_tokens=True).values())
+
+    @property
+    def bos(self) -> int | None:
+        return None if self.bos_token is None else self._processor.token_to_id(self.bos_token)
+
+    @property
+    def eos(self) -> int:
+        return self._processor.token_to_id(self.eos_token)
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._processor.decode([int(i) for i in ids if 0 <= i < self.size])
+
+    def save(self, directory: epath.PathLike) -> None:
+        config = {"bos_token": self.bos_token, "eos_token": self.eos_token}
+        files = {
+            "tokenizer.json": self.tokenizer,
+            "tokenizer_config.json": json.dumps(config).encode(),
+        }
+        _write(directory, {"kind": "HuggingFaceTokenizer"}, files)
+
+    @functools.cached_property
+    def _processor(self):
+        import tokenizers
+
+        processor = tokenizers.Tokenizer.from_buffer(self.tokenizer)
+        processor.no_truncation()
+        processor.no_padding()
+        return processor
+
+
+def _token_name(value: str | dict | None) -> str | None:
+    return value["content"] if isinstance(value, dict) else value
+
+
+# --- Files ---------------------------------------------------------------------------------------
+
+
+def load_vocabulary(directory: epath.PathLike) -> Vocabulary:
+    """What `save` wrote.
+
+    Raises:
+      UserError: nothing there, damaged, or of a kind that this version does not know.
+    """
+    directory = epath.Path(directory)
+    where = directory / "vocabulary.json"
+    if not where.exists():
+        raise UserError(f"{directory}: no vocabulary here: there is no vocabulary.json")
+    description = _read_json(where)
+    for name, checksum in description.get("sha256", {}).items():
+        if hashlib.sha256(_read(directory / name)).hexdigest() != checksum:
+            raise UserError(
+                f"{directory / name}: damaged: its checksum is not that in vocabulary.json: "
+                "restore it from a copy"
+            )
+    match description:
+        case {"kind": "Bytes"}:
+            return Bytes()
+        case {"kind": "Symbols", "names": [*names]}:
+            return Symbols(tuple(names))
+        case {"kind": "SentencePiece"}:
+            return SentencePiece(directory / "tokenizer.model")
+        case {"kind": "HuggingFaceTokenizer"}:
+            return HuggingFaceTokenizer(directory / "tokenizer.json")
+    raise UserError(
+        f"{where}: a vocabulary of unknown kind {description.get('kind')!r}: written by another "
+        "version of fot_jax, or damaged"
+    )
+
+
+@contextlib.contextmanager
+def new_directory(directory: epath.PathLike) -> Iterator[epath.Path]:
+    """A directory to write into; when all is written it takes its name, in place of an older one.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    directory = epath.Path(directory)
+    half = directory.parent / f"{directory.name}.half-written-{uuid.uuid4().hex}"
+    try:
+        half.mkdir(parents=True)
+        yield half
+        if directory.exists():
+            directory.rmtree()
+        half.rename(directory)
+    except BaseException as error:
+        half.rmtree(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{directory}: cannot be written: {error.strerror}") from error
+        raise
+
+
+def _write(directory: epath.PathLike, description: dict, files: dict[str, bytes]) -> None:
+    checksums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    with new_directory(directory) as half:
+        for name, content in files.items():
+            (half / name).write_bytes(content)
+        (half / "vocabulary.json").write_text(
+            json.dumps({**description, "sha256": checksums}, indent=1)
+        )
+
+
+def _read(path: epath.Path) -> bytes:
+    if not path.exists():
+        raise UserError(f"{path}: no such file: give the path of a tokenizer file")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _read_json(path: epath.Path) -> dict:
+    try:
+        value = json.loads(_read(path))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged, not JSON ({error}): restore it from a copy") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object: restore it from a copy")
+    return value

@@ -1,0 +1,1 @@
+"""Evaluations: each takes a LanguageModel and a document source, gives rows and a plot."""

@@ -1,0 +1,132 @@
+"""Perplexity by context: how much a memory of earlier text lowers it (method.md §5)."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+from etils import epath
+
+from fot_jax.data.lanes import DocumentSource
+from fot_jax.errors import UserError
+from fot_jax.generate import LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class PerplexityByContext:
+    """Perplexity of the same tokens with memories of several sizes beyond the local window.
+
+    Each document is read from its start with memory cleared (single-doc, method.md §4). Scored are
+    the tokens beyond the largest memory, so that every memory is full when they are read; of a
+    document too short for that, its second half.
+
+    Attributes:
+      memory_sizes: tokens, rounded up to whole windows.
+      documents: documents read side by side, the longest of the first hundred of the split.
+      scored_tokens: tokens scored of each document at most.
+      split: of the source.
+    """
+
+    memory_sizes: tuple[int, ...] = (0, 128, 1024, 4096, 16384)
+    documents: int = 4
+    scored_tokens: int = 4096
+    split: str = "valid"
+
+    name = "perplexity_by_context"
+
+    def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, float]]:
+        """One row a memory size: memory, perplexity, nats, accuracy, tokens.
+
+        Raises:
+          UserError: the split has no document of at least two windows.
+        """
+        window = lm.model.config.local_context
+        sizes = sorted({math.ceil(size / window) * window for size in self.memory_sizes})
+        if not lm.model.config.memory_layers:
+            sizes = [0]
+        tokens, targets, weights = self._read_documents(source, window, sizes[-1])
+        rows = []
+        for size in sizes:
+            scores = lm.score(tokens, targets, capacity=size)
+            nats = float((np.asarray(scores.nats) * weights).sum() / weights.sum())
+            correct = float((np.asarray(scores.correct) * weights).sum() / weights.sum())
+            rows.append(
+                {
+                    "memory": size,
+                    "perplexity": math.exp(min(nats, 700.0)),
+                    "nats": nats,
+                    "accuracy": correct,
+                    "tokens": float(weights.sum()),
+                }
+            )
+        return rows
+
+    def _read_documents(self, source, window, largest):
+        """Tokens, targets and weights, each [documents, N], of the longest documents at hand."""
+        scored = math.ceil(self.scored_tokens / window) * window
+        at_hand = itertools.islice(source.documents(self.split), 100)
+        chosen = sorted(at_hand, key=lambda document: -len(document.tokens))[: self.documents]
+        chosen = [document for document in chosen if len(document.tokens) > 2 * window]
+        if not chosen:
+            raise UserError(
+                f"the {self.split} split has no document longer than two windows of {window} "
+                "tokens: perplexity by context needs long documents"
+            )
+        lengths = [
+            min((len(document.tokens) - 1) // window * window, largest + scored)
+            for document in chosen
+        ]
+        shape = (len(chosen), max(lengths))
+        tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        weights = np.zeros(shape, np.float32)
+        for i, (document, n) in enumerate(zip(chosen, lengths, strict=True)):
+            tokens[i, :n], targets[i, :n] = document.tokens[:n], document.tokens[1 : n + 1]
+            start = largest if n >= largest + window else n // 2
+            weights[i, start:n] = document.weights[1 + start : n + 1]
+        return tokens, targets, weights
+
+    def scalars(self, rows) -> dict[str, float]:
+        """Perplexity of each memory size."""
+        return {f"{self.split}_perplexity/memory_{r['memory']}": r["perplexity"] for r in rows}
+
+    def table(self, rows) -> str:
+        """The rows as text."""
+        lines = [f"{'memory (tokens)':>16} {'perplexity':>11} {'accuracy':>9}"]
+        lines += [f"{r['memory']:16d} {r['perplexity']:11.3f} {r['accuracy']:9.3f}" for r in rows]
+        return "\n".join(lines)
+
+    def plot(self, rows, path: epath.Path) -> None:
+        """Perplexity against memory size, as a PNG."""
+        import matplotlib.figure
+
+        figure = matplotlib.figure.Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+        axes = figure.subplots()
+        sizes = [row["memory"] for row in rows]
+        perplexities = [row["perplexity"] for row in rows]
+        axes.plot(sizes, perplexities, "o-", linewidth=2.5, markersize=8)
+        for size, perplexity in zip(sizes, perplexities, strict=True):
+            axes.annotate(
+                f"{perplexity:.2f}",
+                (size, perplexity),
+                textcoords="offset points",
+                xytext=(0, 10),
+                ha="center",
+                fontsize=11,
+            )
+        # Linear up to the smallest memory, so that "no memory" has a place on a log axis.
+        axes.set_xscale("symlog", base=2, linthresh=max(1, sizes[1] if len(sizes) > 1 else 1))
+        axes.set_xticks(sizes, [_short(size) for size in sizes])
+        axes.minorticks_off()
+        axes.margins(x=0.06, y=0.18)
+        axes.set_xlabel("memory beyond the local window (tokens)", fontsize=12)
+        axes.set_ylabel(f"{self.split} perplexity per token", fontsize=12)
+        axes.tick_params(labelsize=11)
+        axes.grid(alpha=0.3)
+        with path.open("wb") as file:
+            figure.savefig(file, format="png")
+
+
+def _short(size: int) -> str:
+    return f"{size // 1024}K" if size >= 1024 and size % 1024 == 0 else str(size)

@@ -1,0 +1,66 @@
+"""A short text that the model writes after a held-out prompt, to look at."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from etils import epath
+
+from fot_jax.data.lanes import DocumentSource
+from fot_jax.errors import UserError
+from fot_jax.generate import LanguageModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Continues the start of the first document of a split.
+
+    Attributes:
+      prompt_tokens: tokens of the document that the model reads first.
+      new_tokens: tokens it then writes.
+      memory: slots beyond the local window, in whole windows.
+      temperature: 0 for the most likely token each time.
+      split: of the source.
+      seed: of the draws.
+    """
+
+    prompt_tokens: int = 256
+    new_tokens: int = 96
+    memory: int = 1024
+    temperature: float = 0.7
+    split: str = "valid"
+    seed: int = 0
+
+    name = "sample"
+
+    def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, str]]:
+        """One row: the end of the prompt and what the model wrote.
+
+        Raises:
+          UserError: the split is empty.
+        """
+        document = next(iter(source.documents(self.split)), None)
+        if document is None:
+            raise UserError(f"the {self.split} split has no document to sample from")
+        prompt = document.tokens[: self.prompt_tokens].tolist()
+        window = lm.model.config.local_context
+        new = lm.generate(
+            prompt,
+            self.new_tokens,
+            capacity=self.memory // window * window,
+            temperature=self.temperature,
+            seed=self.seed,
+        )
+        decode = source.vocabulary.decode
+        return [{"prompt": decode(prompt[-64:]), "continuation": decode(new)}]
+
+    def scalars(self, rows) -> dict[str, float]:
+        """None."""
+        return {}
+
+    def table(self, rows) -> str:
+        """Prompt and continuation, with a bar between them."""
+        return "\n".join(f"…{row['prompt']} ▌{row['continuation']}" for row in rows)
+
+    def plot(self, rows, path: epath.Path) -> None:
+        """Nothing to draw."""

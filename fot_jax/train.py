@@ -1,0 +1,432 @@
+"""`fot train`: one function, from an experiment to a trained model, read from top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+
+from fot_jax.data.lanes import DocumentSource, Lanes, Prefetch, state_of
+from fot_jax.data.vocabulary import load_vocabulary
+from fot_jax.errors import UserError
+from fot_jax.evaluate import Evaluation, run_evals
+from fot_jax.generate import LanguageModel
+from fot_jax.model import crossbatch
+from fot_jax.model.transformer import ModelConfig, Transformer
+from fot_jax.training import checkpoint, partitioning
+from fot_jax.training.checkpoint import Checkpointer
+from fot_jax.training.checkpoint_items import names
+from fot_jax.training.flops import training_flops
+from fot_jax.training.metrics import Counts, Metrics, matmul_rate
+from fot_jax.training.partitioning import MeshShape
+from fot_jax.training.step import (
+    ScheduleOfD,
+    StepInfo,
+    TrainState,
+    make_positive_mass,
+    make_train_step,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Documents and how they are laid out in a batch (design: lanes).
+
+    Attributes:
+      source: yields documents.
+      lanes: documents read side by side; the batch has lanes * windows-of-the-scheme rows of
+        the model's local context.
+      lane_groups: shards of the document stream; any number of hosts that divides it sees the same
+        data.
+      group_lanes: lanes of a crossbatch group, within which negatives are drawn; None: all.
+      seed: of the order of documents.
+    """
+
+    source: DocumentSource
+    lanes: int
+    lane_groups: int = 1
+    group_lanes: int | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a step is computed; none of it changes the objective.
+
+    Attributes:
+      dtype: of activations and matrix products: "float32" or "bfloat16".
+      remat: what is recomputed in the backward pass: "none", "dots" or "full".
+      accumulation: microbatches a step, each of whole crossbatch groups.
+      mesh: devices along the axes data, fsdp, tensor.
+    """
+
+    dtype: str = "float32"
+    remat: str = "none"
+    accumulation: int = 1
+    mesh: MeshShape = MeshShape()
+
+    def __post_init__(self):
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"Compute.dtype = {self.dtype!r}: choose one of float32, bfloat16")
+        if self.accumulation < 1:
+            raise UserError(f"Compute.accumulation = {self.accumulation}: give 1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """When checkpoints are written and which are kept. The last step is always written.
+
+    Attributes:
+      every: steps between checkpoints.
+      keep_last: how many of the newest stay.
+      keep_every: steps whose multiples stay forever; None: none do.
+    """
+
+    every: int = 1000
+    keep_last: int = 2
+    keep_every: int | None = None
+
+
+def train(
+    workdir: str,
+    model: ModelConfig,
+    data: Data,
+    optimizer: Callable[[optax.Schedule], optax.GradientTransformation],
+    learning_rate: optax.Schedule,
+    steps: int,
+    scheme: crossbatch.Scheme = crossbatch.NoCrossbatch(),  # noqa: B008 (frozen)
+    d: ScheduleOfD | None = None,
+    compute: Compute = Compute(),  # noqa: B008
+    checkpoints: Checkpoints = Checkpoints(),  # noqa: B008
+    evaluation: Evaluation = Evaluation(),  # noqa: B008
+    initialize_from: str | None = None,
+    z_loss: float = 0.0,
+    seed: int = 0,
+    log_every: int = 10,
+    positive_mass_every: int | None = None,
+    profile_steps: tuple[int, int] | None = None,
+    max_skipped: int = 10,
+    config_text: Callable[[], str] = str,
+    dry_run: bool = False,
+) -> bool:
+    """Trains, or resumes what is in `workdir`, and evaluates at the end.
+
+    Args:
+      workdir: directory for everything a run writes (README: what a workdir holds).
+      model: shapes and function; rows are windows of model.local_context tokens.
+      data: documents and lanes.
+      optimizer: called with the schedule, e.g. the function `adamw`.
+      learning_rate: step -> learning rate.
+      steps: updates in all.
+      scheme: which contexts memory layers see.
+      d: schedule of the scheme's d; None: the scheme's own.
+      compute, checkpoints, evaluation: see there.
+      initialize_from: checkpoint whose parameters a fresh run starts from.
+      z_loss: weight of the squared log normaliser in the loss.
+      seed: of the initial parameters.
+      log_every: steps between metrics.
+      positive_mass_every: steps between measurements of r_d; None: never.
+      profile_steps: (first, last) step of a JAX profiler trace.
+      max_skipped: updates in a row that may be skipped for not being finite.
+      config_text: gives the text saved as workdir/config.gin.
+      dry_run: trace one step, print what would run, write nothing.
+
+    Returns:
+      True when done; False when SIGTERM stopped it, with a checkpoint of the last step.
+
+    Raises:
+      UserError: parts of the experiment that do not fit each other, bad data, or a loss or gradient
+        that was not finite more than max_skipped steps in a row.
+    """
+    # --- Layout ----------------------------------------------------------------------------------
+    if steps < 1:
+        raise UserError(f"train.steps = {steps}: give 1 or more")
+    mesh = compute.mesh.make_abstract() if dry_run else compute.mesh.make()
+    rows = data.lanes * scheme.windows
+    group_rows = (data.group_lanes or data.lanes) * scheme.windows
+    schemes = {None: scheme} if d is None else {value: scheme.with_d(value) for value in d.values}
+    for each in schemes.values():  # a d that does not fit shows now, not at step 450,000
+        each.contexts(group_rows)
+
+    @functools.cache
+    def plan_of(d: int | None) -> crossbatch.Plan:
+        return crossbatch.make_plan(
+            schemes[d],
+            _microbatch(rows, compute.accumulation),
+            group_rows=group_rows,
+            mesh=mesh,
+            heads=model.num_heads,
+            window=model.local_context,
+        )
+
+    # --- Model -----------------------------------------------------------------------------------
+    transformer = Transformer(model, dtype=jnp.dtype(compute.dtype), remat=compute.remat)
+    tx = optimizer(learning_rate)
+
+    def init(key) -> TrainState:
+        tokens = jnp.zeros((1, model.local_context), jnp.int32)
+        params = transformer.init(key, tokens, tokens, crossbatch.Plan())["params"]
+        return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params))
+
+    abstract = jax.eval_shape(init, jax.random.key(seed))
+
+    @functools.cache
+    def step_of(d: int | None):
+        return make_train_step(
+            *(transformer, tx, schemes[d], plan_of(d), compute.accumulation, z_loss)
+        )
+
+    flops_of = functools.cache(lambda d: training_flops(model, schemes[d], rows, group_rows))
+    tokens_per_step = data.lanes * scheme.advance * model.local_context
+    if dry_run:
+        _check_vocabulary(data.source, model)
+        first_d = None if d is None else d(0, None, 0.0)
+        jax.eval_shape(step_of(first_d), abstract, _abstract_batch(rows, model.local_context))
+        parameters = sum(x.size for x in jax.tree.leaves(abstract.params))
+        print(
+            f"{parameters:,} parameters, mesh {dict(mesh.shape)}, {rows} rows of "
+            f"{model.local_context} tokens ({tokens_per_step:,} new tokens a step), "
+            f"{flops_of(first_d):.3g} FLOPs a step, {steps:,} steps: nothing written"
+        )
+        return True
+
+    # --- State: the workdir's newest whole checkpoint, else initialize_from, else fresh ----------
+    workdir = epath.Path(workdir)
+    shardings = partitioning.shardings(abstract, mesh)
+    target = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        abstract,
+        shardings,
+    )
+    checkpointer = Checkpointer(
+        workdir / "checkpoints", keep_last=checkpoints.keep_last, keep_every=checkpoints.keep_every
+    )
+    owned = _owned_groups(partitioning.owned_rows(mesh, rows), data, rows)
+    restored = checkpointer.restore_latest(target.params, target.opt_state, owned)
+    history = History()
+    source = data.source
+    if restored is not None:
+        step = jax.device_put(np.int32(restored.step), shardings.step)
+        state = TrainState(step, restored.params, restored.opt_state)
+        history = History(**restored.meta["history"])
+        source = source.with_vocabulary(load_vocabulary(workdir / "vocabulary"))
+    else:
+        state = jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+        if initialize_from is not None:
+            params = checkpoint.load_params(initialize_from, target.params).params
+            state = state._replace(params=params)
+            there = checkpoint.locate(initialize_from)[0].parent
+            source = source.with_vocabulary(load_vocabulary(there / "vocabulary"))
+    _check_vocabulary(source, model)
+    first_step = int(state.step)
+    if first_step > steps:
+        raise UserError(
+            f"{workdir} has a checkpoint of step {first_step}, beyond train.steps = {steps}: "
+            "raise train.steps, or choose another workdir"
+        )
+
+    # --- Data ------------------------------------------------------------------------------------
+    lanes = Lanes(
+        source,
+        lanes=data.lanes,
+        window=model.local_context,
+        windows=scheme.windows,
+        advance=scheme.advance,
+        groups=data.lane_groups,
+        owned=owned,
+        seed=data.seed,
+    )
+    if restored is not None:
+        lanes.restore(restored.data)
+    if jax.process_index() == 0:
+        (workdir / "config.gin").write_text(config_text())
+        source.vocabulary.save(workdir / "vocabulary")
+    by_rows = partitioning.rows(mesh)
+    snapshot = lanes.snapshot()
+    batches = Prefetch(
+        lanes,
+        lambda batch: {k: jax.make_array_from_process_local_data(by_rows, batch[k]) for k in batch},
+    )
+
+    # --- Loop ------------------------------------------------------------------------------------
+    metrics = Metrics(
+        *(workdir, first_step, steps, tokens_per_step, matmul_rate(compute.dtype) * mesh.size)
+    )
+    if restored is not None:
+        metrics.say(f"resuming {workdir} after step {first_step}")
+    gradients = list(names(abstract.params))
+    positive_mass = functools.cache(lambda d: make_positive_mass(transformer, plan_of(d)))
+    waited = 0.0
+
+    def finish(step: int, d: int | None, info: StepInfo, more: dict) -> None:
+        """Takes in the report of a step, fetched while the next one runs."""
+        nonlocal history, waited
+        info = jax.device_get(info)
+        history = history.after(step, d, Counts.of(info.sums), bool(info.applied))
+        if not info.applied:
+            finite = np.isfinite(info.grad_squares)
+            what = "the loss" if finite.all() else f"the gradient of {gradients[finite.argmin()]}"
+            metrics.say(f"step {step}: {what} is not finite: update skipped")
+            if history.skipped > max_skipped:
+                kept = checkpointer.steps()
+                raise UserError(
+                    f"step {step}: {what} is not finite, for more than {max_skipped} steps in a "
+                    f"row: stopped; the last good checkpoint is "
+                    f"{f'that of step {kept[-1]}' if kept else 'none'}: lower the learning rate "
+                    "or look at the data"
+                )
+        if step % log_every and step != steps:
+            return
+        values = {
+            **Counts(*history.counts).means(),
+            "learning_rate": float(learning_rate(step - 1)),
+            "grad_norm": float(info.grad_norm),
+            "skipped": history.skipped,
+            "data_wait_seconds": batches.waited - waited,
+            **({} if d is None else {"d": d}),
+            **more,
+        }
+        waited = batches.waited
+        history = dataclasses.replace(history, counts=(0.0, 0.0, 0.0))
+        metrics.training(step, values, flops_of(d))
+
+    def save(step: int) -> None:
+        meta = {"model": dataclasses.asdict(model), "history": dataclasses.asdict(history)}
+        place = state_of(snapshot, data.lane_groups)
+        checkpointer.save(step, state.params, state.opt_state, place, meta)
+
+    def run(evals, step: int) -> None:
+        lm = LanguageModel(transformer, state.params, source.vocabulary)
+        with metrics.untimed():
+            results = run_evals(lm, evals, evaluation.source or source, workdir / "plots")
+        metrics.write(step, {k: x for e in evals for k, x in e.scalars(results[e.name]).items()})
+
+    with _sigterm() as told_to_stop, contextlib.closing(batches), contextlib.closing(metrics):
+        pending = None
+        for step in range(first_step + 1, steps + 1):
+            if profile_steps and step == profile_steps[0]:
+                jax.profiler.start_trace(workdir / "profile")
+            now_d = None if d is None else d(step - 1, history.d, history.accuracy(step - 2))
+            batch, snapshot = next(batches)
+            state, info = step_of(now_d)(state, batch)
+            if pending is not None:
+                finish(*pending)
+            more = {}
+            if positive_mass_every and step % positive_mass_every == 0:
+                mass = np.asarray(positive_mass(now_d)(state.params, batch))
+                layers = zip(model.memory_layers, mass, strict=True)
+                more = {f"positive_mass/layer_{layer}": float(x) for layer, x in layers}
+            pending = (step, now_d, info, more)
+            if profile_steps and step == profile_steps[1]:
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+            evaluates = evaluation.every and step % evaluation.every == 0 and step < steps
+            stops = told_to_stop() or step == steps
+            if evaluates or stops or step % checkpoints.every == 0:
+                finish(*pending)
+                pending = None
+                if stops or step % checkpoints.every == 0:
+                    save(step)
+                if evaluates and not stops:
+                    run(evaluation.during, step)
+            if stops and step < steps:
+                checkpointer.close()
+                metrics.say(f"stopped by SIGTERM after step {step}, which is saved")
+                return False
+        checkpointer.close()
+
+        # --- Evaluation --------------------------------------------------------------------------
+        run(evaluation.evals, steps)
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """What the loop remembers of the steps so far; checkpoints keep it.
+
+    Attributes:
+      d: of the last step.
+      accuracies: (step, accuracy) of the last two steps.
+      counts: loss, correct, weights since metrics were last written.
+      skipped: updates skipped in a row up to now.
+    """
+
+    d: int | None = None
+    accuracies: tuple[tuple[int, float], ...] = ()
+    counts: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    skipped: int = 0
+
+    def accuracy(self, step: int) -> float:
+        """Of a step; 0 before the first."""
+        return dict(map(tuple, self.accuracies)).get(step, 0.0)
+
+    def after(self, step: int, d: int | None, counts: Counts, applied: bool) -> History:
+        """The history with one more step in it."""
+        accuracy = counts.correct / counts.weights if counts.weights else 0.0
+        accuracies = (*self.accuracies, (step, accuracy))[-2:]
+        total = dataclasses.astuple(Counts(*self.counts) + counts)
+        return History(d, accuracies, total, 0 if applied else self.skipped + 1)
+
+
+def _microbatch(rows: int, accumulation: int) -> int:
+    if rows % accumulation:
+        raise UserError(
+            f"{rows} rows do not divide into Compute.accumulation = {accumulation} microbatches: "
+            "change it or Data.lanes"
+        )
+    return rows // accumulation
+
+
+def _check_vocabulary(source: DocumentSource, model: ModelConfig) -> None:
+    if source.vocabulary.size > model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {source.vocabulary.size} tokens, the model a vocabulary of "
+            f"{model.vocab_size}: raise the model's vocab_size or use a smaller tokenizer"
+        )
+
+
+def _abstract_batch(rows: int, window: int) -> dict[str, jax.ShapeDtypeStruct]:
+    integers = jax.ShapeDtypeStruct((rows, window), jnp.int32)
+    batch = dict.fromkeys(("inputs", "targets", "segment_ids"), integers)
+    return {**batch, "weights": jax.ShapeDtypeStruct((rows, window), jnp.float32)}
+
+
+def _owned_groups(owned: range, data: Data, rows: int) -> list[int]:
+    """The lane groups whose rows this process holds."""
+    if data.lanes % data.lane_groups:
+        return []  # Lanes says what is wrong
+    of_group = rows // data.lane_groups
+    if owned.start % of_group or len(owned) % of_group:
+        raise UserError(
+            f"this process holds rows {owned.start} … {owned.stop - 1} of {rows}, which are not "
+            f"whole lane groups of {of_group} rows: make Data.lane_groups = {data.lane_groups} a "
+            f"multiple of the number of processes ({jax.process_count()})"
+        )
+    return list(range(owned.start // of_group, owned.stop // of_group))
+
+
+@contextlib.contextmanager
+def _sigterm() -> Iterator[Callable[[], bool]]:
+    """Gives a function that says whether SIGTERM has come; a second one ends the process."""
+    came = False
+
+    def handler(signum, frame):
+        nonlocal came
+        if came:
+            os._exit(128 + signum)
+        came = True
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,383 @@
+"""Checkpoints: parameters, optimizer state, the lanes' place in the data, and what describes them.
+
+Saving goes on in the background, and a step appears only when all of it is written. Reading
+compares checksums (checkpoint_items.py), so whatever happened to the files, what is restored is
+what was saved; a damaged checkpoint is passed over for the one before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import checkpoint_managers
+
+from fot_jax.errors import UserError
+from fot_jax.model.transformer import ModelConfig, RopeScaling
+from fot_jax.training import checkpoint_items as items
+
+T = TypeVar("T")
+
+
+class Restored(NamedTuple):
+    """A checkpoint read back."""
+
+    step: int
+    params: Any
+    opt_state: Any  # None when only parameters were asked for
+    data: dict[int, dict[str, np.ndarray]] | None  # as above
+    meta: dict[str, Any]  # as saved, after a round trip through JSON
+
+
+# --- Restoring -----------------------------------------------------------------------------------
+
+# 1. A workdir with checkpoints of its own resumes from the newest that can be read: restore_latest.
+# 2. Else, if the experiment names one (initialize_from), its parameters are taken, and only these:
+#    step 0, a new optimizer state, the data from the start: load_params.
+# 3. Else training starts from fresh parameters.
+
+
+def load_params(path: epath.PathLike, params: Any = None) -> Restored:
+    """The parameters and meta of a checkpoint: a workdir, or a step inside its checkpoints.
+
+    Args:
+      path: a step is read itself or not at all; of a workdir, the newest step that can be read.
+      params: tree of `jax.ShapeDtypeStruct` with shardings, cast to on the way; None restores
+        parameters as saved, onto the first local device.
+
+    Raises:
+      UserError: nothing there, nothing readable, or parameters of other shapes.
+    """
+    directory, steps = locate(path)
+    return _newest_readable(
+        directory, steps, lambda step: _read(directory, step, params, None, groups=())
+    )[0]
+
+
+def load_model(path: epath.PathLike) -> tuple[ModelConfig, Any, epath.Path]:
+    """Configuration (meta["model"]) and parameters of a checkpoint, and the workdir it is in.
+
+    Raises:
+      UserError: as load_params; or the checkpoint does not say what model it is of.
+    """
+    restored = load_params(path)
+    try:
+        fields = dict(restored.meta["model"])
+        if fields["rope_scaling"] is not None:
+            fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
+        config = ModelConfig(**fields)
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: written by another version of fot_jax: its model configuration has "
+            f"{restored.meta.get('model')}"
+        ) from error
+    directory = locate(path)[0]
+    return config, restored.params, directory.parent
+
+
+def locate(path: epath.PathLike) -> tuple[epath.Path, list[int]]:
+    """Where checkpoints are, and the complete steps meant by the path of a workdir or of a step.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = epath.Path(path)
+    if path.name.isdigit() and int(path.name) in complete_steps(path.parent):
+        return path.parent, [int(path.name)]
+    for directory in (path / "checkpoints", path):  # the latter where it is that folder itself
+        if steps := complete_steps(directory):
+            return directory, steps
+    raise UserError(f"{path}: no checkpoint here: give a workdir or a step inside its checkpoints")
+
+
+def complete_steps(directory: epath.PathLike) -> list[int]:
+    """Steps whose checkpoints were written to the end, ascending."""
+    return sorted(ocp.utils.checkpoint_steps(epath.Path(directory)))
+
+
+class _Unreadable(Exception):
+    """A checkpoint is damaged."""
+
+
+def _newest_readable(
+    directory: epath.Path, steps: list[int], read: Callable[[int], T]
+) -> tuple[T, list[int]]:
+    """What `read` makes of the newest step it can read, and the steps after it."""
+    damaged: list[tuple[int, str]] = []
+    for step in reversed(steps):
+        try:
+            return read(step), [step for step, _ in damaged]
+        except _Unreadable as error:
+            damaged.append((step, str(error)))
+            if step != steps[0]:
+                _warn(f"{directory / str(step)} is damaged ({error}): taking the checkpoint before")
+    step, why = damaged[0]
+    raise UserError(
+        f"{directory}: of checkpoints {', '.join(map(str, steps))} none can be read "
+        f"({step}: {why}): restore one from a copy, or start in another workdir"
+    )
+
+
+def _read(directory: epath.Path, step: int, params, opt_state, groups) -> Restored:
+    """Reads one step; `params` None reads them as saved, `opt_state` None leaves it out."""
+    folder = directory / str(step)
+    meta, of_params, of_opt_state = _attempt("meta", lambda: items.read_meta(folder, step))
+    if params is None:
+        params = items.as_saved(of_params)
+    else:
+        _check_same(folder, "parameter", of_params, params)
+    if opt_state is not None:
+        _check_same(folder, "optimizer state", of_opt_state, opt_state)
+    data = _attempt("data", lambda: items.read_data(folder, groups))
+    params = _read_arrays(folder / "params", of_params, params)
+    if opt_state is not None:
+        opt_state = _read_arrays(folder / "opt_state", of_opt_state, opt_state)
+    return Restored(step, params, opt_state, data, meta)
+
+
+def _attempt(what: str, read: Callable[[], T]) -> T:
+    """The value of `read` if no process failed; else _Unreadable on all of them alike."""
+    value, failure = None, None
+    try:
+        value = read()
+    except MemoryError:
+        raise
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):  # the device's memory, not the files
+            raise
+        failure = f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if not _all_agree(failure is None):
+        raise _Unreadable(failure or f"{what}: another process cannot read it")
+    return value
+
+
+def _warn(line: str) -> None:
+    if jax.process_index() == 0:
+        logging.warning("%s", line)
+
+
+def _all_agree(fine: bool) -> bool:
+    if jax.process_count() == 1:
+        return fine
+    return bool(multihost_utils.process_allgather(np.array(fine)).all())
+
+
+# --- Arrays --------------------------------------------------------------------------------------
+
+
+def _check_same(folder: epath.Path, kind: str, recorded: Mapping[str, Any], wanted: Any) -> None:
+    named = items.names(wanted)
+    for name, leaf in named.items():
+        there = tuple(recorded[name]["shape"]) if name in recorded else "missing"
+        if there != tuple(leaf.shape):
+            raise UserError(
+                f"{folder}: {kind} {name} is {there} in the checkpoint and {tuple(leaf.shape)} in "
+                f"this experiment: use the configuration it was saved with, or another workdir"
+            )
+    for name in recorded:
+        if name not in named:
+            raise UserError(
+                f"{folder}: {kind} {name} of the checkpoint is not part of this experiment: use "
+                f"the configuration it was saved with, or another workdir"
+            )
+
+
+def _read_arrays(folder: epath.Path, recorded: Mapping[str, Any], wanted: Any) -> Any:
+    """Reads the arrays of one item as saved, compares checksums, then casts to the wanted types."""
+    leaves, structure = jax.tree.flatten(wanted)
+    if not leaves:
+        return wanted
+    names = list(items.names(wanted))
+    one_device = SingleDeviceSharding(jax.local_devices()[0])
+
+    def as_recorded(name, leaf):
+        sharding = getattr(leaf, "sharding", None) or one_device
+        return jax.ShapeDtypeStruct(leaf.shape, recorded[name]["dtype"], sharding=sharding)
+
+    target = jax.tree.unflatten(structure, map(as_recorded, names, leaves))
+    handler = ocp.StandardCheckpointHandler()
+    arrays = _attempt(
+        folder.name, lambda: handler.restore(folder, args=ocp.args.StandardRestore(target))
+    )
+    arrays = jax.tree.leaves(arrays)
+    for name, checksum in zip(names, items.checksums(arrays), strict=True):
+        if checksum != recorded[name]["checksum"]:
+            raise _Unreadable(f"{folder.name}: {name} is not what was saved: its checksum differs")
+    cast = [
+        a if a.dtype == leaf.dtype else a.astype(leaf.dtype)
+        for a, leaf in zip(arrays, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, cast)
+
+
+# --- Saving --------------------------------------------------------------------------------------
+
+
+class Checkpointer:
+    """The checkpoints of one run: saved in the background, old ones removed, the newest restored.
+
+    All processes call the same methods in the same order.
+    """
+
+    def __init__(
+        self, directory: epath.PathLike, keep_last: int = 2, keep_every: int | None = None
+    ):
+        """Opens the directory, creating it where needed; what unfinished saves left is removed.
+
+        Raises:
+          UserError: the directory cannot be made or written to, or a number makes no sense.
+        """
+        for name, value in (("keep_last", keep_last), ("keep_every", keep_every)):
+            if value is not None and value < 1:
+                raise UserError(f"checkpoints: {name} = {value} must be 1 or more")
+        self.directory = epath.Path(directory).absolute()
+        self._damaged: list[int] = []  # newer than what was restored
+        self._needed = 0  # bytes of the last save
+        try:
+            if self.directory.exists():
+                for left in ocp.utils.tmp_checkpoints(self.directory):
+                    _warn(f"{left}: a save that never finished: removing it")
+            self._manager = self._open(keep_last, keep_every)
+        except OSError as error:
+            raise UserError(
+                f"{self.directory}: cannot keep checkpoints here ({error.strerror or error}): "
+                f"choose another workdir"
+            ) from error
+
+    def _open(self, keep_last: int, keep_every: int | None) -> ocp.CheckpointManager:
+        keep = [checkpoint_managers.LatestN(keep_last)]
+        if keep_every is not None:
+            keep.append(checkpoint_managers.EveryNSteps(keep_every))
+        return ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        """Steps that are complete on disk, ascending."""
+        return complete_steps(self.directory)
+
+    def save(self, step: int, params: Any, opt_state: Any, data: items.Data, meta: Mapping) -> None:
+        """Starts saving a step; the arrays may be donated or changed as soon as this returns.
+
+        Waits for the save before it, if that is still going on, and raises its error. Saving a step
+        that is already there does nothing.
+
+        Args:
+          data: state of the lane groups that this process owns.
+          meta: anything JSON can hold; tuples come back as lists.
+
+        Raises:
+          UserError: no space left, or no permission to write; now or at the save before.
+        """
+        self.wait()
+        self._set_damaged_aside()
+        if step in self._manager.all_steps():
+            return
+        self._needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((params, opt_state)))
+        if not _all_agree(self._needed <= self._free()):
+            raise UserError(self._no_space(f"the checkpoint of step {step}"))
+        arrays = {"params": items.describe(params), "opt_state": items.describe(opt_state)}
+        args = {
+            "params": ocp.args.StandardSave(params),
+            "data": items.SaveData.of(data),
+            "meta": ocp.args.JsonSave(items.sealed_meta(step, meta, arrays)),
+        }
+        if arrays["opt_state"]:  # Orbax saves no empty item
+            args["opt_state"] = ocp.args.StandardSave(opt_state)
+        with self._disk_errors():
+            self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk.
+
+        Raises:
+          UserError: it did not get there for want of space, or of permission.
+        """
+        with self._disk_errors():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then lets go of threads and files."""
+        self.wait()
+        self._manager.close()
+
+    def restore_latest(
+        self, params: Any, opt_state: Any, groups: Iterable[int] | None = None
+    ) -> Restored | None:
+        """The newest step that can be read; None where none was ever saved.
+
+        A damaged checkpoint is named in a warning and the one before it taken; training then goes
+        on from there, and the damaged one is renamed out of the way at the next save.
+
+        Args:
+          params: tree of `jax.ShapeDtypeStruct` with shardings, on any mesh; opt_state likewise.
+          groups: the lane groups wanted, whichever process saved them; None for all.
+
+        Raises:
+          UserError: no checkpoint can be read, or one holds arrays of other shapes.
+        """
+        steps = self.steps()
+        if not steps:
+            return None
+        groups = None if groups is None else tuple(groups)
+        restored, self._damaged = _newest_readable(
+            self.directory,
+            steps,
+            lambda step: _read(self.directory, step, params, opt_state, groups),
+        )
+        return restored
+
+    def _set_damaged_aside(self) -> None:
+        if not self._damaged:
+            return
+        if jax.process_index() == 0:
+            for step in self._damaged:
+                aside = self.directory / f"damaged-{step}"
+                if aside.exists():
+                    aside.rmtree()
+                (self.directory / str(step)).rename(aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints set aside")
+        self._damaged = []
+        self._manager.reload()
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """Makes one line of what the disk refuses; other errors pass as they are."""
+        try:
+            yield
+        except Exception as error:
+            self._manager.reload()  # forgets the step that did not get there
+            if any(sign in str(error) for sign in ("No space left", "ENOSPC", "quota exceeded")):
+                raise UserError(self._no_space("a checkpoint")) from error
+            if isinstance(error, PermissionError):
+                raise UserError(
+                    f"{self.directory}: not allowed to write a checkpoint: choose another workdir"
+                ) from error
+            raise
+
+    def _no_space(self, what: str) -> str:
+        return (
+            f"{self.directory}: no space left for {what}: {self._needed / 1e9:.3f} GB needed, "
+            f"{self._free() / 1e9:.3f} GB free: make room or lower keep_last"
+        )
+
+    def _free(self) -> float:
+        try:
+            return shutil.disk_usage(self.directory).free
+        except OSError:  # not a local disk
+            return math.inf

@@ -1,0 +1,30 @@
+"""Model FLOPs: the matrix products that the method asks for, whatever the program computes."""
+
+from __future__ import annotations
+
+from fot_jax.model.crossbatch import Scheme
+from fot_jax.model.transformer import ModelConfig
+
+
+def training_flops(c: ModelConfig, scheme: Scheme, rows: int, group_rows: int) -> int:
+    """FLOPs of one training step: forward plus twice that for the gradient, no recomputation.
+
+    Scores count for visible blocks only: the causal half of each local window, and each context
+    that the scheme gives to a row. Rows that nobody needs after the last memory layer stop there.
+
+    Args:
+      rows: rows of the whole batch, in crossbatch groups of `group_rows`.
+    """
+    T = c.local_context
+    kernels = c.hidden_size * c.head_dim * 2 * (c.num_heads + c.num_kv_heads)
+    kernels += c.hidden_size * c.mlp_dim * (3 if c.mlp == "swiglu" else 2)
+    per_score = 4 * c.num_heads * c.head_dim  # q k and p v, two FLOPs each
+    row_of_a_layer = 2 * kernels * T + per_score * T * (T + 1) // 2
+
+    kept = rows * len(range(scheme.windows)[scheme.output_place()]) // scheme.windows
+    layers_of_all = c.memory_layers[-1] + 1 if c.memory_layers else 0
+    contexts = sum(len(of_row) for of_row in scheme.contexts(group_rows)) * (rows // group_rows)
+    forward = row_of_a_layer * (rows * layers_of_all + kept * (c.num_layers - layers_of_all))
+    forward += len(c.memory_layers) * contexts * per_score * T * T
+    forward += kept * 2 * c.hidden_size * c.vocab_size * T
+    return 3 * forward

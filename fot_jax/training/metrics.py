@@ -1,0 +1,275 @@
+"""What training reports: sums to means, speed, and where the numbers go.
+
+Process 0 writes and speaks; on the others everything here that writes or prints does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from tensorboard.compat.proto import event_pb2, summary_pb2
+from tensorboard.summary.writer.record_writer import RecordWriter
+from tqdm import tqdm
+
+from fot_jax.errors import UserError
+
+# --- Numbers -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Sums over target tokens, on the host; add them up, then take means.
+
+    Attributes:
+      loss: nats.
+      correct: tokens whose target was the most likely.
+      weights: tokens.
+    """
+
+    loss: float = 0.0
+    correct: float = 0.0
+    weights: float = 0.0
+
+    @classmethod
+    def of(cls, sums: Any) -> Counts:
+        """Fetches anything with these three attributes, e.g. step.Sums."""
+        return cls(*(float(getattr(sums, field.name)) for field in dataclasses.fields(cls)))
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.loss + other.loss, self.correct + other.correct, self.weights + other.weights
+        )
+
+    def means(self) -> dict[str, float]:
+        """Loss in nats a token, perplexity and accuracy; not numbers where there was no token."""
+        if not self.weights:
+            return {"loss": math.nan, "perplexity": math.nan, "accuracy": math.nan}
+        loss = self.loss / self.weights
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        return {"loss": loss, "perplexity": perplexity, "accuracy": self.correct / self.weights}
+
+
+def matmul_rate(dtype: Any = "float32") -> float:
+    """FLOP/s of plain square matrix products on the first device, the best of half a second."""
+    product = jax.jit(jnp.matmul)
+    best, size, stop = 0.0, 1024, time.perf_counter() + 0.5
+    while True:
+        x = jnp.full((size, size), 1 / size, dtype)
+        product(x, x).block_until_ready()  # compiles
+        while True:
+            start = time.perf_counter()
+            product(x, x).block_until_ready()
+            end = time.perf_counter()
+            best = max(best, 2 * size**3 / (end - start))
+            if end > stop:
+                return best
+            if end - start < 0.02 and size < 16384:  # too small to fill the device
+                size *= 2
+                break
+
+
+def utilisation(flops: float, seconds: float, rate: float) -> float:
+    """Share of `rate` (FLOP/s) that doing `flops` in `seconds` is."""
+    return flops / (seconds * rate)
+
+
+def first_nonfinite(tree: Any) -> str | None:
+    """Name of the first array, in tree order, that has an infinity or not-a-number in it.
+
+    Example: "layers/mlp/down".
+    """
+    named = jax.tree_util.tree_leaves_with_path(tree)
+    if not named:
+        return None
+    finite = np.asarray(_all_finite([leaf for _, leaf in named]))
+    if finite.all():
+        return None
+    path, _ = named[int(np.argmin(finite))]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+@jax.jit
+def _all_finite(leaves: list[Any]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in leaves])
+
+
+# --- Where they go -------------------------------------------------------------------------------
+
+
+class Metrics:
+    """metrics.jsonl and TensorBoard events in the workdir, and the console.
+
+    metrics.jsonl has one object a line: step, time (seconds since 1970), name -> number, null for
+    what is not finite. A resumed run first drops the lines after the step it resumes from, so that
+    no step stands there twice.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        first_step: int,
+        steps: int,
+        tokens_per_step: int,
+        peak_flops: float | None = None,
+        console: IO[str] | None = None,
+    ):
+        """Opens the files.
+
+        Args:
+          first_step: updates already done.
+          steps: updates in all.
+          tokens_per_step: new tokens of a step, over all processes.
+          peak_flops: FLOP/s that utilisation is measured against, over all devices.
+          console: where to speak; standard error if None. A bar on a terminal, lines elsewhere.
+        """
+        self._steps, self._tokens_per_step, self._peak = steps, tokens_per_step, peak_flops
+        self._last = (first_step, time.perf_counter())
+        self._speaks = jax.process_index() == 0
+        if not self._speaks:
+            return
+        self._console = console or sys.stderr
+        self._workdir = workdir = epath.Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._lines = _open_lines(workdir / "metrics.jsonl", first_step)
+        self._events = _open_events(workdir, first_step)
+        self._bar = None
+        if self._console.isatty():
+            self._bar = tqdm(
+                total=steps, initial=first_step, file=self._console, unit="step", dynamic_ncols=True
+            )
+
+    def training(self, step: int, values: Mapping[str, Any], flops: float | None = None) -> None:
+        """Writes and shows what training measured, with its speed since the last call.
+
+        Adds tokens_per_second, seconds_per_step and, where `flops` and a peak are known,
+        utilisation.
+
+        Args:
+          step: updates done.
+          values: name -> number; loss, perplexity and d are shown where present.
+          flops: model FLOPs of one of the steps since the last call.
+        """
+        last_step, last_time = self._last
+        self._last = (step, time.perf_counter())
+        seconds = (self._last[1] - last_time) / max(step - last_step, 1)
+        speed = {
+            "tokens_per_second": self._tokens_per_step / seconds,
+            "seconds_per_step": seconds,
+        }
+        if flops is not None and self._peak is not None:
+            speed["utilisation"] = utilisation(flops, seconds, self._peak)
+        self.write(step, {**values, **speed})
+        if self._speaks:
+            self._show(step, values, speed["tokens_per_second"], seconds * (self._steps - step))
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes numbers of a step to the files alone.
+
+        Raises:
+          UserError: no space left, or the like.
+        """
+        if not self._speaks:
+            return
+        now = time.time()
+        numbers = {name: np.asarray(x).item() for name, x in values.items()}
+        clean = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+        summary = [summary_pb2.Summary.Value(tag=k, simple_value=x) for k, x in numbers.items()]
+        event = event_pb2.Event(
+            wall_time=now, step=step, summary=summary_pb2.Summary(value=summary)
+        )
+        try:
+            print(json.dumps({"step": step, "time": round(now, 3), **clean}), file=self._lines)
+            self._lines.flush()
+            self._events.write(event.SerializeToString())
+            self._events.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self._workdir}: metrics of step {step} cannot be written ({error.strerror}): "
+                f"make room, then run again to resume"
+            ) from error
+
+    def say(self, text: str) -> None:
+        """Prints text without tearing the progress bar."""
+        if self._speaks:
+            with tqdm.external_write_mode(file=self._console):
+                print(text, file=self._console, flush=True)
+
+    @contextlib.contextmanager
+    def untimed(self) -> Iterator[None]:
+        """What happens inside, an evaluation say, does not count against the speed of training."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            last_step, last_time = self._last
+            self._last = (last_step, last_time + time.perf_counter() - start)
+
+    def close(self) -> None:
+        if self._speaks:
+            self._lines.close()
+            self._events.close()
+            if self._bar is not None:
+                self._bar.close()
+
+    def _show(self, step: int, values: Mapping[str, Any], rate: float, left: float) -> None:
+        shown = {
+            "loss": f"{float(values['loss']):.4f}" if "loss" in values else None,
+            "perplexity": f"{float(values['perplexity']):.4g}" if "perplexity" in values else None,
+            "tokens/s": f"{rate:,.0f}",
+            "d": str(values["d"]) if "d" in values else None,
+        }
+        shown = {name: text for name, text in shown.items() if text is not None}
+        if self._bar is not None:
+            self._bar.set_postfix(shown, refresh=False)  # the bar adds the time left itself
+            self._bar.update(step - self._bar.n)
+            return
+        eta = datetime.timedelta(seconds=round(left))
+        line = "  ".join(f"{name} {text}" for name, text in shown.items())
+        print(f"step {step}/{self._steps}  {line}  ETA {eta}", file=self._console, flush=True)
+
+
+def _open_lines(path: epath.Path, first_step: int) -> IO[str]:
+    """Opens metrics.jsonl to append, without what a resumed run is about to write again."""
+    if path.exists():
+        text = path.read_text()
+        kept = "".join(f"{line}\n" for line in text.splitlines() if _stays(line, first_step))
+        if kept != text:
+            whole = path.parent / f"{path.name}.partial"
+            whole.write_text(kept)
+            whole.replace(path)
+    return path.open("a")
+
+
+def _stays(line: str, first_step: int) -> bool:
+    try:
+        return first_step > 0 and json.loads(line)["step"] <= first_step
+    except (ValueError, KeyError, TypeError):  # cut off when the run before was killed
+        return False
+
+
+def _open_events(workdir: epath.Path, first_step: int) -> RecordWriter:
+    """A new TensorBoard event file; TensorBoard then forgets what older ones say of later steps."""
+    now = time.time()
+    name = f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}"
+    events = RecordWriter((workdir / name).open("wb"))
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    events.write(event_pb2.Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
+    events.write(
+        event_pb2.Event(wall_time=now, step=first_step + 1, session_log=start).SerializeToString()
+    )
+    events.flush()
+    return events

@@ -1,0 +1,166 @@
+"""Learning-rate schedules and optimizers (method.md §5).
+
+A schedule is a function of the number of updates done so far, as optax has them; update n = 1, 2, …
+uses schedule(n - 1). Optimizers keep their state in float32 whatever the parameters' type. Layers
+are stacked on axis 0 under params["layers"], and an optimizer treats them exactly as it would
+treat separate layers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fot_jax.errors import UserError
+
+# --- Schedules -----------------------------------------------------------------------------------
+
+
+def constant(value: float, warmup_steps: int = 0) -> optax.Schedule:
+    """`value`, after a linear warm-up over the first `warmup_steps` updates."""
+    _check("constant", value=value, warmup_steps=warmup_steps)
+    return lambda count: value * _warmup(count, warmup_steps)
+
+
+def inverse_square_root(
+    max_value: float, min_value: float, warmup_steps: int = 1000
+) -> optax.Schedule:
+    """Linear warm-up to max_value, then max_value · sqrt(warmup_steps / n), never below min_value.
+
+    n counts updates from 1; the maximum is reached at n = warmup_steps.
+    """
+    _check("inverse_square_root", max_value, min_value, warmup_steps=warmup_steps)
+    if warmup_steps < 1:
+        raise UserError(
+            "inverse_square_root: warmup_steps = 0 leaves no scale: set it to 1 or more"
+        )
+
+    def schedule(count):
+        n = jnp.maximum(count + 1, warmup_steps).astype(jnp.float32)
+        decayed = jnp.maximum(max_value * jnp.sqrt(warmup_steps / n), min_value)
+        return decayed * _warmup(count, warmup_steps)
+
+    return schedule
+
+
+def cosine(max_value: float, min_value: float, warmup_steps: int, steps: int) -> optax.Schedule:
+    """Linear warm-up to max_value, then half a cosine down to min_value at update `steps`."""
+    _check("cosine", max_value, min_value, warmup_steps=warmup_steps)
+    if steps <= warmup_steps:
+        raise UserError(f"cosine: steps = {steps} must exceed warmup_steps = {warmup_steps}")
+
+    def schedule(count):
+        done = jnp.clip((count + 1 - warmup_steps) / (steps - warmup_steps), 0.0, 1.0)
+        decayed = min_value + (max_value - min_value) * 0.5 * (1 + jnp.cos(math.pi * done))
+        return decayed * _warmup(count, warmup_steps)
+
+    return schedule
+
+
+def _warmup(count, warmup_steps: int) -> jax.Array:
+    return jnp.minimum((count + 1) / max(warmup_steps, 1), 1.0)
+
+
+def _check(schedule: str, max_value=0.0, min_value=0.0, **more) -> None:
+    for name, number in dict(max_value=max_value, min_value=min_value, **more).items():
+        if not (math.isfinite(number) and number >= 0):
+            raise UserError(f"{schedule}: {name} = {number} must be a finite number of 0 or more")
+    if min_value > max_value:
+        raise UserError(f"{schedule}: min_value = {min_value} exceeds max_value = {max_value}")
+
+
+# --- Optimizers ----------------------------------------------------------------------------------
+
+
+def adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float = 0.01,
+    b1: float = 0.9,
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    clip_norm: float | None = 1.0,
+) -> optax.GradientTransformation:
+    """AdamW after clipping by the norm of the whole gradient.
+
+    Decay, times the learning rate, applies to matrices (kernels and embeddings) alone: never to
+    norm scales, biases or attention temperatures.
+    """
+    update = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=matrices)
+    return _in_float32(_clipped(update, clip_norm))
+
+
+def adafactor(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: float | None = 0.9,
+    decay_rate: float = 0.8,
+    clipping_threshold: float = 1.0,
+    min_dim_size_to_factor: int = 128,
+    clip_norm: float | None = None,
+) -> optax.GradientTransformation:
+    """Adafactor with updates relative to each parameter's own size, as the paper's small models.
+
+    Second moments of matrices are factored into rows and columns where both dimensions reach
+    `min_dim_size_to_factor`; 1 - n^-decay_rate is their decay at update n; each update is clipped
+    to a root mean square of `clipping_threshold`, scaled by the learning rate and the parameter's
+    root mean square (at least 1e-3), and averaged with decay b1. All of this is per layer.
+    `clip_norm` bounds the norm of the whole gradient; the paper names none.
+    """
+    update = optax.adafactor(
+        learning_rate,
+        min_dim_size_to_factor=min_dim_size_to_factor,
+        decay_rate=decay_rate,
+        clipping_threshold=clipping_threshold,
+        momentum=b1,
+    )
+    return _in_float32(_clipped(_per_layer(update), clip_norm))
+
+
+def matrices(params: Any) -> Any:
+    """Which parameters are matrices within their layer: a tree of booleans."""
+
+    def is_matrix(path, leaf):
+        stacked = getattr(path[0], "key", None) == "layers"
+        return leaf.ndim - stacked >= 2
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def _clipped(update, clip_norm):
+    return (
+        update if clip_norm is None else optax.chain(optax.clip_by_global_norm(clip_norm), update)
+    )
+
+
+def _per_layer(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The transformation applied to every layer of params["layers"] on its own."""
+
+    def split(tree):
+        return tree["layers"], {name: leaf for name, leaf in tree.items() if name != "layers"}
+
+    def init(params):
+        layers, others = split(params)
+        return {"layers": jax.vmap(transform.init)(layers), "others": transform.init(others)}
+
+    def update(updates, state, params):
+        (u_layers, u_others), (p_layers, p_others) = split(updates), split(params)
+        new_layers, s_layers = jax.vmap(transform.update)(u_layers, state["layers"], p_layers)
+        new_others, s_others = transform.update(u_others, state["others"], p_others)
+        return {"layers": new_layers, **new_others}, {"layers": s_layers, "others": s_others}
+
+    return optax.GradientTransformation(init, update)
+
+
+def _in_float32(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The transformation computed on float32 copies; the updates come back in float32 too."""
+
+    def cast(tree):
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def update(updates, state, params):
+        return transform.update(cast(updates), state, cast(params))
+
+    return optax.GradientTransformation(lambda params: transform.init(cast(params)), update)

@@ -1,0 +1,144 @@
+"""Mesh, and the sharding of every array, from one table."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from fot_jax.errors import UserError
+from fot_jax.model.crossbatch import ROW_AXES
+
+AXES = ("data", "fsdp", "tensor")
+
+# Mesh axes of each parameter's dimensions, by the last names of its path. What is not listed
+# (norms, temperatures) is small and lives on every device.
+PARAMETERS: dict[tuple[str, ...], tuple[str | None, ...]] = {
+    ("embedding",): ("tensor", "fsdp"),
+    ("head",): ("fsdp", "tensor"),
+    ("attention", "query"): (None, "fsdp", "tensor"),
+    ("attention", "key"): (None, "fsdp", "tensor"),
+    ("attention", "value"): (None, "fsdp", "tensor"),
+    ("attention", "out"): (None, "tensor", "fsdp"),
+    ("mlp", "gate"): (None, "fsdp", "tensor"),
+    ("mlp", "up"): (None, "fsdp", "tensor"),
+    ("mlp", "down"): (None, "tensor", "fsdp"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """Devices along each mesh axis: rows over data and fsdp, parameters over fsdp and tensor.
+
+    `data` = -1 takes all devices that the other axes leave.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        for axis in AXES:
+            size = getattr(self, axis)
+            if not isinstance(size, int) or size < 1 and (axis, size) != ("data", -1):
+                rest = " (-1: all that the other axes leave)" if axis == "data" else ""
+                raise UserError(f"MeshShape.{axis} = {size!r}: give 1 or more devices{rest}")
+
+    def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The mesh over the given devices (default: all), those of a process next to each other.
+
+        Raises:
+          UserError: the axes do not multiply to the number of devices.
+        """
+        devices = jax.devices() if devices is None else devices
+        devices = sorted(devices, key=lambda device: device.process_index)
+        return Mesh(np.asarray(devices).reshape(self._sizes(len(devices))), AXES)
+
+    def make_abstract(self) -> AbstractMesh:
+        """A mesh without devices, to trace with: any number of them when `data` is given.
+
+        Raises:
+          UserError: `data` is -1 and the other axes do not divide the number of devices here.
+        """
+        if self.data == -1:
+            return AbstractMesh(self._sizes(jax.device_count()), AXES)
+        return AbstractMesh((self.data, self.fsdp, self.tensor), AXES)
+
+    def _sizes(self, devices: int) -> tuple[int, int, int]:
+        rest = self.fsdp * self.tensor
+        data = devices // rest if self.data == -1 else self.data
+        if data * rest != devices:
+            raise UserError(
+                f"mesh data={self.data} x fsdp={self.fsdp} x tensor={self.tensor} does not use "
+                f"the {devices} devices here exactly: change the MeshShape values"
+            )
+        return data, self.fsdp, self.tensor
+
+
+def path_name(path) -> str:
+    """layers/attention/query for a key path of jax.tree_util."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+
+
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Sharding of every leaf of a tree of arrays or shapes that holds parameters.
+
+    An optimizer's state holds trees shaped like the parameters: a leaf is sharded like the
+    parameter its path ends with, if it has that parameter's number of dimensions.
+
+    Raises:
+      UserError: a dimension does not divide over its mesh axis.
+    """
+
+    def of_leaf(path, leaf):
+        names = tuple(path_name(path).split("/"))
+        for end, axes in PARAMETERS.items():
+            if names[-len(end) :] == end and leaf.ndim == len(axes):
+                for size, axis in zip(leaf.shape, axes, strict=True):
+                    if axis and size % mesh.shape[axis]:
+                        raise UserError(
+                            f"{'/'.join(names)} {tuple(leaf.shape)}: {size} does not divide over "
+                            f"mesh axis {axis} of {mesh.shape[axis]}: change the MeshShape"
+                        )
+                return NamedSharding(mesh, PartitionSpec(*axes))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+
+def rows(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """Sharding of a batch: rows over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
+
+
+def owned_rows(mesh: Mesh, count: int, process: int | None = None) -> range:
+    """Which of the `count` rows of a batch a process holds (default: this one).
+
+    Processes that share a tensor axis hold the same rows.
+
+    Raises:
+      UserError: rows do not divide over the mesh.
+    """
+    shards = math.prod(mesh.shape[axis] for axis in ROW_AXES)
+    if count % shards:
+        raise UserError(
+            f"{count} rows of a batch do not divide over {shards} devices (mesh axes "
+            f"{' x '.join(ROW_AXES)}): change Data.lanes or the MeshShape"
+        )
+    process = jax.process_index() if process is None else process
+    held = sorted(
+        {
+            index.indices(count)[:2]
+            for device, (index,) in rows(mesh).devices_indices_map((count,)).items()
+            if device.process_index == process
+        }
+    )
+    if any(stop != start for (_, stop), (start, _) in itertools.pairwise(held)):
+        raise ValueError(f"rows of process {process} lie apart: make the mesh with MeshShape.make")
+    return range(held[0][0], held[-1][1])

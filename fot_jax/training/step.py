@@ -1,0 +1,219 @@
+"""One training step, as pure functions: loss, gradient, update; and the schedules of d.
+
+Letters: R rows, T tokens of a row, E model dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from fot_jax.errors import UserError
+from fot_jax.model import crossbatch
+from fot_jax.model.transformer import Transformer
+
+Batch = Mapping[str, jax.Array]  # inputs, targets, weights, segment_ids: each [R, T]
+
+
+class TrainState(NamedTuple):
+    """Everything that training changes."""
+
+    step: jax.Array  # [] int32: updates tried so far
+    params: Any
+    opt_state: Any
+
+
+class Sums(NamedTuple):
+    """Sums over target tokens; a mean is a sum divided by `weights`."""
+
+    loss: jax.Array  # nats
+    z_loss: jax.Array
+    correct: jax.Array
+    weights: jax.Array
+
+
+class StepInfo(NamedTuple):
+    """What a training step reports."""
+
+    sums: Sums
+    grad_norm: jax.Array  # [] before clipping
+    grad_squares: jax.Array  # [leaves] squared norm of each gradient, in tree order
+    applied: jax.Array  # [] bool: False when something was not finite and the update was skipped
+
+
+# --- Loss ----------------------------------------------------------------------------------------
+
+LOGITS_AT_ONCE = 2**26  # elements a device holds of [R, T, V]
+
+
+def token_sums(model: Transformer, params, hidden, targets, weights, devices: int = 1) -> Sums:
+    """Cross-entropy of next tokens, in chunks along T so that [R, T, V] is never held whole.
+
+    Args:
+      hidden: [R, T, E]; targets: [R, T] int32; weights: [R, T] float32.
+      devices: how many share the rows.
+    """
+    R, T, _ = hidden.shape
+    wanted = R * T * model.config.vocab_size / devices / LOGITS_AT_ONCE
+    chunks = next(n for n in range(1, T + 1) if T % n == 0 and (n >= wanted or n == T))
+
+    @jax.checkpoint
+    def of_chunk(hidden, targets, weights):
+        logits = model.apply({"params": params}, hidden, method="logits")
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        at_target = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        return Sums(
+            loss=((log_z - at_target) * weights).sum(),
+            z_loss=(jnp.square(log_z) * weights).sum(),
+            correct=((at_target >= logits.max(-1)) * weights).sum(),
+            weights=weights.sum(),
+        )
+
+    if chunks == 1:
+        return of_chunk(hidden, targets, weights)
+    parts = (
+        x.reshape(R, chunks, T // chunks, *x.shape[2:]).swapaxes(0, 1)
+        for x in (hidden, targets, weights)
+    )
+    return jax.tree.map(lambda x: x.sum(0), lax.map(lambda args: of_chunk(*args), tuple(parts)))
+
+
+def batch_sums(model: Transformer, params, batch: Batch, scheme, plan: crossbatch.Plan) -> Sums:
+    """Loss of the output rows of a (micro)batch under a crossbatch scheme."""
+    out = model.apply({"params": params}, batch["inputs"], batch["segment_ids"], plan, keep=scheme)
+    targets, weights = (crossbatch.output_rows(scheme, batch[x]) for x in ("targets", "weights"))
+    devices = 1 if plan.mesh is None else plan.mesh.size
+    return token_sums(model, params, out.hidden, targets, weights, devices)
+
+
+# --- Step ----------------------------------------------------------------------------------------
+
+
+def make_train_step(
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    scheme: crossbatch.Scheme,
+    plan: crossbatch.Plan,
+    accumulation: int = 1,
+    z_loss: float = 0.0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepInfo]]:
+    """The compiled step (state, batch) -> (state, info) for one scheme; the state is donated.
+
+    The objective is the mean over all target tokens of the batch, whatever the number of
+    microbatches. `plan` is for one microbatch. An update whose loss or gradient is not finite is
+    skipped: the state comes back with only its step counter moved.
+    """
+
+    def objective(params, batch, total_weight):
+        sums = batch_sums(model, params, batch, scheme, plan)
+        return (sums.loss + z_loss * sums.z_loss) / total_weight, sums
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepInfo]:
+        weights = crossbatch.output_rows(scheme, batch["weights"])
+        gradient = jax.grad(objective, has_aux=True)
+        total = jnp.maximum(weights.sum(), 1.0)
+        if accumulation == 1:
+            grads, sums = gradient(state.params, batch, total)
+        else:
+            grads, sums = _accumulate(gradient, state.params, batch, total, accumulation, plan)
+        squares = jnp.stack([jnp.square(g).sum() for g in jax.tree.leaves(grads)])
+        finite = jnp.isfinite(squares.sum()) & jnp.isfinite(sums.loss)
+
+        def update():
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            return optax.apply_updates(state.params, updates), opt_state
+
+        params, opt_state = lax.cond(finite, update, lambda: (state.params, state.opt_state))
+        info = StepInfo(sums, jnp.sqrt(squares.sum()), squares, finite)
+        return TrainState(state.step + 1, params, opt_state), info
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _accumulate(gradient, params, batch, total_weight, accumulation, plan):
+    """Sums gradients over microbatches of whole crossbatch groups, one after the other."""
+
+    def split(x):
+        x = x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:])
+        if plan.mesh is None:
+            return x
+        spec = PartitionSpec(None, crossbatch.ROW_AXES)
+        return lax.with_sharding_constraint(x, NamedSharding(plan.mesh, spec))
+
+    def add(carry, microbatch):
+        return jax.tree.map(jnp.add, carry, gradient(params, microbatch, total_weight)), None
+
+    micro = jax.tree.map(split, dict(batch))
+    zero = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micro), total_weight),
+    )
+    return lax.scan(add, zero, micro)[0]
+
+
+def make_positive_mass(model: Transformer, plan: crossbatch.Plan):
+    """Compiled (params, batch) -> r_d of every memory layer, [memory layers] (method.md §5)."""
+
+    def measure(params, batch: Batch):
+        return model.apply(
+            {"params": params},
+            *(batch["inputs"], batch["segment_ids"], plan),
+            measure_positive_mass=True,
+        ).positive_mass
+
+    return jax.jit(measure)
+
+
+# --- Schedules of d (method.md §3) ---------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class SwitchAtStep:
+    """d is values[0] before steps[0], then values[1] up to steps[1], and so on."""
+
+    steps: tuple[int, ...] = (450_000,)
+    values: tuple[int, ...] = (2, 64)
+
+    def __post_init__(self):
+        if len(self.values) != len(self.steps) + 1 or list(self.steps) != sorted(self.steps):
+            raise UserError(
+                f"SwitchAtStep: steps {tuple(self.steps)} must ascend and values "
+                f"{tuple(self.values)} must be one more than steps"
+            )
+
+    def __call__(self, step: int, last_d: int | None, accuracy: float) -> int:
+        """d of `step`; `last_d` is d of the step before, `accuracy` that of two steps before."""
+        return self.values[int(np.searchsorted(self.steps, step, side="right"))]
+
+
+@dataclasses.dataclass(frozen=True)
+class SwitchAtAccuracy:
+    """d is values[0] until the accuracy of a training step reaches `threshold`, then values[1]."""
+
+    threshold: float = 0.98
+    values: tuple[int, int] = (1, 128)
+
+    def __call__(self, step: int, last_d: int | None, accuracy: float) -> int:
+        return self.values[last_d == self.values[1] or accuracy >= self.threshold]
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawnEachStep:
+    """d is drawn anew at each step from `values`, as a function of seed and step alone."""
+
+    values: tuple[int, ...] = (2, 128)
+    seed: int = 0
+
+    def __call__(self, step: int, last_d: int | None, accuracy: float) -> int:
+        return self.values[np.random.default_rng((self.seed, step)).integers(len(self.values))]
+
+
+ScheduleOfD = SwitchAtStep | SwitchAtAccuracy | DrawnEachStep

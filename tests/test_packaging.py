@@ -1,0 +1,80 @@
+"""What is declared is what is imported, and importing the package costs nothing."""
+
+import ast
+import configparser
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import fot_jax
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fot_jax"
+
+
+@pytest.fixture(scope="module")
+def declared():
+    """Name of every distribution in setup.cfg -> requirement; those of accelerators left out."""
+    config = configparser.ConfigParser(interpolation=None)
+    config.read(ROOT / "setup.cfg")
+    extras = config["options.extras_require"]
+    lines = [*config["options"]["install_requires"].splitlines()]
+    lines += [*extras["torch"].splitlines(), *extras["test"].splitlines()]
+    requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(r.name): r for r in requirements}
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import sys, fot_jax; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "fot_jax" in loaded
+    assert not {"jax", "numpy", "tensorflow", "seqio", "torch", "flax"} & set(loaded)
+
+
+def test_unknown_attributes_are_attribute_errors():
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        fot_jax.nonsense  # noqa: B018
+
+
+def test_every_folder_of_modules_is_a_package():
+    """find: installs only folders with an __init__.py."""
+    for module in PACKAGE.rglob("*.py"):
+        assert (module.parent / "__init__.py").exists(), module
+
+
+def test_every_import_is_declared(declared):
+    distributions = importlib.metadata.packages_distributions()
+    for module in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(module.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                continue
+            for name in names:
+                top = name.split(".")[0]
+                if top == "fot_jax" or top in sys.stdlib_module_names:
+                    continue
+                known = {canonicalize_name(d) for d in distributions[top]}
+                assert known & declared.keys(), f"{module}: {name} is not in setup.cfg"
+
+
+def test_constraints_name_one_version_of_everything_declared(declared):
+    lines = (ROOT / ".ci" / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    versions = {}
+    for pin in pins:
+        (specifier,) = pin.specifier
+        assert specifier.operator == "==" and "+" not in specifier.version and pin.url is None
+        versions[canonicalize_name(pin.name)] = specifier.version
+    for name, requirement in declared.items():
+        if name != "fot-jax":
+            assert requirement.specifier.contains(versions[name]), (name, versions[name])

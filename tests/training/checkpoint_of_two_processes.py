@@ -1,0 +1,53 @@
+"""One of two processes of a run that saves, resumes, and passes over a damaged checkpoint.
+
+Started by test_checkpoint.py: python checkpoint_of_two_processes.py PORT PROCESS DIRECTORY
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fot_jax.training.checkpoint import Checkpointer
+
+
+def whole(step):
+    return np.random.default_rng(step).normal(size=(8, 64)).astype(np.float32)
+
+
+def main(port, process, directory):
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
+    sharding = NamedSharding(Mesh(np.asarray(jax.devices()), "x"), PartitionSpec("x"))
+    store = Checkpointer(directory)
+    for step in (1, 2):
+        array = jax.make_array_from_callback((8, 64), sharding, whole(step).__getitem__)
+        data = {g: {"place": np.array(10 * step + g)} for g in (process, process + 2)}
+        store.save(step, {"w": array}, {}, data, {"step was": step})
+    store.wait()
+    if process == 0:  # the second half of the newest arrays is lost
+        for path in Path(directory, "2", "params").rglob("d/*"):
+            content = path.read_bytes()
+            path.write_bytes(content[: len(content) // 2])
+    multihost_utils.sync_global_devices("damaged")
+    target = {"w": jax.ShapeDtypeStruct((8, 64), np.float32, sharding=sharding)}
+    others = (1 - process, 3 - process)  # groups that the other process wrote
+    restored = store.restore_latest(target, {}, others)
+    assert restored.step == 1 and restored.meta == {"step was": 1}
+    assert {g: int(s["place"]) for g, s in restored.data.items()} == {g: 10 + g for g in others}
+    for shard in restored.params["w"].addressable_shards:
+        np.testing.assert_array_equal(shard.data, whole(1)[shard.index])
+    store.save(2, restored.params, {}, {process: {"place": np.array(7)}}, {})
+    store.close()
+    assert store.steps() == [1, 2]
+    print("done")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

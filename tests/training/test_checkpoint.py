@@ -1,0 +1,433 @@
+"""Saving and restoring: exact, on any mesh, and never wrong data from damaged files."""
+
+import dataclasses
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fot_jax.errors import UserError
+from fot_jax.model.transformer import ModelConfig, RopeScaling
+from fot_jax.training import checkpoint, checkpoint_items
+from fot_jax.training.checkpoint import Checkpointer
+
+optimizer = optax.adamw(1e-2)
+
+
+def make_params(seed, wide=16):
+    rng = np.random.default_rng(seed)
+    return {
+        "embedding": jnp.asarray(rng.normal(size=(32, 8)), jnp.float32),
+        "layers": {
+            "up": jnp.asarray(rng.normal(size=(3, 8, wide)), jnp.float32),
+            "scale": jnp.asarray(rng.normal(size=(3, 8)), jnp.bfloat16),
+        },
+    }
+
+
+def make_opt_state(params):
+    return optimizer.update(jax.tree.map(jnp.cos, params), optimizer.init(params), params)[1]
+
+
+def make_data(step):
+    return {
+        group: {
+            "position": np.array(100 * step + group),
+            "left": np.arange(step + group, dtype=np.int32),
+        }
+        for group in range(3)
+    }
+
+
+def save(store, step):
+    params = make_params(step)
+    store.save(step, params, make_opt_state(params), make_data(step), {"name": f"at {step}"})
+    store.wait()
+
+
+def abstract(tree, sharding=None):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def restore(store, sharding=None, groups=None):
+    params = make_params(0)
+    opt_state = make_opt_state(params)
+    return store.restore_latest(abstract(params, sharding), abstract(opt_state, sharding), groups)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def assert_is_step(restored, step):
+    assert restored.step == step
+    params = make_params(step)
+    assert_same(restored.params, params)
+    assert_same(restored.opt_state, make_opt_state(params))
+    assert_same(restored.data, make_data(step))
+    assert restored.meta == {"name": f"at {step}"}
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    lines = []
+    monkeypatch.setattr(
+        checkpoint.logging, "warning", lambda text, *args: lines.append(text % args)
+    )
+    return lines
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory with steps 1 and 2, to be copied by tests that damage it."""
+    directory = tmp_path_factory.mktemp("saved") / "checkpoints"
+    store = Checkpointer(directory)
+    for step in (1, 2):
+        save(store, step)
+    store.close()
+    return directory
+
+
+def test_round_trip_is_exact(saved):
+    store = Checkpointer(saved)
+    assert store.steps() == [1, 2]
+    assert_is_step(restore(store), 2)
+
+
+def test_nothing_saved_restores_nothing(tmp_path):
+    assert restore(Checkpointer(tmp_path / "a" / "b")) is None
+
+
+def test_any_mesh_saves_and_any_mesh_restores(tmp_path):
+    devices = np.asarray(jax.devices())
+    wide = NamedSharding(Mesh(devices.reshape(8), "x"), PartitionSpec())
+    split = NamedSharding(Mesh(devices.reshape(8), "x"), PartitionSpec(None, "x"))
+    params = jax.device_put(make_params(5), {"embedding": split, "layers": wide})
+    store = Checkpointer(tmp_path)
+    store.save(5, params, optimizer.init(params), {}, {})
+    store.wait()
+    four = NamedSharding(Mesh(devices[:4].reshape(2, 2), ("x", "y")), PartitionSpec("x", "y"))
+    one = NamedSharding(Mesh(devices[:1], "x"), PartitionSpec())
+    target = abstract(make_params(5), one)
+    target["embedding"] = jax.ShapeDtypeStruct((32, 8), jnp.float32, sharding=four)
+    restored = checkpoint.load_params(tmp_path, target)
+    assert restored.params["embedding"].sharding == four
+    assert restored.params["layers"]["up"].sharding == one
+    assert_same(restored.params, make_params(5))
+
+
+def test_arrays_may_be_donated_and_data_changed_right_after_save(tmp_path):
+    store = Checkpointer(tmp_path)
+    params, data = make_params(1), make_data(1)
+    opt_state = make_opt_state(params)
+    store.save(1, params, opt_state, data, {"name": "at 1"})
+    data[0]["left"][:] = -1
+    spoil = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 + 7, tree), donate_argnums=0)
+    jax.block_until_ready(spoil((params, opt_state)))
+    store.wait()
+    assert_is_step(restore(store), 1)
+
+
+def test_a_step_shows_only_when_complete(tmp_path, monkeypatch):
+    """The save is stopped just before its last file; the step must not show up till it goes on."""
+    reached, go_on = threading.Event(), threading.Event()
+    finalize = checkpoint_items.DataHandler.finalize
+
+    def slow(self, directory):
+        reached.set()
+        assert go_on.wait(30)
+        finalize(self, directory)
+
+    store = Checkpointer(tmp_path)
+    save(store, 1)
+    monkeypatch.setattr(checkpoint_items.DataHandler, "finalize", slow)
+    params = make_params(2)
+    store.save(2, params, make_opt_state(params), make_data(2), {"name": "at 2"})
+    assert reached.wait(30)
+    assert store.steps() == [1]
+    assert_is_step(restore(store), 1)
+    half_written = tmp_path.parent / f"{tmp_path.name}-killed"
+    shutil.copytree(tmp_path, half_written)  # what a kill -9 at this moment leaves
+    go_on.set()
+    store.wait()
+    assert store.steps() == [1, 2]
+
+    again = Checkpointer(half_written)
+    assert_is_step(restore(again), 1)
+    monkeypatch.setattr(checkpoint_items.DataHandler, "finalize", finalize)
+    save(again, 2)
+    assert_is_step(restore(again), 2)
+
+
+# --- Damage --------------------------------------------------------------------------------------
+
+
+def files_of(step_directory):
+    return sorted(p.relative_to(step_directory) for p in step_directory.rglob("*") if p.is_file())
+
+
+def truncate(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, flip, os.remove])
+def test_damaged_files_never_give_wrong_data(saved, tmp_path, warnings, damage):
+    """Every file of the newest step, one at a time: step 2's own, or step 1's and a warning."""
+    fell_back = set()
+    for i, name in enumerate(files_of(saved / "2")):
+        directory = tmp_path / str(i)
+        shutil.copytree(saved, directory)
+        damage(directory / "2" / name)
+        warnings.clear()
+        restored = restore(Checkpointer(directory))
+        assert restored.step in (1, 2), name
+        assert_is_step(restored, restored.step)
+        if restored.step == 1:
+            fell_back.add(name.parts[0])
+            assert len(warnings) == 1 and f"{directory}/2 is damaged (" in warnings[0]
+            assert "\n" not in warnings[0]
+        shutil.rmtree(directory)
+    assert {"params", "opt_state", "data", "meta"} <= fell_back
+
+
+def test_each_array_and_group_file_is_needed(saved, tmp_path, warnings):
+    directory = tmp_path / "copy"
+    shutil.copytree(saved, directory)
+    os.remove(directory / "2" / "data" / "group-00001.npz")
+    store = Checkpointer(directory)
+    assert_is_step(restore(store), 1)
+    # A host that does not own the lost group has all it needs.
+    restored = restore(store, groups=[0, 2])
+    assert restored.step == 2
+    assert_same(restored.data, {g: make_data(2)[g] for g in (0, 2)})
+
+
+def test_arrays_exchanged_with_another_steps_are_noticed(saved, tmp_path, warnings):
+    """Files that are whole, but not the ones saved."""
+    directory = tmp_path / "copy"
+    shutil.copytree(saved, directory)
+    shutil.rmtree(directory / "2" / "params")
+    shutil.copytree(directory / "1" / "params", directory / "2" / "params")
+    assert restore(Checkpointer(directory)).step == 1
+    assert "embedding is not what was saved" in warnings[0]
+
+
+def test_training_goes_on_after_damage(saved, tmp_path, warnings):
+    directory = tmp_path / "copy"
+    shutil.copytree(saved, directory)
+    truncate(directory / "2" / "meta" / "metadata")
+    store = Checkpointer(directory, keep_last=2)
+    assert restore(store).step == 1
+    save(store, 2)  # the same step again
+    assert_is_step(restore(store), 2)
+    save(store, 3)
+    assert store.steps() == [2, 3]
+    assert_is_step(restore(Checkpointer(directory)), 3)
+
+
+def test_all_damaged_says_so(saved, tmp_path, warnings):
+    directory = tmp_path / "copy"
+    shutil.copytree(saved, directory)
+    with pytest.raises(UserError, match="No such file"):
+        os.rename(directory / "2" / "meta", directory / "2" / "lost")
+        checkpoint.load_params(directory / "2")
+    os.rename(directory / "2" / "lost", directory / "2" / "meta")
+    assert not warnings
+    for step in "12":
+        truncate(directory / step / "meta" / "metadata")
+    with pytest.raises(UserError, match="of checkpoints 1, 2 none can be read") as error:
+        restore(Checkpointer(directory))
+    assert str(directory) in str(error.value) and "\n" not in str(error.value)
+
+
+# --- Shapes, types, paths ------------------------------------------------------------------------
+
+
+def test_other_shapes_are_named(saved):
+    store = Checkpointer(saved)
+    params = make_params(0, wide=24)
+    with pytest.raises(UserError, match="layers/up") as error:
+        store.restore_latest(abstract(params), abstract(make_opt_state(params)))
+    assert "(3, 8, 16)" in str(error.value) and "(3, 8, 24)" in str(error.value)
+    extra = make_params(0) | {"head": jnp.zeros((8, 32))}
+    with pytest.raises(UserError, match="head is missing in the checkpoint"):
+        checkpoint.load_params(saved, abstract(extra))
+    fewer = {"embedding": make_params(0)["embedding"]}
+    with pytest.raises(UserError, match="layers/scale of the checkpoint is not part"):
+        checkpoint.load_params(saved, abstract(fewer))
+    with pytest.raises(UserError, match="optimizer state"):
+        store.restore_latest(
+            abstract(make_params(0)), abstract(optax.sgd(0.1, 0.9).init(make_params(0)))
+        )
+
+
+def test_an_optimizer_without_state(tmp_path):
+    params = make_params(1)
+    opt_state = optax.sgd(0.1).init(params)
+    store = Checkpointer(tmp_path)
+    store.save(1, params, opt_state, {}, {})
+    store.wait()
+    assert_same(store.restore_latest(abstract(params), opt_state).opt_state, opt_state)
+
+
+def test_parameters_alone(saved):
+    as_saved = checkpoint.load_params(saved)
+    assert_same(as_saved.params, make_params(2))
+    assert as_saved.opt_state is None and as_saved.meta == {"name": "at 2"}
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), make_params(0))
+    expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_params(2))
+    assert_same(checkpoint.load_params(saved, target).params, expected)
+
+
+def test_a_workdir_its_checkpoints_and_a_step_are_found(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run" / "checkpoints")
+    assert checkpoint.load_params(tmp_path / "run").step == 2
+    assert checkpoint.load_params(str(tmp_path / "run" / "checkpoints")).step == 2
+    assert checkpoint.load_params(tmp_path / "run" / "checkpoints" / "1").step == 1
+    for nothing in (tmp_path, tmp_path / "run" / "checkpoints" / "3", tmp_path / "none"):
+        with pytest.raises(UserError, match="no checkpoint here"):
+            checkpoint.load_params(nothing)
+
+
+def test_a_model_comes_with_its_configuration(tmp_path):
+    config = ModelConfig(
+        *(64, 8, 3, 2, 1, 4, 16),
+        memory_layers=(1,),
+        local_context=32,
+        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16),
+    )
+    store = Checkpointer(tmp_path / "run" / "checkpoints")
+    meta = {"model": dataclasses.asdict(config)}
+    store.save(3, make_params(3), {}, {}, meta)
+    store.close()
+    for path in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "3"):
+        loaded, params, workdir = checkpoint.load_model(path)
+        assert loaded == config
+        assert_same(params, make_params(3))
+        assert workdir == tmp_path / "run"
+
+
+# --- Keeping, and failing ------------------------------------------------------------------------
+
+
+def test_old_checkpoints_go(tmp_path):
+    store = Checkpointer(tmp_path, keep_last=2, keep_every=4)
+    for step in range(1, 8):
+        save(store, step)
+    save(store, 7)  # again: nothing to do
+    assert store.steps() == [4, 6, 7]
+    assert_is_step(restore(store), 7)
+
+
+def test_impossible_settings_are_refused(tmp_path):
+    with pytest.raises(UserError, match="keep_last = 0"):
+        Checkpointer(tmp_path, keep_last=0)
+
+
+def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    store = Checkpointer(tmp_path)
+    save(store, 1)
+    few = shutil._ntuple_diskusage(10**6, 10**6 - 3000, 3000)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: few)
+    with pytest.raises(UserError, match="no space left for the checkpoint of step 2") as error:
+        save(store, 2)
+    assert str(tmp_path) in str(error.value) and "0.000 GB free" in str(error.value)
+    assert store.steps() == [1]
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected", "message"),
+    [
+        (OSError(28, "No space left on device"), UserError, "no space left"),
+        (PermissionError(13, "Permission denied"), UserError, "not allowed to write"),
+        (RuntimeError("the disk sang"), RuntimeError, "the disk sang"),
+    ],
+)
+@pytest.mark.parametrize("found_by", ["wait", "save", "close"])
+def test_a_save_that_fails_in_the_background_is_raised(
+    tmp_path, monkeypatch, failure, expected, message, found_by
+):
+    store = Checkpointer(tmp_path, keep_last=1)
+    save(store, 1)
+
+    def fail(self, directory):
+        raise failure
+
+    monkeypatch.setattr(checkpoint_items.DataHandler, "finalize", fail)
+    params = make_params(2)
+    store.save(2, params, make_opt_state(params), make_data(2), {})
+    with pytest.raises(expected, match=message):
+        {"wait": store.wait, "save": lambda: save(store, 3), "close": store.close}[found_by]()
+    assert store.steps() == [1]  # keep_last = 1, yet the good one is still there
+    assert_is_step(restore(Checkpointer(tmp_path)), 1)
+
+
+def test_a_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot keep checkpoints here"):
+        Checkpointer(tmp_path / "file" / "checkpoints")
+
+
+def test_object_arrays_are_never_pickled(tmp_path):
+    store = Checkpointer(tmp_path)
+    data = {0: {"left": np.array([{"not": "plain"}], object)}}
+    with pytest.raises(ValueError, match="[Oo]bject"):
+        store.save(1, make_params(1), {}, data, {})
+
+
+# --- Several processes ---------------------------------------------------------------------------
+
+
+def test_two_processes_save_and_any_number_restores(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = Path(__file__).with_name("checkpoint_of_two_processes.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, str(port), str(i), tmp_path],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        for i in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all("done" in text for text in outputs), "\n".join(outputs)
+    assert "is damaged (" in outputs[0] and "is damaged (" not in outputs[1]
+
+    target = {"w": jax.ShapeDtypeStruct((8, 64), jnp.float32)}
+    restored = Checkpointer(tmp_path).restore_latest(target, {})  # this process alone
+    assert restored.step == 2
+    assert_same(restored.data, {g: {"place": np.array(7)} for g in range(2)})
+    written = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
+    np.testing.assert_array_equal(restored.params["w"], written)

@@ -1,0 +1,184 @@
+"""Means, finite check, files and console."""
+
+import io
+import json
+import math
+import sys
+import time
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fot_jax.errors import UserError
+from fot_jax.training import metrics
+from fot_jax.training.metrics import Counts, Metrics, first_nonfinite
+
+
+def test_means_weigh_every_token_alike():
+    rng = np.random.default_rng(0)
+    nats = [rng.uniform(0, 5, size=n) for n in (3, 100, 1)]
+    correct = [rng.integers(0, 2, size=len(x)) for x in nats]
+    total = Counts()
+    for x, c in zip(nats, correct, strict=True):
+        sums = types.SimpleNamespace(
+            loss=jnp.float32(x.sum()), correct=jnp.float32(c.sum()), weights=jnp.float32(len(x))
+        )
+        total = total + Counts.of(sums)
+    everything = np.concatenate(nats)
+    assert total.means() == pytest.approx(
+        {
+            "loss": everything.mean(),
+            "perplexity": np.exp(everything.mean()),
+            "accuracy": np.concatenate(correct).mean(),
+        },
+        rel=1e-6,
+    )
+
+
+def test_means_of_nothing_and_of_too_much():
+    assert all(math.isnan(x) for x in Counts().means().values())
+    assert Counts(loss=1e4, weights=1.0).means()["perplexity"] == math.inf
+
+
+def test_first_nonfinite_is_named():
+    tree = {
+        "embedding": jnp.ones((4, 2), jnp.bfloat16),
+        "layers": {"mlp": {"down": jnp.zeros((2, 3)), "up": jnp.ones(3)}, "steps": jnp.arange(3)},
+    }
+    assert first_nonfinite(tree) is None
+    assert first_nonfinite({}) is None
+    tree["layers"]["mlp"]["up"] = tree["layers"]["mlp"]["up"].at[2].set(jnp.nan)
+    assert first_nonfinite(tree) == "layers/mlp/up"
+    tree["layers"]["mlp"]["down"] = tree["layers"]["mlp"]["down"].at[1, 1].set(-jnp.inf)
+    assert first_nonfinite(tree) == "layers/mlp/down"
+    # One number for each array, as a step reports squared norms of gradients.
+    squares = jnp.array([1.0, 2.0, jnp.inf, 3.0])
+    assert first_nonfinite(jax.tree.unflatten(jax.tree.structure(tree), squares)) == "layers/mlp/up"
+
+
+def test_matmul_rate_is_in_flop_per_second():
+    for dtype in ("float32", "bfloat16"):
+        assert 1e8 < metrics.matmul_rate(dtype) < 1e17  # from one slow core to many accelerators
+    assert metrics.utilisation(flops=10.0, seconds=2.0, rate=20.0) == 0.25
+
+
+# --- Files ---------------------------------------------------------------------------------------
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def open_metrics(workdir, first_step=0, console=None, **more):
+    return Metrics(workdir, first_step, 10, 100, console=console or io.StringIO(), **more)
+
+
+def test_lines_hold_step_time_and_numbers(tmp_path):
+    before = time.time()
+    m = open_metrics(tmp_path / "run", peak_flops=100.0)
+    m.training(2, {"loss": jnp.float32(1.5), "d": 4}, flops=10.0)
+    m.write(2, {"valid/loss": np.float64(2.5), "gradient_norm": math.inf})
+    m.close()
+    first, second = rows(tmp_path / "run")
+    assert (first["step"], first["loss"], first["d"]) == (2, 1.5, 4)
+    assert before - 1 <= first["time"] <= time.time() + 1
+    assert first["tokens_per_second"] == pytest.approx(100 / first["seconds_per_step"])
+    assert first["utilisation"] == pytest.approx(10 / first["seconds_per_step"] / 100)
+    assert second == {"step": 2, "time": second["time"], "valid/loss": 2.5, "gradient_norm": None}
+
+
+def test_a_resumed_run_has_each_step_once(tmp_path):
+    m = open_metrics(tmp_path)
+    for step in range(1, 8):
+        m.write(step, {"loss": step})
+    m.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "time": 17')  # killed while it wrote
+    m = open_metrics(tmp_path, first_step=5)
+    m.write(6, {"loss": 60})
+    m.close()
+    assert [(row["step"], row["loss"]) for row in rows(tmp_path)] == [
+        *((step, step) for step in range(1, 6)),
+        (6, 60),
+    ]
+    open_metrics(tmp_path, first_step=0).close()  # started over: no checkpoint was left
+    assert rows(tmp_path) == []
+
+
+def test_tensorboard_reads_the_events(tmp_path, monkeypatch):
+    # TensorBoard's own reader, kept from loading TensorFlow where that is installed.
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.notf", types.ModuleType("notf"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    m = open_metrics(tmp_path)
+    for step in (1, 2, 3, 4):
+        m.write(step, {"loss": 10.0 * step, "d": 2})
+    m.close()
+    m = open_metrics(tmp_path, first_step=2)  # resumed from step 2
+    m.write(3, {"loss": 33.0})
+    m.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 10.0), (2, 20.0), (3, 33.0)]
+    assert [(e.step, e.value) for e in events.Scalars("d")] == [(1, 2.0), (2, 2.0)]
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    m = open_metrics(tmp_path)
+    m._lines = open("/dev/full", "w")
+    with pytest.raises(UserError, match="metrics of step 3 .*No space left"):
+        m.write(3, {"loss": 1.0})
+
+
+# --- Console -------------------------------------------------------------------------------------
+
+
+def test_plain_lines_off_a_terminal(tmp_path):
+    console = io.StringIO()
+    m = open_metrics(tmp_path, console=console)
+    m.training(1, {"loss": 1.25, "perplexity": math.exp(1.25), "d": 2, "gradient_norm": 9.0})
+    m.write(1, {"valid/loss": 2.0})
+    m.say("saved")
+    first, second = console.getvalue().splitlines()
+    assert first.startswith("step 1/10  loss 1.2500  perplexity 3.49  tokens/s ")
+    assert "  d 2  ETA 0:0" in first
+    assert second == "saved"
+
+
+def test_a_bar_on_a_terminal(tmp_path):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    console = Terminal()
+    m = open_metrics(tmp_path, first_step=4, console=console)
+    m.training(6, {"loss": 1.25})
+    m.say("a line of its own")
+    m.close()
+    text = console.getvalue()
+    assert "6/10" in text and "loss=1.2500" in text and "tokens/s=" in text
+    assert "\na line of its own\n" in text or "\ra line of its own\n" in text
+
+
+def test_evaluation_does_not_count_against_speed(tmp_path, monkeypatch):
+    clock = iter([0.0, 10.0, 70.0, 80.0])  # opened, evaluation from, to, reported
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(metrics.time, "time", lambda: 1.0, raising=False)
+    m = open_metrics(tmp_path)
+    with m.untimed():
+        pass
+    m.training(5, {})
+    assert rows(tmp_path)[0]["seconds_per_step"] == 4.0
+    assert rows(tmp_path)[0]["tokens_per_second"] == 25.0
+
+
+def test_only_process_0_writes_and_speaks(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    console = io.StringIO()
+    m = open_metrics(tmp_path, console=console)
+    m.training(1, {"loss": 1.0})
+    m.say("hello")
+    m.close()
+    assert console.getvalue() == "" and list(tmp_path.iterdir()) == []
