@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import ctypes
 import difflib
+import logging
 import os
 import re
 import sys
@@ -131,10 +132,13 @@ def load_experiment(files: list[str], bindings: list[str]) -> None:
         if not Path(file).is_file():
             raise UserError(f"no experiment file {file}: give the path of a .gin file")
         gin.add_config_file_search_path(os.path.dirname(os.path.abspath(file)))
-    with _gin_errors():
-        gin.parse_config_files_and_bindings(
-            [os.path.abspath(file) for file in files], bindings, finalize_config=False
-        )
+    paths = [os.path.abspath(file) for file in files]
+    logging.disable(logging.ERROR)  # gin logs every place where it looks for an include in vain
+    try:
+        with _gin_errors():
+            gin.parse_config_files_and_bindings(paths, bindings, finalize_config=False)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _register(gin) -> None:
@@ -152,7 +156,7 @@ def _register(gin) -> None:
         *(crossbatch.Packed, crossbatch.PackedTable),
         *(step.SwitchAtStep, step.SwitchAtAccuracy, step.DrawnEachStep),
         *(optim.adamw, optim.adafactor),
-        *(optim.constant, optim.inverse_square_root, optim.cosine),
+        *(optim.constant_rate, optim.inverse_square_root, optim.cosine),
         partitioning.MeshShape,
         *(transformer.ModelConfig, transformer.RopeScaling),
         *sizes.NAMED,
@@ -160,8 +164,8 @@ def _register(gin) -> None:
         *synthetic.CONFIGURABLE,
     ]
     for name in names:
-        if not gin.config._REGISTRY.get_match(name.__name__):
-            gin.external_configurable(name, name.__name__)
+        if f"fot_jax.{name.__name__}" not in gin.config._REGISTRY:
+            gin.external_configurable(name, name.__name__, module="fot_jax")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from fot_jax.data.lanes import DocumentSource, Lanes, Prefetch, state_of
+from fot_jax.data.lanes import DocumentSource, Lanes, Prefetch
 from fot_jax.data.vocabulary import load_vocabulary
 from fot_jax.errors import UserError
 from fot_jax.evaluate import Evaluation, run_evals
@@ -56,6 +56,17 @@ class Data:
     lane_groups: int = 1
     group_lanes: int | None = None
     seed: int = 0
+
+    def __post_init__(self):
+        for name, least in (("lanes", 1), ("lane_groups", 1), ("group_lanes", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"Data.{name} = {value}: give {least} or more")
+        if self.lanes % self.lane_groups:
+            raise UserError(
+                f"Data.lanes = {self.lanes} is not a multiple of Data.lane_groups = "
+                f"{self.lane_groups}: change one of them"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,7 +312,7 @@ def train(
 
     def save(step: int) -> None:
         meta = {"model": dataclasses.asdict(model), "history": dataclasses.asdict(history)}
-        place = state_of(snapshot, data.lane_groups)
+        place = lanes.state_of(snapshot)
         checkpointer.save(step, state.params, state.opt_state, place, meta)
 
     def run(evals, step: int) -> None:
@@ -402,8 +413,6 @@ def _abstract_batch(rows: int, window: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _owned_groups(owned: range, data: Data, rows: int) -> list[int]:
     """The lane groups whose rows this process holds."""
-    if data.lanes % data.lane_groups:
-        return []  # Lanes says what is wrong
     of_group = rows // data.lane_groups
     if owned.start % of_group or len(owned) % of_group:
         raise UserError(

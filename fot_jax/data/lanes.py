@@ -106,21 +106,14 @@ class Lanes:
         """Opens no file yet.
 
         Args:
-          lanes: of all groups together.
+          lanes: of all groups together, a multiple of `groups`.
           window: tokens of a row, T.
           windows, advance: rows of a lane in a step, and how many of them the next step moves on
             by; the scheme's.
           groups: lane groups; the shards of the document stream.
           owned: the groups that this host reads; None for all.
           seed: of the order of documents.
-
-        Raises:
-          UserError: lanes do not divide into groups.
         """
-        if lanes % groups:
-            raise UserError(
-                f"Data.lanes = {lanes} is not a multiple of Data.lane_groups = {groups}: change one"
-            )
         self._source, self._window, self._seed = source, window, seed
         self._windows, self._advance, self._groups = windows, advance, groups
         owned = range(groups) if owned is None else sorted(owned)
@@ -208,25 +201,22 @@ class Lanes:
         Raises:
           UserError: it was saved with other lanes, lane groups, windows or scheme.
         """
-        for group in self._snapshots:
+        restored = {}
+        for group, snapshot in self._snapshots.items():
             if group not in state:
                 raise UserError(
-                    f"the checkpoint has no lane group {group}: Data.lane_groups was "
-                    f"{len(state)} when it was saved: set it to that again"
+                    f"the checkpoint has no lane group {group}: Data.lane_groups was smaller when "
+                    "it was saved: set it to what it was"
                 )
             arrays = state[group]
-            here = (
-                len(self._snapshots[group].lanes),
-                self._windows - self._advance,
-                self._window,
-                self._groups,
-            )
-            there = (*arrays["inputs"].shape, int(arrays["groups"]))
+            shape = (len(snapshot.lanes), self._windows - self._advance, self._window)
+            here = (*shape, self._groups, self._seed)
+            there = (*arrays["inputs"].shape, int(arrays["groups"]), int(arrays["seed"]))
             if here != there:
                 raise UserError(
                     "the checkpoint's data was saved with (lanes of a group, windows kept, tokens "
-                    f"of a window, lane groups) = {there}, this experiment has {here}: use the "
-                    "same Data, scheme and model.local_context, or another workdir"
+                    f"of a window, lane groups, seed) = {there}, this experiment has {here}: use "
+                    "the same Data, scheme and local_context, or another workdir"
                 )
             ends = np.cumsum(arrays["left"])
             lanes = []
@@ -240,24 +230,25 @@ class Lanes:
                     )
                 )
             epoch, taken = arrays["position"].tolist()
-            self._snapshots[group] = Snapshot((epoch, taken), tuple(lanes))
-        self._streams = {}
+            restored[group] = Snapshot((epoch, taken), tuple(lanes))
+        self._snapshots, self._streams = restored, {}
 
+    def state_of(self, snapshots: Mapping[int, Snapshot]) -> dict[int, dict[str, np.ndarray]]:
+        """Arrays of a snapshot of these lanes: what checkpoints hold and `restore` takes."""
+        return {group: self._arrays(snapshot) for group, snapshot in snapshots.items()}
 
-def state_of(snapshots: Mapping[int, Snapshot], groups: int) -> dict[int, dict[str, np.ndarray]]:
-    """Arrays of a snapshot, as checkpoints hold them and `Lanes.restore` takes them."""
-    state = {}
-    for group, (position, lanes) in snapshots.items():
-        state[group] = {
+    def _arrays(self, snapshot: Snapshot) -> dict[str, np.ndarray]:
+        position, lanes = snapshot
+        return {
             "position": np.asarray(position, np.int64),
-            "groups": np.asarray(groups, np.int64),
+            "groups": np.asarray(self._groups, np.int64),
+            "seed": np.asarray(self._seed, np.int64),
             "left": np.asarray([len(lane.left.tokens) for lane in lanes], np.int64),
             "left_tokens": np.concatenate([lane.left.tokens for lane in lanes]),
             "left_weights": np.concatenate([lane.left.weights for lane in lanes]),
             "number": np.asarray([lane.number for lane in lanes], np.int64),
             **{name: np.stack([lane.history[name] for lane in lanes]) for name in FIELDS},
         }
-    return state
 
 
 # --- Prefetching ---------------------------------------------------------------------------------
@@ -302,6 +293,7 @@ class Prefetch:
         item = self._queue.get()
         self.waited += time.perf_counter() - start
         if isinstance(item, BaseException):
+            self._queue.put(item)  # it is the answer from now on
             raise item
         return item
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
 
-from fot_jax.data.lanes import DocumentSource
+from fot_jax.data.lanes import Document, DocumentSource
 from fot_jax.errors import UserError
 from fot_jax.generate import LanguageModel
 
@@ -18,9 +19,9 @@ from fot_jax.generate import LanguageModel
 class PerplexityByContext:
     """Perplexity of the same tokens with memories of several sizes beyond the local window.
 
-    Each document is read from its start with memory cleared (single-doc, method.md §4). Scored are
-    the tokens beyond the largest memory, so that every memory is full when they are read; of a
-    document too short for that, its second half.
+    Scored are the tokens beyond the largest memory, so that every memory is full when they are
+    read; of a document too short for that, its second half. Reading starts with an empty memory
+    (single-doc, method.md §4), one memory size before them.
 
     Attributes:
       memory_sizes: tokens, rounded up to whole windows.
@@ -46,9 +47,10 @@ class PerplexityByContext:
         sizes = sorted({math.ceil(size / window) * window for size in self.memory_sizes})
         if not lm.model.config.memory_layers:
             sizes = [0]
-        tokens, targets, weights = self._read_documents(source, window, sizes[-1])
+        documents = self._choose(source, window, sizes[-1])
         rows = []
         for size in sizes:
+            tokens, targets, weights = _batch(documents, size, window)
             scores = lm.score(tokens, targets, capacity=size)
             nats = float((np.asarray(scores.nats) * weights).sum() / weights.sum())
             correct = float((np.asarray(scores.correct) * weights).sum() / weights.sum())
@@ -63,29 +65,23 @@ class PerplexityByContext:
             )
         return rows
 
-    def _read_documents(self, source, window, largest):
-        """Tokens, targets and weights, each [documents, N], of the longest documents at hand."""
+    def _choose(self, source, window: int, largest: int) -> list[_Scored]:
+        """The longest documents at hand, and the part of each that is scored."""
         scored = math.ceil(self.scored_tokens / window) * window
         at_hand = itertools.islice(source.documents(self.split), 100)
-        chosen = sorted(at_hand, key=lambda document: -len(document.tokens))[: self.documents]
-        chosen = [document for document in chosen if len(document.tokens) > 2 * window]
+        longest = sorted(at_hand, key=lambda document: -len(document.tokens))[: self.documents]
+        chosen = []
+        for document in longest:
+            n = min((len(document.tokens) - 1) // window * window, largest + scored)
+            if n >= 2 * window:
+                start = largest if n > largest else n // 2 // window * window
+                chosen.append(_Scored(document, start, n))
         if not chosen:
             raise UserError(
                 f"the {self.split} split has no document longer than two windows of {window} "
                 "tokens: perplexity by context needs long documents"
             )
-        lengths = [
-            min((len(document.tokens) - 1) // window * window, largest + scored)
-            for document in chosen
-        ]
-        shape = (len(chosen), max(lengths))
-        tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        weights = np.zeros(shape, np.float32)
-        for i, (document, n) in enumerate(zip(chosen, lengths, strict=True)):
-            tokens[i, :n], targets[i, :n] = document.tokens[:n], document.tokens[1 : n + 1]
-            start = largest if n >= largest + window else n // 2
-            weights[i, start:n] = document.weights[1 + start : n + 1]
-        return tokens, targets, weights
+        return chosen
 
     def scalars(self, rows) -> dict[str, float]:
         """Perplexity of each memory size."""
@@ -126,6 +122,29 @@ class PerplexityByContext:
         axes.grid(alpha=0.3)
         with path.open("wb") as file:
             figure.savefig(file, format="png")
+
+
+class _Scored(NamedTuple):
+    document: Document
+    start: int  # of the scored tokens, a multiple of the window
+    stop: int
+
+
+def _batch(documents: list[_Scored], size: int, window: int):
+    """Tokens, targets and weights, each [documents, N], with up to `size` tokens to read before."""
+    starts = [max(0, start - size) for _, start, _ in documents]
+    shape = (
+        len(documents),
+        max(d.stop - start for d, start in zip(documents, starts, strict=True)),
+    )
+    tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    weights = np.zeros(shape, np.float32)
+    for i, ((document, scored, stop), start) in enumerate(zip(documents, starts, strict=True)):
+        n = stop - start
+        tokens[i, :n] = document.tokens[start:stop]
+        targets[i, :n] = document.tokens[start + 1 : stop + 1]
+        weights[i, scored - start : n] = document.weights[scored + 1 : stop + 1]
+    return tokens, targets, weights
 
 
 def _short(size: int) -> str:

@@ -93,16 +93,15 @@ def read_data(folder: epath.PathLike, groups: Iterable[int] | None = None):
     """The lane groups' state in a step directory: {group: {name: array}}.
 
     Args:
-      groups: the ones wanted, whoever wrote them; None for all.
+      groups: the ones wanted, whoever wrote them; None for all. Those never saved are left out.
 
     Raises:
       OSError, ValueError, zipfile.BadZipFile: a file is missing or damaged.
     """
     folder = epath.Path(folder) / "data"
-    if groups is None:
-        groups = json.loads((folder / "groups.json").read_text())
+    saved = json.loads((folder / "groups.json").read_text())
     state = {}
-    for group in groups:
+    for group in saved if groups is None else sorted(set(groups) & set(saved)):
         content = (folder / _group_file(group)).read_bytes()
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:  # compares CRCs
             state[group] = dict(arrays)

@@ -20,9 +20,9 @@ from fot_jax.errors import UserError
 # --- Schedules -----------------------------------------------------------------------------------
 
 
-def constant(value: float, warmup_steps: int = 0) -> optax.Schedule:
+def constant_rate(value: float, warmup_steps: int = 0) -> optax.Schedule:
     """`value`, after a linear warm-up over the first `warmup_steps` updates."""
-    _check("constant", value=value, warmup_steps=warmup_steps)
+    _check("constant_rate", value=value, warmup_steps=warmup_steps)
     return lambda count: value * _warmup(count, warmup_steps)
 
 

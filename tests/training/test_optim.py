@@ -194,13 +194,13 @@ def test_cosine_and_constant():
         expected = 0.1 + 0.9 * (1 + math.cos(math.pi * (update - 10) / 100)) / 2
         assert float(rate(update - 1)) == pytest.approx(expected, rel=1e-5)
     assert float(rate(1000)) == pytest.approx(0.1)
-    assert [float(optim.constant(0.3)(n)) for n in (0, 7)] == pytest.approx([0.3, 0.3])
-    warmed = [float(optim.constant(0.4, 4)(n)) for n in (0, 1, 3, 9)]
+    assert [float(optim.constant_rate(0.3)(n)) for n in (0, 7)] == pytest.approx([0.3, 0.3])
+    warmed = [float(optim.constant_rate(0.4, 4)(n)) for n in (0, 1, 3, 9)]
     assert warmed == pytest.approx([0.1, 0.2, 0.4, 0.4])
 
 
 def test_schedules_compile():
-    schedules = optim.constant(0.3, 5), optim.inverse_square_root(1, 0.1), optim.cosine(1, 0, 2, 9)
+    schedules = optim.constant_rate(0.3, 5), optim.inverse_square_root(1, 0.1), optim.cosine(1, 0, 2, 9)
     for schedule in schedules:
         np.testing.assert_allclose(jax.jit(schedule)(jnp.int32(3)), schedule(3), rtol=1e-6)
 
@@ -211,7 +211,7 @@ def test_schedules_compile():
         (lambda: optim.cosine(0.1, 0.2, 1, 9), "min_value = 0.2 exceeds max_value = 0.1"),
         (lambda: optim.cosine(0.1, 0.0, 9, 9), "steps = 9 must exceed warmup_steps = 9"),
         (lambda: optim.inverse_square_root(0.1, 0.0, 0), "warmup_steps = 0"),
-        (lambda: optim.constant(float("nan")), "value = nan"),
+        (lambda: optim.constant_rate(float("nan")), "value = nan"),
     ],
 )
 def test_impossible_schedules_are_refused(make, message):

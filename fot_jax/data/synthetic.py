@@ -1,0 +1,228 @@
+"""Made-up documents: dictionary lookup and pass keys (method.md §5). NumPy only.
+
+Document i of a split is a function of (split, seed, i) alone. Training is one endless epoch, of
+which shard s of n takes documents s, s + n, s + 2n, …: to go on from a position costs nothing, and
+the number of shards does not change which documents there are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import string
+from collections.abc import Iterator
+
+import numpy as np
+
+from fot_jax.data.lanes import Document, Position
+from fot_jax.data.vocabulary import Bytes, Symbols, Vocabulary, frame
+from fot_jax.errors import UserError
+
+SPLITS = ("train", "valid", "test")
+
+
+class _Drawn:
+    """What sources have in common that draw one document at a time."""
+
+    eval_documents: int
+
+    def draw(self, rng: np.random.Generator) -> Document:
+        """A document made of the generator's next numbers."""
+        raise NotImplementedError
+
+    def documents(self, split: str) -> Iterator[Document]:
+        """The first `eval_documents` documents of a split; of train, those of seed 0.
+
+        Raises:
+          UserError: no such split.
+        """
+        if split not in SPLITS:
+            raise UserError(f"{type(self).__name__} has no split {split!r}: use one of {SPLITS}")
+        return (self.draw(_generator(split, 0, index)) for index in range(self.eval_documents))
+
+    def stream(
+        self, shard: int, shards: int, seed: int, position: Position = (0, 0)
+    ) -> Iterator[tuple[Position, Document]]:
+        """Training documents of a shard, for ever; the epoch of a position stays 0."""
+        epoch, taken = position
+        for n in itertools.count(taken):
+            yield (epoch, n + 1), self.draw(_generator("train", seed, n * shards + shard))
+
+
+def _generator(split: str, seed: int, index: int) -> np.random.Generator:
+    return np.random.default_rng((SPLITS.index(split), seed, index))
+
+
+def _check_positive(source, *fields: str) -> None:
+    for field in fields:
+        if getattr(source, field) < 1:
+            name = f"{type(source).__name__}.{field}"
+            raise UserError(f"{name} = {getattr(source, field)}: give 1 or more")
+
+
+# --- Dictionary lookup ---------------------------------------------------------------------------
+
+SYMBOLS = 60  # that keys and values are made of
+KEY, VALUE, QUESTION, SEPARATOR, FIRST_SYMBOL = range(5)  # ids
+LONGEST_KEY = 10  # symbols: there are more keys than an int64 can count beyond that
+
+
+@dataclasses.dataclass(frozen=True)
+class DictionaryLookup(_Drawn):
+    """A dictionary, then questions about it: the task of method.md §5, 64 tokens in all.
+
+    The first half of a document holds definitions `<k> k1 … <v> v1 …`, the second half questions
+    `<q> k1 … <v> v1 …`: as many whole records as fit in a half, the rest of it separators. Keys of
+    a document differ. Each is asked once, in another order, so that no answer can be copied from
+    an earlier question. The loss is on the values of questions alone.
+
+    One more separator, which is only ever a target, ends a document: its inputs fill windows of,
+    say, half of `document_tokens` exactly, and the next document starts with the next window.
+
+    Attributes:
+      document_tokens: inputs of a document; it has one token more.
+      key_length, value_length: symbols.
+      eval_documents: of each split.
+    """
+
+    document_tokens: int = 512
+    key_length: int = 4
+    value_length: int = 4
+    eval_documents: int = 64
+
+    vocabulary = Symbols(
+        ("<k>", "<v>", "<q>", "</s>", *(string.digits + string.ascii_letters)[:SYMBOLS])
+    )
+
+    def __post_init__(self):
+        _check_positive(self, "key_length", "value_length", "eval_documents")
+        if self.key_length > LONGEST_KEY:
+            raise UserError(
+                f"DictionaryLookup.key_length = {self.key_length}: give at most {LONGEST_KEY}"
+            )
+        if self.records < 1:
+            raise UserError(
+                f"DictionaryLookup.document_tokens = {self.document_tokens} is too short for a "
+                f"definition and a question: give {2 * self.record_tokens} or more"
+            )
+        if self.records > SYMBOLS**self.key_length:
+            raise UserError(
+                f"DictionaryLookup.key_length = {self.key_length} makes "
+                f"{SYMBOLS**self.key_length} keys, document_tokens = {self.document_tokens} has "
+                f"room for {self.records}: raise key_length or shorten documents"
+            )
+
+    @property
+    def record_tokens(self) -> int:
+        """Tokens of a definition, and of a question."""
+        return 2 + self.key_length + self.value_length
+
+    @property
+    def records(self) -> int:
+        """Definitions in a document, and questions."""
+        return self.document_tokens // 2 // self.record_tokens
+
+    def with_vocabulary(self, vocabulary: Vocabulary) -> DictionaryLookup:
+        """Itself.
+
+        Raises:
+          UserError: it is not the vocabulary of this task.
+        """
+        if vocabulary != self.vocabulary:
+            raise UserError(
+                f"DictionaryLookup has its own {self.vocabulary.size} symbols and cannot be "
+                f"written in another vocabulary, here one of {vocabulary.size} tokens: use a model "
+                "trained on it"
+            )
+        return self
+
+    def draw(self, rng: np.random.Generator) -> Document:
+        n, half = self.records, self.document_tokens // 2
+        keys = rng.choice(SYMBOLS**self.key_length, n, replace=False)
+        keys = FIRST_SYMBOL + keys[:, None] // SYMBOLS ** np.arange(self.key_length) % SYMBOLS
+        values = rng.integers(FIRST_SYMBOL, FIRST_SYMBOL + SYMBOLS, (n, self.value_length))
+        asked = rng.permutation(n)
+
+        tokens = np.full(self.document_tokens + 1, SEPARATOR, np.int32)
+        weights = np.zeros(len(tokens), np.float32)
+        value = slice(2 + self.key_length, None)  # in a record
+        for start, mark, order in (0, KEY, slice(None)), (half, QUESTION, asked):
+            part = slice(start, start + n * self.record_tokens)
+            records = tokens[part].reshape(n, -1)  # a view
+            records[:, 0] = mark
+            records[:, 1 : 1 + self.key_length] = keys[order]
+            records[:, 1 + self.key_length] = VALUE
+            records[:, value] = values[order]
+            if mark == QUESTION:
+                weights[part].reshape(n, -1)[:, value] = 1.0
+        return Document(tokens, weights)
+
+
+# --- Pass keys -----------------------------------------------------------------------------------
+
+TASK = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there."
+)
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+STATEMENT = "The pass key is {key}. Remember it. {key} is the pass key."
+PASSKEY_QUESTION = "What is the pass key? The pass key is"
+
+
+@dataclasses.dataclass(frozen=True)
+class Passkey(_Drawn):
+    """A number stated somewhere in filler and asked for at the end (method.md §5).
+
+    The number has five digits and stands before any of the repetitions of the filler, or after
+    the last, all equally likely. The document is the prompt and the answer, a space and the number,
+    between the marks of its beginning and end.
+
+    Attributes:
+      document_tokens: inputs of a document at most: it has the filler as often as fits.
+      vocabulary: of text.
+      filler_weight: of the loss on all but the answer, whose tokens have weight 1.
+      eval_documents: of each split.
+    """
+
+    document_tokens: int = 4096
+    vocabulary: Vocabulary = Bytes()
+    filler_weight: float = 0.0
+    eval_documents: int = 64
+
+    def __post_init__(self):
+        _check_positive(self, "document_tokens", "eval_documents")
+
+    def with_vocabulary(self, vocabulary: Vocabulary) -> Passkey:
+        return dataclasses.replace(self, vocabulary=vocabulary)
+
+    def draw(self, rng: np.random.Generator) -> Document:
+        """Raises UserError if not even a document without filler fits."""
+        key = int(rng.integers(10_000, 100_000))
+
+        def document(before: int, after: int) -> tuple[str, np.ndarray]:
+            prompt = passkey_prompt(key, before, after)
+            return prompt, frame(self.vocabulary, f"{prompt} {key}")
+
+        fixed, with_one = (len(document(0, after)[1]) for after in (0, 1))
+        room = self.document_tokens + 1 - fixed
+        if room < 0:
+            raise UserError(
+                f"Passkey.document_tokens = {self.document_tokens} is too short for the pass key "
+                f"and the question: give {fixed - 1} or more"
+            )
+        fillers = room // (with_one - fixed)
+        before = int(rng.integers(fillers + 1))
+        prompt, tokens = document(before, fillers - before)
+
+        weights = np.full(len(tokens), self.filler_weight, np.float32)
+        weights[1 + len(self.vocabulary.encode(prompt)) : -1] = 1.0  # all up to the end mark
+        return Document(tokens, weights)
+
+
+def passkey_prompt(key: int, before: int, after: int) -> str:
+    """The text up to the answer, with the filler so many times before and after the statement."""
+    statement = STATEMENT.format(key=key)
+    return " ".join([TASK, *[FILLER] * before, statement, *[FILLER] * after, PASSKEY_QUESTION])
+
+
+CONFIGURABLE = (DictionaryLookup, Passkey)
