@@ -73,6 +73,13 @@ def evaluate(
     """
     lm = LanguageModel.load(checkpoint)
     plots = None if output is None else epath.Path(output).absolute().parent
+    if plots is not None:
+        try:
+            plots.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{output}: cannot be written ({error.strerror}): choose another place"
+            ) from error
     source = (evaluation.source or source).with_vocabulary(lm.vocabulary)
     results = run_evals(lm, evaluation.evals, source, plots)
     if output is not None:
@@ -95,6 +102,9 @@ def run_evals(
             print(f"\n{evaluation.name}\n{evaluation.table(rows)}", flush=True)
         if plots is not None and jax.process_index() == 0:
             plots.mkdir(parents=True, exist_ok=True)
-            evaluation.plot(rows, plots / f"{evaluation.name}.png")
+            whole = plots / f"{evaluation.name}.png.partial"
+            evaluation.plot(rows, whole)
+            if whole.exists():
+                whole.replace(plots / f"{evaluation.name}.png")
         results[evaluation.name] = rows
     return results

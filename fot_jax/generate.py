@@ -62,11 +62,7 @@ class LanguageModel:
                 f"{tokens.shape[1]} tokens with a memory of {capacity} do not divide into windows "
                 f"of {window}: give multiples of it"
             )
-        if tokens.max(initial=0) >= config.vocab_size or tokens.min(initial=0) < 0:
-            raise UserError(
-                f"token {int(tokens.max())} is outside the model's vocabulary of "
-                f"{config.vocab_size}: the text was tokenized for another model"
-            )
+        _check_tokens(tokens, config.vocab_size)
         return _score(self.model, capacity, self.params, jnp.asarray(tokens), jnp.asarray(targets))
 
     def generate(
@@ -85,6 +81,11 @@ class LanguageModel:
         if not len(tokens):
             raise UserError("the prompt is empty: give at least one token")
         window = self.model.config.local_context
+        if capacity % window:
+            raise UserError(
+                f"a memory of {capacity} does not divide into windows of {window}: give a multiple"
+            )
+        _check_tokens(np.asarray(tokens), self.model.config.vocab_size)
         read = functools.partial(_read_window, self.model, self.params)
         state = memory.empty(self.model.config, 1, capacity)
         local = list(tokens)
@@ -106,6 +107,15 @@ class LanguageModel:
             new.append(token)
             local.append(token)
         return new
+
+
+def _check_tokens(tokens: np.ndarray, vocab_size: int) -> None:
+    outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
+    if outside.size:
+        raise UserError(
+            f"token {outside[0]} is outside the model's vocabulary of {vocab_size}: the text was "
+            "tokenized for another model"
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -106,6 +106,12 @@ class Checkpoints:
     keep_last: int = 2
     keep_every: int | None = None
 
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value < 1:
+                raise UserError(f"Checkpoints.{field.name} = {value}: give 1 or more")
+
 
 def train(
     workdir: str,
@@ -159,9 +165,21 @@ def train(
         that was not finite more than max_skipped steps in a row.
     """
     # --- Layout ----------------------------------------------------------------------------------
-    if steps < 1:
-        raise UserError(f"train.steps = {steps}: give 1 or more")
+    for name, value in (("steps", steps), ("log_every", log_every)):
+        if value < 1:
+            raise UserError(f"train.{name} = {value}: give 1 or more")
+    if positive_mass_every and positive_mass_every % log_every:
+        raise UserError(
+            f"train.positive_mass_every = {positive_mass_every} is not a multiple of "
+            f"train.log_every = {log_every}: change one of them"
+        )
     mesh = compute.mesh.make_abstract() if dry_run else compute.mesh.make()
+    for name in ("num_heads", "num_kv_heads"):
+        if getattr(model, name) % mesh.shape["tensor"]:
+            raise UserError(
+                f"model.{name} = {getattr(model, name)} does not divide over mesh axis tensor of "
+                f"{mesh.shape['tensor']}: change MeshShape.tensor"
+            )
     rows = data.lanes * scheme.windows
     group_rows = (data.group_lanes or data.lanes) * scheme.windows
     schemes = {None: scheme} if d is None else {value: scheme.with_d(value) for value in d.values}
@@ -275,7 +293,9 @@ def train(
     if restored is not None:
         metrics.say(f"resuming {workdir} after step {first_step}")
     gradients = list(names(abstract.params))
-    positive_mass = functools.cache(lambda d: make_positive_mass(transformer, plan_of(d)))
+    positive_mass = functools.cache(
+        lambda d: make_positive_mass(transformer, plan_of(d), compute.accumulation)
+    )
     waited = 0.0
 
     def finish(step: int, d: int | None, info: StepInfo, more: dict) -> None:
@@ -319,14 +339,21 @@ def train(
         lm = LanguageModel(transformer, state.params, source.vocabulary)
         with metrics.untimed():
             results = run_evals(lm, evals, evaluation.source or source, workdir / "plots")
-        metrics.write(step, {k: x for e in evals for k, x in e.scalars(results[e.name]).items()})
+        values = {k: x for e in evals for k, x in e.scalars(results[e.name]).items()}
+        if values:
+            metrics.write(step, values)
+
+    def evaluates(step: int) -> bool:
+        return bool(evaluation.every) and step % evaluation.every == 0 and step < steps
 
     with _sigterm() as told_to_stop, contextlib.closing(batches), contextlib.closing(metrics):
-        pending = None
+        pending, now_d = None, history.d
+        if restored is not None and evaluates(first_step):  # it may have been stopped before that
+            run(evaluation.during, first_step)
         for step in range(first_step + 1, steps + 1):
             if profile_steps and step == profile_steps[0]:
                 jax.profiler.start_trace(workdir / "profile")
-            now_d = None if d is None else d(step - 1, history.d, history.accuracy(step - 2))
+            now_d = None if d is None else d(step - 1, now_d, history.accuracy(step - 2))
             batch, snapshot = next(batches)
             state, info = step_of(now_d)(state, batch)
             if pending is not None:
@@ -340,14 +367,14 @@ def train(
             if profile_steps and step == profile_steps[1]:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
-            evaluates = evaluation.every and step % evaluation.every == 0 and step < steps
             stops = told_to_stop() or step == steps
-            if evaluates or stops or step % checkpoints.every == 0:
+            saves = step % checkpoints.every == 0
+            if evaluates(step) or stops or saves:
                 finish(*pending)
                 pending = None
-                if stops or step % checkpoints.every == 0:
+                if stops or saves and not history.skipped:  # or it might push out the last good one
                     save(step)
-                if evaluates and not stops:
+                if evaluates(step) and not stops:
                     run(evaluation.during, step)
             if stops and step < steps:
                 checkpointer.close()

@@ -16,7 +16,6 @@ import re
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -221,12 +220,11 @@ class TrainedSentencePiece:
         # Tabs and null characters, which the trainer cannot read, are bytes in any case.
         parts = itertools.chain.from_iterable(re.split("[\t\0]+", text) for text in texts)
         sentences = [part[i : i + 2000] for part in parts for i in range(0, len(part), 2000)]
-        with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory) / "trained"
+        with tempfile.NamedTemporaryFile() as file:
             try:
                 sentencepiece.SentencePieceTrainer.train(
                     sentence_iterator=iter(sentences),
-                    model_prefix=str(path),
+                    model_writer=file,
                     model_type="bpe",
                     vocab_size=self.pieces,
                     byte_fallback=True,
@@ -240,7 +238,8 @@ class TrainedSentencePiece:
                 )
             except RuntimeError as error:
                 raise UserError(_training_message(self.pieces, sentences, str(error))) from error
-            return SentencePiece(path.with_suffix(".model"))
+            file.flush()
+            return SentencePiece(file.name)
 
 
 def _training_message(pieces: int, sentences: list[str], error: str) -> str:
@@ -394,7 +393,8 @@ def new_directory(directory: epath.PathLike) -> Iterator[epath.Path]:
             directory.rmtree()
         half.rename(directory)
     except BaseException as error:
-        half.rmtree(missing_ok=True)
+        with contextlib.suppress(OSError):
+            half.rmtree(missing_ok=True)
         if isinstance(error, OSError):
             raise UserError(f"{directory}: cannot be written: {error.strerror}") from error
         raise

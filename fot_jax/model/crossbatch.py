@@ -229,6 +229,11 @@ class Plan:
     positives: tuple[Pairs, ...] = ()  # the same, positives alone: for the positive attention mass
 
     @property
+    def row_devices(self) -> int:
+        """How many devices, or sets of them, share the rows."""
+        return 1 if self.mesh is None else _row_devices(self.mesh)
+
+    @property
     def platform(self) -> str:
         """Where this runs (or is compiled for): cpu, gpu or tpu."""
         on = self.mesh
@@ -257,7 +262,7 @@ def make_plan(
       UserError: rows, groups and devices do not divide.
     """
     group_rows = group_rows or rows
-    devices = 1 if mesh is None else _row_devices(mesh)
+    devices = Plan(mesh).row_devices
     head_shards = 1 if mesh is None else mesh.shape[HEAD_AXIS]
     if rows % devices:
         raise UserError(

@@ -67,7 +67,7 @@ class Memory(NamedTuple):
 
         Capacity must be a multiple of T.
         """
-        if not self.k.shape[2]:
+        if not self.k.size:  # no slots, or no memory layers
             return self
         k, v = (jnp.stack(x).astype(self.k.dtype) for x in zip(*window, strict=True))
         T, at = segments.shape[1], self.next_slot

@@ -181,8 +181,10 @@ class Transformer(nn.Module):
             mass.append(aside.positive_mass)
             start = layer + 1
             if layer == c.memory_layers[-1] and keep is not None:
-                x, segments = (crossbatch.output_rows(keep, a) for a in (x, segments))
-        if not c.memory_layers and keep is not None:
+                kept = crossbatch.output_rows(keep, segments)
+                if len(kept) % plan.row_devices == 0:  # otherwise they leave at the end
+                    x, segments = crossbatch.output_rows(keep, x), kept
+        if keep is not None and len(x) == len(tokens):
             x = crossbatch.output_rows(keep, x)
         hidden = normalise(c, self.final_norm, x)
         return Output(hidden, tuple(window), jnp.stack(mass) if measure_positive_mass else None)

@@ -256,7 +256,9 @@ def _open_lines(path: epath.Path, first_step: int) -> IO[str]:
 
 def _stays(line: str, first_step: int) -> bool:
     try:
-        return first_step > 0 and json.loads(line)["step"] <= first_step
+        values = json.loads(line)
+        # What was evaluated at that very step (it has no "loss") is evaluated, and written, again.
+        return 0 < values["step"] < first_step + ("loss" in values)
     except (ValueError, KeyError, TypeError):  # cut off when the run before was killed
         return False
 

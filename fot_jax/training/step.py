@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from fot_jax.errors import UserError
 from fot_jax.model import crossbatch
 from fot_jax.model.transformer import Transformer
+from fot_jax.training.partitioning import shardings
 
 Batch = Mapping[str, jax.Array]  # inputs, targets, weights, segment_ids: each [R, T]
 
@@ -133,13 +134,30 @@ def make_train_step(
 
         params, opt_state = lax.cond(finite, update, lambda: (state.params, state.opt_state))
         info = StepInfo(sums, jnp.sqrt(squares.sum()), squares, finite)
-        return TrainState(state.step + 1, params, opt_state), info
+        after = TrainState(state.step + 1, params, opt_state)
+        if plan.mesh is not None:  # or the compiler may choose others, and the next step recompile
+            after = lax.with_sharding_constraint(after, shardings(after, plan.mesh))
+        return after, info
 
     return jax.jit(step, donate_argnums=0)
 
 
 def _accumulate(gradient, params, batch, total_weight, accumulation, plan):
     """Sums gradients over microbatches of whole crossbatch groups, one after the other."""
+
+    def add(carry, microbatch):
+        return jax.tree.map(jnp.add, carry, gradient(params, microbatch, total_weight)), None
+
+    micro = _microbatches(batch, accumulation, plan)
+    zero = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micro), total_weight),
+    )
+    return lax.scan(add, zero, micro)[0]
+
+
+def _microbatches(batch: Batch, accumulation: int, plan: crossbatch.Plan) -> Batch:
+    """[R, T] -> [accumulation, R / accumulation, T] of every array, rows over the mesh."""
 
     def split(x):
         x = x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:])
@@ -148,24 +166,20 @@ def _accumulate(gradient, params, batch, total_weight, accumulation, plan):
         spec = PartitionSpec(None, crossbatch.ROW_AXES)
         return lax.with_sharding_constraint(x, NamedSharding(plan.mesh, spec))
 
-    def add(carry, microbatch):
-        return jax.tree.map(jnp.add, carry, gradient(params, microbatch, total_weight)), None
-
-    micro = jax.tree.map(split, dict(batch))
-    zero = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micro), total_weight),
-    )
-    return lax.scan(add, zero, micro)[0]
+    return jax.tree.map(split, dict(batch))
 
 
-def make_positive_mass(model: Transformer, plan: crossbatch.Plan):
-    """Compiled (params, batch) -> r_d of every memory layer, [memory layers] (method.md §5)."""
+def make_positive_mass(model: Transformer, plan: crossbatch.Plan, accumulation: int = 1):
+    """Compiled (params, batch) -> r_d of every memory layer, [memory layers] (method.md §5).
+
+    Measured on the first of `accumulation` microbatches; `plan` is for one of them.
+    """
 
     def measure(params, batch: Batch):
+        first = jax.tree.map(lambda x: x[0], _microbatches(batch, accumulation, plan))
         return model.apply(
             {"params": params},
-            *(batch["inputs"], batch["segment_ids"], plan),
+            *(first["inputs"], first["segment_ids"], plan),
             measure_positive_mass=True,
         ).positive_mass
 
@@ -201,6 +215,13 @@ class SwitchAtAccuracy:
     threshold: float = 0.98
     values: tuple[int, int] = (1, 128)
 
+    def __post_init__(self):
+        if len(self.values) != 2:
+            raise UserError(
+                f"SwitchAtAccuracy.values = {tuple(self.values)}: give two values of d, "
+                "before and after the switch"
+            )
+
     def __call__(self, step: int, last_d: int | None, accuracy: float) -> int:
         return self.values[last_d == self.values[1] or accuracy >= self.threshold]
 
@@ -211,6 +232,10 @@ class DrawnEachStep:
 
     values: tuple[int, ...] = (2, 128)
     seed: int = 0
+
+    def __post_init__(self):
+        if not self.values:
+            raise UserError("DrawnEachStep.values is empty: give the values of d to draw from")
 
     def __call__(self, step: int, last_d: int | None, accuracy: float) -> int:
         return self.values[np.random.default_rng((self.seed, step)).integers(len(self.values))]

@@ -1,0 +1,212 @@
+"""Corpora on disk: JSON Lines files, or Python's own source files, to the texts of documents.
+
+A split of a corpus is a list of parts, each of which can be opened and read from its start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gzip
+import itertools
+import json
+import re
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from fot_jax.errors import UserError
+
+SHUFFLED_BYTES = 32 * 2**20  # of the documents at hand, of which the next one is drawn
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """One collection of documents.
+
+    Attributes:
+      path: a directory with train, valid and test as .jsonl or .jsonl.gz, possibly in shards
+        (train-00000.jsonl.gz); or "tfds:NAME" or "tfds:NAME/CONFIG", a data set prepared with
+        TensorFlow Datasets; or "standard_library": Python's own source files, a package a document.
+      weight: share of this corpus among the documents of a mixture; any scale.
+      min_document_length: tokens, marks included; shorter documents are left out.
+      text_field: where in a row the text is.
+      join_by: a field; the texts of consecutive rows of a file that are equal in it are joined, by
+        newlines, into one document. None: each row is a document.
+    """
+
+    path: str = "standard_library"
+    weight: float = 1.0
+    min_document_length: int = 0
+    text_field: str = "text"
+    join_by: str | None = None
+
+    def __post_init__(self):
+        if self.weight <= 0:
+            raise UserError(f"Corpus.weight = {self.weight} of {self.path}: give more than 0")
+        if self.join_by and self.path.startswith("tfds:"):
+            raise UserError(f"{self.path}: Corpus.join_by is for JSON Lines: leave it out")
+
+
+Part = Callable[[], Iterator[bytes]]  # opens a file of a split, or several: their documents, UTF-8
+
+
+def shard_of(
+    parts: Sequence[Part], shard: int, shards: int, rng: np.random.Generator | None
+) -> Iterator[bytes]:
+    """The documents of a shard; in order, or shuffled by generators that are alike in all shards.
+
+    Shards are of whole parts where there are enough, so that no file is read twice.
+    """
+    if rng is not None:
+        parts = [parts[i] for i in rng.permutation(len(parts))]
+    whole = len(parts) >= shards
+    texts = itertools.chain.from_iterable(
+        part() for part in (parts[shard::shards] if whole else parts)
+    )
+    if not whole:
+        texts = itertools.islice(texts, shard, None, shards)
+    return texts if rng is None else _shuffled(texts, rng)
+
+
+def _shuffled(texts: Iterator[bytes], rng: np.random.Generator) -> Iterator[bytes]:
+    """Each time one of those at hand, which are all where they fit in SHUFFLED_BYTES."""
+    at_hand: list[bytes] = []
+    size = 0
+
+    def draw() -> bytes:
+        i = rng.integers(len(at_hand))
+        at_hand[i], at_hand[-1] = at_hand[-1], at_hand[i]
+        return at_hand.pop()
+
+    for text in texts:
+        at_hand.append(text)
+        size += len(text)
+        while size > SHUFFLED_BYTES:
+            drawn = draw()
+            size -= len(drawn)
+            yield drawn
+    while at_hand:
+        yield draw()
+
+
+def parts_of(corpus: Corpus, split: str) -> list[Part]:
+    """What a split consists of; nothing where there is none of that name."""
+    if corpus.path == "standard_library":
+        return [functools.partial(_package, files) for files in _packages().get(split, [])]
+    return [functools.partial(_jsonl, corpus, file) for file in _files(corpus, split)]
+
+
+# --- JSON Lines ----------------------------------------------------------------------------------
+
+
+def _files(corpus: Corpus, split: str) -> list[epath.Path]:
+    directory = epath.Path(corpus.path)
+    if not directory.is_dir():
+        raise UserError(
+            f"{directory}: no such directory: set Corpus.path to one with train.jsonl.gz, "
+            "valid.jsonl.gz and test.jsonl.gz, to tfds:NAME, or to standard_library"
+        )
+    name = re.compile(rf"{re.escape(split)}(-[^.]*)?\.jsonl(\.gz)?")
+    files = sorted((f for f in directory.iterdir() if name.fullmatch(f.name)), key=lambda f: f.name)
+    for file in files:
+        if file.with_name(file.name + ".gz") in files:
+            raise UserError(f"{file}: there is a {file.name}.gz too: remove one of them")
+    return files
+
+
+def _jsonl(corpus: Corpus, file: epath.Path) -> Iterator[bytes]:
+    """Documents of a file."""
+    if corpus.join_by is None:
+        for place, row in _rows_of(file):
+            yield _field(place, row, corpus.text_field, str).encode()
+    else:
+        joined = itertools.groupby(_rows_of(file), lambda x: _field(*x, corpus.join_by, object))
+        for _, rows in joined:
+            yield "\n".join(_field(*x, corpus.text_field, str) for x in rows).encode()
+
+
+def _rows_of(file: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file:line, row) of every line that is not blank."""
+    number = 0
+    try:
+        with file.open("rb") as raw:
+            lines = gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{file}:{number}", _row(f"{file}:{number}", line)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"{file}:{number + 1}: cannot be read ({error}): restore the file from a copy"
+        ) from error
+
+
+def _row(place: str, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: broken row, not JSON ({error}): mend or remove it") from error
+    if not isinstance(row, dict):
+        raise UserError(f'{place}: broken row, not an object like {{"text": "..."}}: mend it')
+    return row
+
+
+def _field(place: str, row: dict[str, Any], field: str, kind: type) -> Any:
+    if field not in row:
+        raise UserError(f"{place}: no field {field!r} in the row, which has {', '.join(row)}")
+    value = row[field]
+    if not isinstance(value, kind):
+        raise UserError(
+            f"{place}: field {field!r} is {json.dumps(value)[:40]}, not a text: mend it"
+        )
+    if kind is str and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{place}: field {field!r} has half a character: {error.reason}"
+            ) from error
+    return value
+
+
+# --- Standard library ----------------------------------------------------------------------------
+
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+TABLES = {"encodings", "pydoc_data"}  # of characters, of topics: hardly code
+
+
+@functools.cache
+def _packages() -> dict[str, list[list[Path]]]:
+    """Files of each package and module of the standard library, by split, in order of name.
+
+    By size, every eighth is for validation and every eighth for test: so all splits have long ones,
+    whatever this Python's release has more or fewer of.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    packages: dict[str, list[Path]] = {}
+    for file in sorted(library.rglob("*.py")):
+        first, *_ = parts = file.relative_to(library).parts
+        if not (LEFT_OUT & set(parts) or first in TABLES or first.startswith("_sysconfigdata")):
+            packages.setdefault(first, []).append(file)
+    if not packages:
+        raise UserError(f"{library}: this Python came without its sources: set Corpus.path")
+    sizes = {name: sum(f.stat().st_size for f in files) for name, files in packages.items()}
+    by_size = sorted(packages, key=lambda name: (-sizes[name], name))
+    splits = {"valid": by_size[3::8], "test": by_size[7::8]}
+    splits["train"] = set(by_size) - {*splits["valid"], *splits["test"]}
+    return {split: [packages[name] for name in sorted(names)] for split, names in splits.items()}
+
+
+def _package(files: Sequence[Path]) -> Iterator[bytes]:
+    """One document: the files, each after a line with its path."""
+    library = Path(sysconfig.get_path("stdlib"))
+    texts = (
+        f"# {file.relative_to(library).as_posix()}\n{file.read_text('utf-8', 'replace')}"
+        for file in files
+    )
+    yield "\n".join(texts).encode()

@@ -1,0 +1,154 @@
+"""Whole runs for tests: a tiny experiment, `fot` in this process or in its own, what it left."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from fot_jax import cli
+from fot_jax.training import checkpoint
+from fot_jax.training.partitioning import MeshShape
+
+MODEL = """
+train.model = @ModelConfig()
+ModelConfig.vocab_size = 64
+ModelConfig.hidden_size = 16
+ModelConfig.num_layers = 2
+ModelConfig.num_heads = 2
+ModelConfig.num_kv_heads = 2
+ModelConfig.head_dim = 8
+ModelConfig.mlp_dim = 32
+ModelConfig.memory_layers = (1,)
+ModelConfig.local_context = 16
+"""
+
+# Embedding and head 64 x 16 each; a layer: 4 matrices 16 x 16 and 3 of 16 x 32, 2 norms; a norm.
+PARAMETERS = 2 * 64 * 16 + 2 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16) + 16
+
+# A step: 4 documents of 32 tokens, a window of definitions and one of questions; 16 answers.
+DICTIONARY = f"""{MODEL}
+train.data = @Data()
+train.optimizer = @adamw
+train.learning_rate = @constant_rate()
+train.steps = 12
+train.log_every = 1
+train.scheme = @PreviousContext()
+train.checkpoints = @Checkpoints()
+constant_rate.value = 0.01
+Data.source = @DictionaryLookup()
+Data.lanes = 4
+DictionaryLookup.document_tokens = 32
+DictionaryLookup.key_length = 1
+DictionaryLookup.value_length = 1
+PreviousContext.advance = 2
+Checkpoints.every = 4
+"""
+
+QUICK = {  # compiling a program takes longer than running it, in these tests
+    "jax_disable_most_optimizations": True,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+
+
+@contextlib.contextmanager
+def quick_compilation(cache):
+    """Programs compiled without optimizations, and each of them once."""
+    settings = {**QUICK, "jax_compilation_cache_dir": str(cache)}
+    before = {name: jax.config.values[name] for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def first_devices(monkeypatch, count):
+    """Runs see the first of this process's devices alone."""
+    make = MeshShape.make
+    with monkeypatch.context() as patch:
+        patch.setattr(MeshShape, "make", lambda shape: make(shape, jax.devices()[:count]))
+        yield
+
+
+def arguments(experiment, workdir, *bindings):
+    """The command line of a run."""
+    gin = [word for binding in bindings for word in ("--gin", binding)]
+    return ["train", str(experiment), "--workdir", str(workdir), *gin]
+
+
+def train(experiment, workdir, *bindings):
+    """A run in this process; returns the exit code."""
+    return cli.main(arguments(experiment, workdir, *bindings))
+
+
+def start(argv, cache, **options):
+    """`python -m fot_jax` as a process with one device."""
+    environment = {name.upper(): str(value) for name, value in QUICK.items()}
+    environment |= {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "XLA_FLAGS": "",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "fot_jax", *argv],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+# --- What a run left -----------------------------------------------------------------------------
+
+OF_THE_CLOCK = {
+    *("time", "data_wait_seconds", "tokens_per_second", "seconds_per_step", "utilisation"),
+}
+
+
+def curve(workdir):
+    """The lines of metrics.jsonl, without what time it took."""
+    lines = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [{k: x for k, x in row.items() if k not in OF_THE_CLOCK} for row in rows]
+
+
+def training_curve(workdir):
+    """The same, without evaluations."""
+    return [row for row in curve(workdir) if "loss" in row]
+
+
+def parameters(path):
+    """Parameters of a workdir's newest checkpoint, or of a step in it."""
+    return jax.tree.map(np.asarray, checkpoint.load_params(path).params)
+
+
+def assert_same_parameters(a, b):
+    a, b = parameters(a), parameters(b)
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def steps_saved(workdir):
+    return checkpoint.complete_steps(Path(workdir) / "checkpoints")
+
+
+def files(directory):
+    """Name and content of every file."""
+    found = sorted(path for path in Path(directory).rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in found}

@@ -1,0 +1,520 @@
+"""Whole runs: killed, stopped, damaged and resumed, they end as if nothing had happened."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import runs
+from runs import DICTIONARY, curve, parameters, steps_saved, training_curve
+
+from fot_jax import train as train_module
+from fot_jax.data.corpus import Corpus
+from fot_jax.data.synthetic import DictionaryLookup
+from fot_jax.data.tasks import Text
+from fot_jax.data.vocabulary import TrainedSentencePiece
+from fot_jax.model.crossbatch import PreviousContext
+from fot_jax.model.transformer import ModelConfig
+from fot_jax.training.optim import adamw, constant_rate
+
+EVALUATED = """
+train.evaluation = @Evaluation()
+Evaluation.evals = (@PerplexityByContext(), @Sample())
+Evaluation.during = (@during/PerplexityByContext(),)
+PerplexityByContext.memory_sizes = (0, 16)
+PerplexityByContext.split = "test"
+during/PerplexityByContext.split = "valid"
+Sample.new_tokens = 4
+Sample.memory = 16
+"""
+
+# Two documents may differ in the step at which one of 16 answers is first right.
+SWITCHING = f"""{DICTIONARY}{EVALUATED}
+train.d = @SwitchAtAccuracy()
+SwitchAtAccuracy.threshold = 0.01
+SwitchAtAccuracy.values = (1, 3)
+"""
+
+PACKED = f"""{runs.MODEL}
+train.data = @Data()
+train.optimizer = @adamw
+train.learning_rate = @cosine()
+train.steps = 150
+train.log_every = 4
+train.scheme = @Packed()
+train.compute = @Compute()
+train.checkpoints = @Checkpoints()
+cosine.max_value = 0.01
+cosine.min_value = 0.001
+cosine.warmup_steps = 10
+cosine.steps = 150
+ModelConfig.vocab_size = 258
+Data.source = @Text()
+Data.lanes = 4
+Data.lane_groups = 2
+Data.group_lanes = 2
+Text.corpora = [@Corpus()]
+Text.tokenizer = @Bytes()
+Packed.pack = 2
+Packed.range = 2
+Compute.accumulation = 2
+Checkpoints.every = 7
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(cache):
+    with runs.quick_compilation(cache):
+        yield
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    with runs.first_devices(monkeypatch, 1):
+        yield
+
+
+def write(directory, experiment):
+    path = directory / "experiment.gin"
+    path.write_text(experiment)
+    return path
+
+
+def write_corpus(directory, documents=24, seed=0):
+    """Made-up prose; every split the same kind."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=4)) for _ in range(60)]
+    directory.mkdir(exist_ok=True)
+    for split in ("train", "valid", "test"):
+        texts = (" ".join(rng.choices(words, k=rng.randrange(5, 40))) for _ in range(documents))
+        lines = (json.dumps({"text": text}) for text in texts)
+        (directory / f"{split}.jsonl").write_text("\n".join(lines))
+    return directory
+
+
+# --- Processes that are killed -------------------------------------------------------------------
+
+
+def last_step(workdir):
+    """Of the last whole line of metrics.jsonl."""
+    with contextlib.suppress(FileNotFoundError):
+        lines = (workdir / "metrics.jsonl").read_text().splitlines()
+        for line in reversed(lines):
+            with contextlib.suppress(ValueError):
+                return json.loads(line)["step"]
+    return 0
+
+
+def interrupt(argv, cache, workdir, how, steps):
+    """Starts a run, sends a signal so many steps beyond what was reported before; stderr."""
+    target = last_step(workdir) + steps
+    process = runs.start(argv, cache)
+    while last_step(workdir) < target and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(how)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 143}[how], stderr
+    return stderr
+
+
+def finish(argv, cache):
+    process = runs.start(argv, cache)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    return stderr
+
+
+def truncate_largest_file(directory):
+    largest = max((f for f in directory.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, cache):
+    """A run of 150 steps in a process that nothing disturbs."""
+    directory = tmp_path_factory.mktemp("unbroken")
+    more = "train.steps = 150\nCheckpoints.every = 7\nEvaluation.every = 35\n"
+    experiment = write(directory, SWITCHING + more)
+    stderr = finish(runs.arguments(experiment, directory / "run"), cache)
+    assert "step 150/150" in stderr
+    return directory
+
+
+@pytest.mark.slow
+def test_killed_at_any_step_it_ends_as_if_unbroken(unbroken, cache, tmp_path):
+    """kill -9 twice, SIGTERM, and then its checkpoint damaged; schedule of d by accuracy."""
+    workdir = tmp_path / "run"
+    argv = runs.arguments(unbroken / "experiment.gin", workdir)
+    rng = random.Random()
+    for how in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM):
+        said = interrupt(argv, cache, workdir, how, rng.randrange(3, 13))
+    stopped = last_step(workdir)
+    assert f"stopped by SIGTERM after step {stopped}, which is saved" in said
+    *_, before, newest = steps_saved(workdir)
+    assert newest == stopped < 150
+    truncate_largest_file(workdir / "checkpoints" / str(newest) / "params")
+    said = finish(argv, cache)
+    assert f"checkpoints/{newest} is damaged" in said
+    assert f"resuming {workdir} after step {before}" in said
+    assert curve(workdir) == curve(unbroken / "run")
+    runs.assert_same_parameters(workdir, unbroken / "run")
+    assert {row["d"] for row in training_curve(workdir)} == {1, 3}
+
+
+@pytest.mark.slow
+def test_stopped_between_logged_steps_it_ends_as_if_unbroken(cache, tmp_path):
+    """Text in two lane groups, accumulation, metrics every 4 steps and checkpoints every 7."""
+    corpus = write_corpus(tmp_path / "corpus")
+    experiment = write(tmp_path, PACKED + f'Corpus.path = "{corpus}"\n')
+    finish(runs.arguments(experiment, tmp_path / "unbroken"), cache)
+    argv = runs.arguments(experiment, tmp_path / "run")
+    interrupt(argv, cache, tmp_path / "run", signal.SIGKILL, 9)
+    said = interrupt(argv, cache, tmp_path / "run", signal.SIGTERM, 9)
+    stopped = int(re.search(r"stopped by SIGTERM after step (\d+)", said)[1])
+    assert stopped < 150 and steps_saved(tmp_path / "run")[-1] == stopped
+    said = finish(argv, cache)
+    assert f"resuming {tmp_path / 'run'} after step {stopped}" in said
+    want = curve(tmp_path / "unbroken")
+    assert curve(tmp_path / "run") == want
+    assert [row["step"] for row in want] == [*range(4, 150, 4), 150]
+    runs.assert_same_parameters(tmp_path / "run", tmp_path / "unbroken")
+
+
+@pytest.mark.slow
+def test_a_second_sigterm_ends_the_process_at_once():
+    code = """if True:
+        import os, signal
+        from fot_jax.train import _sigterm
+        with _sigterm() as told_to_stop:
+            assert not told_to_stop()
+            os.kill(os.getpid(), signal.SIGTERM)
+            print(told_to_stop(), flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            print("still here", flush=True)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (143, "True\n"), done.stderr
+
+
+# --- Resuming ------------------------------------------------------------------------------------
+
+
+class Programs(logging.Handler):
+    """Counts what JAX compiles, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {}
+
+    def emit(self, record):
+        if name := re.match(r"Finished XLA compilation of jit\((\w+)\)", record.getMessage()):
+            self.counts[name[1]] = self.counts.get(name[1], 0) + 1
+
+    @contextlib.contextmanager
+    def watch(self):
+        logger = logging.getLogger("jax._src.dispatch")
+        with jax.log_compiles():
+            logger.addHandler(self)
+            try:
+                yield
+            finally:
+                logger.removeHandler(self)
+
+
+EVERY_STEP = """
+Checkpoints.every = 1
+Checkpoints.keep_last = 100
+Evaluation.every = 5
+train.positive_mass_every = 3
+"""
+
+
+@dataclasses.dataclass
+class Run:
+    experiment: Path
+    workdir: Path
+    programs: dict[str, int]
+
+    def copy(self, to):
+        shutil.copytree(self.workdir, to)
+        return to
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, quick):
+    """A run of 12 steps on one device, in this process, with a checkpoint of every step."""
+    directory = tmp_path_factory.mktemp("trained")
+    experiment = write(directory, SWITCHING + EVERY_STEP)
+    programs = Programs()
+    with runs.first_devices(pytest.MonkeyPatch(), 1), programs.watch():
+        assert runs.train(experiment, directory / "run") == 0
+    return Run(experiment, directory / "run", programs.counts)
+
+
+def switch_seen_at(run):
+    """The step whose accuracy is the first to reach the threshold."""
+    return next(row["step"] for row in training_curve(run.workdir) if row["accuracy"] > 0.01)
+
+
+def test_d_switches_two_steps_after_the_accuracy_and_stays(trained):
+    """Two: the accuracy of a step is fetched while the next one runs."""
+    switch = switch_seen_at(trained) + 2
+    assert 3 <= switch < 12
+    ds = {row["step"]: row["d"] for row in training_curve(trained.workdir)}
+    assert ds == {step: 1 if step < switch else 3 for step in range(1, 13)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_resumes_around_the_switch_of_d(trained, tmp_path, one_device, after):
+    """From the step whose accuracy decides about d, and the two in which it waits to."""
+    workdir = trained.copy(tmp_path / "run")
+    stop = switch_seen_at(trained) + after
+    for step in steps_saved(workdir):
+        if step > stop:
+            shutil.rmtree(workdir / "checkpoints" / str(step))
+    assert runs.train(trained.experiment, workdir) == 0
+    assert curve(workdir) == curve(trained.workdir)
+    runs.assert_same_parameters(workdir, trained.workdir)
+
+
+@pytest.mark.slow
+def test_resumes_with_more_steps(trained, tmp_path, one_device):
+    """Stopped where an evaluation during training is due: it is made good."""
+    for steps in (5, 12):
+        assert runs.train(trained.experiment, tmp_path, f"train.steps = {steps}") == 0
+    assert curve(tmp_path) == curve(trained.workdir)
+    runs.assert_same_parameters(tmp_path, trained.workdir)
+
+
+def test_a_finished_run_is_only_evaluated(trained, tmp_path, one_device, capsys):
+    workdir = trained.copy(tmp_path / "run")
+    before = runs.files(workdir / "checkpoints")
+    shutil.rmtree(workdir / "plots")
+    assert runs.train(trained.experiment, workdir) == 0
+    assert "perplexity_by_context" in capsys.readouterr().out
+    assert curve(workdir) == curve(trained.workdir)
+    assert runs.files(workdir / "checkpoints") == before
+    assert (workdir / "plots" / "perplexity_by_context.png").exists()
+
+
+def test_fewer_steps_than_done_are_refused(trained, tmp_path, one_device, capsys):
+    workdir = trained.copy(tmp_path / "run")
+    before = runs.files(workdir)
+    assert runs.train(trained.experiment, workdir, "train.steps = 11") == 2
+    assert capsys.readouterr().err == (
+        f"fot: error: {workdir} has a checkpoint of step 12, beyond train.steps = 11: raise "
+        "train.steps, or choose another workdir\n"
+    )
+    assert runs.files(workdir) == before
+
+
+# --- What a workdir holds ------------------------------------------------------------------------
+
+
+def test_a_workdir_holds_what_the_readme_says(trained):
+    there = {path.name for path in trained.workdir.iterdir()}
+    (events,) = (name for name in there if name.startswith("events.out.tfevents."))
+    want = {"config.gin", "metrics.jsonl", "checkpoints", "plots", "vocabulary"}
+    assert there == {*want, events}
+    assert steps_saved(trained.workdir) == list(range(1, 13))
+    plots = list((trained.workdir / "plots").iterdir())
+    assert [plot.name for plot in plots] == ["perplexity_by_context.png"]
+    assert plots[0].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_config_gin_repeats_the_run(trained, tmp_path, one_device):
+    assert runs.train(trained.workdir / "config.gin", tmp_path / "again") == 0
+    assert curve(tmp_path / "again") == curve(trained.workdir)
+    runs.assert_same_parameters(tmp_path / "again", trained.workdir)
+    config = (trained.workdir / "config.gin").read_text()
+    assert (tmp_path / "again" / "config.gin").read_text() == config
+
+
+def test_metrics_have_what_was_asked_for_at_its_steps(trained):
+    rows = curve(trained.workdir)
+    training = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in training] == list(range(1, 13))
+    for row in training:
+        assert row["perplexity"] == pytest.approx(np.exp(row["loss"]))
+        assert row["accuracy"] * 16 == int(row["accuracy"] * 16)
+        assert row["learning_rate"] == pytest.approx(0.01)
+        assert row["grad_norm"] > 0 and row["skipped"] == 0
+    mass = {row["step"]: row.get("positive_mass/layer_1") for row in training}
+    assert [step for step, share in mass.items() if share is not None] == [3, 6, 9, 12]
+    for row in training:
+        if row["step"] % 3 == 0 and row["d"] == 1:
+            assert mass[row["step"]] == pytest.approx(1)
+        elif row["step"] % 3 == 0:
+            assert 0.1 < mass[row["step"]] < 0.9  # untrained: about 1 / d
+    assert {row["d"] for row in training if row["step"] % 3 == 0} == {1, 3}
+    evaluated = {row["step"]: set(row) - {"step"} for row in rows if "loss" not in row}
+    names = {
+        split: {f"{split}_perplexity/memory_{n}" for n in (0, 16)} for split in ("valid", "test")
+    }
+    assert evaluated == {5: names["valid"], 10: names["valid"], 12: names["test"]}
+
+
+def test_a_step_is_compiled_once_for_each_d(trained, tmp_path, one_device):
+    assert trained.programs["step"] == 2
+    drawn = "train.d = @DrawnEachStep()", "DrawnEachStep.values = (1, 3)"
+    profile = "train.profile_steps = (2, 3)"
+    programs = Programs()
+    with programs.watch():
+        assert runs.train(trained.experiment, tmp_path, *drawn, profile, "train.steps = 8") == 0
+    ds = [row["d"] for row in training_curve(tmp_path)]
+    assert sum(a != b for a, b in zip(ds, ds[1:], strict=False)) >= 2
+    assert programs.counts["step"] == 2
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+# --- Where a run starts --------------------------------------------------------------------------
+
+
+def test_initialize_from_takes_parameters_and_nothing_else(trained, tmp_path, one_device):
+    """A fresh AdamW moves every parameter that has a gradient by the learning rate."""
+    start = f'train.initialize_from = "{trained.workdir}"'
+    first_step = "train.steps = 1", "constant_rate.value = 0.001", "adamw.weight_decay = 0.0"
+    assert runs.train(trained.experiment, tmp_path, start, *first_step) == 0
+    rows = training_curve(tmp_path)
+    assert [row["step"] for row in rows] == [1]
+    assert rows[0]["d"] == 1  # the schedule starts again too
+    before, after = parameters(trained.workdir), parameters(tmp_path)
+    for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+        moved = np.abs(y - x)[y != x]
+        assert moved.max() < 0.001001
+        assert np.median(moved) == pytest.approx(0.001, rel=0.01)
+
+
+@pytest.mark.slow
+def test_the_vocabulary_is_that_of_the_workdir_or_of_the_checkpoint(tmp_path, one_device):
+    """Where the corpus has changed since, and with it the tokenizer that it would give."""
+    corpus = write_corpus(tmp_path / "corpus")
+    text = (
+        *("Text.tokenizer = @TrainedSentencePiece()", "TrainedSentencePiece.pieces = 300"),
+        *("ModelConfig.vocab_size = 300", f'Corpus.path = "{corpus}"', "Checkpoints.every = 1"),
+    )
+    experiment = write(tmp_path, PACKED)
+
+    def run(workdir, steps, *more):
+        assert (
+            runs.train(experiment, tmp_path / workdir, *text, f"train.steps = {steps}", *more) == 0
+        )
+        return runs.files(tmp_path / workdir / "vocabulary")
+
+    source = Text((Corpus(str(corpus)),), TrainedSentencePiece(300))
+    first = source.vocabulary
+    vocabulary = run("run", 1)
+    assert vocabulary["tokenizer.model"] == first.model
+    write_corpus(corpus, seed=1)
+    assert dataclasses.replace(source).vocabulary != first
+    assert run("run", 2) == vocabulary
+    assert run("tuned", 1, f'train.initialize_from = "{tmp_path / "run"}"') == vocabulary
+
+
+# --- What is not finite --------------------------------------------------------------------------
+
+
+def test_stops_when_nothing_is_finite_any_more(trained, tmp_path, one_device, capsys):
+    """A learning rate that throws the parameters out of reach at step 13."""
+    workdir = trained.copy(tmp_path / "run")
+    often = "Checkpoints.every = 2", "Checkpoints.keep_last = 2", "train.max_skipped = 3"
+    huge = "constant_rate.value = 1e30"
+    assert runs.train(trained.experiment, workdir, huge, *often, "train.steps = 40") == 2
+    *said, error = capsys.readouterr().err.splitlines()
+    skips = [line for line in said if "update skipped" in line]
+    assert skips == [
+        f"step {step}: the gradient of embedding is not finite: update skipped"
+        for step in (14, 15, 16, 17)
+    ]
+    assert error == (
+        "fot: error: step 17: the gradient of embedding is not finite, for more than 3 steps in a "
+        "row: stopped; the last good checkpoint is that of step 12: lower the learning rate or "
+        "look at the data"
+    )
+    assert steps_saved(workdir)[-1] == 12
+    runs.assert_same_parameters(workdir, trained.workdir)
+    assert [row["skipped"] for row in training_curve(workdir)][12:] == [0, 1, 2, 3]
+
+
+@dataclasses.dataclass(frozen=True)
+class OneBadDocument(DictionaryLookup):
+    """The tenth document has this weight on its answers."""
+
+    weight: float = 1.0
+
+    def stream(self, shard, shards, seed, position=(0, 0)):
+        for place, document in super().stream(shard, shards, seed, position):
+            if place == (0, 10):
+                document = document._replace(weights=document.weights * np.float32(self.weight))
+            yield place, document
+
+
+@pytest.mark.parametrize(
+    "weight, what", [(np.nan, "the gradient of embedding"), (1e38, "the loss")], ids=str
+)
+def test_a_step_that_is_not_finite_is_skipped_and_named(tmp_path, one_device, capsys, weight, what):
+    """Documents 9 … 12 are those of step 3."""
+
+    def run(steps):
+        return train_module.train(
+            str(tmp_path),
+            ModelConfig(64, 16, 2, 2, 2, 8, 32, (1,), 16),
+            train_module.Data(OneBadDocument(32, 1, 1, weight=weight), lanes=4),
+            adamw,
+            constant_rate(0.01),
+            steps,
+            scheme=PreviousContext(advance=2),
+            checkpoints=train_module.Checkpoints(every=1, keep_last=9),
+            log_every=1,
+        )
+
+    assert run(3) and run(5)
+    skips = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert skips == [f"step 3: {what} is not finite: update skipped"]
+    runs.assert_same_parameters(tmp_path / "checkpoints" / "3", tmp_path / "checkpoints" / "2")
+    rows = training_curve(tmp_path)
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 0, 0]
+    assert rows[2]["loss"] is None and np.isfinite(rows[4]["loss"])
+    assert not np.array_equal(*(parameters(tmp_path / "checkpoints" / n)["head"] for n in "35"))
+
+
+# --- Meshes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_mesh_changes_nothing(tmp_path, monkeypatch):
+    more = "train.compute = @Compute()\nCompute.mesh = @MeshShape()\nPreviousContext.d = 3\n"
+    experiment = write(tmp_path, DICTIONARY + more)
+    size = "Data.lanes = 8", "train.steps = 4"
+
+    def losses(name, *mesh):
+        assert runs.train(experiment, tmp_path / name, *size, *mesh) == 0
+        rows = training_curve(tmp_path / name)
+        return [[row["loss"], row["grad_norm"]] for row in rows]
+
+    with runs.first_devices(monkeypatch, 1):
+        want = losses("one")
+    for name, mesh in (
+        ("eight", ("MeshShape.data = 8",)),
+        ("four by two", ("MeshShape.data = 4", "MeshShape.tensor = 2")),
+    ):
+        np.testing.assert_allclose(losses(name, *mesh), want, rtol=1e-4, err_msg=name)

@@ -1,0 +1,58 @@
+"""FLOPs against those that PyTorch counts while it runs the objective query by query."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from naive import gradient
+from test_transformer import random_params, random_tokens
+from torch.utils.flop_counter import FlopCounterMode
+
+from fot_jax.model.crossbatch import NoCrossbatch, Packed, PackedTable, PreviousContext
+from fot_jax.model.transformer import ModelConfig
+from fot_jax.training.flops import training_flops
+
+SCHEMES = [
+    NoCrossbatch(),
+    PreviousContext(d=1),
+    PreviousContext(d=3, w=2),
+    Packed(pack=3, range=5),
+    PackedTable(((0, 0), (1, 2), (0, 3))),
+]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@settings(max_examples=4, deadline=None)
+@given(
+    groups=st.integers(1, 2),
+    window=st.integers(1, 3),
+    memory_layers=st.sampled_from([(0, 1), (1,), (0,), ()]),
+    kv_heads=st.integers(1, 2),
+    shared=st.integers(1, 3),
+    mlp=st.sampled_from(["swiglu", "gelu"]),
+    tied=st.booleans(),
+)
+def test_counts_what_the_objective_multiplies(
+    scheme, groups, window, memory_layers, kv_heads, shared, mlp, tied
+):
+    config = ModelConfig(
+        vocab_size=13,
+        hidden_size=5,
+        num_layers=2,
+        num_heads=kv_heads * shared,
+        num_kv_heads=kv_heads,
+        head_dim=4,
+        mlp_dim=7,
+        memory_layers=memory_layers,
+        local_context=window,
+        mlp=mlp,
+        tie_embeddings=tied,
+    )
+    group_rows = 3 * scheme.windows
+    tokens = random_tokens(config, groups * group_rows, window)
+    batch = dict(inputs=tokens, targets=tokens, segment_ids=np.ones_like(tokens))
+    batch["weights"] = np.ones(tokens.shape, np.float32)
+    with FlopCounterMode(display=False) as counter:
+        gradient(config, scheme, random_params(config), batch, group_rows)
+    counted = counter.get_total_flops()
+    assert training_flops(config, scheme, len(tokens), group_rows) == counted

@@ -1,0 +1,293 @@
+"""Meshes, and where parameters, optimizer states and rows go on them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import naive  # noqa: F401 (finds the tests of the model)
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh
+from test_transformer import LLAMA, PAPER, shapes_of
+
+from fot_jax.errors import UserError
+from fot_jax.model import crossbatch
+from fot_jax.model.transformer import Transformer
+from fot_jax.training import optim, partitioning
+from fot_jax.training.partitioning import MeshShape
+from fot_jax.training.step import TrainState, make_train_step
+
+EVEN = dataclasses.replace(LLAMA, vocab_size=64)
+
+
+# --- Meshes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape, sizes",
+    [
+        (MeshShape(), (8, 1, 1)),
+        (MeshShape(fsdp=2, tensor=2), (2, 2, 2)),
+        (MeshShape(2, 1, 4), (2, 1, 4)),
+        (MeshShape(-1, 8, 1), (1, 8, 1)),
+    ],
+)
+def test_mesh_uses_every_device_once(shape, sizes):
+    mesh = shape.make()
+    assert mesh.devices.shape == sizes and mesh.axis_names == ("data", "fsdp", "tensor")
+    assert list(mesh.devices.flat) == jax.devices()
+    assert dict(shape.make_abstract().shape) == dict(mesh.shape)
+
+
+def test_mesh_of_some_devices():
+    mesh = MeshShape(tensor=3).make(jax.devices()[2:8])
+    assert [[device.id for device in row] for row in mesh.devices[:, 0]] == [[2, 3, 4], [5, 6, 7]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device of a pod, as far as a mesh looks at it."""
+
+    id: int
+    process_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v3"
+
+
+def test_devices_of_a_process_are_neighbours():
+    """By id they are not on a TPU: process 0 of a v3-32 has 0 … 3 and 8 … 11 (JAX's own guide)."""
+    chips = [Chip(i, i // 4 % 2) for i in range(16)]
+    mesh = MeshShape(fsdp=2, tensor=2).make(chips)
+    assert [chip.id for chip in mesh.devices.flat] == [
+        *(0, 1, 2, 3, 8, 9, 10, 11),
+        *(4, 5, 6, 7, 12, 13, 14, 15),
+    ]
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: MeshShape(fsdp=0), r"MeshShape\.fsdp = 0: give 1 or more devices$"),
+        (lambda: MeshShape(tensor=-1), r"MeshShape\.tensor = -1: give 1 or more devices$"),
+        (lambda: MeshShape(fsdp=2.0), r"MeshShape\.fsdp = 2\.0: give 1 or more devices$"),
+        (lambda: MeshShape(data=0), r"MeshShape\.data = 0: give 1 or more devices \(-1: all"),
+        (lambda: MeshShape(data=-2), r"MeshShape\.data = -2: give 1 or more devices \(-1: all"),
+        (lambda: MeshShape(data=4).make(), "data=4 x fsdp=1 x tensor=1 does not use the 8 devices"),
+        (lambda: MeshShape(data=16).make(), "data=16 x fsdp=1 x tensor=1 does not use the 8"),
+        (lambda: MeshShape(fsdp=3).make(), "data=-1 x fsdp=3 x tensor=1 does not use the 8"),
+        (lambda: MeshShape(tensor=16).make(), "data=-1 x fsdp=1 x tensor=16 does not use the 8"),
+        (lambda: MeshShape(fsdp=3).make_abstract(), "data=-1 x fsdp=3 x tensor=1 does not use"),
+        (lambda: MeshShape(tensor=16).make_abstract(), "data=-1 x fsdp=1 x tensor=16 does not"),
+    ],
+)
+def test_bad_meshes(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_on_more_devices_than_are_here_can_be_traced(accumulation):
+    mesh = MeshShape(data=32, fsdp=2, tensor=2).make_abstract()
+    assert mesh.size == 128 > jax.device_count()
+    scheme = crossbatch.PreviousContext(d=4)
+    plan = crossbatch.make_plan(
+        *(scheme, 256 // accumulation), group_rows=32, mesh=mesh, heads=EVEN.num_heads, window=8
+    )
+    optimizer = optim.adamw(0.1)
+    params = shapes_of(EVEN)
+    state = TrainState(jnp.int32(0), params, jax.eval_shape(optimizer.init, params))
+    batch = {
+        name: jax.ShapeDtypeStruct((256, 8), dtype, sharding=partitioning.rows(mesh))
+        for name, dtype in dict(
+            inputs=jnp.int32, targets=jnp.int32, segment_ids=jnp.int32, weights=jnp.float32
+        ).items()
+    }
+    partitioning.shardings(state, mesh)
+    step = make_train_step(Transformer(EVEN), optimizer, scheme, plan, accumulation)
+    after, info = jax.eval_shape(step, state, batch)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert info.grad_squares.shape == (len(jax.tree.leaves(params)),)
+
+
+# --- Parameters and optimizer states -------------------------------------------------------------
+
+
+def pieces(tree, mesh):
+    """{path: how many pieces each dimension is cut into}, from arrays placed on devices."""
+    of = partitioning.shardings(tree, mesh)
+    placed = jax.tree.map(lambda x, s: jax.device_put(jnp.zeros(x.shape, x.dtype), s), tree, of)
+
+    def cut(leaf):
+        shards = {tuple(map(str, shard.index)) for shard in leaf.addressable_shards}
+        by_dimension = tuple(len({index[i] for index in shards}) for i in range(leaf.ndim))
+        assert len(shards) == np.prod(by_dimension, dtype=int)
+        return by_dimension
+
+    return {
+        partitioning.path_name(path): cut(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(placed)
+    }
+
+
+# Written out for fsdp 4 and tensor 2: what a projection reads from the residual stream is over
+# fsdp, its heads or inner units over tensor, and so is the vocabulary.
+SHARDED = {
+    "embedding": (2, 4),
+    "head": (4, 2),
+    "layers/attention/query": (1, 4, 2),
+    "layers/attention/key": (1, 4, 2),
+    "layers/attention/value": (1, 4, 2),
+    "layers/attention/out": (1, 2, 4),
+    "layers/mlp/gate": (1, 4, 2),
+    "layers/mlp/up": (1, 4, 2),
+    "layers/mlp/down": (1, 2, 4),
+}
+
+
+@pytest.mark.parametrize("family", [LLAMA, PAPER], ids=["llama", "paper"])
+def test_every_kernel_is_sharded_and_nothing_else(family):
+    params = shapes_of(dataclasses.replace(family, vocab_size=64))
+    got = pieces(params, MeshShape(1, 4, 2).make())
+    small = ("scale", "bias", "log_scale")
+    assert {name for name in got if name.split("/")[-1] not in small} <= SHARDED.keys()
+    for name, cut in got.items():
+        assert cut == SHARDED.get(name, (1,) * len(cut)), name
+
+
+def test_data_axis_replicates_parameters():
+    for cut in pieces(shapes_of(EVEN), MeshShape().make()).values():
+        assert set(cut) <= {1}
+
+
+def test_adamw_moments_go_where_their_parameters_are():
+    params = shapes_of(EVEN)
+    state = jax.eval_shape(optim.adamw(0.1).init, params)
+    got = pieces(state, MeshShape(1, 4, 2).make())
+    for moment in ("mu", "nu"):
+        of = {name.split(f"{moment}/")[1]: cut for name, cut in got.items() if f"{moment}/" in name}
+        assert of == pieces(params, MeshShape(1, 4, 2).make())
+
+
+@pytest.mark.parametrize("factor", [8, 10**6])  # statistics of matrices factored, and not
+def test_adafactor_statistics_are_replicated_when_factored(factor):
+    params = shapes_of(EVEN)
+    state = jax.eval_shape(optim.adafactor(0.1, min_dim_size_to_factor=factor).init, params)
+    got = pieces(state, MeshShape(1, 4, 2).make())
+    shapes = {
+        partitioning.path_name(path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+    whole = {name: leaf.shape for name, leaf in named(params)}
+    sharded = set()
+    for name, cut in got.items():
+        parameter = next((p for p in SHARDED if name.endswith(p.removeprefix("layers/"))), None)
+        if parameter is not None and shapes[name] == whole[parameter]:
+            assert cut == SHARDED[parameter], name
+            sharded.add(name)
+        else:
+            assert set(cut) <= {1}, name
+    # The running mean of updates is always as large as the parameters; the second moment only
+    # when it is not factored.
+    assert len(sharded) == len(SHARDED) * (1 if factor == 8 else 2)
+
+
+def named(tree):
+    return [
+        (partitioning.path_name(path), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+@pytest.mark.parametrize(
+    "change, shape, message",
+    [
+        (
+            dict(vocab_size=61),
+            MeshShape(4, 1, 2),
+            r"^embedding \(61, 32\): 61 does not divide over mesh axis tensor of 2",
+        ),
+        (
+            dict(hidden_size=36),
+            MeshShape(1, 8, 1),
+            r"^embedding \(64, 36\): 36 does not divide over mesh axis fsdp of 8",
+        ),
+        (
+            dict(mlp_dim=49),
+            MeshShape(4, 1, 2),
+            r"^layers/mlp/down \(3, 49, 32\): 49 does not divide over mesh axis tensor of 2",
+        ),
+        (
+            dict(num_kv_heads=1, head_dim=4),
+            MeshShape(1, 1, 8),
+            r"^layers/attention/key \(3, 32, 4\): 4 does not divide over mesh axis tensor of 8",
+        ),
+    ],
+)
+def test_parameters_that_do_not_divide(change, shape, message):
+    params = shapes_of(dataclasses.replace(EVEN, **change))
+    with pytest.raises(UserError, match=message):
+        partitioning.shardings(params, shape.make())
+
+
+def test_a_state_that_does_not_divide_names_its_parameter():
+    params = shapes_of(dataclasses.replace(EVEN, mlp_dim=49))
+    state = TrainState(jnp.int32(0), {}, jax.eval_shape(optax.trace(0.9).init, params))
+    with pytest.raises(UserError, match=r"^opt_state/trace/layers/mlp/down \(3, 49, 32\): 49 does"):
+        partitioning.shardings(state, MeshShape(4, 1, 2).make())
+
+
+# --- Rows ----------------------------------------------------------------------------------------
+
+
+def test_rows_go_over_data_and_fsdp():
+    mesh = MeshShape(2, 2, 2).make()
+    batch = jax.device_put(np.arange(24).reshape(8, 3), partitioning.rows(mesh))
+    for place, device in np.ndenumerate(mesh.devices):
+        (shard,) = (s for s in batch.addressable_shards if s.device == device)
+        data, fsdp, _ = place
+        first = 2 * (2 * data + fsdp)
+        np.testing.assert_array_equal(shard.data, batch[first : first + 2])
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    sizes=st.tuples(*[st.sampled_from([1, 2, 4])] * 3),
+    chips=st.sampled_from([1, 2, 4, 8]),
+    per_device=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_processes_share_out_the_rows(sizes, chips, per_device, seed):
+    """In order, in equal parts, all rows; those of a process are those its devices hold."""
+    devices = int(np.prod(sizes))
+    chips = min(chips, devices)
+    processes = devices // chips
+    owners = np.random.default_rng(seed).permutation(np.repeat(np.arange(processes), chips))
+    mesh = MeshShape(*sizes).make([Chip(i, int(owner)) for i, owner in enumerate(owners)])
+    rows = per_device * sizes[0] * sizes[1]
+    on = partitioning.rows(mesh).devices_indices_map((rows,))
+    for process in range(processes):
+        owned = partitioning.owned_rows(mesh, rows, process)
+        held = [range(rows)[on[d][0]] for d in mesh.devices.flat if d.process_index == process]
+        assert set(owned) == set().union(*held)
+        assert len(owned) == max(per_device, rows // processes)
+        assert owned.start == process * rows // processes // per_device * per_device
+
+
+def test_this_process_owns_all_rows_when_alone():
+    assert partitioning.owned_rows(MeshShape(2, 2, 2).make(), 12) == range(12)
+
+
+def test_rows_that_do_not_divide():
+    with pytest.raises(UserError, match=r"12 rows of a batch do not divide over 8 devices \(mesh"):
+        partitioning.owned_rows(MeshShape().make(), 12)
+    with pytest.raises(UserError, match="6 rows of a batch do not divide over 4 devices"):
+        partitioning.owned_rows(MeshShape(2, 2, 2).make(), 6)
+
+
+def test_a_mesh_that_deals_rows_is_refused():
+    chips = np.array([Chip(i, i % 2) for i in range(4)]).reshape(4, 1, 1)
+    with pytest.raises(ValueError, match="rows of process 1 lie apart"):
+        partitioning.owned_rows(Mesh(chips, partitioning.AXES), 8, process=1)

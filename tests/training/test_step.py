@@ -1,0 +1,456 @@
+"""Training steps against a float64 objective in PyTorch, on one device and on eight."""
+
+import collections
+import dataclasses
+import functools
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from naive import gradient
+from test_transformer import LLAMA, PAPER, lane_segments, random_params, random_tokens
+
+from fot_jax.errors import UserError
+from fot_jax.model import crossbatch
+from fot_jax.model.crossbatch import NoCrossbatch, Packed, PackedTable, PreviousContext
+from fot_jax.model.transformer import Transformer
+from fot_jax.training import partitioning
+from fot_jax.training import step as steps
+from fot_jax.training.partitioning import MeshShape
+from fot_jax.training.step import (
+    DrawnEachStep,
+    SwitchAtAccuracy,
+    SwitchAtStep,
+    TrainState,
+    make_positive_mass,
+    make_train_step,
+    token_sums,
+)
+
+T = 4
+SMALL = dataclasses.replace(  # grouped queries; a memory layer, then a scanned one
+    LLAMA, vocab_size=64, num_layers=2, memory_layers=(0,), local_context=T
+)
+DEEPER = dataclasses.replace(PAPER, memory_layers=(0, 2), local_context=T)
+
+# Most of the time of these tests would go into optimising programs that run once.
+QUICK = {"xla_backend_optimization_level": 0}
+
+# The update is the gradient, exactly: the state of sgd without momentum keeps it.
+SGD = optax.sgd(1.0, momentum=0.0)
+
+
+@functools.cache
+def make_batch(config, scheme, lanes, seed=0):
+    """Documents that end anywhere, some padding, and tokens of weight 0, 1 and 2.
+
+    The first lanes hardly count, so that a mean of microbatches' means would be another number.
+    """
+    rng = np.random.default_rng(seed)
+    segments = lane_segments(lanes, scheme.windows, T, seed)
+    weights = rng.choice(np.float32([0, 1, 2]), segments.shape) * (segments > 0)
+    weights[: len(weights) // 4] *= rng.random((len(weights) // 4, T)) < 0.3
+    return {
+        "inputs": random_tokens(config, len(segments), T, seed),
+        "targets": random_tokens(config, len(segments), T, seed + 1),
+        "segment_ids": segments,
+        "weights": weights,
+    }
+
+
+@functools.cache
+def step_of(
+    config,
+    scheme,
+    lanes,
+    group_lanes,
+    *,
+    accumulation=1,
+    remat="none",
+    mesh=None,
+    z_loss=0.0,
+):
+    """(params, batch) -> (state before, state after, info) of one compiled step."""
+    mesh = None if mesh is None else MeshShape(*mesh).make()
+    rows = lanes * scheme.windows
+    plan = crossbatch.make_plan(
+        *(scheme, rows // accumulation),
+        group_rows=group_lanes * scheme.windows,
+        mesh=mesh,
+        heads=config.num_heads,
+        window=T,
+    )
+    step = make_train_step(
+        Transformer(config, remat=remat), SGD, scheme, plan, accumulation, z_loss
+    )
+
+    def place(tree, by):
+        return jax.device_put(tree, jax.devices()[0] if mesh is None else by(tree))
+
+    @functools.cache
+    def compiled():
+        state, batch = placed(random_params(config), make_batch(config, scheme, lanes))
+        return step.lower(state, batch).compile(compiler_options=QUICK)
+
+    def placed(params, batch):
+        state = TrainState(np.int32(7), params, SGD.init(params))
+        return (
+            place(state, lambda tree: partitioning.shardings(tree, mesh)),
+            place(batch, lambda tree: partitioning.rows(mesh)),
+        )
+
+    def run(params, batch):
+        state, batch = placed(params, batch)
+        before = jax.tree.map(np.array, state)
+        after, info = compiled()(state, batch)
+        assert int(after.step) == 8
+        if mesh is not None:
+            jax.tree.map(
+                lambda x, wanted: (
+                    wanted.is_equivalent_to(x.sharding, x.ndim) or pytest.fail(str(x))
+                ),
+                *(after, partitioning.shardings(after, mesh)),
+            )
+        return before, after, jax.tree.map(np.asarray, info)
+
+    return run
+
+
+@functools.cache
+def expected(config, scheme, lanes, group_lanes, z_loss):
+    batch = make_batch(config, scheme, lanes)
+    params = random_params(config)
+    return gradient(config, scheme, params, batch, group_lanes * scheme.windows, z_loss)
+
+
+def check(config, scheme, lanes, group_lanes, **how):
+    """One step's gradient, update and report are those of the float64 objective."""
+    run = step_of(config, scheme, lanes, group_lanes, **how)
+    before, after, info = run(random_params(config), make_batch(config, scheme, lanes))
+    want, sums = expected(config, scheme, lanes, group_lanes, how.get("z_loss", 0.0))
+    assert_gradient(after.opt_state[0].trace, want)
+    assert_update(before.params, after.params, want)
+    for name, value in sums.items():
+        np.testing.assert_allclose(getattr(info.sums, name), value, rtol=1e-5, err_msg=name)
+    squares = [np.square(g).sum() for g in jax.tree.leaves(want)]
+    np.testing.assert_allclose(info.grad_squares, squares, rtol=1e-4)
+    np.testing.assert_allclose(info.grad_norm, np.sqrt(sum(squares)), rtol=1e-5)
+    assert info.applied
+
+
+def assert_gradient(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for path, wanted in jax.tree_util.tree_leaves_with_path(want):
+        name = partitioning.path_name(path)
+        leaf = functools.reduce(lambda tree, key: tree[key], name.split("/"), got)
+        assert np.linalg.norm(wanted) > 1e-3, name
+        error = np.linalg.norm(leaf - wanted) / np.linalg.norm(wanted)
+        assert error < 1e-5, f"{name}: {error}"
+
+
+def assert_update(before, after, gradient):
+    jax.tree.map(
+        lambda b, a, g: np.testing.assert_allclose(a, b - g, atol=1e-5), before, after, gradient
+    )
+
+
+# --- Loss and gradients --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config, scheme, z_loss",
+    [
+        (SMALL, NoCrossbatch(), 0.0),
+        (SMALL, PreviousContext(d=3), 0.0),
+        (SMALL, Packed(pack=3, range=4), 0.0),
+        (SMALL, PackedTable(), 0.1),
+        (DEEPER, PreviousContext(d=2, w=2), 0.1),
+    ],
+    ids=lambda x: None if isinstance(x, float) else x.norm if x in (SMALL, DEEPER) else str(x),
+)
+def test_step_is_gradient_descent_on_the_objective(config, scheme, z_loss):
+    check(config, scheme, 6, 3, z_loss=z_loss)
+
+
+GROUPED = (SMALL, PreviousContext(d=3), 16, 4)
+IN_TWO = dict(accumulation=2, remat="dots")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        IN_TWO,
+        dict(accumulation=4, remat="full"),
+        dict(mesh=(8, 1, 1), accumulation=4),  # 4 output rows, fewer than there are devices
+        dict(mesh=(1, 4, 2), remat="full"),
+    ],
+    ids=str,
+)
+def test_how_it_is_computed_does_not_matter(how):
+    check(*GROUPED, **how)
+
+
+def test_packed_rows_over_devices_with_accumulation():
+    check(SMALL, Packed(pack=4, range=5), 8, 4, mesh=(4, 1, 2), accumulation=2)
+
+
+# --- Token weights and padding -------------------------------------------------------------------
+
+
+def trace_and_sums(params, batch):
+    _, after, info = step_of(*GROUPED, **IN_TWO)(params, batch)
+    return jax.tree.map(np.asarray, (after.opt_state[0].trace, info.sums))
+
+
+def test_tokens_without_weight_have_no_loss():
+    """Their targets are of no consequence; those of others are."""
+    batch = make_batch(*GROUPED[:3])
+    other = (batch["targets"] + 1) % SMALL.vocab_size
+    ignored = batch | {"targets": np.where(batch["weights"] == 0, other, batch["targets"])}
+    want = trace_and_sums(random_params(SMALL), batch)
+    jax.tree.map(np.testing.assert_array_equal, trace_and_sums(random_params(SMALL), ignored), want)
+    counted = batch | {"targets": np.where(batch["weights"] > 0, other, batch["targets"])}
+    assert trace_and_sums(random_params(SMALL), counted)[1].loss != want[1].loss
+
+
+def test_padding_is_seen_by_nobody():
+    """Whatever tokens it has. A whole lane is padding, and its neighbours' negatives with it."""
+    batch = dict(make_batch(*GROUPED[:3]))
+    batch["segment_ids"] = batch["segment_ids"].copy()
+    batch["segment_ids"][8:10] = 0
+    batch["weights"] = batch["weights"] * (batch["segment_ids"] > 0)
+    other = (batch["inputs"] + 1) % SMALL.vocab_size
+    params = random_params(SMALL)
+    changed = batch | {"inputs": np.where(batch["segment_ids"] == 0, other, batch["inputs"])}
+    want = trace_and_sums(params, batch)
+    jax.tree.map(np.testing.assert_array_equal, trace_and_sums(params, changed), want)
+    negatives = batch | {"inputs": np.where(np.arange(32)[:, None] == 10, other, batch["inputs"])}
+    assert trace_and_sums(params, negatives)[1].loss != want[1].loss
+
+
+def test_a_batch_without_any_weight_changes_nothing():
+    batch = make_batch(*GROUPED[:3])
+    batch = batch | {"weights": np.zeros_like(batch["weights"])}
+    before, after, info = step_of(*GROUPED, **IN_TWO)(random_params(SMALL), batch)
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+    assert info.applied and info.grad_norm == 0
+    assert info.sums == (0, 0, 0, 0)
+
+
+# --- Cross-entropy in chunks ---------------------------------------------------------------------
+
+
+def sizes_of_arrays(jaxpr):
+    """Elements of every array that a program computes, loops and recomputation included."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval.size for variable in equation.outvars)
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from sizes_of_arrays(inner)
+
+
+@pytest.mark.parametrize(
+    "tied, length, at_once, devices, held",
+    [
+        (False, 12, 10**9, 1, 12),  # tokens of a row whose logits are held at once
+        (False, 12, 5, 1, 4),
+        (False, 12, 5, 2, 6),  # a device has half of the rows
+        (True, 12, 6, 1, 6),
+        (True, 12, 0.1, 1, 1),
+        (True, 7, 5, 1, 1),  # a length that only 7 divides
+    ],
+)
+def test_cross_entropy_in_chunks_is_that_of_the_whole(
+    monkeypatch, tied, length, at_once, devices, held
+):
+    rows, config = 12, dataclasses.replace(SMALL, vocab_size=100, tie_embeddings=tied)
+    monkeypatch.setattr(steps, "LOGITS_AT_ONCE", at_once * rows * config.vocab_size)
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(config.hidden_size, config.vocab_size))
+    hidden = rng.normal(size=(rows, length, config.hidden_size))
+    targets = rng.integers(0, config.vocab_size, (rows, length))
+    weights = rng.choice([0.0, 1.0, 2.5], (rows, length))
+    logits = hidden @ kernel
+    targets[0] = logits[0].argmax(-1)  # so that some are right
+    log_z = np.log(np.exp(logits).sum(-1))
+    p = np.exp(logits - log_z[..., None])
+    onehot = np.eye(config.vocab_size)[targets]
+    expected = {
+        "loss": ((log_z - (logits * onehot).sum(-1)) * weights).sum(),
+        "z_loss": (log_z**2 * weights).sum(),
+        "correct": ((logits.argmax(-1) == targets) * weights).sum(),
+        "weights": weights.sum(),
+    }
+    d_logits = (p - onehot + 0.1 * 2 * log_z[..., None] * p) * weights[..., None]
+
+    def objective(kernel, hidden):
+        params = random_params(config) | ({"embedding": kernel.T} if tied else {"head": kernel})
+        inputs = hidden, targets, jnp.float32(weights)
+        sums = token_sums(Transformer(config), params, *inputs, devices)
+        return sums.loss + 0.1 * sums.z_loss, sums
+
+    differentiate = jax.grad(objective, argnums=(0, 1), has_aux=True)
+    args = jnp.float32(kernel), jnp.float32(hidden)
+    compiled = jax.jit(differentiate).lower(*args).compile(compiler_options=QUICK)
+    (d_kernel, d_hidden), sums = compiled(*args)
+    for name, value in expected.items():
+        np.testing.assert_allclose(getattr(sums, name), value, rtol=1e-5, err_msg=name)
+    for got, want in (
+        (d_kernel, np.einsum("rte,rtv->ev", hidden, d_logits)),
+        (d_hidden, np.einsum("rtv,ev->rte", d_logits, kernel)),
+    ):
+        assert np.linalg.norm(got - want) < 1e-5 * np.linalg.norm(want)
+    largest = max(sizes_of_arrays(jax.make_jaxpr(differentiate)(*args).jaxpr))
+    assert largest == max(rows * held, config.hidden_size) * config.vocab_size
+
+
+# --- Not finite ----------------------------------------------------------------------------------
+
+
+def broken(how):
+    params = jax.tree.map(np.copy, random_params(SMALL))
+    if how == "nan in an embedding":
+        params["embedding"][make_batch(*GROUPED[:3])["inputs"][-1, -1]] = np.nan
+    elif how == "inf in a scale":
+        params["final_norm"]["scale"][3] = np.inf
+    elif how == "after a huge learning rate":
+        params = jax.tree.map(lambda x: x * np.float32(1e30), params)
+    return params
+
+
+@pytest.mark.parametrize(
+    "how", ["nan in an embedding", "inf in a scale", "after a huge learning rate"]
+)
+def test_update_that_is_not_finite_is_skipped(how):
+    run = step_of(*GROUPED, **IN_TWO)
+    before, after, info = run(broken(how), make_batch(*GROUPED[:3]))
+    assert not info.applied
+    assert not np.isfinite(info.grad_squares.sum())
+    jax.tree.map(np.testing.assert_array_equal, after[1:], before[1:])
+
+
+def test_squares_tell_which_gradient_is_not_finite():
+    """A huge normalised state before a tiny head: logits as ever, but the head's gradient huge."""
+    params = broken("not at all")
+    params["final_norm"]["scale"] *= np.float32(1e25)
+    params["head"] *= np.float32(1e-25)
+    run = step_of(*GROUPED, **IN_TWO)
+    before, after, info = run(params, make_batch(*GROUPED[:3]))
+    assert not info.applied and np.isfinite(info.sums.loss)
+    names = [
+        partitioning.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    finite = dict(zip(names, np.isfinite(info.grad_squares), strict=True))
+    assert [name for name in names if not finite[name]] == ["head"]
+    jax.tree.map(np.testing.assert_array_equal, after[1:], before[1:])
+
+
+# --- Schedules of d ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d", [1, 3])
+def test_a_step_leaves_the_state_as_it_came(d):
+    """In types, so that each d compiles once, whatever d the steps before had."""
+    scheme = PreviousContext().with_d(d)
+    params = random_params(SMALL)
+    state = jax.device_put(TrainState(np.int32(0), params, SGD.init(params)))
+    plan = crossbatch.make_plan(scheme, 8, heads=SMALL.num_heads, window=T)
+    step = make_train_step(Transformer(SMALL), SGD, scheme, plan)
+    after, _ = jax.eval_shape(step, state, make_batch(SMALL, scheme, 4))
+
+    def types(tree):
+        return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
+
+    assert types(after) == types(jax.eval_shape(lambda x: x, state))
+
+
+def test_switch_at_step():
+    schedule = SwitchAtStep((450_000,), (2, 64))
+    assert [schedule(step, None, 0.0) for step in (0, 449_999, 450_000, 499_999)] == [2, 2, 64, 64]
+    schedule = SwitchAtStep((10, 20), (1, 8, 64))
+    assert [schedule(step, None, 0.0) for step in (9, 10, 19, 20)] == [1, 8, 8, 64]
+    assert SwitchAtStep((), (5,))(123, None, 0.0) == 5
+
+
+def test_switch_at_accuracy_is_for_good():
+    schedule = SwitchAtAccuracy(0.98, (1, 128))
+    d, history = None, []
+    for step, accuracy in enumerate([np.nan, 0.5, 0.979, 0.98, 0.2, np.nan]):
+        d = schedule(step, d, accuracy)
+        history.append(d)
+    assert history == [1, 1, 1, 128, 128, 128]
+
+
+def test_drawn_each_step():
+    """A function of seed and step alone, every value as often as any other."""
+    schedule = DrawnEachStep((2, 16, 128), seed=3)
+    drawn = [schedule(step, None, 0.0) for step in range(600)]
+    assert drawn == [schedule(step, 128, 1.0) for step in range(600)]
+    counts = collections.Counter(drawn)
+    assert set(counts) == {2, 16, 128}
+    assert all(150 < count < 250 for count in counts.values())
+    pairs = collections.Counter(zip(drawn, drawn[1:], strict=False))
+    assert len(pairs) == 9 and min(pairs.values()) > 35
+    assert drawn != [DrawnEachStep((2, 16, 128), seed=4)(step, None, 0.0) for step in range(600)]
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: SwitchAtStep((5,), (1,)), r"SwitchAtStep: steps \(5,\) must ascend and values"),
+        (lambda: SwitchAtStep((9, 5), (1, 2, 3)), r"SwitchAtStep: steps \(9, 5\) must ascend"),
+        (lambda: SwitchAtAccuracy(0.9, (1, 2, 3)), r"SwitchAtAccuracy\.values = \(1, 2, 3\): give"),
+        (lambda: DrawnEachStep(()), r"DrawnEachStep\.values is empty"),
+    ],
+)
+def test_bad_schedules(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+# --- Positive attention mass ---------------------------------------------------------------------
+
+
+def positive_mass(config, scheme, lanes, group_lanes, *, accumulation=1, mesh=None):
+    mesh = None if mesh is None else MeshShape(*mesh).make()
+    rows, T = lanes * scheme.windows, config.local_context
+    plan = crossbatch.make_plan(
+        *(scheme, rows // accumulation),
+        group_rows=group_lanes * scheme.windows,
+        mesh=mesh,
+        heads=config.num_heads,
+        window=T,
+    )
+    tokens = random_tokens(config, rows, T)
+    segments = np.repeat(1 + np.arange(lanes, dtype=np.int32), scheme.windows)[:, None]
+    batch = {"inputs": tokens, "segment_ids": np.broadcast_to(segments, tokens.shape)}
+    measure = make_positive_mass(Transformer(config), plan, accumulation)
+    args = random_params(config), batch
+    return np.asarray(measure.lower(*args).compile(compiler_options=QUICK)(*args))
+
+
+def test_positive_mass_of_an_untrained_model():
+    """No context is like another one: each gets its share of the attention of every layer."""
+    config = dataclasses.replace(DEEPER, local_context=16)
+    mass = positive_mass(config, PreviousContext(d=5, w=2), 16, 16)
+    assert mass.shape == (2,)
+    np.testing.assert_allclose(mass, 2 / 6, rtol=0.1)
+
+
+def test_positive_mass_without_negatives():
+    mass = positive_mass(SMALL, PreviousContext(d=1), 4, 4)
+    np.testing.assert_allclose(mass, [1.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("mesh", [None, (8, 1, 1)])
+def test_positive_mass_is_that_of_the_first_microbatch(mesh):
+    """Which is what the plan is for: rows of other microbatches would be taken for its own."""
+    got = positive_mass(SMALL, PreviousContext(d=3), 16, 4, accumulation=2, mesh=mesh)
+    np.testing.assert_allclose(got, whole_mass(), rtol=1e-5)
+
+
+@functools.cache
+def whole_mass():
+    return positive_mass(SMALL, PreviousContext(d=3), 8, 4)
