@@ -197,6 +197,8 @@ def train(
             window=model.local_context,
         )
 
+    plan_of(next(iter(schemes)))  # what does not divide shows before anything is written
+
     # --- Model -----------------------------------------------------------------------------------
     transformer = Transformer(model, dtype=jnp.dtype(compute.dtype), remat=compute.remat)
     tx = optimizer(learning_rate)
@@ -276,15 +278,16 @@ def train(
     )
     if restored is not None:
         lanes.restore(restored.data)
-    if jax.process_index() == 0:
-        (workdir / "config.gin").write_text(config_text())
-        source.vocabulary.save(workdir / "vocabulary")
     by_rows = partitioning.rows(mesh)
     snapshot = lanes.snapshot()
     batches = Prefetch(
         lanes,
         lambda batch: {k: jax.make_array_from_process_local_data(by_rows, batch[k]) for k in batch},
     )
+    ready = [next(batches)] if first_step < steps else []  # and so does what is wrong with the data
+    if jax.process_index() == 0:
+        (workdir / "config.gin").write_text(config_text())
+        source.vocabulary.save(workdir / "vocabulary")
 
     # --- Loop ------------------------------------------------------------------------------------
     metrics = Metrics(
@@ -354,7 +357,7 @@ def train(
             if profile_steps and step == profile_steps[0]:
                 jax.profiler.start_trace(workdir / "profile")
             now_d = None if d is None else d(step - 1, now_d, history.accuracy(step - 2))
-            batch, snapshot = next(batches)
+            batch, snapshot = ready.pop() if ready else next(batches)
             state, info = step_of(now_d)(state, batch)
             if pending is not None:
                 finish(*pending)

@@ -93,8 +93,8 @@ def train(experiment, workdir, *bindings):
     return cli.main(arguments(experiment, workdir, *bindings))
 
 
-def start(argv, cache, **options):
-    """`python -m fot_jax` as a process with one device."""
+def start(argv, cache, program=("-m", "fot_jax"), **options):
+    """`python -m fot_jax`, or another program, as a process with one device."""
     environment = {name.upper(): str(value) for name, value in QUICK.items()}
     environment |= {
         "JAX_PLATFORMS": "cpu",
@@ -103,7 +103,7 @@ def start(argv, cache, **options):
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "fot_jax", *argv],
+        [sys.executable, *program, *argv],
         cwd=Path(__file__).parents[1],
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,

@@ -272,7 +272,7 @@ def _libraries() -> Any:
     import seqio
 
     reading: weakref.WeakSet[Generator] = weakref.WeakSet()
-    #atexit.register(_close, reading)
+    atexit.register(_close, reading)
     return types.SimpleNamespace(tf=tf, seqio=seqio, reading=reading)
 
 

@@ -207,7 +207,8 @@ def _read_arrays(folder: epath.Path, recorded: Mapping[str, Any], wanted: Any) -
     target = jax.tree.unflatten(structure, map(as_recorded, names, leaves))
     handler = ocp.StandardCheckpointHandler()
     arrays = _attempt(
-        folder.name, lambda: handler.restore(folder, args=ocp.args.StandardRestore(target))
+        folder.name,
+        lambda: handler.restore(folder.absolute(), args=ocp.args.StandardRestore(target)),
     )
     arrays = jax.tree.leaves(arrays)
     for name, checksum in zip(names, items.checksums(arrays), strict=True):

@@ -200,7 +200,8 @@ def test_cosine_and_constant():
 
 
 def test_schedules_compile():
-    schedules = optim.constant_rate(0.3, 5), optim.inverse_square_root(1, 0.1), optim.cosine(1, 0, 2, 9)
+    constant = optim.constant_rate(0.3, 5)
+    schedules = constant, optim.inverse_square_root(1, 0.1), optim.cosine(1, 0, 2, 9)
     for schedule in schedules:
         np.testing.assert_allclose(jax.jit(schedule)(jnp.int32(3)), schedule(3), rtol=1e-6)
 

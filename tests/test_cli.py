@@ -1,0 +1,557 @@
+"""The command line: what it says about bad input, and what it leaves behind."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import runs
+from runs import DICTIONARY
+
+from fot_jax import cli
+from fot_jax.data.vocabulary import Bytes
+from fot_jax.errors import UserError
+from fot_jax.evals.perplexity import PerplexityByContext
+
+ROOT = Path(__file__).parents[1]
+
+EVALUATED = """
+train.evaluation = @Evaluation()
+Evaluation.evals = (@PerplexityByContext(),)
+PerplexityByContext.memory_sizes = (0, 16)
+"""
+
+# Two documents side by side, two windows of 16 bytes of each, negatives from the other.
+TEXT = f"""{runs.MODEL}
+train.data = @Data()
+train.optimizer = @adamw
+train.learning_rate = @constant_rate()
+train.steps = 2
+train.scheme = @Packed()
+constant_rate.value = 0.01
+ModelConfig.vocab_size = 258
+Data.source = @Text()
+Data.lanes = 2
+Text.corpora = [@Corpus()]
+Text.tokenizer = @Bytes()
+Packed.pack = 2
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory):
+    with runs.quick_compilation(tmp_path_factory.mktemp("cache")):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    with runs.first_devices(monkeypatch, 1):
+        yield
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The current directory, with experiment.gin."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiment.gin").write_text(DICTIONARY + EVALUATED)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, quick):
+    """A workdir with a checkpoint of step 2."""
+    directory = tmp_path_factory.mktemp("trained")
+    (directory / "experiment.gin").write_text(DICTIONARY)
+    with runs.first_devices(pytest.MonkeyPatch(), 1):
+        assert runs.train(directory / "experiment.gin", directory / "run", "train.steps = 2") == 0
+    return directory / "run"
+
+
+def bind(*bindings):
+    return [word for binding in bindings for word in ("--gin", binding)]
+
+
+def refused(capsys, *argv):
+    """The one line that a command is refused with."""
+    capsys.readouterr()
+    assert cli.main([str(word) for word in argv]) == 2
+    said = capsys.readouterr()
+    # What was said before the refusal stands on lines of its own.
+    *_, line = said.err.splitlines()
+    assert said.err.count("fot: error: ") == 1 and line.startswith("fot: error: ")
+    assert said.err.endswith(f"{line}\n") and "Traceback" not in said.err
+    return line.removeprefix("fot: error: ")
+
+
+def refused_untouched(capsys, *argv):
+    """The same, when nothing else may be said, nor anything written."""
+    before = runs.files(Path.cwd())
+    line = refused(capsys, *argv)
+    assert runs.files(Path.cwd()) == before
+    return line
+
+
+# --- Experiment files ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "verb", [["train"], ["train", "--dry_run"], ["evaluate", "--checkpoint=x"]]
+)
+def test_no_experiment_file(here, capsys, verb):
+    assert refused_untouched(capsys, *verb, "nothing.gin") == (
+        "no experiment file nothing.gin: give the path of a .gin file"
+    )
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (
+            "Dta.lanes = 4",
+            "unknown name 'Dta' (broken.gin:3); did you mean Data",
+        ),
+        (
+            "train.scheme = @PreviousContexts()",
+            "unknown name 'PreviousContexts' (broken.gin:3); did you mean PreviousContext",
+        ),
+        (
+            "Evaluation.evals = (@during/PerplexityByContex(),)",
+            "unknown name 'PerplexityByContex' (broken.gin:3); did you mean PerplexityByContext",
+        ),
+        (
+            "zzz.zzz = 4",
+            "unknown name 'zzz' (broken.gin:3): see the files in experiments/",
+        ),
+        (
+            "Data.lane = 4",
+            "Data has no parameter 'lane' (broken.gin:3); did you mean lanes or lane_groups",
+        ),
+        (
+            "Data.lanes = ",
+            "broken.gin:3: Unable to parse value: a line is NAME = VALUE, or include 'FILE.gin'",
+        ),
+        (
+            "Data.lanes == 4",
+            "broken.gin:3: ",
+        ),
+        (
+            "Data.lanes = (4,",
+            "broken.gin: a bracket or quote is not closed up to the end",
+        ),
+        (
+            "include 'parts/nothing.gin'",
+            "no file parts/nothing.gin to include (broken.gin:3): paths are relative to the",
+        ),
+    ],
+)
+def test_files_that_gin_cannot_read(here, capsys, line, message):
+    (here / "broken.gin").write_text(f"include 'experiment.gin'\n\n{line}\n")
+    assert refused_untouched(capsys, "train", "broken.gin").startswith(message)
+
+
+def test_bindings_that_gin_cannot_read(here, capsys):
+    for binding, message in (
+        ("Dta.lanes = 4", "unknown name 'Dta' (--gin 'Dta.lanes = 4'); did you mean Data"),
+        ("Data.lanes = ", "--gin 'Data.lanes = ': Unable to parse value"),
+        ("Data.lanes = (4", "--gin 'Data.lanes = (4': a bracket or quote is not closed"),
+    ):
+        line = refused_untouched(capsys, "train", "experiment.gin", "--gin", binding)
+        assert line.startswith(message)
+
+
+@pytest.mark.parametrize(
+    "without, message",
+    [
+        ("train.steps", "train needs steps: set train.steps = ..."),
+        ("train.model", "train needs model: set train.model = ..."),
+        ("ModelConfig.mlp_dim", "ModelConfig needs mlp_dim: set ModelConfig.mlp_dim = ..."),
+        ("Data.lanes", "Data needs lanes: set Data.lanes = ..."),
+    ],
+)
+def test_values_that_must_be_given(here, capsys, without, message):
+    lines = DICTIONARY.splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith(f"{without} =")]
+    assert len(kept) == len(lines) - 1
+    (here / "short.gin").write_text("".join(kept))
+    assert refused_untouched(capsys, "train", "short.gin") == message
+
+
+def test_values_that_a_file_leaves_to_its_user(here, capsys):
+    (here / "open.gin").write_text(
+        "include 'experiment.gin'\nData.lanes = %gin.REQUIRED\n"
+        "train.steps = %STEPS\nSTEPS = %gin.REQUIRED\n"
+    )
+    argv = ["train", "open.gin"]
+    line = refused_untouched(capsys, *argv)
+    assert line == "Data.lanes is not set: add --gin 'Data.lanes = ...', or set it in a file"
+    argv += bind("Data.lanes = 4")
+    assert refused_untouched(capsys, *argv).startswith("train.steps is not set: add --gin")
+    assert cli.main([*argv, *bind("STEPS = 3"), "--dry_run"]) == 0
+    assert ", 3 steps: nothing written" in capsys.readouterr().out
+    line = refused_untouched(capsys, *argv, *bind("train.steps = %OTHER"))
+    assert line == "%OTHER has no value: set OTHER = ... in the experiment file"
+
+
+@pytest.mark.parametrize(
+    "binding, message",
+    [
+        ("ModelConfig.hidden_size = '16'", "'16': give a whole number"),
+        ("ModelConfig.rope_theta = 'x'", "'x': give a number"),
+        ("ModelConfig.memory_layers = 1", "1: give a tuple, each of it a whole number"),
+        ("ModelConfig.memory_layers = ('1',)", "('1',): give a tuple, each of it a whole number"),
+        ("ModelConfig.qk_norm = 1", "1: give True or False"),
+        ("ModelConfig.norm = None", 'None: give a text in "quotes"'),
+        ("Data.lanes = '8'", "'8': give a whole number"),
+        ("Data.lanes = 8.0", "8.0: give a whole number"),
+        ("Data.lanes = True", "True: give a whole number"),
+        ("Data.group_lanes = '2'", "'2': give a whole number or None"),
+        ("Data.source = 'texts'", "'texts': give a DocumentSource as @Name()"),
+        ("train.steps = 10.5", "10.5: give a whole number"),
+        ("train.model = 'fot_184m'", "'fot_184m': give a ModelConfig as @Name()"),
+        ("train.data = @Data", "@Data: give a Data as @Name()"),
+        ("train.learning_rate = 0.1", "0.1: give a function"),
+        ("train.initialize_from = 3", '3: give a text in "quotes" or None'),
+        ("train.profile_steps = 3", "3: give (a whole number, a whole number) or None"),
+        ("train.profile_steps = (3,)", "(3,): give (a whole number, a whole number) or None"),
+        ("constant_rate.value = '0.1'", "'0.1': give a number"),
+        ("adamw.b1 = 'x'", "'x': give a number"),
+        ("PreviousContext.d = None", "None: give a whole number"),
+        ("Checkpoints.every = '4'", "'4': give a whole number"),
+        ("DictionaryLookup.document_tokens = 32.0", "32.0: give a whole number"),
+        ("PerplexityByContext.memory_sizes = 16", "16: give a tuple, each of it a whole number"),
+    ],
+)
+def test_values_of_the_wrong_type(here, capsys, binding, message):
+    line = refused_untouched(capsys, "train", "experiment.gin", *bind(binding))
+    assert line == f"{binding.split(' ')[0]} = {message}"
+
+
+@pytest.mark.parametrize(
+    "bindings, message",
+    [
+        (["train.steps = 0"], "train.steps = 0: give 1 or more"),
+        (["train.log_every = 0"], "train.log_every = 0: give 1 or more"),
+        (
+            ["train.log_every = 4", "train.positive_mass_every = 6"],
+            "train.positive_mass_every = 6 is not a multiple of train.log_every = 4: change one",
+        ),
+        (["Checkpoints.every = 0"], "Checkpoints.every = 0: give 1 or more"),
+        (["Checkpoints.keep_last = 0"], "Checkpoints.keep_last = 0: give 1 or more"),
+        (["Data.lanes = 0"], "Data.lanes = 0: give 1 or more"),
+        (["constant_rate.value = -1"], "constant_rate: value = -1 must be a finite number"),
+        (["Compute.remat = 'some'"], "remat = 'some': choose one of none, dots, full"),
+        (["Compute.dtype = 'int8'"], "Compute.dtype = 'int8': choose one of float32, bfloat16"),
+        (["Evaluation.every = 5"], "Evaluation.during and Evaluation.every go together"),
+        (
+            ["ModelConfig.memory_layers = (2,)"],
+            "model.memory_layers has 2, but layers are numbered",
+        ),
+        (["DictionaryLookup.document_tokens = 4"], "DictionaryLookup.document_tokens = 4 is too"),
+        (
+            ["PreviousContext.d = 5"],
+            "PreviousContext.d = 5 is larger than the crossbatch group of 4 lanes: lower d, or "
+            "raise Data.lanes",
+        ),
+        (
+            ["train.d = @SwitchAtStep()", "SwitchAtStep.values = (2, 64)"],
+            "PreviousContext.d = 64 is larger than the crossbatch group of 4 lanes",
+        ),
+        (
+            ["train.scheme = @NoCrossbatch()", "train.d = @SwitchAtStep()"],
+            "the scheme NoCrossbatch has no d (asked for d=2): drop train.d",
+        ),
+        (
+            ["Data.lane_groups = 3"],
+            "Data.lanes = 4 is not a multiple of Data.lane_groups = 3: change one of them",
+        ),
+        (
+            ["Data.group_lanes = 3"],
+            "8 rows of a microbatch are not whole crossbatch groups of 6 rows (2 a lane): change "
+            "Data.group_lanes or Compute.accumulation",
+        ),
+        (
+            ["Compute.accumulation = 3"],
+            "8 rows do not divide into Compute.accumulation = 3 microbatches: change it or",
+        ),
+        (
+            ["Compute.accumulation = 2"],
+            "4 rows of a microbatch are not whole crossbatch groups of 8 rows (2 a lane)",
+        ),
+        (
+            ["MeshShape.data = 3", "--dry_run"],
+            "8 rows of a microbatch do not divide over 3 devices (mesh axes data x fsdp): change",
+        ),
+        (
+            ["MeshShape.data = 2"],
+            "mesh data=2 x fsdp=1 x tensor=1 does not use the 1 devices here exactly: change the",
+        ),
+        (
+            ["MeshShape.data = 1", "MeshShape.tensor = 4", "--dry_run"],
+            "model.num_heads = 2 does not divide over mesh axis tensor of 4: change MeshShape",
+        ),
+        (
+            [
+                *("MeshShape.data = 1", "MeshShape.tensor = 4", "ModelConfig.num_heads = 4"),
+                "--dry_run",
+            ],
+            "model.num_kv_heads = 2 does not divide over mesh axis tensor of 4",
+        ),
+        (
+            ["ModelConfig.vocab_size = 63"],
+            "the tokenizer has 64 tokens, the model a vocabulary of 63: raise the model's",
+        ),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_values_that_do_not_fit(here, capsys, bindings, message):
+    (here / "parts.gin").write_text("train.compute = @Compute()\nCompute.mesh = @MeshShape()\n")
+    flags = [word for word in bindings if word.startswith("--")]
+    gin = bind(*(word for word in bindings if word not in flags))
+    line = refused_untouched(capsys, "train", "experiment.gin", "parts.gin", *gin, *flags)
+    assert line.startswith(message)
+
+
+def test_later_files_and_bindings_win(here, capsys):
+    (here / "shorter.gin").write_text("train.steps = 7\nData.lanes = 2\n")
+    argv = ["train", "experiment.gin", "shorter.gin", "--dry_run", *bind("Data.lanes = 8")]
+    before = runs.files(here)
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out.startswith(
+        f"{runs.PARAMETERS:,} parameters, mesh {{'data': 8, 'fsdp': 1, 'tensor': 1}}, 16 rows of "
+        "16 tokens (256 new tokens a step), "
+    )
+    assert runs.files(here) == before
+
+
+def test_the_workdir_is_named_after_the_experiment(here):
+    for steps, experiment in ((1, "experiment.gin"), (2, "workdirs/experiment/config.gin")):
+        no_evaluation = "train.evaluation = @Evaluation()", "Evaluation.evals = ()"
+        argv = ["train", experiment, *bind(f"train.steps = {steps}", *no_evaluation)]
+        assert cli.main(argv) == 0
+        assert [path.name for path in (here / "workdirs").iterdir()] == ["experiment"]
+        assert runs.steps_saved(here / "workdirs" / "experiment")[-1] == steps
+
+
+# --- Data ----------------------------------------------------------------------------------------
+
+
+def refused_texts(capsys, here, *bindings):
+    (here / "text.gin").write_text(TEXT + 'Corpus.path = "texts"\n')
+    return refused_untouched(capsys, "train", "text.gin", "--workdir", "run", *bind(*bindings))
+
+
+def write_split(here, text, rows=4, split="train"):
+    (here / "texts").mkdir(exist_ok=True)
+    lines = (json.dumps({"text": text}) for _ in range(rows))
+    (here / "texts" / f"{split}.jsonl").write_text("\n".join(lines))
+
+
+@pytest.mark.slow
+def test_texts_that_cannot_be_trained_on(here, capsys):
+    assert refused_texts(capsys, here).startswith("texts: no such directory: set Corpus.path to")
+    write_split(here, "a text for validation alone", split="valid")
+    assert refused_texts(capsys, here) == (
+        "texts: no train split (there is: valid): a split is a file train.jsonl or train.jsonl.gz "
+        "or train-00000.jsonl.gz"
+    )
+    write_split(here, "", rows=0)
+    assert refused_texts(capsys, here) == "texts: the train split is empty: give it some rows"
+    write_split(here, "a text of some length", rows=5)
+    with (here / "texts" / "train.jsonl").open("a") as file:
+        file.write('\n{"text": "cut o')
+    line = refused_texts(capsys, here)
+    assert line.startswith("texts/train.jsonl:6: broken row, not JSON")
+    assert line.endswith("mend or remove it")
+    write_split(here, "a short text")
+    line = refused_texts(capsys, here, "Corpus.min_document_length = 15")
+    assert line.startswith("texts: no training document of 15 tokens or more in shard 0 of 1")
+    assert refused_texts(capsys, here, "ModelConfig.vocab_size = 257").startswith(
+        "the tokenizer has 258 tokens, the model a vocabulary of 257: raise the model's vocab_size"
+    )
+
+
+@pytest.mark.slow
+def test_texts_that_are_all_too_short_for_memory(here, capsys):
+    """Noticed after a thousand of them, of which a step takes five."""
+    write_split(here, "a short text", rows=600)
+    (here / "text.gin").write_text(TEXT + 'Corpus.path = "texts"\n')
+    argv = ["train", "text.gin", *bind("train.steps = 250")]
+    assert refused(capsys, *argv, "--workdir", "run") == (
+        "the first 1000 documents have at most 14 tokens: none is longer than a window of 16, so "
+        "memory layers would never see an earlier part of their own document: set "
+        "min_document_length, or a smaller model.local_context"
+    )
+    argv += bind("train.scheme = @NoCrossbatch()")
+    assert cli.main([*argv, "--workdir", "plain"]) == 0
+
+
+# --- Checkpoints ---------------------------------------------------------------------------------
+
+
+def test_checkpoints_of_another_experiment(here, trained, capsys):
+    shutil.copytree(trained, here / "run")
+    argv = ["train", "experiment.gin", "--workdir", "run"]
+    line = refused_untouched(capsys, *argv, *bind("ModelConfig.mlp_dim = 40"))
+    assert re.fullmatch(
+        r".*run/checkpoints/2: parameter layers/mlp/down is \(2, 32, 16\) in the checkpoint and "
+        r"\(2, 40, 16\) in this experiment: use the configuration it was saved with, or another "
+        "workdir",
+        line,
+    )
+    line = refused_untouched(capsys, *argv, *bind("ModelConfig.tie_embeddings = True"))
+    assert "parameter head of the checkpoint is not part of this experiment" in line
+    line = refused_untouched(capsys, *argv, *bind("train.optimizer = @adafactor"))
+    assert "/checkpoints/2: optimizer state " in line
+    line = refused_untouched(capsys, *argv, *bind("Data.lanes = 5"))
+    assert line.startswith("the checkpoint's data was saved with (lanes of a group, ")
+    line = refused_untouched(capsys, *argv, *bind("Data.lane_groups = 2"))
+    assert "lane group" in line
+    start = bind('train.initialize_from = "run"', "ModelConfig.num_layers = 3")
+    line = refused(capsys, "train", "experiment.gin", "--workdir", "other", *start)
+    assert "(2, 16, 16) in the checkpoint and (3, 16, 16) in this experiment" in line
+    start = bind('train.initialize_from = "nowhere"')
+    assert refused(capsys, "train", "experiment.gin", "--workdir", "other", *start) == (
+        "nowhere: no checkpoint here: give a workdir or a step inside its checkpoints"
+    )
+
+
+def evaluate(checkpoint, *more):
+    return ["evaluate", "experiment.gin", "--checkpoint", str(checkpoint), *more]
+
+
+def test_evaluates_what_the_experiment_evaluates(here, trained, capsys):
+    """Rows and plot; the same numbers from a workdir and from the step in it."""
+    assert cli.main(evaluate(trained, "--output", "results/all.json")) == 0
+    assert "perplexity_by_context" in capsys.readouterr().out
+    results = json.loads((here / "results" / "all.json").read_text())
+    assert results["checkpoint"] == str(trained)
+    rows = results["perplexity_by_context"]
+    assert [row["memory"] for row in rows] == [0, 16]
+    there = {path.name for path in (here / "results").iterdir()}
+    assert there == {"all.json", "perplexity_by_context.png"}
+    image = matplotlib.image.imread(here / "results" / "perplexity_by_context.png")
+    assert image.shape[:2] == (675, 1050) and image.std() > 0.05
+    step = trained / "checkpoints" / "2"
+    assert cli.main(evaluate(step, "--output", "again.json")) == 0
+    assert json.loads((here / "again.json").read_text())["perplexity_by_context"] == rows
+    assert cli.main(evaluate(trained)) == 0  # only prints
+    assert len(list(here.iterdir())) == 4
+
+
+def test_checkpoints_that_cannot_be_evaluated(here, trained, capsys):
+    output = "--output", "results.json"
+    assert refused_untouched(capsys, *evaluate("nowhere", *output)) == (
+        "nowhere: no checkpoint here: give a workdir or a step inside its checkpoints"
+    )
+    assert refused_untouched(capsys, *evaluate(here, *output)).endswith(
+        "no checkpoint here: give a workdir or a step inside its checkpoints"
+    )
+    shutil.copytree(trained, here / "run")
+    shutil.rmtree(here / "run" / "vocabulary")
+    line = refused_untouched(capsys, *evaluate("run", *output))
+    assert line == "run/vocabulary: no vocabulary here: there is no vocabulary.json"
+    Bytes().save(here / "run" / "vocabulary")
+    line = refused_untouched(capsys, *evaluate("run", *output))
+    assert line.startswith(
+        "DictionaryLookup has its own 64 symbols and cannot be written in another"
+    )
+    for file in (here / "run" / "checkpoints" / "2" / "params").rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            file.write_bytes(file.read_bytes()[:500])
+    line = refused_untouched(capsys, *evaluate("run", *output))
+    assert line.startswith("run/checkpoints: of checkpoints 2 none can be read (2: params: ")
+    assert line.endswith("restore one from a copy, or start in another workdir")
+
+
+@pytest.mark.slow
+def test_texts_of_another_vocabulary_than_the_checkpoint(here, trained, capsys):
+    write_split(here, "none of the words is a symbol", split="valid")
+    (here / "text.gin").write_text(TEXT + EVALUATED + 'Corpus.path = "texts"\n')
+    line = refused_untouched(capsys, "evaluate", "text.gin", "--checkpoint", trained)
+    assert line.startswith("'none' is none of the 64 symbols")
+
+
+def test_results_are_whole_or_not_there(here, trained, capsys, monkeypatch):
+    """Where drawing fails, what was there before stays."""
+    (here / "perplexity_by_context.png").write_bytes(b"older")
+    (here / "results.json").write_text("older")
+
+    def fail(self, rows, path):
+        path.write_bytes(b"half")
+        raise UserError("no ink left: buy some")
+
+    monkeypatch.setattr(PerplexityByContext, "plot", fail)
+    line = refused(capsys, *evaluate(trained, "--output", "results.json"))
+    assert line == "no ink left: buy some"
+    assert (here / "perplexity_by_context.png").read_bytes() == b"older"
+    assert (here / "results.json").read_text() == "older"
+
+
+def test_output_that_cannot_be_written(here, trained, capsys):
+    argv = evaluate(trained, "--output", "experiment.gin/results.json")
+    assert refused_untouched(capsys, *argv) == (
+        "experiment.gin/results.json: cannot be written (File exists): choose another place"
+    )
+
+
+# --- What is loaded ------------------------------------------------------------------------------
+
+
+def test_help_answers_at_once():
+    """`python -m fot_jax` is `fot`; neither loads anything heavy to say what it can do."""
+    code = """if True:
+        import sys
+        from fot_jax.cli import main
+        try:
+            main(["--help"])
+        except SystemExit as exit:
+            print(exit.code, *{name.split(".")[0] for name in sys.modules}, file=sys.stderr)
+    """
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    code, *loaded = ran.stderr.split()
+    assert code == "0" and "fot_jax" in loaded
+    assert not {"jax", "numpy", "flax", "gin", "tensorflow", "seqio", "matplotlib"} & set(loaded)
+    for verb in ("train", "evaluate", "bench"):
+        assert f"    {verb} " in ran.stdout
+    module = subprocess.run(
+        [sys.executable, "-m", "fot_jax", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (module.returncode, module.stdout) == (0, ran.stdout)
+
+
+@pytest.mark.parametrize("argv", [[], ["trian"], ["train"], ["evaluate", "x.gin"]], ids=str)
+def test_wrong_words_are_answered_with_usage(capsys, argv):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(argv)
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: fot")
+
+
+@pytest.mark.slow
+def test_made_up_data_needs_no_tensorflow(here, tmp_path):
+    """Training, evaluation and TensorBoard events where TensorFlow and SeqIO are not installed."""
+    code = """if True:
+        import sys
+        from importlib.machinery import PathFinder
+        class Without(PathFinder):
+            @classmethod
+            def find_spec(cls, name, path=None, target=None):
+                if name.split(".")[0] not in ("tensorflow", "seqio", "tensorflow_datasets"):
+                    return super().find_spec(name, path, target)
+        sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.meta_path]
+        from fot_jax.cli import main
+        sys.exit(main())
+    """
+    argv = runs.arguments(here / "experiment.gin", here / "run", "train.steps = 2")
+    process = runs.start(argv, tmp_path / "cache", ("-c", code))
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    assert runs.steps_saved(here / "run") == [2]
+    assert (here / "run" / "plots" / "perplexity_by_context.png").exists()
+    (events,) = (here / "run").glob("events.out.tfevents.*")
+    assert b"valid_perplexity/memory_16" in events.read_bytes()
