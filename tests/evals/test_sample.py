@@ -1,0 +1,53 @@
+"""A sample: the prompt that is read, and what the model writes after it."""
+
+import numpy as np
+import pytest
+
+from fot_jax.data.lanes import Document
+from fot_jax.data.vocabulary import Bytes
+from fot_jax.errors import UserError
+from fot_jax.evals.sample import Sample
+
+
+class Recorder:
+    """In place of a language model with windows of 16: writes the same five letters."""
+
+    class model:  # noqa: N801
+        class config:  # noqa: N801
+            local_context = 16
+
+    def generate(self, tokens, max_new_tokens, **options):
+        self.called = tokens, max_new_tokens, options
+        return list(b"hello")
+
+
+class Text:
+    vocabulary = Bytes()
+
+    def __init__(self, *texts):
+        self._documents = [
+            Document(np.frombuffer(text, np.uint8).astype(np.int32), np.ones(len(text)))
+            for text in texts
+        ]
+
+    def documents(self, split):
+        assert split == "test"
+        return iter(self._documents)
+
+
+def test_continues_the_start_of_the_first_document():
+    lm = Recorder()
+    text = bytes(range(97, 123)) * 4
+    evaluation = Sample(80, 5, memory=40, temperature=0.5, split="test", seed=3)
+    (row,) = evaluation.run(lm, Text(text, b"another"))
+    tokens, count, options = lm.called
+    assert (tokens, count) == (list(text[:80]), 5)
+    assert options == {"capacity": 32, "temperature": 0.5, "seed": 3}  # whole windows
+    assert row == {"prompt": text[16:80].decode(), "continuation": "hello"}
+    assert evaluation.table([row]) == f"…{row['prompt']} ▌hello"
+    assert evaluation.scalars([row]) == {}
+
+
+def test_an_empty_split_is_refused():
+    with pytest.raises(UserError, match="the test split has no document to sample from"):
+        Sample(split="test").run(Recorder(), Text())
