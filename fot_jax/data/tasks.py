@@ -264,16 +264,30 @@ def _libraries() -> Any:
     Python; did they so while the interpreter goes away, they would abort the process.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    import tensorflow as tf
+    with _silent_stderr():  # before TensorFlow knows of the level, it says what it looks for
+        import seqio
+        import tensorflow as tf
 
-    for kind in ("GPU", "TPU"):
-        with contextlib.suppress(RuntimeError, ValueError):  # there are none, or they are in use
-            tf.config.set_visible_devices([], kind)
-    import seqio
+        for kind in ("GPU", "TPU"):
+            with contextlib.suppress(RuntimeError, ValueError):  # none there, or they are in use
+                tf.config.set_visible_devices([], kind)
 
     reading: weakref.WeakSet[Generator] = weakref.WeakSet()
     atexit.register(_close, reading)
     return types.SimpleNamespace(tf=tf, seqio=seqio, reading=reading)
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drops what this process writes to file descriptor 2; exceptions pass."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _close(generators: Iterable[Generator]) -> None:
