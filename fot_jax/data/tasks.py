@@ -40,6 +40,7 @@ from fot_jax.errors import UserError
 
 SPLITS = ("train", "valid", "test")
 CACHE_SHARDS = 64  # of a training split
+SHUFFLED_TOKENS = 2**20  # of the pieces at hand, of which the next one is drawn
 TRAINING_CHARACTERS = 4_000_000  # that a tokenizer is trained on, at most
 TRAINING_EXCERPT = 32_000  # of them from one document
 
@@ -54,14 +55,21 @@ class Text:
       cache_dir: where `cache` put the tokens of these corpora for this tokenizer; None tokenizes
         documents as they are read.
       data_dir: of TensorFlow Datasets; None: its own default.
+      piece_tokens: training documents are cut into pieces of so many tokens, which come in random
+        order as documents of their own, so that one long document does not fill many steps on end;
+        what is left over at the end of a document, or is shorter, is not used. None: whole
+        documents.
     """
 
     corpora: Sequence[Corpus] = (Corpus(),)
     tokenizer: Vocabulary | TrainedSentencePiece = TrainedSentencePiece()
     cache_dir: str | None = None
     data_dir: str | None = None
+    piece_tokens: int | None = None
 
     def __post_init__(self):
+        if self.piece_tokens is not None and self.piece_tokens < 2:
+            raise UserError(f"Text.piece_tokens = {self.piece_tokens}: give 2 or more")
         different = {dataclasses.replace(corpus, weight=1.0) for corpus in self.corpora}
         if not self.corpora or len(different) < len(self.corpora):
             raise UserError("Text.corpora: name one corpus or more, and none twice")
@@ -119,6 +127,7 @@ class Text:
         while True:
             read = functools.partial(
                 self._read,
+                piece_tokens=self.piece_tokens,
                 split="train",
                 shuffle=True,
                 seed=int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]),
@@ -179,10 +188,14 @@ class Text:
         splits = [split for split in SPLITS if parts_of(corpus, split)]
         return _Documents(corpus, splits, self._failures), None
 
-    def _read(self, provider: Any, skip: int = 0, **options) -> Iterator[Document]:
-        """Documents of a task or mixture."""
+    def _read(
+        self, provider: Any, skip: int = 0, piece_tokens: int | None = None, **options
+    ) -> Iterator[Document]:
+        """Documents of a task or mixture, or pieces of them."""
         # Otherwise SeqIO keeps up to 10,000 documents in memory, however long they are.
         dataset = provider.get_dataset(try_in_mem_cache=False, **options)
+        if piece_tokens is not None:
+            dataset = _pieces(dataset, piece_tokens, options["seed"])
         rows = self._rows(dataset.skip(skip))
         _libraries().reading.add(rows)
         for row in rows:
@@ -247,6 +260,8 @@ class Text:
             if next(read(task, num_epochs=1), None) is None
         )
         what, remedy = "no training document", "lower Data.lane_groups"
+        if self.piece_tokens is not None:
+            what, remedy = f"no piece of {self.piece_tokens} tokens", "lower Text.piece_tokens"
         if corpus.min_document_length:
             what += f" of {corpus.min_document_length} tokens or more"
             remedy += " or Corpus.min_document_length"
@@ -333,6 +348,19 @@ def _at_least(length: int) -> Callable:
     """A preprocessor: leaves out documents of fewer tokens."""
     size = _libraries().tf.size
     return lambda dataset: dataset.filter(lambda row: size(row["targets"]) >= length)
+
+
+def _pieces(dataset: Any, length: int, seed: int) -> Any:
+    """Rows of `length` tokens of a document each, in random order."""
+    tf = _libraries().tf
+
+    def cut(row):
+        whole = tf.size(row["targets"], tf.int64) // length
+        pieces = tf.reshape(row["targets"][: whole * length], [whole, length])
+        return tf.data.Dataset.from_tensor_slices({"targets": pieces})
+
+    pieces = dataset.flat_map(cut)
+    return pieces.shuffle(max(1, SHUFFLED_TOKENS // length), seed, reshuffle_each_iteration=False)
 
 
 def _as_int32(dataset: Any) -> Any:

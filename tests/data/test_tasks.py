@@ -171,6 +171,29 @@ def test_all_orders_are_equally_likely():
     assert all(abs(count - 200) < 5 * 200**0.5 for count in orders.values())
 
 
+def test_pieces_of_documents(tmp_path, monkeypatch):
+    """All whole pieces of every document, once an epoch, neighbours apart; other splits as ever."""
+    texts = [f"{i:02d}" + "abcdefgh" * i for i in range(30)]
+    path = write_corpus(tmp_path, 3, train=texts, valid=texts[:3])
+    source = text_over(path, piece_tokens=20)
+    pieces = sorted(
+        framed(text)[i : i + 20] for text in texts for i in range(0, len(text) + 2 - 19, 20)
+    )
+    for some in (tasks.SHUFFLED_TOKENS, 200):
+        monkeypatch.setattr(tasks, "SHUFFLED_TOKENS", some)
+        for shards in (1, 2):
+            shares = [epochs_of(source, shard, shards, 2) for shard in range(shards)]
+            for epoch in (0, 1):
+                assert sorted(itertools.chain(*(share[epoch] for share in shares))) == pieces
+            assert shares[0][0] != shares[0][1]
+    whole = take(source, 60)
+    assert whole[7:] == take(source, 53, position=whole[6][0])
+    assert read(source.documents("valid")) == [framed(text) for text in texts[:3]]
+    message = message_of(lambda: take(text_over(path, piece_tokens=2000), 1))
+    assert "no piece of 2000 tokens in shard 0 of 1: lower Text.piece_tokens" in message
+    assert "piece_tokens = 1: give 2 or more" in message_of(lambda: text_over(path, piece_tokens=1))
+
+
 def test_mixture(tmp_path):
     """Documents come in proportion to the weights, each corpus again only when it is through."""
     few, many = texts_of(7), texts_of(50, start=100)
