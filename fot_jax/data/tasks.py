@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import threading
 import time
 import types
 import weakref
@@ -294,7 +295,13 @@ def _libraries() -> Any:
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Drops what this process writes to file descriptor 2; exceptions pass."""
+    """Drops what this process writes to file descriptor 2; exceptions pass.
+
+    In the main thread only: in another one, what the main thread has to say would be dropped.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     kept = os.dup(2)
     try:
         with open(os.devnull, "w") as nowhere:
