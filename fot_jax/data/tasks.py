@@ -262,7 +262,8 @@ class Text:
         )
         what, remedy = "no training document", "lower Data.lane_groups"
         if self.piece_tokens is not None:
-            what, remedy = f"no piece of {self.piece_tokens} tokens", "lower Text.piece_tokens"
+            what = f"no piece of {self.piece_tokens} tokens"
+            remedy = "lower Text.piece_tokens or Data.lane_groups"
         if corpus.min_document_length:
             what += f" of {corpus.min_document_length} tokens or more"
             remedy += " or Corpus.min_document_length"

@@ -173,7 +173,7 @@ def test_all_orders_are_equally_likely():
 
 def test_pieces_of_documents(tmp_path, monkeypatch):
     """All whole pieces of every document, once an epoch, neighbours apart; other splits as ever."""
-    texts = [f"{i:02d}" + "abcdefgh" * i for i in range(30)]
+    texts = ["".join(f"{i:02d}-{j:02d}," for j in range(2 * i)) for i in range(30)]
     path = write_corpus(tmp_path, 3, train=texts, valid=texts[:3])
     source = text_over(path, piece_tokens=20)
     pieces = sorted(
@@ -186,7 +186,14 @@ def test_pieces_of_documents(tmp_path, monkeypatch):
             for epoch in (0, 1):
                 assert sorted(itertools.chain(*(share[epoch] for share in shares))) == pieces
             assert shares[0][0] != shares[0][1]
+    monkeypatch.undo()
     whole = take(source, 60)
+    longest = [
+        i
+        for i, (_, p) in enumerate(take(source, len(pieces)))
+        if b"29-" in bytes(token for token in p if token < 256)
+    ]
+    assert longest[-1] - longest[0] >= 2 * len(longest)
     assert whole[7:] == take(source, 53, position=whole[6][0])
     assert read(source.documents("valid")) == [framed(text) for text in texts[:3]]
     message = message_of(lambda: take(text_over(path, piece_tokens=2000), 1))
