@@ -142,15 +142,15 @@ def _bench(args) -> int:
 def _keep_freed_memory() -> None:
     """Stops glibc from giving freed blocks back to the kernel between steps.
 
-    A training step on the CPU frees and takes back hundreds of megabytes; having the kernel zero
-    them again took a sixth of its time. Must come before other libraries start threads.
+    A training step on the CPU frees and takes back hundreds of megabytes; having the kernel map and
+    zero them again took a third of its time. Must come before other libraries start threads.
     """
-    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
-    with contextlib.suppress(OSError, AttributeError):
+    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
+    with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(m_arena_max, 1)
-        mallopt(m_mmap_threshold, 2**31 - 1)
-        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_arena_max, 1)  # one heap for all threads,
+        mallopt(m_mmap_max, 0)  # also for large blocks,
+        mallopt(m_trim_threshold, -1)  # of which nothing is given back
 
 
 # --- gin -----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The command line: what it says about bad input, and what it leaves behind."""
 
 import json
+import platform
 import re
 import shutil
 import subprocess
@@ -500,6 +501,29 @@ def test_output_that_cannot_be_written(here, trained, capsys):
 
 
 # --- What is loaded ------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's allocator")
+def test_freed_memory_is_kept():
+    """A step that takes as much memory as the last one must not wait for the kernel's zeros."""
+    code = """if True:
+        import resource
+        from fot_jax import cli
+        cli.main(["train", "no_such.gin"])
+        import jax
+        step = jax.jit(lambda x: x + 1)
+        def faults(runs):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(runs):
+                jax.block_until_ready(step(x))
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        x = jax.numpy.zeros(25_000_000)
+        print(faults(20), faults(5))
+        """
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    first, later = map(int, ran.stdout.split())
+    assert first > 50, ran.stderr  # 100 MB are 24,414 pages, or 48 huge ones
+    assert later < 10
 
 
 def test_help_answers_at_once():
