@@ -124,6 +124,8 @@ class Text:
         """
         self._check_split("train")
         endless = len(self.corpora) > 1
+        if endless and self.piece_tokens is not None:
+            self._check_pieces(shard, shards)
         epoch, taken = position
         while True:
             read = functools.partial(
@@ -253,6 +255,16 @@ class Text:
         there = ", ".join(source.splits) or "none"
         raise UserError(f"{where}: no {split} split (there is: {there}): {remedy}")
 
+    def _check_pieces(self, shard: int, shards: int) -> None:
+        """An endless search for the pieces of documents that are too short would have no end."""
+        for corpus, task in zip(self.corpora, self._tasks, strict=True):
+            info = _libraries().seqio.ShardInfo(shard, shards)
+            documents = self._read(
+                task, split="train", shuffle=False, num_epochs=1, shard_info=info
+            )
+            if all(len(document.tokens) < self.piece_tokens for document in documents):
+                raise self._no_documents(corpus, shard, shards)
+
     def _empty_shard(self, shard: int, shards: int, read: Callable) -> UserError:
         """Says which corpus it is that has no documents for a shard."""
         corpus = next(
@@ -260,6 +272,9 @@ class Text:
             for corpus, task in zip(self.corpora, self._tasks, strict=True)
             if next(read(task, num_epochs=1), None) is None
         )
+        return self._no_documents(corpus, shard, shards)
+
+    def _no_documents(self, corpus: Corpus, shard: int, shards: int) -> UserError:
         what, remedy = "no training document", "lower Data.lane_groups"
         if self.piece_tokens is not None:
             what = f"no piece of {self.piece_tokens} tokens"

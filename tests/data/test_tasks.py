@@ -201,6 +201,19 @@ def test_pieces_of_documents(tmp_path, monkeypatch):
     assert "piece_tokens = 1: give 2 or more" in message_of(lambda: text_over(path, piece_tokens=1))
 
 
+def test_pieces_of_a_mixture(tmp_path):
+    """A corpus without a single piece is an error, not a search without end."""
+    long = write_corpus(tmp_path / "long", 1, train=["long enough" * i for i in range(3, 9)])
+    short = write_corpus(tmp_path / "short", 1, train=["a", "short"])
+    also_long = write_corpus(tmp_path / "also_long", 1, train=["abc" * 20])
+    for corpora in ((long, short), (short, long)):
+        source = text_over(*corpora, piece_tokens=30)
+        message = message_of(lambda source=source: take(source, 99))
+        assert "short: no piece of 30 tokens in shard 0 of 1: lower Text.piece_tokens" in message
+    source = text_over(long, also_long, piece_tokens=30)
+    assert {len(tokens) for _, tokens in take(source, 20)} == {30}
+
+
 def test_mixture(tmp_path):
     """Documents come in proportion to the weights, each corpus again only when it is through."""
     few, many = texts_of(7), texts_of(50, start=100)
