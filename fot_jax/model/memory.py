@@ -11,17 +11,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from fot_jax.model import attention as parts_of
-from fot_jax.model.attention import ANY_DOCUMENT, SAME_DOCUMENT
+from fot_jax.model.attention import SAME_DOCUMENT, Parts
 
 
 class LayerMemory(NamedTuple):
     """Keys and values of one memory layer, as projected: keys are not rotated (method.md §4)."""
 
-    k: Float[Array, "B M K D"]
-    v: Float[Array, "B M K D"]
+    k: Float[Array, "B K M D"]
+    v: Float[Array, "B K M D"]
     filled: Int[Array, "B M"]  # 1 where a slot holds a token, 0 where it is free or padding
 
     def attend_with_window(self, q, k, v, segments):
@@ -34,27 +35,44 @@ class LayerMemory(NamedTuple):
           [B, T, H, D] in q's dtype.
         """
         B, T, H, _ = q.shape
-        K, M = k.shape[2], self.k.shape[1]
-        platform = jax.default_backend()
+        K = k.shape[2]
         q_t, k_t, v_t = (parts_of.to_tiles(x, K) for x in (q, k, v))
-        window = parts_of.every_row(B, SAME_DOCUMENT, parts_of.slots_of(H, T, T, platform))
+        slots = parts_of.slots_of(H, T, T, jax.default_backend())
+        window = parts_of.every_row(B, SAME_DOCUMENT, slots)
         parts = parts_of.attend(
             *(q_t, k_t, v_t, segments, segments, window), parts_of.no_parts(q_t), causal=True
         )
-        if M:
-            mem_k, mem_v = (parts_of.to_tiles(x.astype(q.dtype), K) for x in (self.k, self.v))
-            whole = parts_of.every_row(B, ANY_DOCUMENT, parts_of.slots_of(H, T, M, platform))
-            parts = parts_of.attend(
-                q_t, mem_k, mem_v, segments, self.filled, whole, parts, causal=False
-            )
+        parts = parts_of.merge(parts, self._attend(q_t))
         return parts_of.from_tiles(parts.out.astype(q.dtype), B, T)
+
+    def _attend(self, q_t) -> Parts:
+        """Everything in memory, in blocks of slots: scores of one block at a time are held."""
+        B, K, M, D = self.k.shape
+        q = q_t.reshape(B, -1, *q_t.shape[1:])  # by row, then tile
+        block = parts_of.tile_of(M)
+
+        def step(i, parts):
+            k, v = (
+                lax.dynamic_slice_in_dim(x, i * block, block, 2).astype(q.dtype)
+                for x in (self.k, self.v)
+            )
+            filled = lax.dynamic_slice_in_dim(self.filled, i * block, block, 1) > 0
+            scores = jnp.einsum("bnktd,bksd->bnkts", q, k, preferred_element_type=jnp.float32)
+            scores = jnp.where(filled[:, None, None, None], scores, parts_of.MASKED)
+            lse = jax.nn.logsumexp(scores, axis=-1)
+            p = jnp.exp(scores - lse[..., None]).astype(q.dtype)
+            out = jnp.einsum("bnkts,bksd->bnktd", p, v, preferred_element_type=jnp.float32)
+            return parts_of.merge(parts, Parts(out, lse))
+
+        parts = lax.fori_loop(0, M // block if M else 0, step, parts_of.no_parts(q))
+        return Parts(*(x.reshape(q_t.shape[0], *x.shape[2:]) for x in parts))
 
 
 class Memory(NamedTuple):
     """Memories of all memory layers. A ring: when full, the oldest slots are replaced."""
 
-    k: Float[Array, "L B M K D"]
-    v: Float[Array, "L B M K D"]
+    k: Float[Array, "L B K M D"]
+    v: Float[Array, "L B K M D"]
     filled: Int[Array, "B M"]
     next_slot: Int[Array, ""]
 
@@ -69,22 +87,20 @@ class Memory(NamedTuple):
         """
         if not self.k.size:  # no slots, or no memory layers
             return self
-        k, v = (jnp.stack(x).astype(self.k.dtype) for x in zip(*window, strict=True))
+        k, v = (jnp.stack(x).swapaxes(2, 3).astype(self.k.dtype) for x in zip(*window, strict=True))
         T, at = segments.shape[1], self.next_slot
         return Memory(
-            jax.lax.dynamic_update_slice_in_dim(self.k, k, at, 2),
-            jax.lax.dynamic_update_slice_in_dim(self.v, v, at, 2),
-            jax.lax.dynamic_update_slice_in_dim(
-                self.filled, (segments > 0).astype(jnp.int32), at, 1
-            ),
-            (at + T) % self.k.shape[2],
+            lax.dynamic_update_slice_in_dim(self.k, k, at, 3),
+            lax.dynamic_update_slice_in_dim(self.v, v, at, 3),
+            lax.dynamic_update_slice_in_dim(self.filled, (segments > 0).astype(jnp.int32), at, 1),
+            (at + T) % self.k.shape[3],
         )
 
 
 def empty(config, batch: int, capacity: int, dtype=jnp.float32) -> Memory:
     """An empty memory of `capacity` slots a row for a model of this ModelConfig."""
     layers = len(config.memory_layers)
-    shape = (layers, batch, capacity, config.num_kv_heads, config.head_dim)
+    shape = (layers, batch, config.num_kv_heads, capacity, config.head_dim)
     return Memory(
         jnp.zeros(shape, dtype),
         jnp.zeros(shape, dtype),
