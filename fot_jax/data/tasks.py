@@ -41,7 +41,7 @@ from fot_jax.errors import UserError
 
 SPLITS = ("train", "valid", "test")
 CACHE_SHARDS = 64  # of a training split
-SHUFFLED_TOKENS = 2**20  # of the pieces at hand, of which the next one is drawn
+SHUFFLED_TOKENS = 2**23  # of the pieces at hand, of which the next one is drawn
 TRAINING_CHARACTERS = 4_000_000  # that a tokenizer is trained on, at most
 TRAINING_EXCERPT = 32_000  # of them from one document
 
