@@ -165,12 +165,13 @@ EXPECTED = {
     "llama3_8b_fot": LONG_LLAMA
     | {"parameters": 8_030_261_248, "window": 8192, "devices": 64, "all tokens": 3e9},
     "quickstart": {
-        # A layer: 4 matrices of attention, 3 of the MLP, 2 norms; embedding and head, a norm.
-        "parameters": 3 * (4 * 128**2 + 3 * 128 * 352 + 2 * 128) + 2 * 1024 * 128 + 128,
+        # A layer: 4 matrices of attention, 2 temperatures, 3 matrices of the MLP, 2 norms;
+        # embedding and head, a norm.
+        "parameters": 3 * (4 * 128**2 + 2 + 3 * 128 * 352 + 2 * 128) + 2 * 1024 * 128 + 128,
         "window": 64,
-        "tokens": 4 * 16 * 64,
-        "train.steps": 1800,
-        "train.scheme": "@PackedTable()",
+        "tokens": 2 * 32 * 64,
+        "train.steps": 2000,
+        "train.scheme": "@Packed()",
         "Corpus.path": "standard_library",
         "TrainedSentencePiece.pieces": 1024,
     },
