@@ -109,6 +109,7 @@ class PerplexityByContext:
                 textcoords="offset points",
                 xytext=(0, 10),
                 ha="center",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # over a steep line
                 fontsize=11,
             )
         # Linear up to the smallest memory, so that "no memory" has a place on a log axis.
