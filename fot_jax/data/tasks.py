@@ -89,6 +89,7 @@ class Text:
         return self.tokenizer.train(itertools.chain.from_iterable(excerpts))
 
     def with_vocabulary(self, vocabulary: Vocabulary) -> Text:
+        _libraries()  # here: where documents are read, in a thread, their import is not silent
         return dataclasses.replace(self, tokenizer=vocabulary)
 
     def documents(self, split: str) -> Iterator[Document]:

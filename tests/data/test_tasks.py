@@ -587,6 +587,22 @@ def test_importing_it_imports_neither_tensorflow_nor_seqio():
     assert not {"tensorflow", "seqio", "jax"} & set(run_python(code).stdout.split())
 
 
+READ_IN_A_THREAD = """
+import threading
+from fot_jax.data.tasks import Bytes, Text
+
+source = Text().with_vocabulary(Bytes())  # as a resumed run gets it
+thread = threading.Thread(target=lambda: print(len(next(source.stream(0, 8, seed=0)))))
+thread.start()
+thread.join()
+"""
+
+
+def test_tensorflow_is_imported_in_silence():
+    run = run_python(READ_IN_A_THREAD)
+    assert (run.stdout, run.stderr) == ("2\n", "")
+
+
 SLOW_READER = """
 import dataclasses, time
 from fot_jax.data.lanes import Lanes, Prefetch
