@@ -155,6 +155,10 @@ def _keep_freed_memory() -> None:
 
 # --- gin -----------------------------------------------------------------------------------------
 
+_REGISTERED: dict[str, Callable] = {}  # what experiment files may name, by name
+_FLAGS_OF_TRAIN = ["workdir", "config_text", "dry_run"]  # not for experiment files to set
+_FLAGS_OF_EVALUATE = ["checkpoint", "output"]
+
 
 def load_experiment(files: list[str], bindings: list[str]) -> None:
     """Registers what experiment files may name, then parses files and bindings, in order.
@@ -204,9 +208,13 @@ def _register(gin) -> None:
         *tasks.CONFIGURABLE,
         *synthetic.CONFIGURABLE,
     ]
-    for name in names:
-        if f"fot_jax.{name.__name__}" not in gin.config._REGISTRY:
-            gin.external_configurable(_checked(name), name.__name__, module="fot_jax")
+    flags = {train.train: _FLAGS_OF_TRAIN, evaluate.evaluate: _FLAGS_OF_EVALUATE}
+    for thing in names:
+        name = thing.__name__
+        if f"fot_jax.{name}" not in gin.config._REGISTRY:
+            _REGISTERED[name] = thing
+            denied = flags.get(thing)
+            gin.external_configurable(_checked(thing), name, module="fot_jax", denylist=denied)
 
 
 @contextlib.contextmanager
@@ -233,20 +241,31 @@ def _gin_message(error: Exception, file: str | None) -> str | None:
     place = f" ({os.path.relpath(where[1])}:{where[2]})" if where else f" ({file})" if file else ""
     unknown = re.search(r"No configurable matching (?:reference )?'@?(?:.*/)?([^'()]+)", text)
     if unknown:
-        return f"unknown name {unknown[1]!r}{place}{_nearest(unknown[1], _known_names())}"
+        return f"unknown name {unknown[1]!r}{place}{_nearest(unknown[1], list(_REGISTERED))}"
     parameter = re.search(r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'", text)
     if parameter:
         near = _nearest(parameter[2], _parameters_of(parameter[1]))
         return f"{parameter[1]} has no parameter {parameter[2]!r}{place}{near}"
+    flag = re.search(r"Configurable '(?:.*\.)?([^']+)' has denylisted kwarg '([^']+)'", text)
+    if flag:
+        return f"{flag[1]}.{flag[2]} is not for experiment files{place}: see fot {flag[1]} --help"
+    if isinstance(error, RecursionError) and (circle := _circle()):
+        return f"{' -> '.join(circle)}: refers back to itself: give one of them a value of its own"
+    if isinstance(error, ImportError) and file:
+        return f"{text.splitlines()[0]}{place}: install it, or mend the import"
     macro = re.search(r"In call to configurable 'macro' .* in scope '([^']+)'", text)
     if macro:
         return f"%{macro[1]} has no value: set {macro[1]} = ... in the experiment file"
     missing = re.search(r"(\w+)(?:\.__init__)?\(\) missing .* arguments?: '(\w+)'", first)
     if missing:
-        return f"{missing[1]} needs {missing[2]}: set {missing[1]}.{missing[2]} = ..."
+        # Optimizers are called by `train`, with the learning rate.
+        bare = missing[2] == "learning_rate" and missing[1] != "train"
+        remedy = f"write @{missing[1]} without ()" if bare else f"set {'.'.join(missing.groups())}"
+        return f"{missing[1]} needs {missing[2]}: {remedy}{'' if bare else ' = ...'}"
     if isinstance(error, SyntaxError):
         at = f"{os.path.relpath(error.filename)}:{error.lineno}" if error.filename else file
-        return f"{at}: {error.msg.rstrip('.')}: a line is NAME = VALUE, or include 'FILE.gin'"
+        what = re.sub(r"malformed node or string.*\s+Failed", "Failed", error.msg).rstrip(".")
+        return f"{at}: {what}: a line is NAME = VALUE, or include 'FILE.gin'"
     if isinstance(error, tokenize.TokenError):
         return f"{file}: a bracket or quote is not closed up to the end ({error.args[0]})"
     if isinstance(error, OSError) and "Unable to open file" in text:
@@ -255,15 +274,29 @@ def _gin_message(error: Exception, file: str | None) -> str | None:
     return None
 
 
+def _circle() -> list[str] | None:
+    """Names of configurables or macros, each of which has the next one in a value of its own."""
+    import gin
+
+    refers: dict[str, list[str]] = {}
+    for (scope, selector), values in gin.config._CONFIG.items():
+        name = f"%{scope}" if selector == "gin.macro" else f"@{selector.split('.')[-1]}"
+        for reference in gin.config.iterate_references(values):
+            refers.setdefault(name, []).append(repr(reference).split("(")[0])
+    paths = [[name] for name in refers]
+    while paths:
+        path = paths.pop()
+        for name in refers.get(path[-1], ()):
+            if name == path[0]:
+                return [*path, name]
+            if name not in path:
+                paths.append([*path, name])
+    return None
+
+
 def _nearest(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(near)}?" if near else ": see the files in experiments/"
-
-
-def _known_names() -> list[str]:
-    import gin
-
-    return [selector.split(".")[-1] for selector, _ in gin.config._REGISTRY.items()]
 
 
 def _parameters_of(name: str) -> list[str]:
@@ -281,7 +314,7 @@ def _checked(thing: Callable) -> Callable:
     signature = inspect.signature(thing)
     hints = typing.get_type_hints(thing.__init__ if inspect.isclass(thing) else thing)
 
-    @functools.wraps(thing)
+    @functools.wraps(thing, updated=())  # not with the members of a class
     def call(*args, **kwargs):
         import gin
 
@@ -290,16 +323,16 @@ def _checked(thing: Callable) -> Callable:
             if value is gin.REQUIRED:
                 raise UserError(f"{name} is not set: add --gin '{name} = ...', or set it in a file")
             if parameter in hints and not _fits(value, hints[parameter]):
-                shown = f"@{value.__name__}" if inspect.isfunction(value) else repr(value)
-                raise UserError(f"{name} = {shown}: give {_wanted(hints[parameter])}")
+                raise UserError(f"{name} = {_shown(value)}: give {_wanted(hints[parameter])}")
         return thing(*args, **kwargs)
 
     call.__signature__ = signature
+    call.gives = thing if inspect.isclass(thing) else hints.get("return")
     return call
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a plain value (number, text, tuple) may be meant by a type; others always may."""
+    """Whether the value of a parameter is what its annotation asks for."""
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
     if kind in (typing.Union, types.UnionType):
         return any(_fits(value, option) for option in inner)
@@ -315,15 +348,31 @@ def _fits(value: Any, hint: Any) -> bool:
             return len(value) == len(inner) and all(map(_fits, value, inner))
         return all(_fits(each, inner[0]) for each in value)
     if kind is collections.abc.Callable:
-        return callable(value)
-    plain = (int, float, str, tuple, list, dict, type(None), types.FunctionType)  # @Name is one
-    return hint is Any or not isinstance(value, plain)
+        return callable(value) and getattr(value, "gives", inner[1]) == inner[1]
+    if getattr(hint, "_is_protocol", False):
+        return _follows(value, hint)
+    return hint is Any or isinstance(value, hint)
+
+
+def _follows(value: Any, protocol: type) -> bool:
+    """Whether an object, or a class, has all that a protocol names; nothing is evaluated."""
+    absent = object()
+    names = {name for name in (*vars(protocol), *protocol.__annotations__) if name[0] != "_"}
+    return all(inspect.getattr_static(value, name, absent) is not absent for name in names)
+
+
+def _shown(value: Any) -> str:
+    if callable(getattr(value, "gives", None)) or inspect.isfunction(value):
+        return f"@{value.__name__}"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(_shown, value))}{',' if len(value) == 1 else ''})"
+    return f"@{type(value).__name__}()" if type(value).__name__ in _REGISTERED else repr(value)
 
 
 def _wanted(hint: Any) -> str:
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
     if kind in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(map(_wanted, inner)))
+        return " or ".join(filter(None, dict.fromkeys(map(_wanted, inner))))
     if kind is tuple and inner[-1] is not Ellipsis:
         return f"({', '.join(map(_wanted, inner))})"
     if kind in (tuple, collections.abc.Sequence):
@@ -332,4 +381,14 @@ def _wanted(hint: Any) -> str:
     names |= {bool: "True or False", type(None): "None"}
     if hint in names:
         return names[hint]
-    return "a function" if kind is collections.abc.Callable else f"a {hint.__name__} as @Name()"
+    names = [f"@{name}()" for name, thing in _REGISTERED.items() if _gives(thing, hint)]
+    if kind is collections.abc.Callable:  # or the name of a function itself
+        names += [f"@{name}" for name, thing in _REGISTERED.items() if _gives(thing, inner[1])]
+    return " or ".join(names)
+
+
+def _gives(thing: Callable, hint: Any) -> bool:
+    """Whether a call of what is registered gives what a type or protocol asks for."""
+    if not inspect.isclass(thing):
+        return typing.get_type_hints(thing).get("return") == hint
+    return _follows(thing, hint) if getattr(hint, "_is_protocol", False) else thing is hint

@@ -1,4 +1,10 @@
-"""The one exception that bad input raises."""
+"""The one exception that bad input raises, and the check of numbers that raises it."""
+
+from __future__ import annotations
+
+import math
+
+LARGEST_SEED = 2**63 - 1
 
 
 class UserError(ValueError):
@@ -6,3 +12,21 @@ class UserError(ValueError):
 
     The command line prints the message and exits with code 2.
     """
+
+
+def check_range(owner: str, least: float, most: float | None = None, **values: float | None):
+    """Checks numbers of an experiment: finite, and from `least` to `most` inclusive.
+
+    Args:
+      owner: what they are parameters of, as experiment files name it.
+      least, most: None for no upper bound.
+      values: by parameter; a value of None passes.
+
+    Raises:
+      UserError: names the first that does not fit.
+    """
+    for name, value in values.items():
+        if value is None or math.isfinite(value) and least <= value <= (most or math.inf):
+            continue
+        wanted = f"{least} or more" if most is None else f"a number from {least} to {most}"
+        raise UserError(f"{owner}.{name} = {value}: give {wanted}")

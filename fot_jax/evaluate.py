@@ -11,7 +11,7 @@ import jax
 from etils import epath
 
 from fot_jax.data.lanes import DocumentSource
-from fot_jax.errors import UserError
+from fot_jax.errors import UserError, check_range
 from fot_jax.generate import LanguageModel
 
 
@@ -50,6 +50,7 @@ class Evaluation:
     source: DocumentSource | None = None
 
     def __post_init__(self):
+        check_range("Evaluation", 1, every=self.every)
         if bool(self.during) != bool(self.every):
             raise UserError(
                 "Evaluation.during and Evaluation.every go together: set both of them or none"

@@ -17,7 +17,7 @@ from etils import epath
 
 from fot_jax.data.lanes import DocumentSource, Lanes, Prefetch
 from fot_jax.data.vocabulary import load_vocabulary
-from fot_jax.errors import UserError
+from fot_jax.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.evaluate import Evaluation, run_evals
 from fot_jax.generate import LanguageModel
 from fot_jax.model import crossbatch
@@ -35,6 +35,8 @@ from fot_jax.training.step import (
     make_positive_mass,
     make_train_step,
 )
+
+MOST_ROWS = 2**20  # of a step; what hosts know of every row would not fit in their memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +60,9 @@ class Data:
     seed: int = 0
 
     def __post_init__(self):
-        for name, least in (("lanes", 1), ("lane_groups", 1), ("group_lanes", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"Data.{name} = {value}: give {least} or more")
+        counts = {"lanes": self.lanes, "lane_groups": self.lane_groups}
+        check_range("Data", 1, **counts, group_lanes=self.group_lanes)
+        check_range("Data", 0, LARGEST_SEED, seed=self.seed)
         if self.lanes % self.lane_groups:
             raise UserError(
                 f"Data.lanes = {self.lanes} is not a multiple of Data.lane_groups = "
@@ -88,8 +89,7 @@ class Compute:
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"Compute.dtype = {self.dtype!r}: choose one of float32, bfloat16")
-        if self.accumulation < 1:
-            raise UserError(f"Compute.accumulation = {self.accumulation}: give 1 or more")
+        check_range("Compute", 1, accumulation=self.accumulation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +107,7 @@ class Checkpoints:
     keep_every: int | None = None
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is not None and value < 1:
-                raise UserError(f"Checkpoints.{field.name} = {value}: give 1 or more")
+        check_range("Checkpoints", 1, **dataclasses.asdict(self))
 
 
 def train(
@@ -165,9 +162,15 @@ def train(
         that was not finite more than max_skipped steps in a row.
     """
     # --- Layout ----------------------------------------------------------------------------------
-    for name, value in (("steps", steps), ("log_every", log_every)):
-        if value < 1:
-            raise UserError(f"train.{name} = {value}: give 1 or more")
+    check_range("train", 1, steps=steps, log_every=log_every)
+    check_range("train", 1, positive_mass_every=positive_mass_every)
+    check_range("train", 0, z_loss=z_loss, max_skipped=max_skipped)
+    check_range("train", 0, LARGEST_SEED, seed=seed)
+    if profile_steps and not 1 <= profile_steps[0] <= profile_steps[1] <= steps:
+        raise UserError(
+            f"train.profile_steps = {profile_steps}: give (first, last), two of the steps 1 … "
+            f"{steps}, in order"
+        )
     if positive_mass_every and positive_mass_every % log_every:
         raise UserError(
             f"train.positive_mass_every = {positive_mass_every} is not a multiple of "
@@ -181,6 +184,11 @@ def train(
                 f"{mesh.shape['tensor']}: change MeshShape.tensor"
             )
     rows = data.lanes * scheme.windows
+    if rows > MOST_ROWS:
+        raise UserError(
+            f"Data.lanes = {data.lanes} makes {rows} rows a step ({scheme.windows} a lane), more "
+            f"than {MOST_ROWS}: lower it"
+        )
     group_rows = (data.group_lanes or data.lanes) * scheme.windows
     schemes = {None: scheme} if d is None else {value: scheme.with_d(value) for value in d.values}
     for each in schemes.values():  # a d that does not fit shows now, not at step 450,000
@@ -354,7 +362,7 @@ def train(
         if restored is not None and evaluates(first_step):  # it may have been stopped before that
             run(evaluation.during, first_step)
         for step in range(first_step + 1, steps + 1):
-            if profile_steps and step == profile_steps[0]:
+            if profile_steps and step == max(profile_steps[0], first_step + 1) <= profile_steps[1]:
                 jax.profiler.start_trace(workdir / "profile")
             now_d = None if d is None else d(step - 1, now_d, history.accuracy(step - 2))
             batch, snapshot = ready.pop() if ready else next(batches)

@@ -17,9 +17,11 @@ from fot_jax import cli
 from fot_jax.data.vocabulary import Bytes
 from fot_jax.errors import UserError
 from fot_jax.evals.perplexity import PerplexityByContext
+from fot_jax.model import sizes
 
 ROOT = Path(__file__).parents[1]
 
+CORPORA = "Text.corpora = (@Corpus(),)"
 EVALUATED = """
 train.evaluation = @Evaluation()
 Evaluation.evals = (@PerplexityByContext(),)
@@ -145,6 +147,14 @@ def test_no_experiment_file(here, capsys, verb):
             "broken.gin: a bracket or quote is not closed up to the end",
         ),
         (
+            "Data.lanes = float('nan')",
+            "broken.gin:3: Failed to parse token 'float': a line is NAME = VALUE, or include",
+        ),
+        (
+            "import nothing_there",
+            "No module named 'nothing_there' (broken.gin:3): install it, or mend the import",
+        ),
+        (
             "include 'parts/nothing.gin'",
             "no file parts/nothing.gin to include (broken.gin:3): paths are relative to the",
         ),
@@ -172,6 +182,7 @@ def test_bindings_that_gin_cannot_read(here, capsys):
         ("train.model", "train needs model: set train.model = ..."),
         ("ModelConfig.mlp_dim", "ModelConfig needs mlp_dim: set ModelConfig.mlp_dim = ..."),
         ("Data.lanes", "Data needs lanes: set Data.lanes = ..."),
+        ("train.learning_rate", "train needs learning_rate: set train.learning_rate = ..."),
     ],
 )
 def test_values_that_must_be_given(here, capsys, without, message):
@@ -180,6 +191,33 @@ def test_values_that_must_be_given(here, capsys, without, message):
     assert len(kept) == len(lines) - 1
     (here / "short.gin").write_text("".join(kept))
     assert refused_untouched(capsys, "train", "short.gin") == message
+
+
+def test_an_optimizer_that_is_called_in_the_file(here, capsys):
+    line = refused_untouched(capsys, "train", "experiment.gin", *bind("train.optimizer = @adamw()"))
+    assert line == "adamw needs learning_rate: write @adamw without ()"
+
+
+@pytest.mark.parametrize(
+    "bindings, circle",
+    [
+        (["STEPS = %STEPS", "train.steps = %STEPS"], "%STEPS -> %STEPS"),
+        (["A = %B", "B = (1, %A)", "train.steps = %A"], "%B -> %A -> %B"),
+        (["Corpus.path = @Corpus()", "Data.source = @Text()", CORPORA], "@Corpus -> @Corpus"),
+        (["train.steps = @train()"], "@train -> @train"),
+    ],
+)
+def test_values_that_refer_back_to_themselves(here, capsys, bindings, circle):
+    line = refused_untouched(capsys, "train", "experiment.gin", *bind(*bindings))
+    assert line == f"{circle}: refers back to itself: give one of them a value of its own"
+
+
+def test_values_that_are_not_for_experiment_files(here, capsys):
+    for name in ("train.workdir", "train.config_text", "train.dry_run", "evaluate.output"):
+        verb, _ = name.split(".")
+        line = refused_untouched(capsys, "train", "experiment.gin", *bind(f"{name} = 'x'"))
+        place = f"--gin \"{name} = 'x'\""
+        assert line == f"{name} is not for experiment files ({place}): see fot {verb} --help"
 
 
 def test_values_that_a_file_leaves_to_its_user(here, capsys):
@@ -198,6 +236,11 @@ def test_values_that_a_file_leaves_to_its_user(here, capsys):
     assert line == "%OTHER has no value: set OTHER = ... in the experiment file"
 
 
+SOURCES = "@Text() or @DictionaryLookup() or @Passkey()"
+SCHEDULES = "@constant_rate() or @inverse_square_root() or @cosine()"
+MODELS = " or ".join(f"@{name}()" for name in ("ModelConfig", *(f.__name__ for f in sizes.NAMED)))
+
+
 @pytest.mark.parametrize(
     "binding, message",
     [
@@ -211,11 +254,30 @@ def test_values_that_a_file_leaves_to_its_user(here, capsys):
         ("Data.lanes = 8.0", "8.0: give a whole number"),
         ("Data.lanes = True", "True: give a whole number"),
         ("Data.group_lanes = '2'", "'2': give a whole number or None"),
-        ("Data.source = 'texts'", "'texts': give a DocumentSource as @Name()"),
+        ("Data.source = 'texts'", f"'texts': give {SOURCES}"),
+        ("Data.source = @Text", f"@Text: give {SOURCES}"),
+        ("Data.source = @Corpus()", f"@Corpus(): give {SOURCES}"),
+        ("Data.source = (@Text(),)", f"(@Text(),): give {SOURCES}"),
         ("train.steps = 10.5", "10.5: give a whole number"),
-        ("train.model = 'fot_184m'", "'fot_184m': give a ModelConfig as @Name()"),
-        ("train.data = @Data", "@Data: give a Data as @Name()"),
-        ("train.learning_rate = 0.1", "0.1: give a function"),
+        ("train.model = 'fot_184m'", f"'fot_184m': give {MODELS}"),
+        ("train.model = @Corpus()", f"@Corpus(): give {MODELS}"),
+        ("train.data = @Data", "@Data: give @Data()"),
+        ("train.data = @Text()", "@Text(): give @Data()"),
+        ("train.checkpoints = @Evaluation()", "@Evaluation(): give @Checkpoints()"),
+        ("train.evaluation = @Corpus()", "@Corpus(): give @Evaluation()"),
+        ("train.learning_rate = 0.1", f"0.1: give {SCHEDULES}"),
+        ("train.learning_rate = @cosine", f"@cosine: give {SCHEDULES}"),
+        ("train.learning_rate = @adamw", f"@adamw: give {SCHEDULES}"),
+        ("train.optimizer = @cosine", "@cosine: give @adamw or @adafactor"),
+        ("train.optimizer = @Corpus", "@Corpus: give @adamw or @adafactor"),
+        (
+            "train.scheme = @Corpus()",
+            "@Corpus(): give @NoCrossbatch() or @PreviousContext() or @Packed() or @PackedTable()",
+        ),
+        (
+            "Evaluation.evals = (@Corpus(),)",
+            "(@Corpus(),): give a tuple, each of it @PerplexityByContext() or @Sample()",
+        ),
         ("train.initialize_from = 3", '3: give a text in "quotes" or None'),
         ("train.profile_steps = 3", "3: give (a whole number, a whole number) or None"),
         ("train.profile_steps = (3,)", "(3,): give (a whole number, a whole number) or None"),
@@ -244,7 +306,25 @@ def test_values_of_the_wrong_type(here, capsys, binding, message):
         (["Checkpoints.every = 0"], "Checkpoints.every = 0: give 1 or more"),
         (["Checkpoints.keep_last = 0"], "Checkpoints.keep_last = 0: give 1 or more"),
         (["Data.lanes = 0"], "Data.lanes = 0: give 1 or more"),
-        (["constant_rate.value = -1"], "constant_rate: value = -1 must be a finite number"),
+        (["Data.lanes = 1000000"], "Data.lanes = 1000000 makes 2000000 rows a step (2 a lane), "),
+        (["train.seed = -1"], "train.seed = -1: give a number from 0 to 9223372036854775807"),
+        ([f"Data.seed = {2**63}"], f"Data.seed = {2**63}: give a number from 0 to "),
+        (["train.z_loss = -0.1"], "train.z_loss = -0.1: give 0 or more"),
+        (["train.max_skipped = -1"], "train.max_skipped = -1: give 0 or more"),
+        (["train.positive_mass_every = 0"], "train.positive_mass_every = 0: give 1 or more"),
+        *(
+            (
+                [f"train.profile_steps = {steps}"],
+                f"train.profile_steps = {steps}: give (first, last), two of the steps 1 … 12, in",
+            )
+            for steps in ((0, 2), (5, 2), (2, 13))
+        ),
+        (["constant_rate.value = -1"], "constant_rate.value = -1: give 0 or more"),
+        (["constant_rate.value = 1e999"], "constant_rate.value = inf: give 0 or more"),
+        (["adamw.b1 = 2"], "adamw.b1 = 2: give a number from 0 to 1"),
+        (["Evaluation.every = -1"], "Evaluation.every = -1: give 1 or more"),
+        (["PerplexityByContext.memory_sizes = ()"], "PerplexityByContext.memory_sizes = (): give"),
+        (["PerplexityByContext.documents = 0"], "PerplexityByContext.documents = 0: give 1 or"),
         (["Compute.remat = 'some'"], "remat = 'some': choose one of none, dots, full"),
         (["Compute.dtype = 'int8'"], "Compute.dtype = 'int8': choose one of float32, bfloat16"),
         (["Evaluation.every = 5"], "Evaluation.during and Evaluation.every go together"),

@@ -10,6 +10,7 @@ import functools
 import gzip
 import itertools
 import json
+import math
 import re
 import sysconfig
 import zlib
@@ -47,7 +48,10 @@ class Corpus:
     join_by: str | None = None
 
     def __post_init__(self):
-        if self.weight <= 0:
+        for field in ("path", "text_field"):
+            if not getattr(self, field):
+                raise UserError(f'Corpus.{field} = "": give a name, or leave it out')
+        if not 0 < self.weight < math.inf:
             raise UserError(f"Corpus.weight = {self.weight} of {self.path}: give more than 0")
         if self.join_by and self.path.startswith("tfds:"):
             raise UserError(f"{self.path}: Corpus.join_by is for JSON Lines: leave it out")

@@ -16,7 +16,7 @@ import numpy as np
 
 from fot_jax.data.lanes import Document, Position
 from fot_jax.data.vocabulary import Bytes, Symbols, Vocabulary, frame
-from fot_jax.errors import UserError
+from fot_jax.errors import UserError, check_range
 
 SPLITS = ("train", "valid", "test")
 
@@ -51,13 +51,6 @@ class _Drawn:
 
 def _generator(split: str, seed: int, index: int) -> np.random.Generator:
     return np.random.default_rng((SPLITS.index(split), seed, index))
-
-
-def _check_positive(source, *fields: str) -> None:
-    for field in fields:
-        if getattr(source, field) < 1:
-            name = f"{type(source).__name__}.{field}"
-            raise UserError(f"{name} = {getattr(source, field)}: give 1 or more")
 
 
 # --- Dictionary lookup ---------------------------------------------------------------------------
@@ -95,11 +88,9 @@ class DictionaryLookup(_Drawn):
     )
 
     def __post_init__(self):
-        _check_positive(self, "key_length", "value_length", "eval_documents")
-        if self.key_length > LONGEST_KEY:
-            raise UserError(
-                f"DictionaryLookup.key_length = {self.key_length}: give at most {LONGEST_KEY}"
-            )
+        check_range("DictionaryLookup", 1, LONGEST_KEY, key_length=self.key_length)
+        counts = {"value_length": self.value_length, "eval_documents": self.eval_documents}
+        check_range("DictionaryLookup", 1, **counts)
         if self.records < 1:
             raise UserError(
                 f"DictionaryLookup.document_tokens = {self.document_tokens} is too short for a "
@@ -190,7 +181,9 @@ class Passkey(_Drawn):
     eval_documents: int = 64
 
     def __post_init__(self):
-        _check_positive(self, "document_tokens", "eval_documents")
+        counts = {"document_tokens": self.document_tokens, "eval_documents": self.eval_documents}
+        check_range("Passkey", 1, **counts)
+        check_range("Passkey", 0, filler_weight=self.filler_weight)
 
     def with_vocabulary(self, vocabulary: Vocabulary) -> Passkey:
         return dataclasses.replace(self, vocabulary=vocabulary)

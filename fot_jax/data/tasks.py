@@ -37,7 +37,7 @@ from fot_jax.data.vocabulary import (
     frame,
     new_directory,
 )
-from fot_jax.errors import UserError
+from fot_jax.errors import UserError, check_range
 
 SPLITS = ("train", "valid", "test")
 CACHE_SHARDS = 64  # of a training split
@@ -69,8 +69,7 @@ class Text:
     piece_tokens: int | None = None
 
     def __post_init__(self):
-        if self.piece_tokens is not None and self.piece_tokens < 2:
-            raise UserError(f"Text.piece_tokens = {self.piece_tokens}: give 2 or more")
+        check_range("Text", 2, piece_tokens=self.piece_tokens)
         different = {dataclasses.replace(corpus, weight=1.0) for corpus in self.corpora}
         if not self.corpora or len(different) < len(self.corpora):
             raise UserError("Text.corpora: name one corpus or more, and none twice")

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from fot_jax.data.lanes import Document, DocumentSource
-from fot_jax.errors import UserError
+from fot_jax.errors import UserError, check_range
 from fot_jax.generate import LanguageModel
 
 
@@ -36,6 +36,15 @@ class PerplexityByContext:
     split: str = "valid"
 
     name = "perplexity_by_context"
+
+    def __post_init__(self):
+        counts = {"documents": self.documents, "scored_tokens": self.scored_tokens}
+        check_range("PerplexityByContext", 1, **counts)
+        if not self.memory_sizes or min(self.memory_sizes) < 0:
+            raise UserError(
+                f"PerplexityByContext.memory_sizes = {tuple(self.memory_sizes)}: give one size or "
+                "more, each 0 or more"
+            )
 
     def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, float]]:
         """One row a memory size: memory, perplexity, nats, accuracy, tokens.

@@ -7,7 +7,7 @@ import dataclasses
 from etils import epath
 
 from fot_jax.data.lanes import DocumentSource
-from fot_jax.errors import UserError
+from fot_jax.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.generate import LanguageModel
 
 
@@ -32,6 +32,11 @@ class Sample:
     seed: int = 0
 
     name = "sample"
+
+    def __post_init__(self):
+        check_range("Sample", 1, prompt_tokens=self.prompt_tokens, new_tokens=self.new_tokens)
+        check_range("Sample", 0, memory=self.memory, temperature=self.temperature)
+        check_range("Sample", 0, LARGEST_SEED, seed=self.seed)
 
     def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, str]]:
         """One row: the end of the prompt and what the model wrote.

@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from fot_jax.errors import UserError
+from fot_jax.errors import UserError, check_range
 from fot_jax.model import attention as parts_of
 from fot_jax.model.attention import ANY_DOCUMENT, SAME_DOCUMENT, Pairs, Parts
 
@@ -77,7 +77,7 @@ class PreviousContext:
     advance: int = 1
 
     def __post_init__(self):
-        _check_positive(self, "d", "w", "advance")
+        check_range("PreviousContext", 1, **dataclasses.asdict(self))
         if self.advance > self.w + 1:
             raise UserError(
                 f"PreviousContext.advance = {self.advance} skips windows: give at most w + 1 = "
@@ -125,9 +125,8 @@ class Packed:
     range: int = 3
 
     def __post_init__(self):
-        _check_positive(self, "pack")
-        if self.range < 0:
-            raise UserError(f"Packed.range = {self.range} is negative: give 0 or more contexts")
+        check_range("Packed", 1, pack=self.pack)
+        check_range("Packed", 0, range=self.range)
 
     @property
     def windows(self) -> int:
@@ -206,13 +205,6 @@ def output_rows(scheme: Scheme, x: jax.Array) -> jax.Array:
 
 
 Scheme = NoCrossbatch | PreviousContext | Packed | PackedTable
-
-
-def _check_positive(scheme, *fields: str) -> None:
-    for field in fields:
-        if getattr(scheme, field) < 1:
-            name = f"{type(scheme).__name__}.{field}"
-            raise UserError(f"{name} = {getattr(scheme, field)}: give 1 or more")
 
 
 # --- Plan ----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ V vocabulary, L layers, M memory slots.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -25,7 +26,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from fot_jax.errors import UserError
+from fot_jax.errors import UserError, check_range
 from fot_jax.model import crossbatch
 from fot_jax.model.memory import Memory
 
@@ -42,6 +43,15 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+
+    def __post_init__(self):
+        longest = {"original_max_position": self.original_max_position}
+        check_range("RopeScaling", 1, factor=self.factor, **longest)
+        if not 0 < self.low_freq_factor < self.high_freq_factor < math.inf:
+            raise UserError(
+                f"RopeScaling.low_freq_factor = {self.low_freq_factor} must be above 0 and below "
+                f"RopeScaling.high_freq_factor = {self.high_freq_factor}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +85,8 @@ class ModelConfig:
             value = getattr(self, field.name)
             if field.type == "int" and (not isinstance(value, int) or value < 1):
                 raise UserError(f"model.{field.name} = {value!r}: give a whole number, 1 or more")
+        check_range("model", 1, rope_theta=self.rope_theta)
+        check_range("model", 0, norm_epsilon=self.norm_epsilon)
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_heads = {self.num_heads} is not a multiple of model.num_kv_heads = "

@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fot_jax.errors import UserError
+from fot_jax.errors import UserError, check_range
 
 # --- Schedules -----------------------------------------------------------------------------------
 
 
 def constant_rate(value: float, warmup_steps: int = 0) -> optax.Schedule:
     """`value`, after a linear warm-up over the first `warmup_steps` updates."""
-    _check("constant_rate", value=value, warmup_steps=warmup_steps)
+    check_range("constant_rate", 0, value=value, warmup_steps=warmup_steps)
     return lambda count: value * _warmup(count, warmup_steps)
 
 
@@ -33,11 +33,8 @@ def inverse_square_root(
 
     n counts updates from 1; the maximum is reached at n = warmup_steps.
     """
-    _check("inverse_square_root", max_value, min_value, warmup_steps=warmup_steps)
-    if warmup_steps < 1:
-        raise UserError(
-            "inverse_square_root: warmup_steps = 0 leaves no scale: set it to 1 or more"
-        )
+    _check_values("inverse_square_root", max_value, min_value)
+    check_range("inverse_square_root", 1, warmup_steps=warmup_steps)
 
     def schedule(count):
         n = jnp.maximum(count + 1, warmup_steps).astype(jnp.float32)
@@ -49,7 +46,8 @@ def inverse_square_root(
 
 def cosine(max_value: float, min_value: float, warmup_steps: int, steps: int) -> optax.Schedule:
     """Linear warm-up to max_value, then half a cosine down to min_value at update `steps`."""
-    _check("cosine", max_value, min_value, warmup_steps=warmup_steps)
+    _check_values("cosine", max_value, min_value)
+    check_range("cosine", 0, warmup_steps=warmup_steps)
     if steps <= warmup_steps:
         raise UserError(f"cosine: steps = {steps} must exceed warmup_steps = {warmup_steps}")
 
@@ -65,10 +63,8 @@ def _warmup(count, warmup_steps: int) -> jax.Array:
     return jnp.minimum((count + 1) / max(warmup_steps, 1), 1.0)
 
 
-def _check(schedule: str, max_value=0.0, min_value=0.0, **more) -> None:
-    for name, number in dict(max_value=max_value, min_value=min_value, **more).items():
-        if not (math.isfinite(number) and number >= 0):
-            raise UserError(f"{schedule}: {name} = {number} must be a finite number of 0 or more")
+def _check_values(schedule: str, max_value: float, min_value: float) -> None:
+    check_range(schedule, 0, max_value=max_value, min_value=min_value)
     if min_value > max_value:
         raise UserError(f"{schedule}: min_value = {min_value} exceeds max_value = {max_value}")
 
@@ -89,6 +85,8 @@ def adamw(
     Decay, times the learning rate, applies to matrices (kernels and embeddings) alone: never to
     norm scales, biases or attention temperatures.
     """
+    check_range("adamw", 0, weight_decay=weight_decay, eps=eps, clip_norm=clip_norm)
+    check_range("adamw", 0, 1, b1=b1, b2=b2)
     update = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=matrices)
     return _in_float32(_clipped(update, clip_norm))
 
@@ -109,6 +107,9 @@ def adafactor(
     root mean square (at least 1e-3), and averaged with decay b1. All of this is per layer.
     `clip_norm` bounds the norm of the whole gradient; the paper names none.
     """
+    check_range("adafactor", 0, clipping_threshold=clipping_threshold, clip_norm=clip_norm)
+    check_range("adafactor", 1, min_dim_size_to_factor=min_dim_size_to_factor)
+    check_range("adafactor", 0, 1, b1=b1, decay_rate=decay_rate)
     update = optax.adafactor(
         learning_rate,
         min_dim_size_to_factor=min_dim_size_to_factor,

@@ -16,7 +16,7 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fot_jax.errors import UserError
+from fot_jax.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.model import crossbatch
 from fot_jax.model.transformer import Transformer
 from fot_jax.training.partitioning import shardings
@@ -234,6 +234,7 @@ class DrawnEachStep:
     seed: int = 0
 
     def __post_init__(self):
+        check_range("DrawnEachStep", 0, LARGEST_SEED, seed=self.seed)
         if not self.values:
             raise UserError("DrawnEachStep.values is empty: give the values of d to draw from")
 

@@ -243,10 +243,10 @@ def test_passkeys_in_another_vocabulary():
     [
         ({"document_tokens": 19}, "document_tokens = 19 .*give 20 or more"),
         ({"document_tokens": 0}, "document_tokens = 0 .*give 20 or more"),
-        ({"key_length": 0}, "key_length = 0: give 1 or more"),
+        ({"key_length": 0}, "key_length = 0: give a number from 1 to 10"),
         ({"value_length": 0}, "value_length = 0: give 1 or more"),
         ({"eval_documents": 0}, "eval_documents = 0: give 1 or more"),
-        ({"key_length": 11}, "key_length = 11: give at most 10"),
+        ({"key_length": 11}, "key_length = 11: give a number from 1 to 10"),
         ({"key_length": 1, "document_tokens": 854}, "key_length = 1 makes 60 keys.*room for 61"),
     ],
 )
