@@ -293,6 +293,7 @@ def train(
         lambda batch: {k: jax.make_array_from_process_local_data(by_rows, batch[k]) for k in batch},
     )
     ready = [next(batches)] if first_step < steps else []  # and so does what is wrong with the data
+    checkpointer.open()
     if jax.process_index() == 0:
         (workdir / "config.gin").write_text(config_text())
         source.vocabulary.save(workdir / "vocabulary")

@@ -100,7 +100,6 @@ def start(argv, cache, program=("-m", "fot_jax"), **options):
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "XLA_FLAGS": "",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
     }
     return subprocess.Popen(
         [sys.executable, *program, *argv],

@@ -93,9 +93,9 @@ def refused(capsys, *argv):
 
 def refused_untouched(capsys, *argv):
     """The same, when nothing else may be said, nor anything written."""
-    before = runs.files(Path.cwd())
+    before = runs.files(Path.cwd()), set(Path.cwd().rglob("*"))
     line = refused(capsys, *argv)
-    assert runs.files(Path.cwd()) == before
+    assert (runs.files(Path.cwd()), set(Path.cwd().rglob("*"))) == before
     return line
 
 

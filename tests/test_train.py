@@ -388,6 +388,16 @@ def test_a_step_is_compiled_once_for_each_d(trained, tmp_path, one_device):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
+def test_a_run_that_is_resumed_within_the_steps_of_its_profile(trained, tmp_path, one_device):
+    profile = "train.profile_steps = (1, 3)"
+    for steps in (2, 3):  # a trace may not go on beyond the run
+        limited = f"train.profile_steps = (1, {steps})", f"train.steps = {steps}"
+        assert runs.train(trained.experiment, tmp_path, *limited) == 0
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 2
+    assert runs.train(trained.experiment, tmp_path, profile, "train.steps = 4") == 0  # after it
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 2
+
+
 # --- Where a run starts --------------------------------------------------------------------------
 
 

@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import re
-import threading
 import time
 import types
 import weakref
@@ -88,7 +87,6 @@ class Text:
         return self.tokenizer.train(itertools.chain.from_iterable(excerpts))
 
     def with_vocabulary(self, vocabulary: Vocabulary) -> Text:
-        _libraries()  # here: where documents are read, in a thread, their import is not silent
         return dataclasses.replace(self, tokenizer=vocabulary)
 
     def documents(self, split: str) -> Iterator[Document]:
@@ -295,7 +293,8 @@ def _libraries() -> Any:
     In .reading are the generators of rows that are in use. TensorFlow's threads read ahead, in
     Python; did they so while the interpreter goes away, they would abort the process.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":  # JAX sets that
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # or a broken row shows as a hundred lines
     with _silent_stderr():  # before TensorFlow knows of the level, it says what it looks for
         import seqio
         import tensorflow as tf
@@ -311,13 +310,7 @@ def _libraries() -> Any:
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Drops what this process writes to file descriptor 2; exceptions pass.
-
-    In the main thread only: in another one, what the main thread has to say would be dropped.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Drops what this process, all its threads, writes to file descriptor 2; exceptions pass."""
     kept = os.dup(2)
     try:
         with open(os.devnull, "w") as nowhere:

@@ -8,6 +8,7 @@ what was saved; a damaged checkpoint is passed over for the one before it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -233,39 +234,48 @@ class Checkpointer:
     def __init__(
         self, directory: epath.PathLike, keep_last: int = 2, keep_every: int | None = None
     ):
-        """Opens the directory, creating it where needed; what unfinished saves left is removed.
+        """Touches no file yet.
 
-        Raises:
-          UserError: the directory cannot be made or written to, or a number makes no sense.
+        Args:
+          directory: of this run's checkpoints alone.
+          keep_last: how many of the newest stay.
+          keep_every: steps whose multiples stay for ever; None: none do.
         """
-        for name, value in (("keep_last", keep_last), ("keep_every", keep_every)):
-            if value is not None and value < 1:
-                raise UserError(f"checkpoints: {name} = {value} must be 1 or more")
         self.directory = epath.Path(directory).absolute()
+        self._keep = keep_last, keep_every
         self._damaged: list[int] = []  # newer than what was restored
         self._needed = 0  # bytes of the last save
+
+    def open(self) -> None:
+        """Makes the directory and removes what unfinished saves left; else the first save does.
+
+        Raises:
+          UserError: the directory cannot be made or written to.
+        """
+        self._manager  # noqa: B018
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        keep_last, keep_every = self._keep
+        keep = [checkpoint_managers.LatestN(keep_last)]
+        if keep_every is not None:
+            keep.append(checkpoint_managers.EveryNSteps(keep_every))
         try:
             if self.directory.exists():
                 for left in ocp.utils.tmp_checkpoints(self.directory):
                     _warn(f"{left}: a save that never finished: removing it")
-            self._manager = self._open(keep_last, keep_every)
+            return ocp.CheckpointManager(
+                self.directory,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
+                    cleanup_tmp_directories=True,
+                ),
+            )
         except OSError as error:
             raise UserError(
                 f"{self.directory}: cannot keep checkpoints here ({error.strerror or error}): "
                 f"choose another workdir"
             ) from error
-
-    def _open(self, keep_last: int, keep_every: int | None) -> ocp.CheckpointManager:
-        keep = [checkpoint_managers.LatestN(keep_last)]
-        if keep_every is not None:
-            keep.append(checkpoint_managers.EveryNSteps(keep_every))
-        return ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
-                cleanup_tmp_directories=True,
-            ),
-        )
 
     def steps(self) -> list[int]:
         """Steps that are complete on disk, ascending."""

@@ -576,8 +576,9 @@ def test_the_default_source_is_ready_to_train_on():
 # --- The process ---------------------------------------------------------------------------------
 
 
-def run_python(code):
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+def run_python(code, *arguments):
+    argv = [sys.executable, "-c", code, *map(str, arguments)]
+    run = subprocess.run(argv, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     return run
 
@@ -588,19 +589,32 @@ def test_importing_it_imports_neither_tensorflow_nor_seqio():
 
 
 READ_IN_A_THREAD = """
-import threading
-from fot_jax.data.tasks import Bytes, Text
+import jax, sys, threading
+from fot_jax.data.tasks import Bytes, Corpus, Text
+from fot_jax.errors import UserError
 
-source = Text().with_vocabulary(Bytes())  # as a resumed run gets it
-thread = threading.Thread(target=lambda: print(len(next(source.stream(0, 8, seed=0)))))
+def read():
+    try:
+        print(*(len(document.tokens) for document in source.documents("train")))
+    except UserError as error:
+        print(error)
+
+source = Text([Corpus(sys.argv[1])], Bytes())
+thread = threading.Thread(target=read)
 thread.start()
 thread.join()
 """
 
 
-def test_tensorflow_is_imported_in_silence():
-    run = run_python(READ_IN_A_THREAD)
-    assert (run.stdout, run.stderr) == ("2\n", "")
+def test_tensorflow_says_nothing(tmp_path):
+    """Neither when it is imported, in whatever thread, nor about an error that we report."""
+    file = tmp_path / "train.jsonl"
+    file.write_text('{"text": "12345678"}\n')
+    run = run_python(READ_IN_A_THREAD, tmp_path)
+    assert (run.stdout, run.stderr) == ("10\n", "")
+    file.write_text('{"text": "123')
+    run = run_python(READ_IN_A_THREAD, tmp_path)
+    assert run.stdout.startswith(f"{file}:1: broken row, not JSON") and run.stderr == ""
 
 
 SLOW_READER = """

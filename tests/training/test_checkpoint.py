@@ -389,7 +389,7 @@ def test_a_save_that_fails_in_the_background_is_raised(
 def test_a_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot keep checkpoints here"):
-        Checkpointer(tmp_path / "file" / "checkpoints")
+        Checkpointer(tmp_path / "file" / "checkpoints").open()
 
 
 def test_object_arrays_are_never_pickled(tmp_path):
