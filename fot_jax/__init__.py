@@ -1,6 +1,9 @@
 """Focused Transformer training in JAX: transformers that read from memories longer than anything
 they saw in training.
 
+"Paper" in this package is Tworkowski et al., "Focused Transformer: Contrastive Training for Context
+Scaling", 2023 (arXiv 2307.03170).
+
 Importing this package loads nothing heavy; `fot_jax.LanguageModel` loads JAX when first used.
 """
 

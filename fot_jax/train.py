@@ -41,7 +41,7 @@ MOST_ROWS = 2**20  # of a step; what hosts know of every row would not fit in th
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Documents and how they are laid out in a batch (design: lanes).
+    """Documents and how they are laid out in a batch (data/lanes.py).
 
     Attributes:
       source: yields documents.
@@ -142,7 +142,8 @@ def train(
       learning_rate: step -> learning rate.
       steps: updates in all.
       scheme: which contexts memory layers see.
-      d: schedule of the scheme's d; None: the scheme's own.
+      d: schedule of what the scheme's `with_d` sets: d of PreviousContext, range of Packed; None:
+        the scheme's own.
       compute, checkpoints, evaluation: see there.
       initialize_from: checkpoint whose parameters a fresh run starts from.
       z_loss: weight of the squared log normaliser in the loss.

@@ -1,4 +1,4 @@
-"""Lanes: documents to batches, one document after another in each row (method.md §3).
+"""Lanes: documents to batches, one document after another in each row (paper §3.2).
 
 Lane r of a batch reads one document from its start to its end, then the next. A step takes
 `windows` consecutive windows of every lane and then moves on by `advance` windows, so what a scheme

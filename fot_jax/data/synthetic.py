@@ -1,4 +1,4 @@
-"""Made-up documents: dictionary lookup and pass keys (method.md §5). NumPy only.
+"""Made-up documents: dictionary lookup and pass keys (paper §4, §5). NumPy only.
 
 Document i of a split is a function of (split, seed, i) alone. Training is one endless epoch, of
 which shard s of n takes documents s, s + n, s + 2n, …: to go on from a position costs nothing, and
@@ -62,7 +62,7 @@ LONGEST_KEY = 10  # symbols: there are more keys than an int64 can count beyond 
 
 @dataclasses.dataclass(frozen=True)
 class DictionaryLookup(_Drawn):
-    """A dictionary, then questions about it: the task of method.md §5, 64 tokens in all.
+    """A dictionary, then questions about it: the task of paper §5, 64 tokens in all.
 
     The first half of a document holds definitions `<k> k1 … <v> v1 …`, the second half questions
     `<q> k1 … <v> v1 …`: as many whole records as fit in a half, the rest of it separators. Keys of
@@ -162,7 +162,7 @@ PASSKEY_QUESTION = "What is the pass key? The pass key is"
 
 @dataclasses.dataclass(frozen=True)
 class Passkey(_Drawn):
-    """A number stated somewhere in filler and asked for at the end (method.md §5).
+    """A number stated somewhere in filler and asked for at the end (paper §4).
 
     The number has five digits and stands before any of the repetitions of the filler, or after
     the last, all equally likely. The document is the prompt and the answer, a space and the number,

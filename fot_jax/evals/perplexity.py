@@ -1,4 +1,4 @@
-"""Perplexity by context: how much a memory of earlier text lowers it (method.md §5)."""
+"""Perplexity by context: how much a memory of earlier text lowers it (paper §5)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PerplexityByContext:
 
     Scored are the tokens beyond the largest memory, so that every memory is full when they are
     read; of a document too short for that, its second half. Reading starts with an empty memory
-    (single-doc, method.md §4), one memory size before them.
+    (the paper's single-doc setting), one memory size before them.
 
     Attributes:
       memory_sizes: tokens, rounded up to whole windows.

@@ -117,7 +117,7 @@ def no_parts(q: jax.Array) -> Parts:
 
 
 def merge(a: Parts, b: Parts) -> Parts:
-    """One softmax over the keys of both parts, exactly (method.md §2)."""
+    """One softmax over the keys of both parts, exactly (paper §3.1)."""
     top = jnp.maximum(a.lse, b.lse)
     wa, wb = jnp.exp(a.lse - top), jnp.exp(b.lse - top)
     out = (a.out * wa[..., None] + b.out * wb[..., None]) / (wa + wb)[..., None]

@@ -1,12 +1,13 @@
-"""Crossbatch: which contexts each row attends to, and the attention over them (method.md §3).
+"""Crossbatch: which contexts each row attends to, and the attention over them (paper §3.2).
 
 Three things, top to bottom: *schemes* say, for every row of a batch, which other rows its memory
 layers attend to; a *plan* turns a scheme into lists of pairs for the devices of a mesh;
 `attention` computes local causal attention and all additional contexts as one softmax,
 differentiably in all of them.
 
-A row is one window of one document. Nothing here holds the keys of more than one device's rows, or
-the scores of more than one step of pairs: over a mesh the keys and values travel around a ring.
+A row is one window of tokens, mostly of one document; where that ends inside it and the next one
+begins, segment ids keep them apart. Nothing here holds the keys of more than one device's rows,
+or the scores of more than one step of pairs: over a mesh keys and values travel around a ring.
 """
 
 from __future__ import annotations
@@ -62,11 +63,13 @@ class NoCrossbatch:
 
 @dataclasses.dataclass(frozen=True)
 class PreviousContext:
-    """Scheme A: the previous context of this document and of d - 1 others (method.md §3).
+    """Scheme A: the previous context of this document and of d - 1 others (paper §3.2).
 
     A lane gives its last `w` windows and its current one. The current window of lane i attends to
     the w previous windows of lane i (positives; keys of another document in them are hidden) and
-    to the last previous window of lanes i+1 … i+d-1, modulo the group (negatives).
+    to the last previous window of lanes i+1 … i+d-1, modulo the group (negatives). With two lanes,
+    w = 1 and d = 2, rows 0 and 2 are the previous windows, 1 and 3 the current ones: row 1 attends
+    to row 0 (positive) and row 2 (negative), row 3 to row 2 and row 0.
 
     Lanes move on by `advance` windows: 1, so that every window is the current one once; or w + 1
     where only every (w+1)-th window has a loss, as the questions of the dictionary lookup.
@@ -114,7 +117,7 @@ class PreviousContext:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Scheme B, stepping rule: a document fills `pack` rows (method.md §3).
+    """Scheme B, stepping rule: `pack` consecutive windows of a lane in a step (paper §4).
 
     The row at place r of its pack attends to min(r * step + 1, n) contexts, its own among them,
     with n = range + 1 and step = ceil(n / (pack - 1)): the earlier windows of its document and,
@@ -154,7 +157,7 @@ class Packed:
 
 @dataclasses.dataclass(frozen=True)
 class PackedTable:
-    """Scheme B, fixed table: (positives, negatives) for every place in the pack (method.md §3).
+    """Scheme B, fixed table: (positives, negatives) for every place in the pack (paper §4).
 
     LongLLaMA 3B: ((0, 0), (1, 1), (2, 1), (3, 0)); 7B: ((0, 0), (1, 2), (2, 5), (3, 4)). Positives
     are the nearest earlier windows of the pack, negatives the nearest rows before the pack.
@@ -328,7 +331,7 @@ def attention(q, k, v, segments, plan: Plan, k_context=None) -> jax.Array:
       k, v: [R, T, K, D] keys (rotated like q) and values of the local windows; H % K == 0.
       segments: [R, T] int32 documents, 0 for padding. Locally only the own document is visible.
       plan: from `make_plan` for R rows; without `k_context` any plan of the same mesh.
-      k_context: [R, T, K, D] the same keys as other rows see them: not rotated (method.md §2).
+      k_context: [R, T, K, D] the same keys as other rows see them: not rotated (paper §3.1).
         None in layers without memory.
 
     Returns:
@@ -436,7 +439,7 @@ def _send(plan: Plan, block, hops: int = 1):
 
 
 def positive_mass(q, k_context, v, segments, plan: Plan) -> jax.Array:
-    """r_d: the share of the attention on additional contexts that goes to positives (method.md §5).
+    """r_d: the share of the attention on additional contexts that goes to positives (paper §3.3).
 
     Same arguments as `attention`; not for differentiation. Returns a float32 scalar, the mean over
     queries, heads and rows that see any positive; NaN where no row does.

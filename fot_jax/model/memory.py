@@ -1,4 +1,4 @@
-"""Inference memory: an explicit pytree of keys and values that memory layers read (method.md §4).
+"""Inference memory: an explicit pytree of keys and values that memory layers read (paper §3.1).
 
 Letters: B rows, M memory slots, T tokens of a window, H heads, K key/value heads, D head dim,
 L memory layers.
@@ -19,7 +19,7 @@ from fot_jax.model.attention import SAME_DOCUMENT, Parts
 
 
 class LayerMemory(NamedTuple):
-    """Keys and values of one memory layer, as projected: keys are not rotated (method.md §4)."""
+    """Keys and values of one memory layer: normalised where the model does so, never rotated."""
 
     k: Float[Array, "B K M D"]
     v: Float[Array, "B K M D"]

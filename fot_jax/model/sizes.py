@@ -1,6 +1,6 @@
-"""The named models: functions of overrides to ModelConfig (method.md §5).
+"""The named models: functions of overrides to ModelConfig (paper §4, §5).
 
-A name gives the shapes and function of a published model, the memory layers of method.md §5 and the
+A name gives the shapes and function of a published model, the memory layers of the paper and the
 window it was trained on (`local_context`). Any field can be overridden, in an experiment file as
 `fot_184m.memory_layers = (6, 8)`; `memory_layers = ()` is the plain model.
 

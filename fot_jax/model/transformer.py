@@ -1,4 +1,4 @@
-"""The transformer, both families of method.md §2, as pure functions of (params, inputs, memory).
+"""The transformer, in two families, as pure functions of (params, inputs, memory).
 
 The paper family: pre-LN, GELU MLP, q and k L2-normalised with a learned temperature per head, no
 positions in memory layers. The LLaMA family: RMSNorm, SwiGLU, rotary positions, memory keys as if
@@ -58,7 +58,7 @@ class RopeScaling:
 class ModelConfig:
     """Everything that determines the parameters and the function of a model.
 
-    `local_context` is C of method.md: the window that positions are trained for.
+    `local_context` is the window that positions are trained for.
     """
 
     vocab_size: int
@@ -166,7 +166,7 @@ class Transformer(nn.Module):
           segments: document of each token, 0 for padding.
           plan: where rows live and which contexts the memory layers see in training;
             `crossbatch.Plan()` for one device and none.
-          memory: what memory layers see beyond the window at inference (method.md §4).
+          memory: what memory layers see beyond the window at inference (paper §3.1).
           keep: hidden states are wanted for this scheme's output rows only; the others leave after
             the last memory layer, where nobody needs them any more.
           measure_positive_mass: also return r_d of every memory layer.
@@ -259,7 +259,7 @@ def _attention(c, plan, remembers, measure, params, x, segments, rope, memory):
     if memory is not None:
         attended = memory.attend_with_window(q_local, k_local, v, segments)
     else:
-        # Other rows see this row's keys as if at position 0: not rotated (method.md §2).
+        # Other rows see this row's keys as if at position 0: not rotated (paper §3.1).
         attended = crossbatch.attention(
             q_local, k_local, v, segments, plan, k_context=k if remembers else None
         )

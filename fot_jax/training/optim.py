@@ -1,4 +1,4 @@
-"""Learning-rate schedules and optimizers (method.md §5).
+"""Learning-rate schedules and optimizers (paper §5).
 
 A schedule is a function of the number of updates done so far, as optax has them; update n = 1, 2, …
 uses schedule(n - 1). Optimizers keep their state in float32 whatever the parameters' type. Layers

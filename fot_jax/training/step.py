@@ -170,7 +170,7 @@ def _microbatches(batch: Batch, accumulation: int, plan: crossbatch.Plan) -> Bat
 
 
 def make_positive_mass(model: Transformer, plan: crossbatch.Plan, accumulation: int = 1):
-    """Compiled (params, batch) -> r_d of every memory layer, [memory layers] (method.md §5).
+    """Compiled (params, batch) -> r_d of every memory layer, [memory layers] (paper §3.3).
 
     Measured on the first of `accumulation` microbatches; `plan` is for one of them.
     """
@@ -186,7 +186,7 @@ def make_positive_mass(model: Transformer, plan: crossbatch.Plan, accumulation: 
     return jax.jit(measure)
 
 
-# --- Schedules of d (method.md §3) ---------------------------------------------------------------
+# --- Schedules of d (paper §5) -----------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

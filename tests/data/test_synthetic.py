@@ -1,4 +1,4 @@
-"""Made-up documents, read back by a parser written from method.md §5."""
+"""Made-up documents, read back by a parser written from the description of the tasks."""
 
 import dataclasses
 import itertools

@@ -14,7 +14,7 @@ from fot_jax.errors import UserError
 from fot_jax.model import crossbatch
 from fot_jax.model.crossbatch import NoCrossbatch, Packed, PackedTable, PreviousContext
 
-# --- The oracle: which rows a row sees, written from method.md §3 and not from the code ----------
+# --- The oracle: which rows a row sees, written from the paper and not from the code ----------
 
 
 def visible_rows(scheme, row, group):
@@ -218,7 +218,7 @@ def test_with_d_changes_only_d(family):
 
 
 def test_longllama_table_reads_as_the_paper():
-    """method.md §3: per place (positives, negatives) of the 3B model, in the second pack."""
+    """LongLLaMA: per place (positives, negatives) of the 3B model, in the second pack."""
     contexts = PackedTable().contexts(8)
     counts = [(sum(c.positive for c in row), sum(not c.positive for c in row)) for row in contexts]
     assert counts == [(0, 0), (1, 0), (2, 0), (3, 0), (0, 0), (1, 1), (2, 1), (3, 0)]

@@ -48,7 +48,7 @@ def gradient(c, scheme, params, batch, group_rows, z_loss=0.0):
 
 
 def output_rows(scheme, rows):
-    """The rows whose loss counts: scheme A takes it on each lane's last window (method.md §3)."""
+    """The rows whose loss counts: scheme A takes it on each lane's last window (paper §3.2)."""
     if isinstance(scheme, PreviousContext):
         return np.arange(scheme.w, rows, scheme.w + 1)
     return np.arange(rows)

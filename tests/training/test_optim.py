@@ -176,7 +176,7 @@ def test_state_is_float32_for_bfloat16_parameters(make):
 
 
 def test_inverse_square_root_is_the_papers():
-    # 184M: 0.01 -> 0.0005 over 500k steps, 1000 of warm-up (method.md §5).
+    # 184M: 0.01 -> 0.0005 over 500k steps, 1000 of warm-up (paper §5).
     rate = optim.inverse_square_root(0.01, 0.0005, 1000)
     for update in (1, 500, 1000):
         assert float(rate(update - 1)) == pytest.approx(0.01 * update / 1000, rel=1e-6)
