@@ -23,6 +23,7 @@ from etils import epath
 
 from fot_jax.errors import UserError
 
+SPLITS = ("train", "valid", "test")
 SHUFFLED_BYTES = 32 * 2**20  # of the documents at hand, of which the next one is drawn
 
 

@@ -14,11 +14,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from fot_jax.data.corpus import SPLITS
 from fot_jax.data.lanes import Document, Position
 from fot_jax.data.vocabulary import Bytes, Symbols, Vocabulary, frame
 from fot_jax.errors import UserError, check_range
-
-SPLITS = ("train", "valid", "test")
 
 
 class _Drawn:

@@ -1,32 +1,25 @@
-"""Documents of text corpora, read through SeqIO: a task for each corpus, a mixture of several.
-
-The only importer of SeqIO and TensorFlow, when they are first used: that takes some seconds.
-"""
+"""Documents of text corpora, read through SeqIO: a task for each corpus, a mixture of several."""
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
-import json
-import os
 import platform
 import re
-import time
-import types
-import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
 from etils import epath
 
-from fot_jax.data.corpus import SHUFFLED_BYTES, Corpus, parts_of, shard_of
+from fot_jax.data.caches import cache_of, cached_source, write_split
+from fot_jax.data.corpus import SPLITS, Corpus, parts_of
 from fot_jax.data.lanes import Document, Position
+from fot_jax.data.libraries import libraries
+from fot_jax.data.sources import CorpusSource, kept_in, tfds_source
 from fot_jax.data.vocabulary import (
     Bytes,
     HuggingFaceTokenizer,
@@ -38,7 +31,6 @@ from fot_jax.data.vocabulary import (
 )
 from fot_jax.errors import UserError, check_range
 
-SPLITS = ("train", "valid", "test")
 CACHE_SHARDS = 64  # of a training split
 SHUFFLED_TOKENS = 2**23  # of the pieces at hand, of which the next one is drawn
 TRAINING_CHARACTERS = 4_000_000  # that a tokenizer is trained on, at most
@@ -132,7 +124,7 @@ class Text:
                 split="train",
                 shuffle=True,
                 seed=int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]),
-                shard_info=_libraries().seqio.ShardInfo(shard, shards),
+                shard_info=libraries().seqio.ShardInfo(shard, shards),
             )
             documents = read(self.provider, num_epochs=None if endless else 1, skip=taken)
             for document in documents:
@@ -149,7 +141,7 @@ class Text:
         """The SeqIO task of the only corpus, or the mixture of several; registered by its name."""
         if len(self.corpora) == 1:
             return self._tasks[0]
-        registry = _libraries().seqio.MixtureRegistry
+        registry = libraries().seqio.MixtureRegistry
         rates = [(task.name, c.weight) for task, c in zip(self._tasks, self.corpora, strict=True)]
         name = f"fot.mixture.{_digest(rates)}"
         registry.remove(name)
@@ -160,7 +152,7 @@ class Text:
         return [self._make_task(corpus) for corpus in self.corpora]
 
     def _make_task(self, corpus: Corpus) -> Any:
-        seqio = _libraries().seqio
+        seqio = libraries().seqio
         name = _task_name(corpus, self.vocabulary)
         if self.cache_dir is None:
             source, to_shuffle = self._source(corpus)
@@ -170,7 +162,7 @@ class Text:
                 seqio.CacheDatasetPlaceholder(),
             ]
         else:
-            source, to_shuffle = _cached_source(self.cache_dir, name, corpus)
+            source, to_shuffle = cached_source(self.cache_dir, name, corpus)
             preprocessors = [_as_int32]
         vocabulary = seqio.PassThroughVocabulary(self.vocabulary.size, self.vocabulary.eos)
         seqio.TaskRegistry.remove(name)
@@ -185,9 +177,9 @@ class Text:
     def _source(self, corpus: Corpus) -> tuple[Any, int | None]:
         """A data source, and how many documents to shuffle among (None: it shuffles)."""
         if corpus.path.startswith("tfds:"):
-            return _tfds_source(corpus, self.data_dir)
+            return tfds_source(corpus, self.data_dir)
         splits = [split for split in SPLITS if parts_of(corpus, split)]
-        return _Documents(corpus, splits, self._failures), None
+        return CorpusSource(corpus, splits, self._failures), None
 
     def _read(
         self, provider: Any, skip: int = 0, piece_tokens: int | None = None, **options
@@ -198,13 +190,13 @@ class Text:
         if piece_tokens is not None:
             dataset = _pieces(dataset, piece_tokens, options["seed"])
         rows = self._rows(dataset.skip(skip))
-        _libraries().reading.add(rows)
+        libraries().reading.add(rows)
         for row in rows:
             yield Document(row["targets"], np.ones(len(row["targets"]), np.float32))
 
     def _rows(self, dataset: Any) -> Generator[dict[str, Any]]:
         """Rows of a dataset. An error of ours inside TensorFlow is raised as it was."""
-        errors = _libraries().tf.errors
+        errors = libraries().tf.errors
         any_error, damage = errors.OpError, errors.DataLossError
         try:
             yield from dataset.as_numpy_iterator()
@@ -246,7 +238,7 @@ class Text:
         where, remedy = corpus.path, "use another"
         if self.cache_dir is not None:
             where, remedy = f"{self.cache_dir}: the cache of {where}", "make it with fot cache"
-        elif isinstance(source, _Documents) and split in SPLITS:
+        elif isinstance(source, CorpusSource) and split in SPLITS:
             remedy = (
                 f"a split is a file {split}.jsonl or {split}.jsonl.gz or {split}-00000.jsonl.gz"
             )
@@ -256,7 +248,7 @@ class Text:
     def _check_pieces(self, shard: int, shards: int) -> None:
         """An endless search for the pieces of documents that are too short would have no end."""
         for corpus, task in zip(self.corpora, self._tasks, strict=True):
-            info = _libraries().seqio.ShardInfo(shard, shards)
+            info = libraries().seqio.ShardInfo(shard, shards)
             documents = self._read(
                 task, split="train", shuffle=False, num_epochs=1, shard_info=info
             )
@@ -283,53 +275,29 @@ class Text:
         return UserError(f"{corpus.path}: {what} in shard {shard} of {shards}: {remedy}")
 
 
-# --- Tasks ---------------------------------------------------------------------------------------
+def cache(text: Text, directory: epath.PathLike, splits: Sequence[str] = SPLITS) -> None:
+    """Writes the tokens of all corpora as SeqIO keeps them, to be read with Text.cache_dir.
 
+    A cache replaces an older one when it is whole. Training documents are shuffled over many files,
+    so that streams can shuffle files; others keep their order. Splits that a corpus lacks are left
+    out.
 
-@functools.cache
-def _libraries() -> Any:
-    """TensorFlow and SeqIO as .tf and .seqio: quiet, and kept off the accelerators.
-
-    In .reading are the generators of rows that are in use. TensorFlow's threads read ahead, in
-    Python; did they so while the interpreter goes away, they would abort the process.
+    Raises:
+      UserError: as `Text.documents`; or the directory cannot be written.
     """
-    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":  # JAX sets that
-        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # or a broken row shows as a hundred lines
-    with _silent_stderr():  # before TensorFlow knows of the level, it says what it looks for
-        import seqio
-        import tensorflow as tf
-
-        for kind in ("GPU", "TPU"):
-            with contextlib.suppress(RuntimeError, ValueError):  # none there, or they are in use
-                tf.config.set_visible_devices([], kind)
-
-    reading: weakref.WeakSet[Generator] = weakref.WeakSet()
-    atexit.register(_close, reading)
-    return types.SimpleNamespace(tf=tf, seqio=seqio, reading=reading)
+    text = dataclasses.replace(text, tokenizer=text.vocabulary, cache_dir=None)
+    for corpus, task in zip(text.corpora, text._tasks, strict=True):
+        with new_directory(cache_of(directory, task.name)) as half:
+            for split in splits:
+                if split in task.source.splits:
+                    train = split == "train"
+                    documents = text._read(task, split=split, shuffle=train, seed=0, num_epochs=1)
+                    stats = write_split(half, split, CACHE_SHARDS if train else 1, documents)
+                    logging.info("cached %s of %s: %s", split, corpus.path, stats)
+            (half / "COMPLETED").write_text("")
 
 
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """Drops what this process, all its threads, writes to file descriptor 2; exceptions pass."""
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-def _close(generators: Iterable[Generator]) -> None:
-    """Closes generators, waiting up to a minute for a thread that is inside one."""
-    for generator in list(generators):
-        for _ in range(600):
-            try:
-                generator.close()
-                break
-            except ValueError:  # "already executing"
-                time.sleep(0.1)
+# --- Tasks ---------------------------------------------------------------------------------------
 
 
 def _task_name(corpus: Corpus, vocabulary: Vocabulary) -> str:
@@ -349,11 +317,11 @@ def _tokenize(vocabulary: Vocabulary, field: str, failures: list[Exception]) -> 
     """A preprocessor: rows with a text to rows with "targets", the tokens of a document."""
 
     def encode(text: bytes) -> np.ndarray:
-        with _kept_in(failures):
+        with kept_in(failures):
             return frame(vocabulary, text.decode(errors="replace"))
 
     def tokens(row: Mapping[str, Any]) -> dict[str, Any]:
-        tf = _libraries().tf
+        tf = libraries().tf
         targets = tf.numpy_function(encode, [row[field]], tf.int32)
         return {"targets": tf.ensure_shape(targets, [None])}
 
@@ -362,13 +330,13 @@ def _tokenize(vocabulary: Vocabulary, field: str, failures: list[Exception]) -> 
 
 def _at_least(length: int) -> Callable:
     """A preprocessor: leaves out documents of fewer tokens."""
-    size = _libraries().tf.size
+    size = libraries().tf.size
     return lambda dataset: dataset.filter(lambda row: size(row["targets"]) >= length)
 
 
 def _pieces(dataset: Any, length: int, seed: int) -> Any:
     """Rows of `length` tokens of a document each, in random order."""
-    tf = _libraries().tf
+    tf = libraries().tf
 
     def cut(row):
         whole = tf.size(row["targets"], tf.int64) // length
@@ -381,197 +349,8 @@ def _pieces(dataset: Any, length: int, seed: int) -> Any:
 
 def _as_int32(dataset: Any) -> Any:
     """A preprocessor: tokens as records have them to tokens as tasks have them."""
-    cast, int32 = _libraries().tf.cast, _libraries().tf.int32
+    cast, int32 = libraries().tf.cast, libraries().tf.int32
     return dataset.map(lambda row: {"targets": cast(row["targets"], int32)})
-
-
-@contextlib.contextmanager
-def _kept_in(failures: list[Exception]) -> Iterator[None]:
-    """Keeps an exception that TensorFlow would make a text of."""
-    try:
-        yield
-    except Exception as error:
-        failures.append(error)
-        raise
-
-
-# --- Data sources --------------------------------------------------------------------------------
-
-
-def _tfds_source(corpus: Corpus, data_dir: str | None) -> tuple[Any, int]:
-    """A data set of TensorFlow Datasets, and how many of its documents to shuffle among."""
-    tf, seqio = _libraries().tf, _libraries().seqio
-    import tensorflow_datasets as tfds
-
-    name = corpus.path.removeprefix("tfds:")
-    try:
-        builder = tfds.builder(name, data_dir=data_dir)
-    except (ValueError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".: ")
-        raise UserError(
-            f"{corpus.path}: {reason}: use a name from the catalog of TensorFlow Datasets, or of a "
-            "data set in Text.data_dir"
-        ) from error
-    if not builder.info.splits:
-        where = f" --data_dir {data_dir}" if data_dir else ""
-        raise UserError(f"{corpus.path}: not prepared yet: run: tfds build {name}{where}")
-    fields = builder.info.features
-    texts = [field for field in fields if fields[field].tf_dtype == tf.string]
-    if corpus.text_field not in texts:
-        raise UserError(
-            f"{corpus.path}: {corpus.text_field!r} is none of its fields of text "
-            f"({', '.join(texts)}): set Corpus.text_field to one"
-        )
-    sizes = builder.info.splits.values()
-    theirs = {"train": "train", "valid": "validation", "test": "test"}
-    config = f"/{builder.builder_config.name}" if builder.builder_config else ""
-    source = seqio.TfdsDataSource(
-        f"{builder.name}{config}:{builder.version}",
-        tfds_data_dir=data_dir,
-        splits={ours: split for ours, split in theirs.items() if split in builder.info.splits},
-        read_only=True,
-    )
-    return source, _to_shuffle(
-        sum(split.num_bytes for split in sizes), sum(split.num_examples for split in sizes)
-    )
-
-
-def _to_shuffle(size: int, documents: int) -> int:
-    """How many documents to shuffle among: of so many, with so many bytes in all (0: not known)."""
-    return max(1, min(documents, documents * SHUFFLED_BYTES // size if size else 1000))
-
-
-class _Documents:
-    """What SeqIO asks of a data source, over `parts_of`."""
-
-    caching_permitted = True
-    supports_arbitrary_sharding = True
-    performs_internal_shuffling = True
-
-    def __init__(self, corpus: Corpus, splits: Sequence[str], failures: list[Exception]):
-        self.splits = splits
-        self._corpus, self._failures = corpus, failures
-
-    def num_input_examples(self, split: str) -> None:
-        return None  # not known without reading
-
-    def get_dataset(self, split, shuffle=True, seed=None, shard_info=None) -> Any:
-        """Texts of a shard. Where SeqIO repeats the dataset, every pass is shuffled anew."""
-        tf = _libraries().tf
-        parts = parts_of(self._corpus, split)
-        if all(next(part(), None) is None for part in parts):
-            raise UserError(f"{self._corpus.path}: the {split} split is empty: give it some rows")
-        shard, shards = (shard_info.index, shard_info.num_shards) if shard_info else (0, 1)
-        passes = itertools.count()
-
-        def texts():
-            rng = np.random.default_rng((seed, next(passes))) if shuffle else None
-            with _kept_in(self._failures):
-                for text in shard_of(parts, shard, shards, rng):
-                    yield {self._corpus.text_field: text}
-
-        signature = {self._corpus.text_field: tf.TensorSpec([], tf.string)}
-        return tf.data.Dataset.from_generator(texts, output_signature=signature)
-
-
-# --- Offline caches ------------------------------------------------------------------------------
-
-
-def cache(text: Text, directory: epath.PathLike, splits: Sequence[str] = SPLITS) -> None:
-    """Writes the tokens of all corpora as SeqIO keeps them, to be read with Text.cache_dir.
-
-    A cache replaces an older one when it is whole. Training documents are shuffled over many files,
-    so that streams can shuffle files; others keep their order. Splits that a corpus lacks are left
-    out.
-
-    Raises:
-      UserError: as `Text.documents`; or the directory cannot be written.
-    """
-    text = dataclasses.replace(text, tokenizer=text.vocabulary, cache_dir=None)
-    for corpus, task in zip(text.corpora, text._tasks, strict=True):
-        with new_directory(_cache_of(directory, task.name)) as half:
-            for split in splits:
-                if split in task.source.splits:
-                    train = split == "train"
-                    documents = text._read(task, split=split, shuffle=train, seed=0, num_epochs=1)
-                    stats = _write_split(half, split, CACHE_SHARDS if train else 1, documents)
-                    logging.info("cached %s of %s: %s", split, corpus.path, stats)
-            (half / "COMPLETED").write_text("")
-
-
-def _write_split(
-    directory: epath.Path, split: str, shards: int, documents: Iterator[Document]
-) -> dict[str, int]:
-    tf, seqio = _libraries().tf, _libraries().seqio
-    lengths = []
-    try:
-        with contextlib.ExitStack() as stack:
-            writers = [
-                stack.enter_context(tf.io.TFRecordWriter(file))
-                for file in _record_files(directory, split, shards)
-            ]
-            for i, document in enumerate(documents):
-                example = seqio.dict_to_tfexample({"targets": document.tokens})
-                writers[i % shards].write(example.SerializeToString())
-                lengths.append(len(document.tokens))
-    except tf.errors.OpError as error:
-        raise UserError(f"{directory.parent}: cannot write the cache: {error.message}") from error
-    info = {
-        "num_shards": shards,
-        "features": {"targets": {"shape": [None], "dtype": "int32"}},
-        "seqio_version": seqio.__version__,
-    }
-    stats = {
-        "examples": len(lengths),
-        "targets_tokens": sum(lengths),
-        "targets_max_tokens": max(lengths, default=0),
-    }
-    epath.Path(seqio.get_cached_info_path(directory, split)).write_text(json.dumps(info))
-    epath.Path(seqio.get_cached_stats_path(directory, split)).write_text(json.dumps(stats))
-    return stats
-
-
-def _cache_of(directory: epath.PathLike, task_name: str) -> epath.Path:
-    return epath.Path(directory) / _libraries().seqio.get_task_dir_from_name(task_name)
-
-
-def _cached_source(cache_dir: epath.PathLike, task_name: str, corpus: Corpus) -> tuple[Any, int]:
-    """A source of the rows in the cache of a task, and how many of them to shuffle among.
-
-    What SeqIO itself reads them with has 256 documents in memory, of whatever length.
-    """
-    tf, seqio = _libraries().tf, _libraries().seqio
-    directory = _cache_of(cache_dir, task_name)
-    if not (directory / "COMPLETED").exists():
-        raise UserError(
-            f"{cache_dir}: no cache of {corpus.path} for this tokenizer and these settings of the "
-            f"corpus: make it with: fot cache EXPERIMENT.gin --output {cache_dir}"
-        )
-    there = {file.name for file in directory.iterdir()}
-    files = {}
-    for split in SPLITS:
-        info = epath.Path(seqio.get_cached_info_path(directory, split))
-        if info.name in there:
-            shards = json.loads(info.read_text())["num_shards"]
-            files[split] = _record_files(directory, split, shards)
-            if missing := [file for file in files[split] if epath.Path(file).name not in there]:
-                raise UserError(f"{missing[0]}: missing: copy the cache again, or make it again")
-    to_shuffle = 1
-    if "train" in files:
-        stats = json.loads(epath.Path(seqio.get_cached_stats_path(directory, "train")).read_text())
-        to_shuffle = _to_shuffle(4 * stats["targets_tokens"], stats["examples"])
-    source = seqio.TFExampleDataSource(
-        files,
-        {"targets": tf.io.FixedLenSequenceFeature([], tf.int64, allow_missing=True)},
-        cycle_length=2,
-        block_length=1,
-    )
-    return source, to_shuffle
-
-
-def _record_files(directory: epath.Path, split: str, shards: int) -> list[str]:
-    prefix = _libraries().seqio.get_cached_tfrecord_prefix(os.fspath(directory), split)
-    return [f"{prefix}-{i:05d}-of-{shards:05d}" for i in range(shards)]
 
 
 CONFIGURABLE = (Text, Corpus, Bytes, SentencePiece, HuggingFaceTokenizer, TrainedSentencePiece)

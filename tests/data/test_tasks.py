@@ -7,86 +7,28 @@ import gzip
 import itertools
 import json
 import random
-import shutil
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
 import numpy as np
 import pytest
+from corpora import (
+    epochs_of,
+    framed,
+    message_of,
+    read,
+    take,
+    text_over,
+    texts_of,
+    write,
+    write_corpus,
+)
 
 from fot_jax.data import corpus as corpus_module
 from fot_jax.data import tasks
 from fot_jax.data.corpus import shard_of
 from fot_jax.data.tasks import Corpus, Text
 from fot_jax.data.vocabulary import Bytes, SentencePiece, TrainedSentencePiece
-from fot_jax.errors import UserError
-
-
-def framed(text):
-    return (256, *text.encode(), 257)
-
-
-def texts_of(count, start=0):
-    """Different texts, some long, with characters of all widths."""
-    return [f"№ {i} 🙂\n" + "word " * (7 * i % 23) for i in range(start, start + count)]
-
-
-def write(file, rows):
-    """Rows, or text as it stands, into a file; gzipped where the name says so."""
-    content = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with (gzip.open if file.suffix == ".gz" else open)(file, "wt") as f:
-        f.write(content)
-
-
-def write_corpus(directory, files, **texts):
-    """Splits as {"text": ...} rows; training in as many files as told."""
-    for split, split_texts in texts.items():
-        rows = [{"text": text, "id": i} for i, text in enumerate(split_texts)]
-        if split == "train" and files > 1:
-            for i in range(files):
-                part = rows[i * len(rows) // files : (i + 1) * len(rows) // files]
-                write(directory / f"train-{i:05d}-of-{files:05d}.jsonl.gz", part)
-        else:
-            write(directory / f"{split}.jsonl", rows)
-    return str(directory)
-
-
-def text_over(*paths, **fields):
-    """Documents of bytes, so that they can be predicted without a tokenizer."""
-    fields = {"tokenizer": Bytes(), **fields}
-    corpora = [path if isinstance(path, Corpus) else Corpus(str(path)) for path in paths]
-    return Text(corpora, **fields)
-
-
-def read(documents):
-    return [tuple(document.tokens.tolist()) for document in documents]
-
-
-def take(source, count, shard=0, shards=1, seed=0, position=(0, 0)):
-    """The next (position, tokens) of a stream."""
-    stream = source.stream(shard, shards, seed, position)
-    return [(p, tuple(d.tokens.tolist())) for p, d in itertools.islice(stream, count)]
-
-
-def epochs_of(source, shard, shards, count, seed=0):
-    """Documents of a shard in each of its first epochs."""
-    documents = collections.defaultdict(list)
-    for (epoch, taken), document in source.stream(shard, shards, seed):
-        if epoch == count:
-            return [documents[i] for i in range(count)]
-        documents[epoch].append(tuple(document.tokens.tolist()))
-        assert taken == len(documents[epoch])
-
-
-def message_of(function):
-    with pytest.raises(UserError) as info:
-        function()
-    assert "\n" not in str(info.value)
-    return str(info.value)
-
 
 # --- Reading files -------------------------------------------------------------------------------
 
@@ -356,181 +298,6 @@ def test_settings_that_make_no_sense(tmp_path):
         assert "one corpus or more, and none twice" in message_of(lambda c=corpora: Text(c))
 
 
-# --- Offline caches ------------------------------------------------------------------------------
-
-
-def cached(source, directory):
-    tasks.cache(source, directory)
-    return dataclasses.replace(source, cache_dir=str(directory))
-
-
-def test_a_cache_has_the_same_documents(tmp_path, monkeypatch):
-    monkeypatch.setattr(tasks, "CACHE_SHARDS", 4)
-    train, valid = texts_of(150), texts_of(40, start=200)
-    path = write_corpus(tmp_path / "text", 2, train=train, valid=valid)
-    source = cached(text_over(Corpus(path, min_document_length=30)), tmp_path / "cache")
-    shutil.rmtree(path)  # all that is needed is in the cache
-    long = sorted(framed(text) for text in train if len(framed(text)) >= 30)
-    assert sorted(read(source.documents("train"))) == long
-    assert read(source.documents("valid")) == [
-        framed(text) for text in valid if len(framed(text)) >= 30
-    ]
-    for shards in (1, 3, 5):
-        epochs = [epochs_of(source, shard, shards, 2) for shard in range(shards)]
-        for epoch in range(2):
-            assert sorted(t for shard in epochs for t in shard[epoch]) == long
-        assert epochs[0][0] != epochs[0][1]
-    stream = take(source, 250, 1, 2)
-    assert stream == take(dataclasses.replace(source), 250, 1, 2)
-    for i in (0, 17, len(long) // 2, 200):
-        assert take(source, 3, 1, 2, position=stream[i][0]) == stream[i + 1 : i + 4]
-    assert "no test split (there is: train, valid): make it with fot cache" in message_of(
-        lambda: list(source.documents("test"))
-    )
-
-
-def test_a_mixture_of_caches(tmp_path):
-    paths = [write_corpus(tmp_path / n, 1, train=texts_of(9, 100 * i)) for i, n in enumerate("ab")]
-    source = cached(text_over(*paths), tmp_path / "cache")
-    stream = take(source, 120)
-    counts = collections.Counter(tokens for _, tokens in stream)
-    assert set(counts) == {framed(text) for i in range(2) for text in texts_of(9, 100 * i)}
-    assert max(counts.values()) < 30
-    assert take(source, 9, position=(0, 33)) == stream[33:42]
-
-
-def test_a_cache_is_of_its_corpus_and_tokenizer_only(tmp_path):
-    path = write_corpus(tmp_path / "text", 1, train=texts_of(60))
-    source = cached(text_over(path, tokenizer=TrainedSentencePiece(290)), tmp_path / "cache")
-    assert len(take(source, 60)) == 60
-    same = source.with_vocabulary(source.vocabulary)
-    assert take(same, 60) == take(source, 60)
-    others = [
-        source.with_vocabulary(Bytes()),
-        dataclasses.replace(source, tokenizer=TrainedSentencePiece(291)),
-        dataclasses.replace(source, corpora=[Corpus(path, min_document_length=3)]),
-        dataclasses.replace(source, cache_dir=str(tmp_path)),
-    ]
-    for other in others:
-        message = message_of(lambda other=other: take(other, 1))
-        assert "make it with: fot cache EXPERIMENT.gin --output" in message
-
-
-def test_a_cache_that_is_not_finished_is_none(tmp_path):
-    (tmp_path / "text").mkdir()
-    write(tmp_path / "text" / "train.jsonl", '{"text": "a"}\n{"text": 1}')
-    source = text_over(tmp_path / "text")
-    assert "train.jsonl:2" in message_of(lambda: tasks.cache(source, tmp_path / "cache"))
-    assert list((tmp_path / "cache").iterdir()) == []
-    (tmp_path / "file").write_text("")
-    write(tmp_path / "text" / "train.jsonl", '{"text": "a"}')
-    assert "cannot be written" in message_of(lambda: tasks.cache(source, tmp_path / "file"))
-
-
-def test_a_damaged_cache(tmp_path):
-    source = cached(
-        text_over(write_corpus(tmp_path / "text", 1, train=texts_of(3))), tmp_path / "cache"
-    )
-    files = sorted((tmp_path / "cache").rglob("*.tfrecord-*"))
-    for file in files:
-        file.write_bytes(file.read_bytes()[:-3])
-    message = message_of(lambda: take(source, 9))
-    assert "cache: damaged data (" in message and message.endswith("make it again")
-    files[5].unlink()
-    again = dataclasses.replace(source)
-    assert f"{files[5]}: missing: copy the cache again" in message_of(lambda: take(again, 9))
-
-
-def test_seqio_reads_the_cache_without_us(tmp_path):
-    import seqio
-
-    source = text_over(write_corpus(tmp_path / "text", 1, train=texts_of(30), valid=texts_of(5)))
-    tasks.cache(source, tmp_path / "cache")
-    task = seqio.get_mixture_or_task(source.provider.name)
-    seqio.set_global_cache_dirs([str(tmp_path / "cache")])
-    rows = task.get_dataset(split="train", use_cached=True, shuffle=False).as_numpy_iterator()
-    seqio.set_global_cache_dirs([])
-    assert sorted(tuple(row["targets"].tolist()) for row in rows) == sorted(
-        map(framed, texts_of(30))
-    )
-    assert task.get_cached_stats("valid") == {
-        "examples": 5,
-        "targets_tokens": sum(len(framed(text)) for text in texts_of(5)),
-        "targets_max_tokens": max(len(framed(text)) for text in texts_of(5)),
-    }
-
-
-# --- TensorFlow Datasets -------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def books(tmp_path_factory):
-    """A data set prepared by TensorFlow Datasets, like PG-19 in its fields; its directory."""
-    tfds = pytest.importorskip("tensorflow_datasets")
-    data_dir = tmp_path_factory.mktemp("tensorflow_datasets")
-
-    class FewBooks(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self):
-            features = {"book_text": tfds.features.Text(), "book_id": np.int32}
-            features = tfds.features.FeaturesDict(features)
-            return tfds.core.DatasetInfo(builder=self, features=features)
-
-        def _split_generators(self, dl_manager):
-            return {"train": self._examples(0, 30), "validation": self._examples(100, 8)}
-
-        def _examples(self, start, count):
-            for i, text in enumerate(texts_of(count, start)):
-                yield i, {"book_text": text, "book_id": i}
-
-        def _generate_examples(self):
-            raise NotImplementedError
-
-    FewBooks(data_dir=data_dir).download_and_prepare()
-    return str(data_dir)
-
-
-def test_a_data_set_of_tensorflow_datasets(books):
-    corpus = Corpus("tfds:few_books", text_field="book_text")
-    source = text_over(corpus, data_dir=books)
-    everything = sorted(map(framed, texts_of(30)))
-    assert sorted(read(source.documents("valid"))) == sorted(map(framed, texts_of(8, 100)))
-    for shards in (1, 2):
-        epochs = [epochs_of(source, shard, shards, 2) for shard in range(shards)]
-        for epoch in range(2):
-            assert sorted(t for shard in epochs for t in shard[epoch]) == everything
-    stream = take(source, 50, 1, 2)
-    for i in (0, 7, 14, 31):
-        assert take(source, 3, 1, 2, position=stream[i][0]) == stream[i + 1 : i + 4]
-    assert "no test split (there is: train, valid): use another" in message_of(
-        lambda: list(source.documents("test"))
-    )
-    trained = dataclasses.replace(source, tokenizer=TrainedSentencePiece(300))
-    assert trained.vocabulary.size == 300
-
-
-def test_a_cache_of_a_data_set(books, tmp_path):
-    corpus = Corpus("tfds:few_books", text_field="book_text")
-    source = cached(text_over(corpus, data_dir=books), tmp_path)
-    source = dataclasses.replace(source, data_dir="/gone")
-    assert sorted(t for _, t in take(source, 30)) == sorted(map(framed, texts_of(30)))
-
-
-def test_data_sets_that_are_not_there(books, tmp_path):
-    def first(path, field="text", data_dir=books):
-        source = text_over(Corpus(path, text_field=field), data_dir=data_dir)
-        return message_of(lambda: next(source.documents("train")))
-
-    assert "tfds:no_such_set: Dataset no_such_set not found: use a name" in first(
-        "tfds:no_such_set"
-    )
-    assert "tfds:few_books/other:" in first("tfds:few_books/other")
-    assert f"not prepared yet: run: tfds build pg19 --data_dir {books}" in first("tfds:pg19")
-    assert "'text' is none of its fields of text (book_text)" in first("tfds:few_books")
-    assert "'book_id' is none of its fields" in first("tfds:few_books", "book_id")
-
-
 # --- The standard library ------------------------------------------------------------------------
 
 
@@ -571,79 +338,6 @@ def test_the_default_source_is_ready_to_train_on():
     text = source.vocabulary.decode(long[0].tokens)
     assert text.startswith("# ") and len(text) > 40_000
     assert take(source, 3, 1, 8) == take(Text(), 3, 1, 8)
-
-
-# --- The process ---------------------------------------------------------------------------------
-
-
-def run_python(code, *arguments):
-    argv = [sys.executable, "-c", code, *map(str, arguments)]
-    run = subprocess.run(argv, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    return run
-
-
-def test_importing_it_imports_neither_tensorflow_nor_seqio():
-    code = "import sys, fot_jax.data.tasks as t; t.Text((t.Corpus('x'),)); print(*sys.modules)"
-    assert not {"tensorflow", "seqio", "jax"} & set(run_python(code).stdout.split())
-
-
-READ_IN_A_THREAD = """
-import jax, sys, threading
-from fot_jax.data.tasks import Bytes, Corpus, Text
-from fot_jax.errors import UserError
-
-def read():
-    try:
-        print(*(len(document.tokens) for document in source.documents("train")))
-    except UserError as error:
-        print(error)
-
-source = Text([Corpus(sys.argv[1])], Bytes())
-thread = threading.Thread(target=read)
-thread.start()
-thread.join()
-"""
-
-
-def test_tensorflow_says_nothing(tmp_path):
-    """Neither when it is imported, in whatever thread, nor about an error that we report."""
-    file = tmp_path / "train.jsonl"
-    file.write_text('{"text": "12345678"}\n')
-    run = run_python(READ_IN_A_THREAD, tmp_path)
-    assert (run.stdout, run.stderr) == ("10\n", "")
-    file.write_text('{"text": "123')
-    run = run_python(READ_IN_A_THREAD, tmp_path)
-    assert run.stdout.startswith(f"{file}:1: broken row, not JSON") and run.stderr == ""
-
-
-SLOW_READER = """
-import dataclasses, time
-from fot_jax.data.lanes import Lanes, Prefetch
-from fot_jax.data.tasks import Bytes, Text
-
-@dataclasses.dataclass(frozen=True)
-class Slow(Bytes):
-    def encode(self, text):
-        time.sleep(0.5)
-        return [0]
-
-source = Text(tokenizer=Slow())
-stream = source.stream(0, 2, seed=0)
-next(stream)
-import tensorflow as tf
-print(tf.config.get_visible_devices("GPU"))
-prefetch = Prefetch(Lanes(source, lanes=1, window=2), lambda batch: batch)
-next(prefetch)
-next(stream)
-"""
-
-
-@pytest.mark.slow
-def test_a_process_ends_cleanly_while_documents_are_read_ahead():
-    run = run_python(SLOW_READER)
-    assert run.stdout == "[]\n"
-    assert "Traceback" not in run.stderr and "Exception" not in run.stderr
 
 
 # --- A real corpus -------------------------------------------------------------------------------

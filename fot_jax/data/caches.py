@@ -1,0 +1,105 @@
+"""SeqIO's offline caches: the tokens of a task's documents, written once and read many times."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from fot_jax.data.corpus import SPLITS, Corpus
+from fot_jax.data.lanes import Document
+from fot_jax.data.libraries import libraries
+from fot_jax.data.sources import to_shuffle
+from fot_jax.errors import UserError
+
+
+def cache_of(directory: epath.PathLike, task_name: str) -> epath.Path:
+    """The directory of a task in a directory of caches."""
+    return epath.Path(directory) / libraries().seqio.get_task_dir_from_name(task_name)
+
+
+def write_split(
+    directory: epath.Path, split: str, shards: int, documents: Iterator[Document]
+) -> dict[str, int]:
+    """Deals documents out to the files of a split, beside which SeqIO wants two of JSON.
+
+    Args:
+      directory: of the task's cache (`cache_of`).
+      shards: files.
+
+    Returns:
+      examples, targets_tokens, targets_max_tokens.
+
+    Raises:
+      UserError: the directory cannot be written.
+    """
+    tf, seqio = libraries().tf, libraries().seqio
+    lengths = []
+    try:
+        with contextlib.ExitStack() as stack:
+            writers = [
+                stack.enter_context(tf.io.TFRecordWriter(file))
+                for file in _record_files(directory, split, shards)
+            ]
+            for i, document in enumerate(documents):
+                example = seqio.dict_to_tfexample({"targets": document.tokens})
+                writers[i % shards].write(example.SerializeToString())
+                lengths.append(len(document.tokens))
+    except tf.errors.OpError as error:
+        raise UserError(f"{directory.parent}: cannot write the cache: {error.message}") from error
+    info = {
+        "num_shards": shards,
+        "features": {"targets": {"shape": [None], "dtype": "int32"}},
+        "seqio_version": seqio.__version__,
+    }
+    stats = {
+        "examples": len(lengths),
+        "targets_tokens": sum(lengths),
+        "targets_max_tokens": max(lengths, default=0),
+    }
+    epath.Path(seqio.get_cached_info_path(directory, split)).write_text(json.dumps(info))
+    epath.Path(seqio.get_cached_stats_path(directory, split)).write_text(json.dumps(stats))
+    return stats
+
+
+def cached_source(cache_dir: epath.PathLike, task_name: str, corpus: Corpus) -> tuple[Any, int]:
+    """A source of the rows in the cache of a task, and how many of them to shuffle among.
+
+    What SeqIO itself reads them with has 256 documents in memory, of whatever length.
+    """
+    tf, seqio = libraries().tf, libraries().seqio
+    directory = cache_of(cache_dir, task_name)
+    if not (directory / "COMPLETED").exists():
+        raise UserError(
+            f"{cache_dir}: no cache of {corpus.path} for this tokenizer and these settings of the "
+            f"corpus: make it with: fot cache EXPERIMENT.gin --output {cache_dir}"
+        )
+    there = {file.name for file in directory.iterdir()}
+    files = {}
+    for split in SPLITS:
+        info = epath.Path(seqio.get_cached_info_path(directory, split))
+        if info.name in there:
+            shards = json.loads(info.read_text())["num_shards"]
+            files[split] = _record_files(directory, split, shards)
+            if missing := [file for file in files[split] if epath.Path(file).name not in there]:
+                raise UserError(f"{missing[0]}: missing: copy the cache again, or make it again")
+    at_hand = 1
+    if "train" in files:
+        stats = json.loads(epath.Path(seqio.get_cached_stats_path(directory, "train")).read_text())
+        at_hand = to_shuffle(4 * stats["targets_tokens"], stats["examples"])
+    source = seqio.TFExampleDataSource(
+        files,
+        {"targets": tf.io.FixedLenSequenceFeature([], tf.int64, allow_missing=True)},
+        cycle_length=2,
+        block_length=1,
+    )
+    return source, at_hand
+
+
+def _record_files(directory: epath.Path, split: str, shards: int) -> list[str]:
+    prefix = libraries().seqio.get_cached_tfrecord_prefix(os.fspath(directory), split)
+    return [f"{prefix}-{i:05d}-of-{shards:05d}" for i in range(shards)]
