@@ -1,0 +1,268 @@
+"""Experiment files: which names they may use, their errors in one line, the types of values.
+
+The only module, with cli.py, that imports gin: the library is used without it.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import contextlib
+import difflib
+import functools
+import inspect
+import logging
+import os
+import re
+import tokenize
+import types
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fot_jax.errors import UserError
+
+_FLAGS_OF_TRAIN = ["workdir", "config_text", "dry_run"]  # not for experiment files to set
+_FLAGS_OF_EVALUATE = ["checkpoint", "output"]
+
+
+def load(files: list[str], bindings: list[str]) -> None:
+    """Registers what experiment files may name, then parses files and bindings, in order.
+
+    Raises:
+      UserError: a file that is not there, gin that does not parse, a name nobody knows.
+    """
+    import gin
+
+    gin.clear_config()
+    _register(gin)
+    for file in files:
+        if not Path(file).is_file():
+            raise UserError(f"no experiment file {file}: give the path of a .gin file")
+        gin.add_config_file_search_path(os.path.dirname(os.path.abspath(file)))
+    logging.disable(logging.ERROR)  # gin logs every place where it looks for an include in vain
+    try:
+        for file in files:
+            with gin_errors(place=file):
+                gin.parse_config_file(os.path.abspath(file))
+        for binding in bindings:
+            with gin_errors(place=f"--gin {binding!r}"):
+                gin.parse_config(binding)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _register(gin) -> None:
+    from fot_jax import evaluate, train
+    from fot_jax.data import synthetic, tasks
+    from fot_jax.evals import perplexity, sample
+    from fot_jax.model import crossbatch, sizes, transformer
+    from fot_jax.training import optim, partitioning, step
+
+    names = [
+        *(train.train, train.Data, train.Compute, train.Checkpoints),
+        *(evaluate.evaluate, evaluate.Evaluation),
+        *(perplexity.PerplexityByContext, sample.Sample),
+        *(crossbatch.NoCrossbatch, crossbatch.PreviousContext),
+        *(crossbatch.Packed, crossbatch.PackedTable),
+        *(step.SwitchAtStep, step.SwitchAtAccuracy, step.DrawnEachStep),
+        *(optim.adamw, optim.adafactor),
+        *(optim.constant_rate, optim.inverse_square_root, optim.cosine),
+        partitioning.MeshShape,
+        *(transformer.ModelConfig, transformer.RopeScaling),
+        *sizes.NAMED,
+        *tasks.CONFIGURABLE,
+        *synthetic.CONFIGURABLE,
+    ]
+    flags = {train.train: _FLAGS_OF_TRAIN, evaluate.evaluate: _FLAGS_OF_EVALUATE}
+    for thing in names:
+        name = thing.__name__
+        if f"fot_jax.{name}" not in gin.config._REGISTRY:
+            denied = flags.get(thing)
+            gin.external_configurable(_checked(thing), name, module="fot_jax", denylist=denied)
+
+
+def _registered() -> dict[str, Callable]:
+    """What experiment files may name."""
+    import gin
+
+    registry = gin.config._REGISTRY.items()
+    ours = ((selector.split(".")[-1], it) for selector, it in registry if it.module == "fot_jax")
+    return {name: inspect.unwrap(it.wrapped) for name, it in ours}
+
+
+@contextlib.contextmanager
+def gin_errors(place: str | None = None) -> Iterator[None]:
+    """Turns gin's errors about an experiment file, or what else `place` names, into one line."""
+    try:
+        yield
+    except Exception as error:
+        # gin raises a copy of an error, with lines of its own ("In call to configurable ...").
+        while type(error) is not UserError and isinstance(error.__context__, UserError):
+            error = error.__context__
+        if isinstance(error, UserError):
+            raise error from None
+        line = _gin_message(error, place)
+        if line is None:
+            raise
+        raise UserError(line) from None
+
+
+def _gin_message(error: Exception, file: str | None) -> str | None:
+    text = str(error).strip()
+    first = text.splitlines()[0] if text else ""
+    where = re.search(r'In file "([^"]+)", line (\d+)', text)
+    place = f" ({os.path.relpath(where[1])}:{where[2]})" if where else f" ({file})" if file else ""
+    unknown = re.search(r"No configurable matching (?:reference )?'@?(?:.*/)?([^'()]+)", text)
+    if unknown:
+        return f"unknown name {unknown[1]!r}{place}{_nearest(unknown[1], list(_registered()))}"
+    parameter = re.search(r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'", text)
+    if parameter:
+        near = _nearest(parameter[2], _parameters_of(parameter[1]))
+        return f"{parameter[1]} has no parameter {parameter[2]!r}{place}{near}"
+    flag = re.search(r"Configurable '(?:.*\.)?([^']+)' has denylisted kwarg '([^']+)'", text)
+    if flag:
+        return f"{flag[1]}.{flag[2]} is not for experiment files{place}: see fot {flag[1]} --help"
+    if isinstance(error, RecursionError) and (circle := _circle()):
+        return f"{' -> '.join(circle)}: refers back to itself: give one of them a value of its own"
+    if isinstance(error, ImportError) and file:
+        return f"{text.splitlines()[0]}{place}: install it, or mend the import"
+    macro = re.search(r"In call to configurable 'macro' .* in scope '([^']+)'", text)
+    if macro:
+        return f"%{macro[1]} has no value: set {macro[1]} = ... in the experiment file"
+    missing = re.search(r"(\w+)(?:\.__init__)?\(\) missing .* arguments?: '(\w+)'", first)
+    if missing:
+        # Optimizers are called by `train`, with the learning rate.
+        bare = missing[2] == "learning_rate" and missing[1] != "train"
+        remedy = f"write @{missing[1]} without ()" if bare else f"set {'.'.join(missing.groups())}"
+        return f"{missing[1]} needs {missing[2]}: {remedy}{'' if bare else ' = ...'}"
+    if isinstance(error, SyntaxError):
+        at = f"{os.path.relpath(error.filename)}:{error.lineno}" if error.filename else file
+        what = re.sub(r"malformed node or string.*\s+Failed", "Failed", error.msg).rstrip(".")
+        return f"{at}: {what}: a line is NAME = VALUE, or include 'FILE.gin'"
+    if isinstance(error, tokenize.TokenError):
+        return f"{file}: a bracket or quote is not closed up to the end ({error.args[0]})"
+    if isinstance(error, OSError) and "Unable to open file" in text:
+        name = re.search(r"Unable to open file: (.*)\. Searched", text)[1]
+        return f"no file {name} to include{place}: paths are relative to the experiment file"
+    return None
+
+
+def _circle() -> list[str] | None:
+    """Names of configurables or macros, each of which has the next one in a value of its own."""
+    import gin
+
+    refers: dict[str, list[str]] = {}
+    for (scope, selector), values in gin.config._CONFIG.items():
+        name = f"%{scope}" if selector == "gin.macro" else f"@{selector.split('.')[-1]}"
+        for reference in gin.config.iterate_references(values):
+            refers.setdefault(name, []).append(repr(reference).split("(")[0])
+    paths = [[name] for name in refers]
+    while paths:
+        path = paths.pop()
+        for name in refers.get(path[-1], ()):
+            if name == path[0]:
+                return [*path, name]
+            if name not in path:
+                paths.append([*path, name])
+    return None
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ": see the files in experiments/"
+
+
+def _parameters_of(name: str) -> list[str]:
+    import gin
+
+    wrapped = gin.config._REGISTRY.get_match(name).wrapped
+    return list(inspect.signature(wrapped).parameters)
+
+
+# --- Values --------------------------------------------------------------------------------------
+
+
+def _checked(thing: Callable) -> Callable:
+    """The same, but arguments that do not fit the annotations are a UserError that names them."""
+    signature = inspect.signature(thing)
+    hints = typing.get_type_hints(thing.__init__ if inspect.isclass(thing) else thing)
+
+    @functools.wraps(thing, updated=())  # not with the members of a class
+    def call(*args, **kwargs):
+        import gin
+
+        for parameter, value in signature.bind_partial(*args, **kwargs).arguments.items():
+            name = f"{thing.__name__}.{parameter}"
+            if value is gin.REQUIRED:
+                raise UserError(f"{name} is not set: add --gin '{name} = ...', or set it in a file")
+            if parameter in hints and not _fits(value, hints[parameter]):
+                raise UserError(f"{name} = {_shown(value)}: give {_wanted(hints[parameter])}")
+        return thing(*args, **kwargs)
+
+    call.__signature__ = signature
+    call.gives = thing if inspect.isclass(thing) else hints.get("return")
+    return call
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether the value of a parameter is what its annotation asks for."""
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in inner)
+    if hint in (int, float):
+        number = int if hint is int else (int, float)
+        return isinstance(value, number) and not isinstance(value, bool)
+    if hint in (str, bool, type(None)):
+        return isinstance(value, hint)
+    if kind in (tuple, collections.abc.Sequence):
+        if not isinstance(value, (tuple, list)):
+            return False
+        if kind is tuple and inner[-1] is not Ellipsis:
+            return len(value) == len(inner) and all(map(_fits, value, inner))
+        return all(_fits(each, inner[0]) for each in value)
+    if kind is collections.abc.Callable:
+        return callable(value) and getattr(value, "gives", inner[1]) == inner[1]
+    if getattr(hint, "_is_protocol", False):
+        return _follows(value, hint)
+    return hint is Any or isinstance(value, hint)
+
+
+def _follows(value: Any, protocol: type) -> bool:
+    """Whether an object, or a class, has all that a protocol names; nothing is evaluated."""
+    absent = object()
+    names = {name for name in (*vars(protocol), *protocol.__annotations__) if name[0] != "_"}
+    return all(inspect.getattr_static(value, name, absent) is not absent for name in names)
+
+
+def _shown(value: Any) -> str:
+    if inspect.isfunction(value):  # @Name, not called
+        return f"@{value.__name__}"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(_shown, value))}{',' if len(value) == 1 else ''})"
+    return f"@{type(value).__name__}()" if type(value).__name__ in _registered() else repr(value)
+
+
+def _wanted(hint: Any) -> str:
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
+        return " or ".join(filter(None, dict.fromkeys(map(_wanted, inner))))
+    if kind is tuple and inner[-1] is not Ellipsis:
+        return f"({', '.join(map(_wanted, inner))})"
+    if kind in (tuple, collections.abc.Sequence):
+        return f"a tuple, each of it {_wanted(inner[0])}"
+    names = {int: "a whole number", float: "a number", str: 'a text in "quotes"'}
+    names |= {bool: "True or False", type(None): "None"}
+    if hint in names:
+        return names[hint]
+    names = [f"@{name}()" for name, thing in _registered().items() if _gives(thing, hint)]
+    if kind is collections.abc.Callable:  # or the name of a function itself
+        names += [f"@{name}" for name, thing in _registered().items() if _gives(thing, inner[1])]
+    return " or ".join(names)
+
+
+def _gives(thing: Callable, hint: Any) -> bool:
+    """Whether a call of what is registered gives what a type or protocol asks for."""
+    if not inspect.isclass(thing):
+        return typing.get_type_hints(thing).get("return") == hint
+    return _follows(thing, hint) if getattr(hint, "_is_protocol", False) else thing is hint
