@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import ctypes
+import os
+import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fot_jax import experiment_files
@@ -13,13 +17,39 @@ from fot_jax.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one verb. Returns the exit code: 0; 2 for bad input; 143 after SIGTERM."""
+    """Runs one verb. Returns the exit code: 0; 2 for bad input; 130 after ^C; 143 after SIGTERM."""
     args = _parser().parse_args(argv)
     try:
-        return args.run(args)
+        with _on(signal.SIGINT, _interrupted):
+            return args.run(args)
     except UserError as error:
-        print(f"fot: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        line = str(error)
+    except OSError as error:
+        if not error.errno:
+            raise
+        line = f"{error.filename or 'a file'}: {error.strerror}: mend that, or choose another place"
+    print(f"fot: error: {' '.join(line.split())}", file=sys.stderr)
+    return 2
+
+
+@contextlib.contextmanager
+def _on(signum: signal.Signals, handler: Callable) -> Iterator[None]:
+    before = signal.signal(signum, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signum, before)
+
+
+def _interrupted(signum, frame) -> None:
+    """Ends the process: an exception would crash XLA where it is compiling."""
+    os.write(2, b"fot: interrupted\n")
+    os._exit(128 + signum)
+
+
+def _exit(signum, frame) -> None:
+    """Ends the process after what is half-written has been removed."""
+    sys.exit(128 + signum)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,12 +109,12 @@ def _train(args) -> int:
     if name == "config":  # fot train WORKDIR/config.gin
         name = Path(args.experiment[0]).resolve().parent.name
     with experiment_files.gin_errors():
-        done = gin.get_configurable("train")(
+        stopped = gin.get_configurable("train")(
             workdir=args.workdir or str(Path("workdirs") / name),
             config_text=gin.operative_config_str,
             dry_run=args.dry_run,
         )
-    return 0 if done else 143
+    return 128 + stopped if stopped else 0
 
 
 def _evaluate(args) -> int:
@@ -116,7 +146,14 @@ def _cache(args) -> int:
     from fot_jax.data import tasks
 
     with experiment_files.gin_errors():
-        tasks.cache(gin.get_configurable("Text")(), args.output)
+        # gin evaluates a reference when it is copied.
+        source = copy.deepcopy(gin.query_parameter("Data.source"))
+        if not isinstance(source, tasks.Text):
+            raise UserError(
+                f"Data.source is a {type(source).__name__}, which needs no cache: give @Text()"
+            )
+        with _on(signal.SIGTERM, _exit), _on(signal.SIGINT, _exit):
+            tasks.cache(source, args.output)
     return 0
 
 

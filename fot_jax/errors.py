@@ -26,7 +26,7 @@ def check_range(owner: str, least: float, most: float | None = None, **values: f
       UserError: names the first that does not fit.
     """
     for name, value in values.items():
-        if value is None or math.isfinite(value) and least <= value <= (most or math.inf):
+        if value is None or least <= value < math.inf and (most is None or value <= most):
             continue
         wanted = f"{least} or more" if most is None else f"a number from {least} to {most}"
         raise UserError(f"{owner}.{name} = {value}: give {wanted}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -13,12 +14,13 @@ from etils import epath
 from fot_jax.data.lanes import DocumentSource
 from fot_jax.errors import UserError, check_range
 from fot_jax.generate import LanguageModel
+from fot_jax.paths import absolute, path_of
 
 
 class Eval(Protocol):
     """One evaluation: a frozen dataclass in evals/."""
 
-    name: str
+    name: str  # of its plot, and in results
 
     def scalars(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """What of the rows goes into the metrics of a training run."""
@@ -55,6 +57,15 @@ class Evaluation:
             raise UserError(
                 "Evaluation.during and Evaluation.every go together: set both of them or none"
             )
+        for field in ("evals", "during"):
+            names = [each.name for each in getattr(self, field)]
+            if odd := [name for name in names if not re.fullmatch(r"[\w.-]+", name)]:
+                raise UserError(f"the name {odd[0]!r} of an evaluation: give letters, digits or _")
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise UserError(
+                    f"Evaluation.{field} has two evaluations named {twice!r}: give one of them "
+                    "another name"
+                )
 
 
 def evaluate(
@@ -73,20 +84,33 @@ def evaluate(
       output: a JSON file for {evaluation: rows}; plots go beside it.
     """
     lm = LanguageModel.load(checkpoint)
-    plots = None if output is None else epath.Path(output).absolute().parent
-    if plots is not None:
-        try:
-            plots.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"{output}: cannot be written ({error.strerror}): choose another place"
-            ) from error
+    plots = None if output is None else _directory_of(output)
     source = (evaluation.source or source).with_vocabulary(lm.vocabulary)
     results = run_evals(lm, evaluation.evals, source, plots)
     if output is not None:
         whole = epath.Path(f"{output}.partial")
         whole.write_text(json.dumps({"checkpoint": checkpoint, **results}, indent=1) + "\n")
         whole.replace(output)
+
+
+def _directory_of(output: str) -> epath.Path:
+    """The directory that results go into, made where needed.
+
+    Raises:
+      UserError: no file of that name can be written there.
+    """
+    path, partial = path_of(output), epath.Path(f"{output}.partial")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{output}: not a file: give the name of one, new or to be replaced")
+    try:
+        absolute(path).parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text("")
+        partial.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{output}: cannot be written ({error.strerror}): choose another place"
+        ) from error
+    return absolute(path).parent
 
 
 def run_evals(

@@ -97,11 +97,11 @@ def gin_errors(place: str | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # gin raises a copy of an error, with lines of its own ("In call to configurable ...").
-        while type(error) is not UserError and isinstance(error.__context__, UserError):
-            error = error.__context__
-        if isinstance(error, UserError):
-            raise error from None
+        original = error
+        while original.__context__ and "ExceptionProxy" in type(original).__init__.__qualname__:
+            original = original.__context__  # gin raises a copy, with lines of its own
+        if isinstance(original, UserError) or isinstance(original, OSError) and original.errno:
+            raise original from None
         line = _gin_message(error, place)
         if line is None:
             raise
@@ -109,6 +109,8 @@ def gin_errors(place: str | None = None) -> Iterator[None]:
 
 
 def _gin_message(error: Exception, file: str | None) -> str | None:
+    if file and isinstance(error, RecursionError):  # which cannot even be shown
+        return f"{file}: files include each other in a circle, or brackets are nested too deeply"
     text = str(error).strip()
     first = text.splitlines()[0] if text else ""
     where = re.search(r'In file "([^"]+)", line (\d+)', text)
@@ -134,7 +136,10 @@ def _gin_message(error: Exception, file: str | None) -> str | None:
     if missing:
         # Optimizers are called by `train`, with the learning rate.
         bare = missing[2] == "learning_rate" and missing[1] != "train"
-        remedy = f"write @{missing[1]} without ()" if bare else f"set {'.'.join(missing.groups())}"
+        name = ".".join(missing.groups())
+        name = {"evaluate.source": "Data.source"}.get(name, name)  # what training is given
+        name = {"evaluate.evaluation": "train.evaluation"}.get(name, name)
+        remedy = f"write @{missing[1]} without ()" if bare else f"set {name}"
         return f"{missing[1]} needs {missing[2]}: {remedy}{'' if bare else ' = ...'}"
     if isinstance(error, SyntaxError):
         at = f"{os.path.relpath(error.filename)}:{error.lineno}" if error.filename else file
@@ -145,6 +150,10 @@ def _gin_message(error: Exception, file: str | None) -> str | None:
     if isinstance(error, OSError) and "Unable to open file" in text:
         name = re.search(r"Unable to open file: (.*)\. Searched", text)[1]
         return f"no file {name} to include{place}: paths are relative to the experiment file"
+    if file and isinstance(error, UnicodeDecodeError):
+        return f"{file}: it, or a file it includes, is not a text in UTF-8: save it as one"
+    if file and isinstance(error, TypeError):
+        return f"{file}: {first}{place if where else ''}: give another value"
     return None
 
 

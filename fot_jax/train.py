@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from etils import epath
 
 from fot_jax.data.lanes import DocumentSource, Lanes, Prefetch
 from fot_jax.data.vocabulary import load_vocabulary
@@ -22,6 +21,7 @@ from fot_jax.evaluate import Evaluation, run_evals
 from fot_jax.generate import LanguageModel
 from fot_jax.model import crossbatch
 from fot_jax.model.transformer import ModelConfig, Transformer
+from fot_jax.paths import path_of
 from fot_jax.training import checkpoint, partitioning
 from fot_jax.training.checkpoint import Checkpointer
 from fot_jax.training.checkpoint_items import names
@@ -131,7 +131,7 @@ def train(
     max_skipped: int = 10,
     config_text: Callable[[], str] = str,
     dry_run: bool = False,
-) -> bool:
+) -> signal.Signals | None:
     """Trains, or resumes what is in `workdir`, and evaluates at the end.
 
     Args:
@@ -156,7 +156,7 @@ def train(
       dry_run: trace one step, print what would run, write nothing.
 
     Returns:
-      True when done; False when SIGTERM stopped it, with a checkpoint of the last step.
+      None when done; the signal, SIGTERM or SIGINT, that stopped it, with the last step saved.
 
     Raises:
       UserError: parts of the experiment that do not fit each other, bad data, or a loss or gradient
@@ -237,10 +237,10 @@ def train(
             f"{model.local_context} tokens ({tokens_per_step:,} new tokens a step), "
             f"{flops_of(first_d):.3g} FLOPs a step, {steps:,} steps: nothing written"
         )
-        return True
+        return None
 
     # --- State: the workdir's newest whole checkpoint, else initialize_from, else fresh ----------
-    workdir = epath.Path(workdir)
+    workdir = path_of(workdir)
     shardings = partitioning.shardings(abstract, mesh)
     target = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -289,11 +289,12 @@ def train(
         lanes.restore(restored.data)
     by_rows = partitioning.rows(mesh)
     snapshot = lanes.snapshot()
-    batches = Prefetch(
-        lanes,
-        lambda batch: {k: jax.make_array_from_process_local_data(by_rows, batch[k]) for k in batch},
-    )
-    ready = [next(batches)] if first_step < steps else []  # and so does what is wrong with the data
+
+    def place(batch):
+        return {k: jax.make_array_from_process_local_data(by_rows, batch[k]) for k in batch}
+
+    # What is wrong with the data shows now, too.
+    ready = [(place(next(lanes)), lanes.snapshot())] if first_step < steps else []
     checkpointer.open()
     if jax.process_index() == 0:
         (workdir / "config.gin").write_text(config_text())
@@ -309,7 +310,7 @@ def train(
     positive_mass = functools.cache(
         lambda d: make_positive_mass(transformer, plan_of(d), compute.accumulation)
     )
-    waited = 0.0
+    batches, waited = Prefetch(lanes, place), 0.0
 
     def finish(step: int, d: int | None, info: StepInfo, more: dict) -> None:
         """Takes in the report of a step, fetched while the next one runs."""
@@ -359,7 +360,7 @@ def train(
     def evaluates(step: int) -> bool:
         return bool(evaluation.every) and step % evaluation.every == 0 and step < steps
 
-    with _sigterm() as told_to_stop, contextlib.closing(batches), contextlib.closing(metrics):
+    with _stop_signals() as asked, contextlib.closing(batches), contextlib.closing(metrics):
         pending, now_d = None, history.d
         if restored is not None and evaluates(first_step):  # it may have been stopped before that
             run(evaluation.during, first_step)
@@ -380,7 +381,7 @@ def train(
             if profile_steps and step == profile_steps[1]:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
-            stops = told_to_stop() or step == steps
+            stops = asked.to_stop or step == steps
             saves = step % checkpoints.every == 0
             if evaluates(step) or stops or saves:
                 finish(*pending)
@@ -391,13 +392,14 @@ def train(
                     run(evaluation.during, step)
             if stops and step < steps:
                 checkpointer.close()
-                metrics.say(f"stopped by SIGTERM after step {step}, which is saved")
-                return False
+                metrics.say(f"stopped by {asked.to_stop.name} after step {step}, which is saved")
+                return asked.to_stop
         checkpointer.close()
+        asked.at_once = True  # nothing is left to be saved
 
         # --- Evaluation --------------------------------------------------------------------------
         run(evaluation.evals, steps)
-    return True
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -463,19 +465,27 @@ def _owned_groups(owned: range, data: Data, rows: int) -> list[int]:
     return list(range(owned.start // of_group, owned.stop // of_group))
 
 
+@dataclasses.dataclass
+class _Asked:
+    """What signals have asked of a run."""
+
+    to_stop: signal.Signals | None = None
+    at_once: bool = False  # the next signal ends the process
+
+
 @contextlib.contextmanager
-def _sigterm() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether SIGTERM has come; a second one ends the process."""
-    came = False
+def _stop_signals() -> Iterator[_Asked]:
+    """SIGTERM and SIGINT ask to stop after the step; a second one ends the process."""
+    asked = _Asked()
 
     def handler(signum, frame):
-        nonlocal came
-        if came:
+        if asked.at_once:
             os._exit(128 + signum)
-        came = True
+        asked.to_stop, asked.at_once = signal.Signals(signum), True
 
-    before = signal.signal(signal.SIGTERM, handler)
+    before = {each: signal.signal(each, handler) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda: came
+        yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, of_each in before.items():
+            signal.signal(each, of_each)

@@ -15,11 +15,12 @@ from fot_jax.data.lanes import Document
 from fot_jax.data.libraries import libraries
 from fot_jax.data.sources import to_shuffle
 from fot_jax.errors import UserError
+from fot_jax.paths import path_of
 
 
 def cache_of(directory: epath.PathLike, task_name: str) -> epath.Path:
     """The directory of a task in a directory of caches."""
-    return epath.Path(directory) / libraries().seqio.get_task_dir_from_name(task_name)
+    return path_of(directory) / libraries().seqio.get_task_dir_from_name(task_name)
 
 
 def write_split(

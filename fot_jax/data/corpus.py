@@ -22,6 +22,7 @@ import numpy as np
 from etils import epath
 
 from fot_jax.errors import UserError
+from fot_jax.paths import path_of
 
 SPLITS = ("train", "valid", "test")
 SHUFFLED_BYTES = 32 * 2**20  # of the documents at hand, of which the next one is drawn
@@ -111,7 +112,7 @@ def parts_of(corpus: Corpus, split: str) -> list[Part]:
 
 
 def _files(corpus: Corpus, split: str) -> list[epath.Path]:
-    directory = epath.Path(corpus.path)
+    directory = path_of(corpus.path)
     if not directory.is_dir():
         raise UserError(
             f"{directory}: no such directory: set Corpus.path to one with train.jsonl.gz, "

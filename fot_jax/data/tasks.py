@@ -60,7 +60,7 @@ class Text:
     piece_tokens: int | None = None
 
     def __post_init__(self):
-        check_range("Text", 2, piece_tokens=self.piece_tokens)
+        check_range("Text", 2, 2**31 - 1, piece_tokens=self.piece_tokens)
         different = {dataclasses.replace(corpus, weight=1.0) for corpus in self.corpora}
         if not self.corpora or len(different) < len(self.corpora):
             raise UserError("Text.corpora: name one corpus or more, and none twice")

@@ -15,14 +15,15 @@ import json
 import re
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 from etils import epath
 from jaxtyping import Int
 
-from fot_jax.errors import UserError
+from fot_jax.errors import UserError, check_range
+from fot_jax.paths import path_of
 
 
 class Vocabulary(Protocol):
@@ -88,8 +89,14 @@ class Symbols:
     names: tuple[str, ...]
 
     def __post_init__(self):
-        if "</s>" not in self.names or len(set(self.names)) < len(self.names):
+        if not self.are_names(self.names):
             raise ValueError(f'names must be all different and have "</s>": {self.names}')
+
+    @staticmethod
+    def are_names(names: Sequence) -> bool:
+        """Whether they can be the symbols of a vocabulary."""
+        texts = all(isinstance(name, str) for name in names)
+        return texts and "</s>" in names and len(set(names)) == len(names)
 
     @property
     def size(self) -> int:
@@ -108,7 +115,9 @@ class Symbols:
         words = text.split()
         for word in words:
             if word not in self._ids:
-                raise UserError(f"{word!r} is none of the {self.size} symbols: {self.names}")
+                raise UserError(
+                    f"{word!r} is none of the {self.size} symbols ({' '.join(self.names[:8])} …)"
+                )
         return [self._ids[word] for word in words]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -140,7 +149,7 @@ class SentencePiece:
         Raises:
           UserError: it is missing or no such file, or the model has no eos.
         """
-        object.__setattr__(self, "model", _read(epath.Path(path)))
+        object.__setattr__(self, "model", _read(path_of(path)))
         try:
             eos = self._processor.eos_id()
         except RuntimeError as error:
@@ -217,6 +226,7 @@ class TrainedSentencePiece:
         """
         import sentencepiece
 
+        check_range("TrainedSentencePiece", 1, 2**31 - 1, pieces=self.pieces)
         # Tabs and null characters, which the trainer cannot read, are bytes in any case.
         parts = itertools.chain.from_iterable(re.split("[\t\0]+", text) for text in texts)
         sentences = [part[i : i + 2000] for part in parts for i in range(0, len(part), 2000)]
@@ -278,7 +288,7 @@ class HuggingFaceTokenizer:
         Raises:
           UserError: a file is missing or damaged, or a mark is not known.
         """
-        path = epath.Path(path)
+        path = path_of(path)
         object.__setattr__(self, "tokenizer", _read(path))
         try:
             known = self._processor.get_vocab(with_added_tokens=True)
@@ -287,12 +297,12 @@ class HuggingFaceTokenizer:
         config = path.parent / "tokenizer_config.json"
         if config.exists():
             names = _read_json(config)
-            bos = bos or _token_name(names.get("bos_token"))
-            eos = eos or _token_name(names.get("eos_token"))
+            bos = bos or _token_name(config, names, "bos_token")
+            eos = eos or _token_name(config, names, "eos_token")
         else:
             bos = bos or next(filter(known.__contains__, COMMON_BOS), None)
             eos = eos or next(filter(known.__contains__, COMMON_EOS), None)
-        if eos is None:
+        if not eos:
             raise UserError(f"{path}: which token ends a text is not known: set eos to its name")
         for name in filter(None, (bos, eos)):
             if name not in known:
@@ -338,8 +348,13 @@ class HuggingFaceTokenizer:
         return processor
 
 
-def _token_name(value: str | dict | None) -> str | None:
-    return value["content"] if isinstance(value, dict) else value
+def _token_name(config: epath.Path, names: dict, mark: str) -> str | None:
+    """Of a mark in a tokenizer_config.json, where it is a text or an object with one."""
+    value = names.get(mark)
+    name = value.get("content") if isinstance(value, dict) else value
+    if not (name is None or isinstance(name, str)):
+        raise UserError(f"{config}: {mark} is {json.dumps(value)[:40]}, not the name of a token")
+    return name
 
 
 # --- Files ---------------------------------------------------------------------------------------
@@ -356,7 +371,8 @@ def load_vocabulary(directory: epath.PathLike) -> Vocabulary:
     if not where.exists():
         raise UserError(f"{directory}: no vocabulary here: there is no vocabulary.json")
     description = _read_json(where)
-    for name, checksum in description.get("sha256", {}).items():
+    checksums = description.get("sha256")
+    for name, checksum in checksums.items() if isinstance(checksums, dict) else ():
         if hashlib.sha256(_read(directory / name)).hexdigest() != checksum:
             raise UserError(
                 f"{directory / name}: damaged: its checksum is not that in vocabulary.json: "
@@ -365,7 +381,7 @@ def load_vocabulary(directory: epath.PathLike) -> Vocabulary:
     match description:
         case {"kind": "Bytes"}:
             return Bytes()
-        case {"kind": "Symbols", "names": [*names]}:
+        case {"kind": "Symbols", "names": [*names]} if Symbols.are_names(names):
             return Symbols(tuple(names))
         case {"kind": "SentencePiece"}:
             return SentencePiece(directory / "tokenizer.model")
@@ -422,7 +438,7 @@ def _read(path: epath.Path) -> bytes:
 def _read_json(path: epath.Path) -> dict:
     try:
         value = json.loads(_read(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged, not JSON ({error}): restore it from a copy") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: not a JSON object: restore it from a copy")

@@ -28,23 +28,22 @@ class PerplexityByContext:
       documents: documents read side by side, the longest of the first hundred of the split.
       scored_tokens: tokens scored of each document at most.
       split: of the source.
+      name: of the plot, and in results.
     """
 
     memory_sizes: tuple[int, ...] = (0, 128, 1024, 4096, 16384)
     documents: int = 4
     scored_tokens: int = 4096
     split: str = "valid"
-
-    name = "perplexity_by_context"
+    name: str = "perplexity_by_context"
 
     def __post_init__(self):
         counts = {"documents": self.documents, "scored_tokens": self.scored_tokens}
         check_range("PerplexityByContext", 1, **counts)
-        if not self.memory_sizes or min(self.memory_sizes) < 0:
-            raise UserError(
-                f"PerplexityByContext.memory_sizes = {tuple(self.memory_sizes)}: give one size or "
-                "more, each 0 or more"
-            )
+        if not self.memory_sizes:
+            raise UserError("PerplexityByContext.memory_sizes = (): give one size or more")
+        for size in self.memory_sizes:
+            check_range("PerplexityByContext", 0, 2**31 - 1, memory_sizes=size)
 
     def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, float]]:
         """One row a memory size: memory, perplexity, nats, accuracy, tokens.

@@ -22,6 +22,7 @@ class Sample:
       temperature: 0 for the most likely token each time.
       split: of the source.
       seed: of the draws.
+      name: in results.
     """
 
     prompt_tokens: int = 256
@@ -30,12 +31,12 @@ class Sample:
     temperature: float = 0.7
     split: str = "valid"
     seed: int = 0
-
-    name = "sample"
+    name: str = "sample"
 
     def __post_init__(self):
         check_range("Sample", 1, prompt_tokens=self.prompt_tokens, new_tokens=self.new_tokens)
-        check_range("Sample", 0, memory=self.memory, temperature=self.temperature)
+        check_range("Sample", 0, temperature=self.temperature)
+        check_range("Sample", 0, 2**31 - 1, memory=self.memory)
         check_range("Sample", 0, LARGEST_SEED, seed=self.seed)
 
     def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, str]]:

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import logging as python_logging
 import math
+import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,6 +29,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from fot_jax.errors import UserError
 from fot_jax.model.transformer import ModelConfig, RopeScaling
+from fot_jax.paths import absolute, path_of
 from fot_jax.training import checkpoint_items as items
 
 T = TypeVar("T")
@@ -92,8 +97,8 @@ def locate(path: epath.PathLike) -> tuple[epath.Path, list[int]]:
     Raises:
       UserError: there is none.
     """
-    path = epath.Path(path)
-    if path.name.isdigit() and int(path.name) in complete_steps(path.parent):
+    path = path_of(path)
+    if re.fullmatch("[0-9]{1,18}", path.name) and int(path.name) in complete_steps(path.parent):
         return path.parent, [int(path.name)]
     for directory in (path / "checkpoints", path):  # the latter where it is that folder itself
         if steps := complete_steps(directory):
@@ -103,7 +108,8 @@ def locate(path: epath.PathLike) -> tuple[epath.Path, list[int]]:
 
 def complete_steps(directory: epath.PathLike) -> list[int]:
     """Steps whose checkpoints were written to the end, ascending."""
-    return sorted(ocp.utils.checkpoint_steps(epath.Path(directory)))
+    directory = epath.Path(directory)
+    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
 
 
 class _Unreadable(Exception):
@@ -193,6 +199,29 @@ def _check_same(folder: epath.Path, kind: str, recorded: Mapping[str, Any], want
             )
 
 
+@contextlib.contextmanager
+def _one_error_alone() -> Iterator[None]:
+    """Of the many arrays being read, the first that cannot be is raised; the others say nothing.
+
+    They go on failing for a while, in threads that find the event loop closed, and would print it.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable):
+        closed = str(unraisable.exc_value) == "Event loop is closed"
+        if not closed and not inspect.iscoroutine(unraisable.object):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    except BaseException:
+        python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
+        raise
+    else:
+        sys.unraisablehook = before
+
+
 def _read_arrays(folder: epath.Path, recorded: Mapping[str, Any], wanted: Any) -> Any:
     """Reads the arrays of one item as saved, compares checksums, then casts to the wanted types."""
     leaves, structure = jax.tree.flatten(wanted)
@@ -207,10 +236,12 @@ def _read_arrays(folder: epath.Path, recorded: Mapping[str, Any], wanted: Any) -
 
     target = jax.tree.unflatten(structure, map(as_recorded, names, leaves))
     handler = ocp.StandardCheckpointHandler()
-    arrays = _attempt(
-        folder.name,
-        lambda: handler.restore(folder.absolute(), args=ocp.args.StandardRestore(target)),
-    )
+
+    def read():
+        with _one_error_alone():
+            return handler.restore(absolute(folder), args=ocp.args.StandardRestore(target))
+
+    arrays = _attempt(folder.name, read)
     arrays = jax.tree.leaves(arrays)
     for name, checksum in zip(names, items.checksums(arrays), strict=True):
         if checksum != recorded[name]["checksum"]:
@@ -241,7 +272,7 @@ class Checkpointer:
           keep_last: how many of the newest stay.
           keep_every: steps whose multiples stay for ever; None: none do.
         """
-        self.directory = epath.Path(directory).absolute()
+        self.directory = absolute(directory)
         self._keep = keep_last, keep_every
         self._damaged: list[int] = []  # newer than what was restored
         self._needed = 0  # bytes of the last save
@@ -264,6 +295,11 @@ class Checkpointer:
             if self.directory.exists():
                 for left in ocp.utils.tmp_checkpoints(self.directory):
                     _warn(f"{left}: a save that never finished: removing it")
+            # A save that fails in the background would be found out late, and end the run slowly.
+            self.directory.mkdir(parents=True, exist_ok=True)
+            trial = self.directory / f"trial-of-process-{jax.process_index()}"
+            trial.write_text("")
+            trial.unlink()
             return ocp.CheckpointManager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(

@@ -245,7 +245,7 @@ class Metrics:
 def _open_lines(path: epath.Path, first_step: int) -> IO[str]:
     """Opens metrics.jsonl to append, without what a resumed run is about to write again."""
     if path.exists():
-        text = path.read_text()
+        text = path.read_bytes().decode(errors="replace")
         kept = "".join(f"{line}\n" for line in text.splitlines() if _stays(line, first_step))
         if kept != text:
             whole = path.parent / f"{path.name}.partial"
@@ -259,7 +259,12 @@ def _stays(line: str, first_step: int) -> bool:
         values = json.loads(line)
         # What was evaluated at that very step (it has no "loss") is evaluated, and written, again.
         return 0 < values["step"] < first_step + ("loss" in values)
-    except (ValueError, KeyError, TypeError):  # cut off when the run before was killed
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ):  # cut off when the run before was killed
         return False
 
 
