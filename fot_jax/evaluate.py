@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -100,7 +101,8 @@ def _directory_of(output: str) -> epath.Path:
       UserError: no file of that name can be written there.
     """
     path, partial = path_of(output), epath.Path(f"{output}.partial")
-    if path.exists() and not path.is_file():
+    # epath takes devices and pipes, too, for files.
+    if path.is_dir() or os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{output}: not a file: give the name of one, new or to be replaced")
     try:
         absolute(path).parent.mkdir(parents=True, exist_ok=True)

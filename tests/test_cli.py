@@ -1,6 +1,7 @@
 """The command line: what it says about bad input, and what it leaves behind."""
 
 import json
+import os
 import platform
 import re
 import shutil
@@ -151,6 +152,18 @@ def test_no_experiment_file(here, capsys, verb):
             "broken.gin:3: Failed to parse token 'float': a line is NAME = VALUE, or include",
         ),
         (
+            "Data.lanes = {[1]: 2}",
+            "broken.gin: unhashable type: 'list': give another value",
+        ),
+        (
+            "include 'broken.gin'",
+            "broken.gin: files include each other in a circle, or brackets are nested too deeply",
+        ),
+        (
+            "include 'latin.gin'",
+            "broken.gin: it, or a file it includes, is not a text in UTF-8: save it as one",
+        ),
+        (
             "import nothing_there",
             "No module named 'nothing_there' (broken.gin:3): install it, or mend the import",
         ),
@@ -161,6 +174,7 @@ def test_no_experiment_file(here, capsys, verb):
     ],
 )
 def test_files_that_gin_cannot_read(here, capsys, line, message):
+    (here / "latin.gin").write_bytes(b"# caf\xe9\n")
     (here / "broken.gin").write_text(f"include 'experiment.gin'\n\n{line}\n")
     assert refused_untouched(capsys, "train", "broken.gin").startswith(message)
 
@@ -191,6 +205,18 @@ def test_values_that_must_be_given(here, capsys, without, message):
     assert len(kept) == len(lines) - 1
     (here / "short.gin").write_text("".join(kept))
     assert refused_untouched(capsys, "train", "short.gin") == message
+
+
+def test_two_evaluations_of_a_kind_need_two_names(here, capsys):
+    """Or the results of one would replace those of the other."""
+    twice = bind("Evaluation.evals = (@PerplexityByContext(), @test/PerplexityByContext())")
+    argv = ["train", "experiment.gin", "--dry_run", *twice]
+    assert refused_untouched(capsys, *argv).startswith(
+        "Evaluation.evals has two evaluations named 'perplexity_by_context': give one of them"
+    )
+    assert cli.main([*argv, *bind("test/PerplexityByContext.name = 'of_test'")]) == 0
+    argv += bind("test/PerplexityByContext.name = 'a/b'")
+    assert refused_untouched(capsys, *argv).startswith("the name 'a/b' of an evaluation: give")
 
 
 def test_an_optimizer_that_is_called_in_the_file(here, capsys):
@@ -471,6 +497,22 @@ def test_texts_that_are_all_too_short_for_memory(here, capsys):
     assert cli.main([*argv, "--workdir", "plain"]) == 0
 
 
+def test_what_needs_no_cache(here, capsys):
+    line = refused_untouched(capsys, "cache", "experiment.gin", "--output", "cache")
+    assert line == "Data.source is a DictionaryLookup, which needs no cache: give @Text()"
+
+
+@pytest.mark.slow
+def test_an_empty_cache(here, capsys):
+    write_split(here, "a short text")
+    (here / "text.gin").write_text(TEXT + 'Corpus.path = "texts"\n')
+    argv = ["cache", "text.gin", "--output", "cache", *bind("Corpus.min_document_length = 15")]
+    assert refused(capsys, *argv) == (
+        "texts: the train split has no document of 15 tokens or more: lower min_document_length"
+    )
+    assert list((here / "cache").iterdir()) == []
+
+
 # --- Checkpoints ---------------------------------------------------------------------------------
 
 
@@ -549,6 +591,60 @@ def test_checkpoints_that_cannot_be_evaluated(here, trained, capsys):
     assert line.endswith("restore one from a copy, or start in another workdir")
 
 
+@pytest.mark.parametrize("path", ["https://host/x", "file:///x", "s3://bucket/x", "a\0b"])
+def test_paths_that_are_none(here, trained, capsys, path):
+    message = f"{path!r} is no path: give one of this machine, or gs://BUCKET/..."
+    initialize = bind(f"train.initialize_from = {path!r}")
+    for argv in (
+        ["train", "experiment.gin", "--workdir", path],
+        ["train", "experiment.gin", *initialize],
+        evaluate(path),
+        evaluate(trained, "--output", path),
+    ):
+        assert refused(capsys, *argv) == message
+
+
+@pytest.mark.parametrize("name", ["config.gin", "metrics.jsonl", "metrics.jsonl.partial"])
+def test_workdirs_where_a_file_cannot_be_written(here, trained, capsys, name):
+    shutil.copytree(trained, here / "run")
+    (here / "run" / "metrics.jsonl").write_text("cut o")  # so it is written anew
+    (here / "run" / name).unlink(missing_ok=True)
+    (here / "run" / name).mkdir()
+    argv = ["train", "experiment.gin", "--workdir", "run", *bind("train.steps = 3")]
+    assert refused(capsys, *argv) == (
+        f"run/{name}: Is a directory: mend that, or choose another place"
+    )
+
+
+def test_workdirs_that_cannot_keep_checkpoints(here, trained, capsys):
+    (here / "file").write_text("")
+    for workdir in ("file", "file/run"):
+        line = refused_untouched(capsys, "train", "experiment.gin", "--workdir", workdir)
+        assert line == (
+            f"{here}/{workdir}/checkpoints: cannot keep checkpoints here (Not a directory): choose "
+            "another workdir"
+        )
+
+
+@pytest.mark.parametrize(
+    "vocabulary, message",
+    [
+        ("[[", "damaged, not JSON"),
+        ("[" * 100_000, "damaged, not JSON"),
+        ("[]", "not a JSON object"),
+        ('{"kind": "Symbols", "names": ["a", "a", "</s>"]}', "a vocabulary of unknown kind"),
+        ('{"kind": "Symbols", "names": [1, [2]]}', "a vocabulary of unknown kind"),
+        ('{"kind": "Abacus", "sha256": 3}', "a vocabulary of unknown kind"),
+    ],
+    ids=range(6),
+)
+def test_damaged_vocabularies(here, trained, capsys, vocabulary, message):
+    shutil.copytree(trained, here / "run")
+    (here / "run" / "vocabulary" / "vocabulary.json").write_text(vocabulary)
+    line = refused_untouched(capsys, *evaluate("run"))
+    assert line.startswith(f"run/vocabulary/vocabulary.json: {message}")
+
+
 @pytest.mark.slow
 def test_texts_of_another_vocabulary_than_the_checkpoint(here, trained, capsys):
     write_split(here, "none of the words is a symbol", split="valid")
@@ -571,6 +667,13 @@ def test_results_are_whole_or_not_there(here, trained, capsys, monkeypatch):
     assert line == "no ink left: buy some"
     assert (here / "perplexity_by_context.png").read_bytes() == b"older"
     assert (here / "results.json").read_text() == "older"
+
+
+@pytest.mark.parametrize("output", [".", "pipe"])
+def test_output_that_is_no_file(here, trained, capsys, output):
+    os.mkfifo(here / "pipe")
+    line = refused_untouched(capsys, *evaluate(trained, "--output", output))
+    assert line == f"{output}: not a file: give the name of one, new or to be replaced"
 
 
 def test_output_that_cannot_be_written(here, trained, capsys):

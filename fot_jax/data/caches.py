@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import operator
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -39,13 +40,10 @@ def write_split(
       UserError: the directory cannot be written.
     """
     tf, seqio = libraries().tf, libraries().seqio
-    lengths = []
+    files, lengths = _record_files(directory, split, shards), []
     try:
         with contextlib.ExitStack() as stack:
-            writers = [
-                stack.enter_context(tf.io.TFRecordWriter(file))
-                for file in _record_files(directory, split, shards)
-            ]
+            writers = [stack.enter_context(tf.io.TFRecordWriter(file)) for file in files]
             for i, document in enumerate(documents):
                 example = seqio.dict_to_tfexample({"targets": document.tokens})
                 writers[i % shards].write(example.SerializeToString())
@@ -56,6 +54,7 @@ def write_split(
         "num_shards": shards,
         "features": {"targets": {"shape": [None], "dtype": "int32"}},
         "seqio_version": seqio.__version__,
+        "bytes": [epath.Path(file).stat().length for file in files],
     }
     stats = {
         "examples": len(lengths),
@@ -79,19 +78,17 @@ def cached_source(cache_dir: epath.PathLike, task_name: str, corpus: Corpus) -> 
             f"{cache_dir}: no cache of {corpus.path} for this tokenizer and these settings of the "
             f"corpus: make it with: fot cache EXPERIMENT.gin --output {cache_dir}"
         )
-    there = {file.name for file in directory.iterdir()}
-    files = {}
+    files, at_hand = {}, 1
     for split in SPLITS:
         info = epath.Path(seqio.get_cached_info_path(directory, split))
-        if info.name in there:
-            shards = json.loads(info.read_text())["num_shards"]
-            files[split] = _record_files(directory, split, shards)
-            if missing := [file for file in files[split] if epath.Path(file).name not in there]:
-                raise UserError(f"{missing[0]}: missing: copy the cache again, or make it again")
-    at_hand = 1
+        if info.exists():
+            sizes = _numbers(info, "bytes")
+            files[split] = _record_files(directory, split, len(sizes))
+            for file, size in zip(files[split], sizes, strict=True):
+                _check_whole(epath.Path(file), size)
     if "train" in files:
-        stats = json.loads(epath.Path(seqio.get_cached_stats_path(directory, "train")).read_text())
-        at_hand = to_shuffle(4 * stats["targets_tokens"], stats["examples"])
+        stats = epath.Path(seqio.get_cached_stats_path(directory, "train"))
+        at_hand = to_shuffle(4 * _numbers(stats, "targets_tokens"), _numbers(stats, "examples"))
     source = seqio.TFExampleDataSource(
         files,
         {"targets": tf.io.FixedLenSequenceFeature([], tf.int64, allow_missing=True)},
@@ -99,6 +96,25 @@ def cached_source(cache_dir: epath.PathLike, task_name: str, corpus: Corpus) -> 
         block_length=1,
     )
     return source, at_hand
+
+
+def _numbers(file: epath.Path, field: str) -> Any:
+    """Of what `write_split` wrote beside the records: a number, or a list of them."""
+    try:
+        value = json.loads(file.read_bytes())[field]
+        for number in value if isinstance(value, list) else [value]:
+            operator.index(number)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{file}: damaged: copy the cache again, or make it again") from error
+    return value
+
+
+def _check_whole(file: epath.Path, size: int) -> None:
+    """What is lost at the end of a file may be whole documents, which reading would not miss."""
+    there = file.stat().length if file.is_file() else None
+    if there != size:
+        what = "missing" if there is None else f"damaged: it has {there} of {size} bytes"
+        raise UserError(f"{file}: {what}: copy the cache again, or make it again")
 
 
 def _record_files(directory: epath.Path, split: str, shards: int) -> list[str]:

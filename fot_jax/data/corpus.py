@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from fot_jax.errors import UserError
+from fot_jax.errors import UserError, check_range
 from fot_jax.paths import path_of
 
 SPLITS = ("train", "valid", "test")
@@ -53,6 +53,7 @@ class Corpus:
         for field in ("path", "text_field"):
             if not getattr(self, field):
                 raise UserError(f'Corpus.{field} = "": give a name, or leave it out')
+        check_range("Corpus", 0, 2**31 - 1, min_document_length=self.min_document_length)
         if not 0 < self.weight < math.inf:
             raise UserError(f"Corpus.weight = {self.weight} of {self.path}: give more than 0")
         if self.join_by and self.path.startswith("tfds:"):

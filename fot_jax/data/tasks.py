@@ -92,10 +92,7 @@ class Text:
             documents = self._read(task, split=split, shuffle=False, num_epochs=1)
             first = next(documents, None)
             if first is None:
-                raise UserError(
-                    f"{corpus.path}: the {split} split has no document of "
-                    f"{corpus.min_document_length} tokens or more: lower min_document_length"
-                )
+                raise _all_too_short(corpus, split)
             yield first
             yield from documents
 
@@ -293,8 +290,17 @@ def cache(text: Text, directory: epath.PathLike, splits: Sequence[str] = SPLITS)
                     train = split == "train"
                     documents = text._read(task, split=split, shuffle=train, seed=0, num_epochs=1)
                     stats = write_split(half, split, CACHE_SHARDS if train else 1, documents)
+                    if not stats["examples"]:
+                        raise _all_too_short(corpus, split)
                     logging.info("cached %s of %s: %s", split, corpus.path, stats)
             (half / "COMPLETED").write_text("")
+
+
+def _all_too_short(corpus: Corpus, split: str) -> UserError:
+    return UserError(
+        f"{corpus.path}: the {split} split has no document of {corpus.min_document_length} tokens "
+        "or more: lower min_document_length"
+    )
 
 
 # --- Tasks ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import shutil
 
 from corpora import (
@@ -89,14 +90,30 @@ def test_a_damaged_cache(tmp_path):
     source = cached(
         text_over(write_corpus(tmp_path / "text", 1, train=texts_of(3))), tmp_path / "cache"
     )
-    files = sorted((tmp_path / "cache").rglob("*.tfrecord-*"))
-    for file in files:
-        file.write_bytes(file.read_bytes()[:-3])
-    message = message_of(lambda: take(source, 9))
-    assert "cache: damaged data (" in message and message.endswith("make it again")
-    files[5].unlink()
-    again = dataclasses.replace(source)
-    assert f"{files[5]}: missing: copy the cache again" in message_of(lambda: take(again, 9))
+    *_, file = (f for f in (tmp_path / "cache").rglob("*.tfrecord-*") if f.stat().st_size)
+    size = file.stat().st_size
+    content = file.read_bytes()
+
+    def message():
+        return message_of(lambda: take(dataclasses.replace(source), 9))
+
+    file.write_bytes(content[:-3] + b"abc")
+    assert "cache: damaged data (" in message() and message().endswith("make it again")
+    file.write_bytes(b"")  # whole documents are lost, which reading would not notice
+    assert message().startswith(f"{file}: damaged: it has 0 of {size} bytes: copy the cache again")
+    file.unlink()
+    assert message().startswith(f"{file}: missing: copy the cache again")
+    file.mkdir()
+    assert message().startswith(f"{file}: missing: copy the cache again")
+    file.rmdir()
+    file.write_bytes(content)
+    for name, text in itertools.product(("info", "stats"), ("", "[]", "{}", '{"bytes": "x"}')):
+        (notes,) = (tmp_path / "cache").rglob(f"{name}.train.json")
+        whole = notes.read_text()
+        notes.write_text(text)
+        assert message() == f"{notes}: damaged: copy the cache again, or make it again"
+        notes.write_text(whole)
+    assert len(take(dataclasses.replace(source), 3)) == 3
 
 
 def test_seqio_reads_the_cache_without_us(tmp_path):

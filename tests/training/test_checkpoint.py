@@ -343,11 +343,6 @@ def test_old_checkpoints_go(tmp_path):
     assert_is_step(restore(store), 7)
 
 
-def test_impossible_settings_are_refused(tmp_path):
-    with pytest.raises(UserError, match="keep_last = 0"):
-        Checkpointer(tmp_path, keep_last=0)
-
-
 def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
     store = Checkpointer(tmp_path)
     save(store, 1)
