@@ -27,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if not error.errno:
             raise
-        line = f"{error.filename or 'a file'}: {error.strerror}: mend that, or choose another place"
+        line = (
+            f"{error.filename or 'writing'}: {error.strerror}: mend that, or choose another place"
+        )
     print(f"fot: error: {' '.join(line.split())}", file=sys.stderr)
     return 2
 

@@ -199,11 +199,12 @@ def _check_same(folder: epath.Path, kind: str, recorded: Mapping[str, Any], want
             )
 
 
-@contextlib.contextmanager
-def _one_error_alone() -> Iterator[None]:
-    """Of the many arrays being read, the first that cannot be is raised; the others say nothing.
+@functools.cache
+def _one_error_alone() -> None:
+    """From now on, what Orbax raises is not printed as well, once by each of its threads.
 
-    They go on failing for a while, in threads that find the event loop closed, and would print it.
+    Of many arrays the first that fails is raised. The others go on failing for a while, in threads
+    that find the event loop closed.
     """
     before = sys.unraisablehook
 
@@ -212,14 +213,13 @@ def _one_error_alone() -> Iterator[None]:
         if not closed and not inspect.iscoroutine(unraisable.object):
             before(unraisable)
 
+    def of_a_thread(record) -> bool:
+        orbax = record.exc_info and "orbax" in record.pathname
+        return bool(orbax) or "exception was never retrieved" in record.getMessage()
+
     sys.unraisablehook = hook
-    try:
-        yield
-    except BaseException:
-        python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
-        raise
-    else:
-        sys.unraisablehook = before
+    for name in ("absl", "asyncio"):
+        python_logging.getLogger(name).addFilter(lambda record: not of_a_thread(record))
 
 
 def _read_arrays(folder: epath.Path, recorded: Mapping[str, Any], wanted: Any) -> Any:
@@ -236,12 +236,11 @@ def _read_arrays(folder: epath.Path, recorded: Mapping[str, Any], wanted: Any) -
 
     target = jax.tree.unflatten(structure, map(as_recorded, names, leaves))
     handler = ocp.StandardCheckpointHandler()
-
-    def read():
-        with _one_error_alone():
-            return handler.restore(absolute(folder), args=ocp.args.StandardRestore(target))
-
-    arrays = _attempt(folder.name, read)
+    _one_error_alone()
+    arrays = _attempt(
+        folder.name,
+        lambda: handler.restore(absolute(folder), args=ocp.args.StandardRestore(target)),
+    )
     arrays = jax.tree.leaves(arrays)
     for name, checksum in zip(names, items.checksums(arrays), strict=True):
         if checksum != recorded[name]["checksum"]:
@@ -287,6 +286,7 @@ class Checkpointer:
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
+        _one_error_alone()
         keep_last, keep_every = self._keep
         keep = [checkpoint_managers.LatestN(keep_last)]
         if keep_every is not None:
