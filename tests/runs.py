@@ -1,4 +1,4 @@
-"""Whole runs for tests: a tiny experiment, `fot` in this process or in its own, what it left."""
+"""Whole runs for tests: a tiny experiment, `fot` in this process or its own, what they leave."""
 
 import contextlib
 import json
@@ -48,6 +48,12 @@ DictionaryLookup.key_length = 1
 DictionaryLookup.value_length = 1
 PreviousContext.advance = 2
 Checkpoints.every = 4
+"""
+
+EVALUATED = """
+train.evaluation = @Evaluation()
+Evaluation.evals = (@PerplexityByContext(),)
+PerplexityByContext.memory_sizes = (0, 16)
 """
 
 QUICK = {  # compiling a program takes longer than running it, in these tests
@@ -151,3 +157,30 @@ def files(directory):
     """Name and content of every file."""
     found = sorted(path for path in Path(directory).rglob("*") if path.is_file())
     return {str(path.relative_to(directory)): path.read_bytes() for path in found}
+
+
+# --- What is refused -----------------------------------------------------------------------------
+
+
+def bind(*bindings):
+    return [word for binding in bindings for word in ("--gin", binding)]
+
+
+def refused(capsys, *argv):
+    """The one line that a command is refused with."""
+    capsys.readouterr()
+    assert cli.main([str(word) for word in argv]) == 2
+    said = capsys.readouterr()
+    # What was said before the refusal stands on lines of its own.
+    *_, line = said.err.splitlines()
+    assert said.err.count("fot: error: ") == 1 and line.startswith("fot: error: ")
+    assert said.err.endswith(f"{line}\n") and "Traceback" not in said.err
+    return line.removeprefix("fot: error: ")
+
+
+def refused_untouched(capsys, *argv):
+    """The same, when nothing else may be said, nor anything written."""
+    before = files(Path.cwd()), set(Path.cwd().rglob("*"))
+    line = refused(capsys, *argv)
+    assert (files(Path.cwd()), set(Path.cwd().rglob("*"))) == before
+    return line

@@ -86,12 +86,6 @@ def quick(cache):
         yield
 
 
-@pytest.fixture
-def one_device(monkeypatch):
-    with runs.first_devices(monkeypatch, 1):
-        yield
-
-
 def write(directory, experiment):
     path = directory / "experiment.gin"
     path.write_text(experiment)

@@ -1,0 +1,344 @@
+"""What is wrong in an experiment file, or in a --gin binding, is said in one line."""
+
+import pytest
+import runs
+from runs import DICTIONARY, bind, refused_untouched
+
+from fot_jax import cli
+from fot_jax.model import sizes
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+CORPORA = "Text.corpora = (@Corpus(),)"
+
+
+@pytest.mark.parametrize(
+    "verb", [["train"], ["train", "--dry_run"], ["evaluate", "--checkpoint=x"]]
+)
+def test_no_experiment_file(here, capsys, verb):
+    assert refused_untouched(capsys, *verb, "nothing.gin") == (
+        "no experiment file nothing.gin: give the path of a .gin file"
+    )
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (
+            "Dta.lanes = 4",
+            "unknown name 'Dta' (broken.gin:3); did you mean Data",
+        ),
+        (
+            "train.scheme = @PreviousContexts()",
+            "unknown name 'PreviousContexts' (broken.gin:3); did you mean PreviousContext",
+        ),
+        (
+            "Evaluation.evals = (@during/PerplexityByContex(),)",
+            "unknown name 'PerplexityByContex' (broken.gin:3); did you mean PerplexityByContext",
+        ),
+        (
+            "zzz.zzz = 4",
+            "unknown name 'zzz' (broken.gin:3): see the files in experiments/",
+        ),
+        (
+            "Data.lane = 4",
+            "Data has no parameter 'lane' (broken.gin:3); did you mean lanes or lane_groups",
+        ),
+        (
+            "Data.lanes = ",
+            "broken.gin:3: Unable to parse value: a line is NAME = VALUE, or include 'FILE.gin'",
+        ),
+        (
+            "Data.lanes == 4",
+            "broken.gin:3: ",
+        ),
+        (
+            "Data.lanes = (4,",
+            "broken.gin: a bracket or quote is not closed up to the end",
+        ),
+        (
+            "Data.lanes = float('nan')",
+            "broken.gin:3: Failed to parse token 'float': a line is NAME = VALUE, or include",
+        ),
+        (
+            "Data.lanes = {[1]: 2}",
+            "broken.gin: unhashable type: 'list': give another value",
+        ),
+        (
+            "include 'broken.gin'",
+            "broken.gin: files include each other in a circle, or brackets are nested too deeply",
+        ),
+        (
+            "include 'latin.gin'",
+            "broken.gin: it, or a file it includes, is not a text in UTF-8: save it as one",
+        ),
+        (
+            "import nothing_there",
+            "No module named 'nothing_there' (broken.gin:3): install it, or mend the import",
+        ),
+        (
+            "include 'parts/nothing.gin'",
+            "no file parts/nothing.gin to include (broken.gin:3): paths are relative to the",
+        ),
+    ],
+)
+def test_files_that_gin_cannot_read(here, capsys, line, message):
+    (here / "latin.gin").write_bytes(b"# caf\xe9\n")
+    (here / "broken.gin").write_text(f"include 'experiment.gin'\n\n{line}\n")
+    assert refused_untouched(capsys, "train", "broken.gin").startswith(message)
+
+
+def test_bindings_that_gin_cannot_read(here, capsys):
+    for binding, message in (
+        ("Dta.lanes = 4", "unknown name 'Dta' (--gin 'Dta.lanes = 4'); did you mean Data"),
+        ("Data.lanes = ", "--gin 'Data.lanes = ': Unable to parse value"),
+        ("Data.lanes = (4", "--gin 'Data.lanes = (4': a bracket or quote is not closed"),
+    ):
+        line = refused_untouched(capsys, "train", "experiment.gin", "--gin", binding)
+        assert line.startswith(message)
+
+
+@pytest.mark.parametrize(
+    "without, message",
+    [
+        ("train.steps", "train needs steps: set train.steps = ..."),
+        ("train.model", "train needs model: set train.model = ..."),
+        ("ModelConfig.mlp_dim", "ModelConfig needs mlp_dim: set ModelConfig.mlp_dim = ..."),
+        ("Data.lanes", "Data needs lanes: set Data.lanes = ..."),
+        ("train.learning_rate", "train needs learning_rate: set train.learning_rate = ..."),
+    ],
+)
+def test_values_that_must_be_given(here, capsys, without, message):
+    lines = DICTIONARY.splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith(f"{without} =")]
+    assert len(kept) == len(lines) - 1
+    (here / "short.gin").write_text("".join(kept))
+    assert refused_untouched(capsys, "train", "short.gin") == message
+
+
+def test_two_evaluations_of_a_kind_need_two_names(here, capsys):
+    """Or the results of one would replace those of the other."""
+    twice = bind("Evaluation.evals = (@PerplexityByContext(), @test/PerplexityByContext())")
+    argv = ["train", "experiment.gin", "--dry_run", *twice]
+    assert refused_untouched(capsys, *argv).startswith(
+        "Evaluation.evals has two evaluations named 'perplexity_by_context': give one of them"
+    )
+    assert cli.main([*argv, *bind("test/PerplexityByContext.name = 'of_test'")]) == 0
+    argv += bind("test/PerplexityByContext.name = 'a/b'")
+    assert refused_untouched(capsys, *argv).startswith("the name 'a/b' of an evaluation: give")
+
+
+def test_an_optimizer_that_is_called_in_the_file(here, capsys):
+    line = refused_untouched(capsys, "train", "experiment.gin", *bind("train.optimizer = @adamw()"))
+    assert line == "adamw needs learning_rate: write @adamw without ()"
+
+
+@pytest.mark.parametrize(
+    "bindings, circle",
+    [
+        (["STEPS = %STEPS", "train.steps = %STEPS"], "%STEPS -> %STEPS"),
+        (["A = %B", "B = (1, %A)", "train.steps = %A"], "%B -> %A -> %B"),
+        (["Corpus.path = @Corpus()", "Data.source = @Text()", CORPORA], "@Corpus -> @Corpus"),
+        (["train.steps = @train()"], "@train -> @train"),
+    ],
+)
+def test_values_that_refer_back_to_themselves(here, capsys, bindings, circle):
+    line = refused_untouched(capsys, "train", "experiment.gin", *bind(*bindings))
+    assert line == f"{circle}: refers back to itself: give one of them a value of its own"
+
+
+def test_values_that_are_not_for_experiment_files(here, capsys):
+    for name in ("train.workdir", "train.config_text", "train.dry_run", "evaluate.output"):
+        verb, _ = name.split(".")
+        line = refused_untouched(capsys, "train", "experiment.gin", *bind(f"{name} = 'x'"))
+        place = f"--gin \"{name} = 'x'\""
+        assert line == f"{name} is not for experiment files ({place}): see fot {verb} --help"
+
+
+def test_values_that_a_file_leaves_to_its_user(here, capsys):
+    (here / "open.gin").write_text(
+        "include 'experiment.gin'\nData.lanes = %gin.REQUIRED\n"
+        "train.steps = %STEPS\nSTEPS = %gin.REQUIRED\n"
+    )
+    argv = ["train", "open.gin"]
+    line = refused_untouched(capsys, *argv)
+    assert line == "Data.lanes is not set: add --gin 'Data.lanes = ...', or set it in a file"
+    argv += bind("Data.lanes = 4")
+    assert refused_untouched(capsys, *argv).startswith("train.steps is not set: add --gin")
+    assert cli.main([*argv, *bind("STEPS = 3"), "--dry_run"]) == 0
+    assert ", 3 steps: nothing written" in capsys.readouterr().out
+    line = refused_untouched(capsys, *argv, *bind("train.steps = %OTHER"))
+    assert line == "%OTHER has no value: set OTHER = ... in the experiment file"
+
+
+SOURCES = "@Text() or @DictionaryLookup() or @Passkey()"
+SCHEDULES = "@constant_rate() or @inverse_square_root() or @cosine()"
+MODELS = " or ".join(f"@{name}()" for name in ("ModelConfig", *(f.__name__ for f in sizes.NAMED)))
+
+
+@pytest.mark.parametrize(
+    "binding, message",
+    [
+        ("ModelConfig.hidden_size = '16'", "'16': give a whole number"),
+        ("ModelConfig.rope_theta = 'x'", "'x': give a number"),
+        ("ModelConfig.memory_layers = 1", "1: give a tuple, each of it a whole number"),
+        ("ModelConfig.memory_layers = ('1',)", "('1',): give a tuple, each of it a whole number"),
+        ("ModelConfig.qk_norm = 1", "1: give True or False"),
+        ("ModelConfig.norm = None", 'None: give a text in "quotes"'),
+        ("Data.lanes = '8'", "'8': give a whole number"),
+        ("Data.lanes = 8.0", "8.0: give a whole number"),
+        ("Data.lanes = True", "True: give a whole number"),
+        ("Data.group_lanes = '2'", "'2': give a whole number or None"),
+        ("Data.source = 'texts'", f"'texts': give {SOURCES}"),
+        ("Data.source = @Text", f"@Text: give {SOURCES}"),
+        ("Data.source = @Corpus()", f"@Corpus(): give {SOURCES}"),
+        ("Data.source = (@Text(),)", f"(@Text(),): give {SOURCES}"),
+        ("train.steps = 10.5", "10.5: give a whole number"),
+        ("train.model = 'fot_184m'", f"'fot_184m': give {MODELS}"),
+        ("train.model = @Corpus()", f"@Corpus(): give {MODELS}"),
+        ("train.data = @Data", "@Data: give @Data()"),
+        ("train.data = @Text()", "@Text(): give @Data()"),
+        ("train.checkpoints = @Evaluation()", "@Evaluation(): give @Checkpoints()"),
+        ("train.evaluation = @Corpus()", "@Corpus(): give @Evaluation()"),
+        ("train.learning_rate = 0.1", f"0.1: give {SCHEDULES}"),
+        ("train.learning_rate = @cosine", f"@cosine: give {SCHEDULES}"),
+        ("train.learning_rate = @adamw", f"@adamw: give {SCHEDULES}"),
+        ("train.optimizer = @cosine", "@cosine: give @adamw or @adafactor"),
+        ("train.optimizer = @Corpus", "@Corpus: give @adamw or @adafactor"),
+        (
+            "train.scheme = @Corpus()",
+            "@Corpus(): give @NoCrossbatch() or @PreviousContext() or @Packed() or @PackedTable()",
+        ),
+        (
+            "Evaluation.evals = (@Corpus(),)",
+            "(@Corpus(),): give a tuple, each of it @PerplexityByContext() or @Sample()",
+        ),
+        ("train.initialize_from = 3", '3: give a text in "quotes" or None'),
+        ("train.profile_steps = 3", "3: give (a whole number, a whole number) or None"),
+        ("train.profile_steps = (3,)", "(3,): give (a whole number, a whole number) or None"),
+        ("constant_rate.value = '0.1'", "'0.1': give a number"),
+        ("adamw.b1 = 'x'", "'x': give a number"),
+        ("PreviousContext.d = None", "None: give a whole number"),
+        ("Checkpoints.every = '4'", "'4': give a whole number"),
+        ("DictionaryLookup.document_tokens = 32.0", "32.0: give a whole number"),
+        ("PerplexityByContext.memory_sizes = 16", "16: give a tuple, each of it a whole number"),
+    ],
+)
+def test_values_of_the_wrong_type(here, capsys, binding, message):
+    line = refused_untouched(capsys, "train", "experiment.gin", *bind(binding))
+    assert line == f"{binding.split(' ')[0]} = {message}"
+
+
+@pytest.mark.parametrize(
+    "bindings, message",
+    [
+        (["train.steps = 0"], "train.steps = 0: give 1 or more"),
+        (["train.log_every = 0"], "train.log_every = 0: give 1 or more"),
+        (
+            ["train.log_every = 4", "train.positive_mass_every = 6"],
+            "train.positive_mass_every = 6 is not a multiple of train.log_every = 4: change one",
+        ),
+        (["Checkpoints.every = 0"], "Checkpoints.every = 0: give 1 or more"),
+        (["Checkpoints.keep_last = 0"], "Checkpoints.keep_last = 0: give 1 or more"),
+        (["Data.lanes = 0"], "Data.lanes = 0: give 1 or more"),
+        (["Data.lanes = 1000000"], "Data.lanes = 1000000 makes 2000000 rows a step (2 a lane), "),
+        (["train.seed = -1"], "train.seed = -1: give a number from 0 to 9223372036854775807"),
+        ([f"Data.seed = {2**63}"], f"Data.seed = {2**63}: give a number from 0 to "),
+        (["train.z_loss = -0.1"], "train.z_loss = -0.1: give 0 or more"),
+        (["train.max_skipped = -1"], "train.max_skipped = -1: give 0 or more"),
+        (["train.positive_mass_every = 0"], "train.positive_mass_every = 0: give 1 or more"),
+        *(
+            (
+                [f"train.profile_steps = {steps}"],
+                f"train.profile_steps = {steps}: give (first, last), two of the steps 1 … 12, in",
+            )
+            for steps in ((0, 2), (5, 2), (2, 13))
+        ),
+        (["constant_rate.value = -1"], "constant_rate.value = -1: give 0 or more"),
+        (["constant_rate.value = 1e999"], "constant_rate.value = inf: give 0 or more"),
+        (["adamw.b1 = 2"], "adamw.b1 = 2: give a number from 0 to 1"),
+        (["Evaluation.every = -1"], "Evaluation.every = -1: give 1 or more"),
+        (["PerplexityByContext.memory_sizes = ()"], "PerplexityByContext.memory_sizes = (): give"),
+        (["PerplexityByContext.documents = 0"], "PerplexityByContext.documents = 0: give 1 or"),
+        (["Compute.remat = 'some'"], "remat = 'some': choose one of none, dots, full"),
+        (["Compute.dtype = 'int8'"], "Compute.dtype = 'int8': choose one of float32, bfloat16"),
+        (["Evaluation.every = 5"], "Evaluation.during and Evaluation.every go together"),
+        (
+            ["ModelConfig.memory_layers = (2,)"],
+            "model.memory_layers has 2, but layers are numbered",
+        ),
+        (["DictionaryLookup.document_tokens = 4"], "DictionaryLookup.document_tokens = 4 is too"),
+        (
+            ["PreviousContext.d = 5"],
+            "PreviousContext.d = 5 is larger than the crossbatch group of 4 lanes: lower d, or "
+            "raise Data.lanes",
+        ),
+        (
+            ["train.d = @SwitchAtStep()", "SwitchAtStep.values = (2, 64)"],
+            "PreviousContext.d = 64 is larger than the crossbatch group of 4 lanes",
+        ),
+        (
+            ["train.scheme = @NoCrossbatch()", "train.d = @SwitchAtStep()"],
+            "the scheme NoCrossbatch has no d (asked for d=2): drop train.d",
+        ),
+        (
+            ["Data.lane_groups = 3"],
+            "Data.lanes = 4 is not a multiple of Data.lane_groups = 3: change one of them",
+        ),
+        (
+            ["Data.group_lanes = 3"],
+            "8 rows of a microbatch are not whole crossbatch groups of 6 rows (2 a lane): change "
+            "Data.group_lanes or Compute.accumulation",
+        ),
+        (
+            ["Compute.accumulation = 3"],
+            "8 rows do not divide into Compute.accumulation = 3 microbatches: change it or",
+        ),
+        (
+            ["Compute.accumulation = 2"],
+            "4 rows of a microbatch are not whole crossbatch groups of 8 rows (2 a lane)",
+        ),
+        (
+            ["MeshShape.data = 3", "--dry_run"],
+            "8 rows of a microbatch do not divide over 3 devices (mesh axes data x fsdp): change",
+        ),
+        (
+            ["MeshShape.data = 2"],
+            "mesh data=2 x fsdp=1 x tensor=1 does not use the 1 devices here exactly: change the",
+        ),
+        (
+            ["MeshShape.data = 1", "MeshShape.tensor = 4", "--dry_run"],
+            "model.num_heads = 2 does not divide over mesh axis tensor of 4: change MeshShape",
+        ),
+        (
+            [
+                *("MeshShape.data = 1", "MeshShape.tensor = 4", "ModelConfig.num_heads = 4"),
+                "--dry_run",
+            ],
+            "model.num_kv_heads = 2 does not divide over mesh axis tensor of 4",
+        ),
+        (
+            ["ModelConfig.vocab_size = 63"],
+            "the tokenizer has 64 tokens, the model a vocabulary of 63: raise the model's",
+        ),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_values_that_do_not_fit(here, capsys, bindings, message):
+    (here / "parts.gin").write_text("train.compute = @Compute()\nCompute.mesh = @MeshShape()\n")
+    flags = [word for word in bindings if word.startswith("--")]
+    gin = bind(*(word for word in bindings if word not in flags))
+    line = refused_untouched(capsys, "train", "experiment.gin", "parts.gin", *gin, *flags)
+    assert line.startswith(message)
+
+
+def test_later_files_and_bindings_win(here, capsys):
+    (here / "shorter.gin").write_text("train.steps = 7\nData.lanes = 2\n")
+    argv = ["train", "experiment.gin", "shorter.gin", "--dry_run", *bind("Data.lanes = 8")]
+    before = runs.files(here)
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out.startswith(
+        f"{runs.PARAMETERS:,} parameters, mesh {{'data': 8, 'fsdp': 1, 'tensor': 1}}, 16 rows of "
+        "16 tokens (256 new tokens a step), "
+    )
+    assert runs.files(here) == before
