@@ -381,20 +381,23 @@ def train(
             if profile_steps and step == profile_steps[1]:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
-            stops = asked.to_stop or step == steps
+            stopped = asked.to_stop  # once: what comes later in this step is for the next
+            ends = stopped or step == steps
             saves = step % checkpoints.every == 0
-            if evaluates(step) or stops or saves:
+            if evaluates(step) or ends or saves:
                 finish(*pending)
                 pending = None
-                if stops or saves and not history.skipped:  # or it might push out the last good one
+                if ends or saves and not history.skipped:  # or it might push out the last good one
                     save(step)
-                if evaluates(step) and not stops:
+                if evaluates(step) and not stopped:
                     run(evaluation.during, step)
-            if stops and step < steps:
-                checkpointer.close()
-                metrics.say(f"stopped by {asked.to_stop.name} after step {step}, which is saved")
-                return asked.to_stop
+            if stopped:
+                break
         checkpointer.close()
+        if asked.to_stop:
+            step = int(state.step)
+            metrics.say(f"stopped by {asked.to_stop.name} after step {step}, which is saved")
+            return asked.to_stop
         asked.at_once = True  # nothing is left to be saved
 
         # --- Evaluation --------------------------------------------------------------------------

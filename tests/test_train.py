@@ -25,6 +25,8 @@ from fot_jax.data.corpus import Corpus
 from fot_jax.data.synthetic import DictionaryLookup
 from fot_jax.data.tasks import Text
 from fot_jax.data.vocabulary import TrainedSentencePiece
+from fot_jax.evals.perplexity import PerplexityByContext
+from fot_jax.evaluate import Evaluation
 from fot_jax.model.crossbatch import PreviousContext
 from fot_jax.model.transformer import ModelConfig
 from fot_jax.training.optim import adamw, constant_rate
@@ -207,6 +209,30 @@ def test_a_second_sigterm_ends_the_process_at_once():
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (143, "SIGTERM\n"), done.stderr
+
+
+def test_a_signal_while_the_last_step_is_saved_leaves_out_the_evaluation(tmp_path, one_device):
+    def learning_rate(count):
+        if isinstance(count, int) and count == 2:  # asked for the report of step 3
+            signal.raise_signal(signal.SIGTERM)
+        return 0.01
+
+    def run():
+        return train_module.train(
+            str(tmp_path),
+            ModelConfig(64, 16, 2, 2, 2, 8, 32, (1,), 16),
+            train_module.Data(DictionaryLookup(32, 1, 1), lanes=4),
+            adamw,
+            learning_rate,
+            steps=3,
+            scheme=PreviousContext(advance=2),
+            evaluation=Evaluation(evals=(PerplexityByContext(memory_sizes=(0,)),)),
+        )
+
+    assert run() == signal.SIGTERM
+    assert steps_saved(tmp_path) == [3] and not (tmp_path / "plots").exists()
+    assert run() is None  # nothing is left but the evaluation
+    assert (tmp_path / "plots" / "perplexity_by_context.png").exists()
 
 
 # --- Resuming ------------------------------------------------------------------------------------
