@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import ctypes
 import os
 import signal
@@ -148,8 +147,7 @@ def _cache(args) -> int:
     from fot_jax.data import tasks
 
     with experiment_files.gin_errors():
-        # gin evaluates a reference when it is copied.
-        source = copy.deepcopy(gin.query_parameter("Data.source"))
+        source = gin.get_configurable("Data")().source
         if not isinstance(source, tasks.Text):
             raise UserError(
                 f"Data.source is a {type(source).__name__}, which needs no cache: give @Text()"

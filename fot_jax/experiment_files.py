@@ -260,10 +260,10 @@ def _wanted(hint: Any) -> str:
         return f"({', '.join(map(_wanted, inner))})"
     if kind in (tuple, collections.abc.Sequence):
         return f"a tuple, each of it {_wanted(inner[0])}"
-    names = {int: "a whole number", float: "a number", str: 'a text in "quotes"'}
-    names |= {bool: "True or False", type(None): "None"}
-    if hint in names:
-        return names[hint]
+    plain = {int: "a whole number", float: "a number", str: 'a text in "quotes"'}
+    plain |= {bool: "True or False", type(None): "None"}
+    if hint in plain:
+        return plain[hint]
     names = [f"@{name}()" for name, thing in _registered().items() if _gives(thing, hint)]
     if kind is collections.abc.Callable:  # or the name of a function itself
         names += [f"@{name}" for name, thing in _registered().items() if _gives(thing, inner[1])]

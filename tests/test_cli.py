@@ -5,8 +5,10 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import matplotlib.image
@@ -15,6 +17,7 @@ import runs
 from runs import DICTIONARY, EVALUATED, bind, refused, refused_untouched
 
 from fot_jax import cli
+from fot_jax.data import tasks
 from fot_jax.data.vocabulary import Bytes
 from fot_jax.errors import UserError
 from fot_jax.evals.perplexity import PerplexityByContext
@@ -246,6 +249,8 @@ def test_workdirs_that_cannot_keep_checkpoints(here, trained, capsys):
             f"{here}/{workdir}/checkpoints: cannot keep checkpoints here (Not a directory): choose "
             "another workdir"
         )
+        # One that still reads would abort the process when it exits.
+        assert "prefetch" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.mark.parametrize(
@@ -303,6 +308,32 @@ def test_output_that_cannot_be_written(here, trained, capsys):
     assert refused_untouched(capsys, *argv) == (
         "experiment.gin/results.json: cannot be written (File exists): choose another place"
     )
+
+
+# --- Signals -------------------------------------------------------------------------------------
+
+
+def test_interrupted_before_there_is_anything_to_save():
+    code = """if True:
+        import signal
+        from fot_jax import cli
+        cli._train = lambda args: signal.raise_signal(signal.SIGINT)
+        cli.main(["train", "experiment.gin"])
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "fot: interrupted\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_cache_that_is_stopped_leaves_nothing(here, monkeypatch, signum):
+    write_split(here, "a short text")
+    (here / "text.gin").write_text(TEXT + 'Corpus.path = "texts"\n')
+    monkeypatch.setattr(tasks, "write_split", lambda *args: signal.raise_signal(signum))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["cache", "text.gin", "--output", "cache"])
+    assert stopped.value.code == 128 + signum
+    assert list((here / "cache").iterdir()) == []
 
 
 # --- What is loaded ------------------------------------------------------------------------------

@@ -82,13 +82,16 @@ def cached_source(cache_dir: epath.PathLike, task_name: str, corpus: Corpus) -> 
     for split in SPLITS:
         info = epath.Path(seqio.get_cached_info_path(directory, split))
         if info.exists():
-            sizes = _numbers(info, "bytes")
+            with _damaged(info):
+                sizes = [operator.index(size) for size in json.loads(info.read_bytes())["bytes"]]
             files[split] = _record_files(directory, split, len(sizes))
             for file, size in zip(files[split], sizes, strict=True):
                 _check_whole(epath.Path(file), size)
     if "train" in files:
-        stats = epath.Path(seqio.get_cached_stats_path(directory, "train"))
-        at_hand = to_shuffle(4 * _numbers(stats, "targets_tokens"), _numbers(stats, "examples"))
+        file = epath.Path(seqio.get_cached_stats_path(directory, "train"))
+        with _damaged(file):
+            stats = json.loads(file.read_bytes())
+            at_hand = to_shuffle(4 * stats["targets_tokens"], stats["examples"])
     source = seqio.TFExampleDataSource(
         files,
         {"targets": tf.io.FixedLenSequenceFeature([], tf.int64, allow_missing=True)},
@@ -98,15 +101,13 @@ def cached_source(cache_dir: epath.PathLike, task_name: str, corpus: Corpus) -> 
     return source, at_hand
 
 
-def _numbers(file: epath.Path, field: str) -> Any:
-    """Of what `write_split` wrote beside the records: a number, or a list of them."""
+@contextlib.contextmanager
+def _damaged(file: epath.Path) -> Iterator[None]:
+    """Of what `write_split` wrote beside the records: it is read inside."""
     try:
-        value = json.loads(file.read_bytes())[field]
-        for number in value if isinstance(value, list) else [value]:
-            operator.index(number)
+        yield
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: damaged: copy the cache again, or make it again") from error
-    return value
 
 
 def _check_whole(file: epath.Path, size: int) -> None:

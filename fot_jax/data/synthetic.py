@@ -61,7 +61,7 @@ LONGEST_KEY = 10  # symbols: there are more keys than an int64 can count beyond 
 
 @dataclasses.dataclass(frozen=True)
 class DictionaryLookup(_Drawn):
-    """A dictionary, then questions about it: the task of paper §5, 64 tokens in all.
+    """A dictionary, then questions about it: 64 tokens in all (paper §5).
 
     The first half of a document holds definitions `<k> k1 … <v> v1 …`, the second half questions
     `<q> k1 … <v> v1 …`: as many whole records as fit in a half, the rest of it separators. Keys of

@@ -436,8 +436,9 @@ def _read(path: epath.Path) -> bytes:
 
 
 def _read_json(path: epath.Path) -> dict:
+    content = _read(path)
     try:
-        value = json.loads(_read(path))
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged, not JSON ({error}): restore it from a copy") from error
     if not isinstance(value, dict):

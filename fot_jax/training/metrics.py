@@ -259,12 +259,7 @@ def _stays(line: str, first_step: int) -> bool:
         values = json.loads(line)
         # What was evaluated at that very step (it has no "loss") is evaluated, and written, again.
         return 0 < values["step"] < first_step + ("loss" in values)
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-    ):  # cut off when the run before was killed
+    except (ValueError, KeyError, TypeError, RecursionError):  # cut off when a run was killed
         return False
 
 

@@ -186,7 +186,7 @@ def make_positive_mass(model: Transformer, plan: crossbatch.Plan, accumulation: 
     return jax.jit(measure)
 
 
-# --- Schedules of d (paper §5) -----------------------------------------------------------------
+# --- Schedules of d (paper §5) -------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

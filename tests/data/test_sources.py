@@ -13,7 +13,8 @@ from fot_jax.data.vocabulary import TrainedSentencePiece
 @pytest.fixture(scope="module")
 def books(tmp_path_factory):
     """A data set prepared by TensorFlow Datasets, like PG-19 in its fields; its directory."""
-    tfds = pytest.importorskip("tensorflow_datasets")
+    import tensorflow_datasets as tfds
+
     data_dir = tmp_path_factory.mktemp("tensorflow_datasets")
 
     class FewBooks(tfds.core.GeneratorBasedBuilder):

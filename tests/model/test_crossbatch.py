@@ -14,7 +14,7 @@ from fot_jax.errors import UserError
 from fot_jax.model import crossbatch
 from fot_jax.model.crossbatch import NoCrossbatch, Packed, PackedTable, PreviousContext
 
-# --- The oracle: which rows a row sees, written from the paper and not from the code ----------
+# --- The oracle: which rows a row sees, written from the paper and not from the code -------------
 
 
 def visible_rows(scheme, row, group):

@@ -387,6 +387,13 @@ def test_a_directory_that_cannot_be_made(tmp_path):
         Checkpointer(tmp_path / "file" / "checkpoints").open()
 
 
+def test_a_directory_that_cannot_be_written_to(tmp_path):
+    """Found out before training. (Root, who may write anywhere, meets a directory in the way.)"""
+    (tmp_path / "trial-of-process-0").mkdir()
+    with pytest.raises(UserError, match="cannot keep checkpoints here"):
+        Checkpointer(tmp_path).open()
+
+
 def test_object_arrays_are_never_pickled(tmp_path):
     store = Checkpointer(tmp_path)
     data = {0: {"left": np.array([{"not": "plain"}], object)}}

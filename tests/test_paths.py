@@ -1,0 +1,25 @@
+"""Paths as users give them."""
+
+from pathlib import Path
+
+import pytest
+
+from fot_jax.errors import UserError
+from fot_jax.paths import absolute, path_of
+from fot_jax.training.checkpoint import Checkpointer
+
+
+def test_paths_of_this_machine_and_of_buckets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for text in ("a/b", "/a/b", "gs://bucket/a", "s3:/a"):
+        assert str(path_of(text)) == text
+    assert str(absolute("a/b")) == str(Path("a/b").absolute())
+    assert str(Checkpointer("gs://bucket/run/checkpoints").directory) == (
+        "gs://bucket/run/checkpoints"
+    )
+
+
+@pytest.mark.parametrize("text", ["", "https://host/a", "file:///a", "s3://bucket/a", "a\0b"])
+def test_what_is_no_path(text):
+    with pytest.raises(UserError, match="is no path: give one of this machine, or gs://"):
+        path_of(text)
