@@ -42,9 +42,9 @@ def test_tensorflow_says_nothing(tmp_path):
     file.write_text('{"text": "12345678"}\n')
     run = run_python(READ_IN_A_THREAD, tmp_path)
     assert (run.stdout, run.stderr) == ("10\n", "")
-    file.write_text('{"text": "123')
+    file.write_text('{"text": "12345678"}\n{"text": "123')  # not the first, which we look at
     run = run_python(READ_IN_A_THREAD, tmp_path)
-    assert run.stdout.startswith(f"{file}:1: broken row, not JSON") and run.stderr == ""
+    assert run.stdout.startswith(f"{file}:2: broken row, not JSON") and run.stderr == ""
 
 
 SLOW_READER = """
