@@ -105,23 +105,51 @@ def from_tiles(x: jax.Array, rows: int, length: int) -> jax.Array:
 
 
 class Parts(NamedTuple):
-    """Attention so far: the output of the keys seen and the logsumexp of their scores."""
+    """Attention over the keys seen so far: a softmax whose division is put off to the end."""
 
-    out: jax.Array  # [R * tiles, K, G * tile, D] float32
-    lse: jax.Array  # [R * tiles, K, G * tile] float32
+    out: jax.Array  # [..., D] float32: sum of exp(score - top) * value
+    top: jax.Array  # [...] float32: the largest score
+    total: jax.Array  # [...] float32: sum of exp(score - top)
+
+    @property
+    def lse(self) -> jax.Array:
+        """[...] float32: logsumexp of the scores."""
+        return self.top + jnp.log(self.total)
+
+    def attended(self) -> jax.Array:
+        """[..., D] float32: softmax(scores) times values. Of queries that saw no key: finite."""
+        return self.out / self.total[..., None]
 
 
 def no_parts(q: jax.Array) -> Parts:
-    """The neutral element of merging: nothing seen yet, for tiled queries `q`."""
-    return Parts(jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], MASKED, jnp.float32))
+    """The neutral element of merging: nothing seen yet, for queries `q` [..., D]."""
+    top = jnp.full(q.shape[:-1], MASKED, jnp.float32)
+    return Parts(jnp.zeros(q.shape, jnp.float32), top, jnp.zeros(q.shape[:-1], jnp.float32))
+
+
+def absorb(parts: Parts, scores: jax.Array, visible: jax.Array, v: jax.Array) -> Parts:
+    """One more block of keys in the same softmax, exactly (paper §3.1).
+
+    Args:
+      parts: leading axes [P, K, T].
+      scores: [P, K, T, S] float32; visible: bool, broadcasts to it.
+      v: [P, K, S, D] in the type that products are computed in.
+    """
+    scores = jnp.where(visible, scores, MASKED)
+    top = jnp.maximum(scores.max(-1), parts.top)
+    # Before a query has seen any key, masked ones weigh 1; the first key it sees makes that 0.
+    p = jnp.exp(scores - top[..., None])
+    kept = jnp.exp(parts.top - top)
+    out = parts.out * kept[..., None] + _dot("pkts,pksd->pktd", p.astype(v.dtype), v)
+    return Parts(out, top, parts.total * kept + p.sum(-1))
 
 
 def merge(a: Parts, b: Parts) -> Parts:
     """One softmax over the keys of both parts, exactly (paper §3.1)."""
-    top = jnp.maximum(a.lse, b.lse)
-    wa, wb = jnp.exp(a.lse - top), jnp.exp(b.lse - top)
-    out = (a.out * wa[..., None] + b.out * wb[..., None]) / (wa + wb)[..., None]
-    return Parts(out, top + jnp.log(wa + wb))
+    top = jnp.maximum(a.top, b.top)
+    wa, wb = jnp.exp(a.top - top), jnp.exp(b.top - top)
+    out = a.out * wa[..., None] + b.out * wb[..., None]
+    return Parts(out, top, a.total * wa + b.total * wb)
 
 
 def attend(q, k, v, q_segments, k_segments, pairs: Pairs, parts: Parts, causal: bool) -> Parts:
@@ -140,17 +168,9 @@ def attend(q, k, v, q_segments, k_segments, pairs: Pairs, parts: Parts, causal: 
 
     def step(i, parts):
         at = walk.at(i)
-        scores, visible = walk.scores(at)
         before = Parts(*(walk.take_q(x, at) for x in parts))
-        top = jnp.maximum(jnp.where(visible, scores, MASKED).max(-1), before.lse)
-        p = jnp.where(visible, jnp.exp(scores - top[..., None]), 0.0)
-        kept = jnp.exp(before.lse - top)
-        total = kept + p.sum(-1)
-        part = _dot("pkts,pksd->pktd", p.astype(v.dtype), walk.take_k(v, at))
-        out = (before.out * kept[..., None] + part) / total[..., None]
-        return Parts(
-            walk.put_q(parts.out, at, out), walk.put_q(parts.lse, at, top + jnp.log(total))
-        )
+        after = absorb(before, *walk.scores(at), walk.take_k(v, at))
+        return Parts(*(walk.put_q(x, at, new) for x, new in zip(parts, after, strict=True)))
 
     return lax.fori_loop(0, walk.steps, step, parts)
 

@@ -383,7 +383,7 @@ def _forward(plan, n_hops, q, k, k_context, v, segments, hops):
             travelling = _send(plan, travelling)
         kc_t, v_t, k_segments = travelling
         parts = parts_of.attend(q_t, kc_t, v_t, segments, k_segments, pairs, parts, causal=False)
-    out = parts_of.from_tiles(parts.out.astype(q.dtype), R, T)
+    out = parts_of.from_tiles(parts.attended().astype(q.dtype), R, T)
     saved = (q, k, k_context, v, segments, out, parts.lse, hops)
     return out, saved
 

@@ -43,7 +43,7 @@ class LayerMemory(NamedTuple):
             *(q_t, k_t, v_t, segments, segments, window), parts_of.no_parts(q_t), causal=True
         )
         parts = parts_of.merge(parts, self._attend(q_t))
-        return parts_of.from_tiles(parts.out.astype(q.dtype), B, T)
+        return parts_of.from_tiles(parts.attended().astype(q.dtype), B, T)
 
     def _attend(self, q_t) -> Parts:
         """Everything in memory, in blocks of slots: scores of one block at a time are held."""
@@ -59,10 +59,7 @@ class LayerMemory(NamedTuple):
             filled = lax.dynamic_slice_in_dim(self.filled, i * block, block, 1) > 0
             scores = jnp.einsum("bnktd,bksd->bnkts", q, k, preferred_element_type=jnp.float32)
             scores = jnp.where(filled[:, None, None, None], scores, parts_of.MASKED)
-            lse = jax.nn.logsumexp(scores, axis=-1)
-            p = jnp.exp(scores - lse[..., None]).astype(q.dtype)
-            out = jnp.einsum("bnkts,bksd->bnktd", p, v, preferred_element_type=jnp.float32)
-            return parts_of.merge(parts, Parts(out, lse))
+            return parts_of.absorb(parts, scores, True, v)
 
         parts = lax.fori_loop(0, M // block if M else 0, step, parts_of.no_parts(q))
         return Parts(*(x.reshape(q_t.shape[0], *x.shape[2:]) for x in parts))
