@@ -77,10 +77,18 @@ def tile_of(length: int) -> int:
     return length
 
 
+def score_budget(platform: str | None = None) -> int:
+    """Scores worth computing in one step: those that stay in a CPU's cache, or that fill a chip.
+
+    Args:
+      platform: cpu, gpu or tpu; None for the default one of this process.
+    """
+    return 2**20 if (platform or jax.default_backend()) == "cpu" else 2**25
+
+
 def slots_of(heads: int, queries: int, keys: int, platform: str) -> int:
-    """Pairs worth computing in one step: scores that stay in a CPU's cache, or fill a chip."""
-    budget = 2**20 if platform == "cpu" else 2**25
-    return max(1, budget // (heads * tile_of(queries) * tile_of(keys)))
+    """Pairs worth computing in one step."""
+    return max(1, score_budget(platform) // (heads * tile_of(queries) * tile_of(keys)))
 
 
 def every_row(rows: int, sees: int, slots: int) -> Pairs:

@@ -1,106 +1,252 @@
 """Inference memory: an explicit pytree of keys and values that memory layers read (paper §3.1).
 
-Letters: B rows, M memory slots, T tokens of a window, H heads, K key/value heads, D head dim,
-L memory layers.
+Every row has slots, filled in the order its tokens were read. When all are filled, the memory is
+grown, or, as a ring, overwrites its oldest entries. Keys are stored as other contexts see them:
+normalised where the model does so, never rotated; so the order of slots is of no consequence.
+
+Over a mesh with the axis "memory" slots are dealt out in turn: slot s lives on shard s % n.
+
+Letters: B rows, T tokens, K key/value heads, M slots, D head dim, n shards.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
 
-from fot_jax.model import attention as parts_of
-from fot_jax.model.attention import SAME_DOCUMENT, Parts
+from fot_jax.errors import UserError
+
+AXIS = "memory"  # mesh axis that slots are sharded over
+STORAGE = ("float32", "bfloat16", "float16", "int8")
+
+
+class Stored(NamedTuple):
+    """Vectors in a storage type."""
+
+    # [B, K, M, D] float32, float16, int8, or the bits of bfloat16 as uint16: to update a few slots,
+    # XLA's CPU backend would first convert the whole of a bfloat16 array to float32 and then back.
+    x: Array
+    scale: Array | None  # [B, K, M] float32, for int8: a vector is x * scale
+
+    @property
+    def slots(self) -> int:
+        return self.x.shape[2]
+
+    def slot(self, start, size: int, dtype) -> Float[Array, "B K S D"]:
+        """The vectors of `size` slots from `start` on."""
+        cut = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=2)
+        return decode(Stored(cut(self.x), None if self.scale is None else cut(self.scale)), dtype)
+
+
+def encode(x: Float[Array, "*rows D"], storage: str) -> Stored:
+    """Vectors as stored. int8 has a scale per vector: the largest element is 127 of it."""
+    if storage == "int8":
+        x = x.astype(jnp.float32)
+        scale = jnp.maximum(jnp.abs(x).max(-1), 1e-30) / 127
+        return Stored(jnp.rint(x / scale[..., None]).astype(jnp.int8), scale)
+    if storage == "bfloat16":
+        return Stored(lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16), None)
+    return Stored(x.astype(storage), None)
+
+
+def decode(stored: Stored, dtype) -> Float[Array, "*rows D"]:
+    """Vectors of a type to compute with."""
+    x = stored.x
+    if x.dtype == jnp.uint16:
+        x = lax.bitcast_convert_type(x, jnp.bfloat16)
+    if stored.scale is not None:
+        x = x.astype(jnp.float32) * stored.scale[..., None]
+    return x.astype(dtype)
 
 
 class LayerMemory(NamedTuple):
-    """Keys and values of one memory layer: normalised where the model does so, never rotated."""
+    """Keys and values of one memory layer."""
 
-    k: Float[Array, "B K M D"]
-    v: Float[Array, "B K M D"]
-    filled: Int[Array, "B M"]  # 1 where a slot holds a token, 0 where it is free or padding
-
-    def attend_with_window(self, q, k, v, segments):
-        """One softmax over the local window, causally, and everything in memory.
-
-        Args:
-          q: [B, T, H, D] scaled queries; k, v: [B, T, K, D] of the window; segments: [B, T].
-
-        Returns:
-          [B, T, H, D] in q's dtype.
-        """
-        B, T, H, _ = q.shape
-        K = k.shape[2]
-        q_t, k_t, v_t = (parts_of.to_tiles(x, K) for x in (q, k, v))
-        slots = parts_of.slots_of(H, T, T, jax.default_backend())
-        window = parts_of.every_row(B, SAME_DOCUMENT, slots)
-        parts = parts_of.attend(
-            *(q_t, k_t, v_t, segments, segments, window), parts_of.no_parts(q_t), causal=True
-        )
-        parts = parts_of.merge(parts, self._attend(q_t))
-        return parts_of.from_tiles(parts.attended().astype(q.dtype), B, T)
-
-    def _attend(self, q_t) -> Parts:
-        """Everything in memory, in blocks of slots: scores of one block at a time are held."""
-        B, K, M, D = self.k.shape
-        q = q_t.reshape(B, -1, *q_t.shape[1:])  # by row, then tile
-        block = parts_of.tile_of(M)
-
-        def step(i, parts):
-            k, v = (
-                lax.dynamic_slice_in_dim(x, i * block, block, 2).astype(q.dtype)
-                for x in (self.k, self.v)
-            )
-            filled = lax.dynamic_slice_in_dim(self.filled, i * block, block, 1) > 0
-            scores = jnp.einsum("bnktd,bksd->bnkts", q, k, preferred_element_type=jnp.float32)
-            scores = jnp.where(filled[:, None, None, None], scores, parts_of.MASKED)
-            return parts_of.absorb(parts, scores, True, v)
-
-        parts = lax.fori_loop(0, M // block if M else 0, step, parts_of.no_parts(q))
-        return Parts(*(x.reshape(q_t.shape[0], *x.shape[2:]) for x in parts))
+    k: Stored
+    v: Stored
 
 
 class Memory(NamedTuple):
-    """Memories of all memory layers. A ring: when full, the oldest slots are replaced."""
+    """Memories of all memory layers; one row for each document, or one that all rows share."""
 
-    k: Float[Array, "L B K M D"]
-    v: Float[Array, "L B K M D"]
-    filled: Int[Array, "B M"]
-    next_slot: Int[Array, ""]
+    layers: tuple[LayerMemory, ...]
+    read: Int[Array, " B"]  # tokens ever stored
+    limit: Int[Array, ""]  # slots in use; more tokens overwrite the oldest
 
-    def layer(self, place: int) -> LayerMemory:
-        """The memory of the place-th memory layer."""
-        return LayerMemory(self.k[place], self.v[place], self.filled)
+    @property
+    def visible(self) -> Int[Array, " B"]:
+        """How many slots of each row hold something: the first ones."""
+        return jnp.minimum(self.read, self.limit)
 
-    def append(self, window, segments: Int[Array, "B T"]) -> Memory:
-        """Stores a window: per memory layer its (k, v), each [B, T, K, D]; padding stays hidden.
+    @property
+    def rows(self) -> int:
+        return self.read.shape[0]
 
-        Capacity must be a multiple of T.
-        """
-        if not self.k.size:  # no slots, or no memory layers
-            return self
-        k, v = (jnp.stack(x).swapaxes(2, 3).astype(self.k.dtype) for x in zip(*window, strict=True))
-        T, at = segments.shape[1], self.next_slot
-        return Memory(
-            lax.dynamic_update_slice_in_dim(self.k, k, at, 3),
-            lax.dynamic_update_slice_in_dim(self.v, v, at, 3),
-            lax.dynamic_update_slice_in_dim(self.filled, (segments > 0).astype(jnp.int32), at, 1),
-            (at + T) % self.k.shape[3],
-        )
+    @property
+    def slots(self) -> int:
+        """Allocated for each row, the limit or more; 0 without memory layers."""
+        return self.layers[0].k.slots if self.layers else 0
+
+    @property
+    def storage(self) -> str:
+        """One of STORAGE."""
+        name = self.layers[0].k.x.dtype.name if self.layers else "float32"
+        return "bfloat16" if name == "uint16" else name
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
-def empty(config, batch: int, capacity: int, dtype=jnp.float32) -> Memory:
-    """An empty memory of `capacity` slots a row for a model of this ModelConfig."""
-    layers = len(config.memory_layers)
-    shape = (layers, batch, config.num_kv_heads, capacity, config.head_dim)
-    return Memory(
-        jnp.zeros(shape, dtype),
-        jnp.zeros(shape, dtype),
-        jnp.zeros((batch, capacity), jnp.int32),
-        jnp.asarray(np.int32(0)),
+def slots_for(tokens: int, mesh: Mesh | None = None) -> int:
+    """Slots to allocate for so many tokens: up to an eighth more, so that few sizes are compiled.
+
+    Up to 1024 a shard a power of two, then a multiple of 1024, so that blocks divide it.
+    """
+    shards = shards_of(mesh)
+    tokens = max(64, -(-tokens // shards))
+    power = 1 << (tokens - 1).bit_length()
+    step = power if power <= 1024 else max(1024, power // 16)
+    return -(-tokens // step) * step * shards
+
+
+def shards_of(mesh: Mesh | None) -> int:
+    """How many devices share the slots."""
+    return mesh.shape[AXIS] if mesh is not None and AXIS in mesh.axis_names else 1
+
+
+def empty(config, rows: int, limit: int, storage: str = "float32", mesh: Mesh | None = None):
+    """A Memory of `limit` slots a row for a model of this ModelConfig, with nothing in it.
+
+    Args:
+      mesh: where it lives: its slots over the axis "memory", if it has that, else replicated.
+
+    Raises:
+      UserError: no such storage type.
+    """
+    if storage not in STORAGE:
+        raise UserError(f"a memory of {storage!r}: choose one of {', '.join(STORAGE)}")
+    if not config.memory_layers:
+        limit = 0
+    shape = (rows, config.num_kv_heads, slots_for(limit, mesh) if limit else 0, config.head_dim)
+
+    def make():
+        def stored():
+            zeros = encode(jnp.zeros(shape, jnp.float32), storage)
+            return jax.tree.map(jnp.zeros_like, zeros)
+
+        layers = tuple(LayerMemory(stored(), stored()) for _ in config.memory_layers)
+        return Memory(layers, jnp.zeros(rows, jnp.int32), jnp.asarray(limit, jnp.int32))
+
+    return jax.jit(make, out_shardings=_shardings(jax.eval_shape(make), mesh))()
+
+
+def specs(memory: Memory) -> Memory:
+    """PartitionSpecs of a memory whose slots are sharded."""
+    return jax.tree.map(
+        lambda x: PartitionSpec(None, None, AXIS) if x.ndim > 1 else PartitionSpec(), memory
     )
+
+
+def _shardings(memory: Memory, mesh: Mesh | None):
+    if mesh is None:
+        return None
+    of = specs(memory) if shards_of(mesh) > 1 else jax.tree.map(lambda _: PartitionSpec(), memory)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), of)
+
+
+# --- Append --------------------------------------------------------------------------------------
+
+
+def append(
+    memory: Memory,
+    windows: Sequence[tuple[Float[Array, "B K T D"], Float[Array, "B K T D"]]],
+    valid: Bool[Array, "B T"],
+    mesh: Mesh | None = None,
+) -> Memory:
+    """Stores the valid tokens of a window in the next slots: keys and values per memory layer.
+
+    A memory of one row takes the windows of all B rows, the first tokens of each first. A token for
+    which there is no slot overwrites the oldest one. Jitted with `memory` donated, nothing but the
+    new slots is written.
+    """
+    if not memory.slots:
+        return memory
+    shared = memory.rows < valid.shape[0]
+    if shared:
+        valid = valid.T.reshape(1, -1)
+    count = valid.sum(1)
+    place = memory.read[:, None] + jnp.cumsum(valid, 1) - 1
+    stays = valid & (place >= (memory.read + count)[:, None] - memory.limit)
+    slot = jnp.where(stays, place % jnp.maximum(memory.limit, 1), -1)
+
+    def write(layers, windows, slot):
+        shards = shards_of(mesh)
+        mine = slot % shards == (lax.axis_index(AXIS) if shards > 1 else 0)
+        size = layers[0].k.slots
+        # Out of bounds, and no index twice: these are dropped.
+        beyond = size + jnp.arange(slot.shape[1])
+        at = jnp.where((slot >= 0) & mine, slot // shards, beyond)
+        return jax.tree.map(functools.partial(_put, at=at), layers, windows)
+
+    def prepared(x):
+        if shared:  # [B, K, T, D] -> [1, K, T * B, D]
+            x = x.transpose(1, 2, 0, 3).reshape(1, x.shape[1], -1, x.shape[3])
+        return encode(x, memory.storage)
+
+    windows = tuple(LayerMemory(prepared(k), prepared(v)) for k, v in windows)
+    if shards_of(mesh) > 1:
+        sharded = specs(memory).layers
+        write = jax.shard_map(
+            write,
+            mesh=mesh,
+            in_specs=(sharded, PartitionSpec(), PartitionSpec()),
+            out_specs=sharded,
+            check_vma=False,
+        )
+    return Memory(write(memory.layers, windows, slot), memory.read + count, memory.limit)
+
+
+def _put(x, new, at):
+    """x [B, K, M, ...] with new [B, K, T, ...] at the slots `at` [B, T]."""
+
+    def row(x, new, at):
+        return x.at[:, at].set(new, mode="drop", unique_indices=True)
+
+    return jax.vmap(row)(x, new, at)
+
+
+def grow(memory: Memory, limit: int, mesh: Mesh | None = None) -> Memory:
+    """The same memory with room for `limit` tokens a row; not for a ring that has gone around.
+
+    Layer by layer: for a moment one layer is held twice. `memory` is used up.
+    """
+    shards = shards_of(mesh)
+    more = (slots_for(limit, mesh) - memory.slots) // shards
+    limit = jnp.full_like(memory.limit, limit)
+    if more <= 0:
+        return memory._replace(limit=limit)
+    shardings = _shardings(memory, mesh)
+
+    def widened(layer, sharding):
+        def pad(x):
+            by_shard = x.reshape(*x.shape[:2], shards, -1, *x.shape[3:])
+            widths = [(0, 0)] * 3 + [(0, more)] + [(0, 0)] * (x.ndim - 3)
+            return jnp.pad(by_shard, widths).reshape(*x.shape[:2], -1, *x.shape[3:])
+
+        wide = jax.jit(lambda layer: jax.tree.map(pad, layer), out_shardings=sharding)(layer)
+        jax.tree.map(lambda x: x.delete(), layer)
+        return wide
+
+    layers = tuple(
+        widened(layer, None if shardings is None else shardings.layers[i])
+        for i, layer in enumerate(memory.layers)
+    )
+    return Memory(layers, memory.read, limit)

@@ -1,4 +1,4 @@
-"""The transformer, in two families, as pure functions of (params, inputs, memory).
+"""The transformer, in two families, as pure functions of parameters and inputs.
 
 The paper family: pre-LN, GELU MLP, q and k L2-normalised with a learned temperature per head, no
 positions in memory layers. The LLaMA family: RMSNorm, SwiGLU, rotary positions, memory keys as if
@@ -6,10 +6,11 @@ at position 0 of the local window. Each difference is a field of `ModelConfig`, 
 families mix.
 
 Parameters of all layers are stacked on a leading axis; the layers between two memory layers run as
-one `lax.scan`, so compile time does not grow with depth.
+one `lax.scan`, so compile time does not grow with depth. (How a trained model reads with a memory is
+in inference.py.)
 
 Letters: R rows, T tokens of a row, E model dim, H heads, K key/value heads, D head dim, F mlp dim,
-V vocabulary, L layers, M memory slots.
+V vocabulary, L layers.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from jaxtyping import Array, Float, Int
 
 from fot_jax.errors import UserError, check_range
 from fot_jax.model import crossbatch
-from fot_jax.model.memory import Memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,6 @@ class Output(NamedTuple):
     """What a forward pass gives beside the hidden states of its last layer."""
 
     hidden: Float[Array, "R T E"]  # normalised, ready for `Transformer.logits`
-    window: Any  # per memory layer (k, v), each [R, T, K, D], as memory keeps them
     positive_mass: Float[Array, " memory_layers"] | None
 
 
@@ -155,7 +154,6 @@ class Transformer(nn.Module):
         segments: Int[Array, "R T"],
         plan: crossbatch.Plan,
         *,
-        memory: Memory | None = None,
         keep: crossbatch.Scheme | None = None,
         measure_positive_mass: bool = False,
     ) -> Output:
@@ -166,7 +164,6 @@ class Transformer(nn.Module):
           segments: document of each token, 0 for padding.
           plan: where rows live and which contexts the memory layers see in training;
             `crossbatch.Plan()` for one device and none.
-          memory: what memory layers see beyond the window at inference (paper §3.1).
           keep: hidden states are wanted for this scheme's output rows only; the others leave after
             the last memory layer, where nobody needs them any more.
           measure_positive_mass: also return r_d of every memory layer.
@@ -178,19 +175,15 @@ class Transformer(nn.Module):
         if self.remat != "none":
             policy = REMAT_POLICIES[self.remat]
             block = jax.checkpoint(block, policy=policy, static_argnums=(0, 1, 2, 3))
-        window, mass = [], []
+        mass = []
         start = 0
-        for place, layer in enumerate((*c.memory_layers, c.num_layers)):
+        for layer in (*c.memory_layers, c.num_layers):
             x = self._scan(block, x, segments, rope, plan, start, layer)
             if layer == c.num_layers:
                 break
             params = jax.tree.map(lambda p, layer=layer: p[layer], self.layers)
-            of_layer = None if memory is None else memory.layer(place)
-            x, aside = block(
-                c, plan, True, measure_positive_mass, params, x, segments, rope, of_layer
-            )
-            window.append(aside.window)
-            mass.append(aside.positive_mass)
+            x, of_layer = block(c, plan, True, measure_positive_mass, params, x, segments, rope)
+            mass.append(of_layer)
             start = layer + 1
             if layer == c.memory_layers[-1] and keep is not None:
                 kept = crossbatch.output_rows(keep, segments)
@@ -199,7 +192,7 @@ class Transformer(nn.Module):
         if keep is not None and len(x) == len(tokens):
             x = crossbatch.output_rows(keep, x)
         hidden = normalise(c, self.final_norm, x)
-        return Output(hidden, tuple(window), jnp.stack(mass) if measure_positive_mass else None)
+        return Output(hidden, jnp.stack(mass) if measure_positive_mass else None)
 
     def _scan(self, block, x, segments, rope, plan, start, stop):
         """Layers start … stop - 1, none of them a memory layer."""
@@ -207,38 +200,46 @@ class Transformer(nn.Module):
             return x
 
         def body(x, params):
-            return block(self.config, plan, False, False, params, x, segments, rope, None)[0], None
+            return block(self.config, plan, False, False, params, x, segments, rope)[0], None
 
         return lax.scan(body, x, jax.tree.map(lambda p: p[start:stop], self.layers))[0]
 
     def logits(self, hidden: Float[Array, "*rows E"]) -> Float[Array, "*rows V"]:
         """Next-token logits of hidden states, float32."""
-        kernel = self.embedding.T if self.config.tie_embeddings else self.head
-        return jnp.matmul(hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        params = {"embedding": self.embedding}
+        if not self.config.tie_embeddings:
+            params["head"] = self.head
+        return logits(self.config, params, hidden)
+
+
+def logits(c: ModelConfig, params, hidden: Float[Array, "*rows E"]) -> Float[Array, "*rows V"]:
+    """Next-token logits of hidden states, float32."""
+    kernel = params["embedding"].T if c.tie_embeddings else params["head"]
+    return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
 # --- One layer -----------------------------------------------------------------------------------
 
 
-class _Aside(NamedTuple):
-    window: Any = ()
-    positive_mass: Any = ()
-
-
-def _block(c, plan, remembers, measure, params, x, segments, rope, memory):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). Returns ([R, T, E], _Aside)."""
-    attended, aside = _attention(c, plan, remembers, measure, params, x, segments, rope, memory)
-    x = x + attended
-    h = normalise(c, params["mlp_norm"], x)
-    w = params["mlp"]
-    if c.mlp == "swiglu":
-        inner = nn.silu(linear(h, w["gate"])) * linear(h, w["up"])
+def _block(c, plan, remembers, measure, params, x, segments, rope):
+    """One layer in training: ([R, T, E], r_d of a memory layer where it is measured, else ())."""
+    R, T, _ = x.shape
+    q, k, v = queries_keys_values(c, params, x)
+    if remembers and not c.memory_positions:
+        q_local, k_local = q, k
     else:
-        inner = nn.gelu(linear(h, w["up"]))
-    return x + linear(inner, w["down"]), aside
+        q_local, k_local = rotate(q, rope), rotate(k, rope)
+    # Other rows see this row's keys as if at position 0: not rotated (paper §3.1).
+    attended = crossbatch.attention(
+        q_local, k_local, v, segments, plan, k_context=k if remembers else None
+    )
+    attended = checkpoint_name(attended, "attention").reshape(R, T, -1)
+    mass = crossbatch.positive_mass(q_local, k, v, segments, plan) if measure else ()
+    return add_outputs(c, params, x, attended), mass
 
 
-def _attention(c, plan, remembers, measure, params, x, segments, rope, memory):
+def queries_keys_values(c: ModelConfig, params, x: Float[Array, "R T E"]):
+    """Queries [R, T, H, D], scaled, keys and values [R, T, K, D] of a layer; none rotated."""
     R, T, _ = x.shape
     w = params["attention"]
     h = normalise(c, params["attention_norm"], x)
@@ -248,24 +249,20 @@ def _attention(c, plan, remembers, measure, params, x, segments, rope, memory):
     if c.qk_norm:
         # scores = <q, k> / tau with 1 / tau = exp(log_scale): the exponential lets it move fast.
         q = _unit(q) * jnp.exp(w["log_scale"])[:, None].astype(x.dtype)
-        k = _unit(k)
-    else:
-        q = q * c.head_dim**-0.5
-    if remembers and not c.memory_positions:
-        q_local, k_local = q, k
-    else:
-        q_local, k_local = rotate(q, rope), rotate(k, rope)
+        return q, _unit(k), v
+    return q * c.head_dim**-0.5, k, v
 
-    if memory is not None:
-        attended = memory.attend_with_window(q_local, k_local, v, segments)
+
+def add_outputs(c: ModelConfig, params, x, attended: Float[Array, "R T HD"]):
+    """The rest of a layer: x + attention, then x + mlp(norm(x)): [R, T, E]."""
+    x = x + linear(attended, params["attention"]["out"])
+    h = normalise(c, params["mlp_norm"], x)
+    w = params["mlp"]
+    if c.mlp == "swiglu":
+        inner = nn.silu(linear(h, w["gate"])) * linear(h, w["up"])
     else:
-        # Other rows see this row's keys as if at position 0: not rotated (paper §3.1).
-        attended = crossbatch.attention(
-            q_local, k_local, v, segments, plan, k_context=k if remembers else None
-        )
-    attended = checkpoint_name(attended, "attention").reshape(R, T, -1)
-    mass = crossbatch.positive_mass(q_local, k, v, segments, plan) if measure else ()
-    return linear(attended, w["out"]), _Aside((k, v) if remembers else (), mass)
+        inner = nn.gelu(linear(h, w["up"]))
+    return x + linear(inner, w["down"])
 
 
 def linear(x: Float[Array, "R T E"], kernel: Float[Array, "E F"]) -> Float[Array, "R T F"]:

@@ -1,36 +1,205 @@
-"""Inference memory against one softmax over everything, in NumPy float64."""
+"""Inference memory: what is in it after any way of filling it, in every storage type and sharding."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_transformer import LLAMA
 
-from fot_jax.model.memory import LayerMemory
+from fot_jax.errors import UserError
+from fot_jax.model import memory
+from fot_jax.model.lookup import Dense, attend
 
-B, T, H, K, D = 2, 5, 4, 2, 8
-
-
-def one_softmax(q, k, v, visible):
-    """q [T, D] over k, v [S, D], where visible [T, S]."""
-    scores = np.where(visible, q @ k.T, -np.inf)
-    p = np.exp(scores - scores.max(-1, keepdims=True))
-    return p / p.sum(-1, keepdims=True) @ v
+B, K, D = 2, LLAMA.num_kv_heads, LLAMA.head_dim
+SHARDS = pytest.mark.parametrize("shards", [1, 8])
 
 
-# None; less than a block of slots; several blocks.
-@pytest.mark.parametrize("slots", [0, 10, 1040])
-def test_attention_equals_one_softmax_over_memory_and_window(slots):
-    rng = np.random.default_rng(slots)
-    q, k, v = (rng.normal(size=(B, T, heads, D)) for heads in (H, K, K))
-    memory_k, memory_v = rng.normal(size=(2, B, K, slots, D))
-    filled = rng.integers(0, 2, (B, slots))
-    memory = LayerMemory(*(x.astype(np.float32) for x in (memory_k, memory_v)), filled)
-    window = (x.astype(np.float32) for x in (q, k, v))
-    got = memory.attend_with_window(*window, np.ones((B, T), np.int32))
-    causal = np.tril(np.ones((T, T), bool))
+def mesh_of(shards):
+    return None if shards == 1 else jax.make_mesh((shards,), (memory.AXIS,))
+
+
+@functools.cache
+def appending(shards):
+    return jax.jit(functools.partial(memory.append, mesh=mesh_of(shards)), donate_argnums=0)
+
+
+def fill(state, k, v, valid, pieces, shards=1):
+    """Appends tokens [B, K, N, D] in pieces of the given sizes, the last one the rest."""
+    start = 0
+    for size in [*pieces, k.shape[2]]:
+        cut = slice(start, min(start + size, k.shape[2]))
+        if cut.start < cut.stop:
+            window = [(k[:, :, cut], v[:, :, cut])]
+            state = appending(shards)(state, window, valid[:, cut])
+        start = cut.stop
+    return state
+
+
+def contents(state, row, shards=1):
+    """Keys and values of a row by slot, in use: two [K, n, D]."""
+    n = int(state.visible[row])
+
+    def of(stored):
+        x = np.asarray(memory.decode(stored, jnp.float32))[row]
+        x = x.reshape(K, shards, -1, D).swapaxes(1, 2).reshape(K, -1, D)  # dealt out in turn
+        return x[:, :n]
+
+    return of(state.layers[0].k), of(state.layers[0].v)
+
+
+def tokens_of(length, seed=0, rows=B):
+    rng = np.random.default_rng(seed)
+    k, v = rng.normal(size=(2, rows, K, length, D)).astype(np.float32)
+    return k, v, rng.random((rows, length)) < 0.8
+
+
+# --- Append --------------------------------------------------------------------------------------
+
+
+@SHARDS
+@pytest.mark.parametrize("pieces", [1, 7, 100])
+def test_appending_in_pieces_is_appending_at_once(shards, pieces):
+    length = 300
+    k, v, valid = tokens_of(length)
+    empty = functools.partial(memory.empty, LLAMA, B, length, mesh=mesh_of(shards))
+    whole = fill(empty(), k, v, valid, [], shards)
+    cut = fill(empty(), k, v, valid, [-(-length // pieces)] * pieces, shards)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True):
+        np.testing.assert_array_equal(a, b)
     for row in range(B):
-        visible = np.concatenate([causal, np.tile(filled[row] > 0, (T, 1))], axis=1)
-        for head in range(H):
-            of = head // (H // K)
-            keys = np.concatenate([k[row, :, of], memory_k[row, of]])
-            values = np.concatenate([v[row, :, of], memory_v[row, of]])
-            want = one_softmax(q[row, :, head], keys, values, visible)
-            np.testing.assert_allclose(got[row, :, head], want, atol=1e-5)
+        for got, want in zip(contents(cut, row, shards), (k, v), strict=True):
+            np.testing.assert_array_equal(got, want[row][:, valid[row]])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 80),
+    st.lists(st.sampled_from([1, 5, 16, 48]), min_size=1, max_size=12),
+    st.sampled_from([1, 8]),
+)
+def test_a_ring_keeps_the_last_tokens(limit, pieces, shards):
+    """Whatever the sizes; also where a piece is longer than the ring."""
+    k, v, valid = tokens_of(sum(pieces))
+    state = memory.empty(LLAMA, B, limit, mesh=mesh_of(shards))
+    state = fill(state, k, v, valid, pieces, shards)
+    for row in range(B):
+        order = np.flatnonzero(valid[row])
+        slot = {place % limit: token for place, token in enumerate(order)}
+        tokens = [slot[s] for s in range(len(slot))]
+        assert sorted(tokens) == order[-limit:].tolist()
+        for got, want in zip(contents(state, row, shards), (k, v), strict=True):
+            np.testing.assert_array_equal(got, want[row][:, tokens])
+
+
+@SHARDS
+def test_rows_share_a_memory(shards):
+    """The first tokens of all rows come first; padding takes no slot."""
+    k, v, valid = tokens_of(40)
+    state = memory.empty(LLAMA, 1, 80, mesh=mesh_of(shards))
+    state = fill(state, k, v, valid, [], shards)
+    order = [(token, row) for token in range(40) for row in range(B) if valid[row, token]]
+    for got, want in zip(contents(state, 0, shards), (k, v), strict=True):
+        expected = np.stack([want[row, :, token] for token, row in order], axis=1)
+        np.testing.assert_array_equal(got, expected)
+
+
+@SHARDS
+def test_growing_keeps_what_is_there(shards):
+    k, v, valid = tokens_of(2000)
+    state = memory.empty(LLAMA, B, 100, mesh=mesh_of(shards))
+    sizes = []
+    start = 0
+    for limit in (100, 900, 1700, 2000):
+        state = memory.grow(state, limit, mesh_of(shards))
+        sizes.append(state.slots)
+        cut = slice(start, start := limit)
+        state = fill(state, k[:, :, cut], v[:, :, cut], valid[:, cut], [64] * 40, shards)
+    assert sizes == sorted(sizes) and sizes[-1] > sizes[0]
+    for row in range(B):
+        for got, want in zip(contents(state, row, shards), (k, v), strict=True):
+            np.testing.assert_array_equal(got, want[row][:, valid[row]])
+
+
+@given(st.integers(1, 2**31 - 2**27), st.sampled_from([1, 3, 8]))
+def test_slots_are_a_little_more_than_asked_for(tokens, shards):
+    mesh = None if shards == 1 else jax.sharding.AbstractMesh((shards,), (memory.AXIS,))
+    slots = memory.slots_for(tokens, mesh)
+    of_shard = slots // shards
+    assert slots >= tokens and slots % shards == 0
+    assert of_shard <= max(64, 1.125 * tokens / shards + 1024)
+    assert of_shard % min(1024, of_shard) == 0 and of_shard & -of_shard >= min(1024, of_shard)
+    assert memory.slots_for(slots, mesh) == slots
+
+
+@pytest.mark.parametrize("storage", memory.STORAGE)
+def test_appending_copies_nothing(storage):
+    """The compiled program updates the donated memory in place."""
+    state = memory.empty(LLAMA, 1, 2**15, storage)
+    k, v, valid = tokens_of(64, rows=1)
+    compiled = appending(1).lower(state, [(k, v)], valid).compile()
+    layer = sum(leaf.nbytes for leaf in jax.tree.leaves(state.layers[0].k))
+    assert compiled.memory_analysis().temp_size_in_bytes < layer / 8
+
+
+# --- Attend --------------------------------------------------------------------------------------
+
+
+def one_softmax(q, k, v):
+    """q [N, D] over k, v [S, D] in float64."""
+    scores = q.astype(np.float64) @ k.T.astype(np.float64)
+    p = np.exp(scores - scores.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True) @ v.astype(np.float64)
+
+
+# Values are standard normal; storage rounds each to 2^-9, 2^-12, 1/254 of the vector's largest.
+ERRORS = {"float32": 1e-5, "bfloat16": 0.03, "float16": 0.004, "int8": 0.06}
+
+
+@SHARDS
+@pytest.mark.parametrize("storage", memory.STORAGE)
+@pytest.mark.parametrize("tokens", [1, 70, 3000])
+def test_dense_attention_equals_one_softmax(storage, tokens, shards):
+    """Grouped queries; rows filled differently; one block of slots and several."""
+    k, v, valid = tokens_of(tokens, seed=tokens)
+    valid[:, 0] = True
+    state = memory.empty(LLAMA, B, tokens, storage, mesh_of(shards))
+    state = fill(state, k, v, valid, [97] * 40, shards)
+    q = np.random.default_rng(1).normal(size=(B, K, 6, D)).astype(np.float32)
+    parts = attend(Dense(), q, state.layers[0], state.visible, mesh_of(shards))
+    got = np.asarray(parts.attended())
+    worst = 0.0
+    for row in range(B):
+        for head in range(K):
+            seen = valid[row]
+            want = one_softmax(q[row, head], k[row, head, seen], v[row, head, seen])
+            worst = max(worst, np.abs(got[row, head] - want).max())
+    assert worst < ERRORS[storage]
+    if storage != "float32" and tokens > 1:
+        assert worst > ERRORS[storage] / 50  # it is stored as it says
+
+
+@pytest.mark.parametrize("storage", memory.STORAGE)
+def test_storage_rounds_each_element_a_little(storage):
+    x = np.random.default_rng(0).normal(size=(3, 50, 64)).astype(np.float32)
+    x[0, 0] = 0
+    got = np.asarray(memory.decode(memory.encode(jnp.asarray(x), storage), jnp.float32))
+    relative = {"float32": 0, "bfloat16": 2**-8, "float16": 2**-11, "int8": 0}[storage]
+    largest = np.abs(x).max(-1, keepdims=True) / 254 if storage == "int8" else 1e-7
+    assert (np.abs(got - x) <= relative * np.abs(x) + largest * 1.001).all()
+
+
+def test_sizes():
+    state = memory.empty(LLAMA, B, 1000, "int8")
+    assert (state.slots, state.rows, state.storage) == (1024, B, "int8")
+    one = B * K * 1024 * (D + 4)  # bytes of keys, with a scale each
+    assert 2 * one <= state.nbytes <= 2 * one + 64
+    assert memory.empty(LLAMA, B, 0).slots == 0
+
+
+def test_bad_storage():
+    with pytest.raises(UserError, match="a memory of 'int4': choose one of float32, bfloat16"):
+        memory.empty(LLAMA, 1, 8, "int4")

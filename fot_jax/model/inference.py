@@ -1,0 +1,242 @@
+"""How a trained model reads: windows of tokens, a local cache, a memory (paper §3.1).
+
+A model reads a *piece* of text at a time. Every layer keeps the pieces of the local window in its
+cache; memory layers see in the same softmax everything in their memory. When a piece no longer fits
+into the window, the cache is emptied: memory layers move it to their memory, the others forget
+it, and positions start again at 0.
+
+Two compiled programs: `read` runs the layers over a piece and writes the caches only, `move` appends
+a cache to the memory. The former does not change the memory, so that it is never copied.
+
+Letters: B rows, T tokens of a piece, W places of the window (the local context, rounded up), H
+heads, K key/value heads, G = H / K, D head dim, E model dim.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from fot_jax.model import attention as parts_of
+from fot_jax.model import lookup as lookups
+from fot_jax.model import memory as memories
+from fot_jax.model import transformer
+from fot_jax.model.lookup import Lookup
+from fot_jax.model.memory import LayerMemory, Memory
+from fot_jax.model.transformer import ModelConfig
+
+
+class LayerCache(NamedTuple):
+    """The local window of one layer."""
+
+    k: Float[Array, "B K W D"]  # as queries of the window see them
+    v: Float[Array, "B K W D"]
+    k_memory: Any = None  # the same as memory keeps them, where that is different: not rotated
+
+
+class Cache(NamedTuple):
+    """The local window of all layers."""
+
+    layers: tuple[LayerCache, ...]
+    valid: Bool[Array, "B W"]  # False: free, or padding
+    length: Int[Array, " B"]  # places in use, padding among them
+
+
+def parameters_by_layer(params, dtype=jnp.float32, use_up: bool = False):
+    """Parameters of training, stacked, as inference wants them: a tuple with a tree per layer.
+
+    (Slices of stacked parameters would be copied for every token.)
+
+    Args:
+      dtype: of matrices; vectors stay as they are.
+      use_up: delete each array of `params` once it is split, so that none is held twice.
+    """
+
+    def cast(x):
+        return x.astype(dtype) if x.ndim > 1 else x
+
+    def split(x):
+        layers = jax.jit(lambda x: tuple(cast(layer) for layer in x))(x)
+        if use_up:
+            jax.block_until_ready(layers)
+            x.delete()
+        return layers
+
+    stacked, tree = jax.tree.flatten(params["layers"])
+    layers = zip(*(split(x) for x in stacked), strict=True)
+    rest = {name: jax.tree.map(cast, x) for name, x in params.items() if name != "layers"}
+    return {**rest, "layers": tuple(jax.tree.unflatten(tree, layer) for layer in layers)}
+
+
+def empty_cache(c: ModelConfig, rows: int, dtype=jnp.float32, mesh: Mesh | None = None) -> Cache:
+    """A window with nothing in it."""
+    places = c.local_context
+    places = -(-places // 256) * 256 if places > 256 else 1 << (places - 1).bit_length()
+
+    def make():
+        def zeros():
+            return jnp.zeros((rows, c.num_kv_heads, places, c.head_dim), dtype)
+
+        def layer(i):
+            both = i in c.memory_layers and c.memory_positions
+            return LayerCache(zeros(), zeros(), zeros() if both else None)
+
+        layers = tuple(layer(i) for i in range(c.num_layers))
+        return Cache(layers, jnp.zeros((rows, places), bool), jnp.zeros(rows, jnp.int32))
+
+    sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return jax.jit(make, out_shardings=sharding)()
+
+
+# --- Read ----------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("c", "lookup", "mesh"), donate_argnames="cache")
+def read(
+    c: ModelConfig,
+    lookup: Lookup,
+    mesh: Mesh | None,
+    params,
+    cache: Cache,
+    memory: Memory,
+    tokens: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    advance: Int[Array, " B"],
+) -> tuple[Float[Array, "B T E"], Cache]:
+    """Runs all layers over the next piece of every row.
+
+    Args:
+      c, lookup, mesh: static.
+      params: from `parameters_by_layer`.
+      cache: used up; with room for `advance` more tokens.
+      memory: of one row for each, or of one for all.
+      valid: False for padding: nobody sees it.
+      advance: how many places of the window a row's piece takes, from its first token on; what
+        comes after is computed in vain. Rows of one batch may have pieces of different lengths.
+
+    Returns:
+      Hidden states, normalised, ready for `transformer.logits`; the cache with the piece in it.
+    """
+    place = cache.length[:, None] + jnp.arange(tokens.shape[1])
+    seen = valid & (jnp.arange(tokens.shape[1]) < advance[:, None])
+    rope = tuple(x[jnp.minimum(place, x.shape[0] - 1)] for x in _rope(c, cache))
+    x = params["embedding"][tokens]
+    valid = _put(cache.valid[:, None], seen[:, None], place)[:, 0]
+    layers = []
+    for i, (layer, of_layer) in enumerate(zip(params["layers"], cache.layers, strict=True)):
+        remembers = i in c.memory_layers
+        q, k, v = transformer.queries_keys_values(c, layer, x)
+        unrotated = k
+        if not remembers or c.memory_positions:
+            q, k = transformer.rotate(q, rope), transformer.rotate(k, rope)
+        new = LayerCache(k, v, None if of_layer.k_memory is None else unrotated)
+        new = jax.tree.map(lambda x: x.swapaxes(1, 2), new)
+        of_layer = jax.tree.map(lambda x, new: _put(x, new, place), of_layer, new)
+        layers.append(of_layer)
+        of_memory = memory.layers[c.memory_layers.index(i)] if remembers and memory.slots else None
+
+        def attend(q, place, of_layer=of_layer, of_memory=of_memory):
+            local = _attend_window(q, of_layer, valid, place)
+            if of_memory is None:
+                return local.attended()
+            beyond = _attend_memory(lookup, q, of_memory, memory.visible, mesh)
+            return parts_of.merge(local, beyond).attended()
+
+        attended = _by_tiles(attend, q, place, c.num_kv_heads)
+        x = transformer.add_outputs(c, layer, x, attended.reshape(*x.shape[:2], -1))
+    hidden = transformer.normalise(c, params["final_norm"], x)
+    return hidden, Cache(tuple(layers), valid, cache.length + advance)
+
+
+def _rope(c: ModelConfig, cache: Cache):
+    return transformer.rope_table(c, cache.valid.shape[1])
+
+
+def _put(x, new, place):
+    """x [B, K, W, ...] with new [B, K, T, ...] at places [B, T]; those outside are dropped."""
+
+    def row(x, new, place):
+        return x.at[:, place].set(new.astype(x.dtype), mode="drop", unique_indices=True)
+
+    return jax.vmap(row)(x, new, place)
+
+
+def _by_tiles(attend, q: Float[Array, "B T H D"], place: Int[Array, "B T"], kv_heads: int):
+    """attend(q [B, K, G * t, D], place [B, t]) over tiles of t tokens: [B, T, H, D]."""
+    B, T, H, D = q.shape
+    tile = T
+    while tile % 2 == 0 and tile * B * H * 256 > parts_of.score_budget():
+        tile //= 2
+    tiles, G = T // tile, H // kv_heads
+
+    def of_tile(args):
+        return attend(*args)
+
+    q_t = q.reshape(B, tiles, tile, kv_heads, G, D).transpose(1, 0, 3, 4, 2, 5)
+    q_t = q_t.reshape(tiles, B, kv_heads, G * tile, D)
+    out = lax.map(of_tile, (q_t, place.reshape(B, tiles, tile).swapaxes(0, 1)))
+    out = out.reshape(tiles, B, kv_heads, G, tile, D).transpose(1, 0, 4, 2, 3, 5)
+    return out.reshape(B, T, H, D).astype(q.dtype)
+
+
+def _attend_window(q, layer: LayerCache, valid, place):
+    """The valid tokens of the window at or before each query, in parts."""
+    B, K, N, D = q.shape
+    W, groups = valid.shape[1], N // place.shape[1]
+    block = min(W, 256)
+
+    def step(i, parts):
+        k, v, seen = (
+            lax.dynamic_slice_in_dim(x, i * block, block, axis)
+            for x, axis in ((layer.k, 2), (layer.v, 2), (valid, 1))
+        )
+        scores = jnp.einsum("bknd,bksd->bkns", q, k, preferred_element_type=jnp.float32)
+        before = i * block + jnp.arange(block) <= place[:, :, None]
+        visible = jnp.tile(before & seen[:, None], (1, groups, 1))[:, None]
+        return parts_of.absorb(parts, scores, visible, v)
+
+    steps = jnp.minimum(place.max() // block + 1, W // block)
+    return lax.fori_loop(0, steps, step, parts_of.no_parts(q))
+
+
+def _attend_memory(lookup: Lookup, q, layer: LayerMemory, visible, mesh):
+    B, K, N, D = q.shape
+    if len(visible) == B:
+        return lookups.attend(lookup, q, layer, visible, mesh)
+    q = q.swapaxes(0, 1).reshape(1, K, B * N, D)  # all rows look into one memory
+    parts = lookups.attend(lookup, q, layer, visible, mesh)
+    return jax.tree.map(lambda x: x.reshape(K, B, N, *x.shape[3:]).swapaxes(0, 1), parts)
+
+
+# --- Move ----------------------------------------------------------------------------------------
+
+
+@functools.partial(
+    jax.jit, static_argnames=("c", "mesh"), donate_argnames=("memory", "valid", "length")
+)
+def move(
+    c: ModelConfig, mesh: Mesh | None, layers, valid, length, memory: Memory, rows: Bool[Array, " B"]
+) -> tuple[Bool[Array, "B W"], Int[Array, " B"], Memory]:
+    """Empties the window of some rows: memory layers append it to their memory.
+
+    Args:
+      layers, valid, length: of the cache; the last two are used up.
+      memory: used up.
+      rows: which.
+
+    Returns:
+      The cache's valid and length, and the memory.
+    """
+    windows = []
+    for i in c.memory_layers:
+        k, v, k_memory = layers[i]
+        windows.append((k if k_memory is None else k_memory, v))
+    memory = memories.append(memory, windows, valid & rows[:, None], mesh)
+    return valid & ~rows[:, None], jnp.where(rows, 0, length), memory
