@@ -1,4 +1,4 @@
-"""LanguageModel: reading with a memory and writing on, against float64 and step by step."""
+"""LanguageModel: reading with a memory and writing on, against the rules in NumPy float64."""
 
 import dataclasses
 import functools
@@ -8,156 +8,408 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fot_jax.errors import UserError
-from fot_jax.generate import LanguageModel
+from fot_jax.generate import LanguageModel, MemoryConfig
+from fot_jax.model.lookup import ApproximateTopK, TopK
 from fot_jax.model.transformer import Transformer
 
 sys.path.append(str(Path(__file__).parent / "model"))
-from test_transformer import LLAMA, PAPER, float64_logits, random_params
+import rules
+from test_transformer import LLAMA, PAPER, random_params
 
-C = 8  # local context
-FAMILIES = pytest.mark.parametrize("family", [LLAMA, PAPER], ids=["llama", "paper"])
+C = 64  # local context
+MODELS = {
+    "llama": LLAMA,
+    "llama without positions in memory layers": dataclasses.replace(LLAMA, memory_positions=False),
+    "paper": PAPER,
+}
+EVERY_MODEL = pytest.mark.parametrize("name", MODELS)
 
 
 @functools.cache
-def model_of(family, **changes):
-    config = dataclasses.replace(family, memory_layers=(0, 2), **changes)
-    # Larger logits: choices that rounding does not change.
-    params = jax.tree.map(lambda x: x, random_params(config))
-    return LanguageModel(Transformer(config), params)
+def config_of(name, **changes):
+    return dataclasses.replace(MODELS[name], memory_layers=(0, 2), local_context=C, **changes)
 
 
-def logits(lm, tokens, reach):
-    """Of one document, token by token in float64; windows see `reach` windows before their own."""
-    n = len(tokens)
-    windows = -(-n // C)
-    padded = np.zeros(windows * C, np.int32)
-    padded[:n] = tokens
-    row, place = np.divmod(np.arange(windows * C), C)
-    distance = row[:, None] - row
-    earlier = (distance > 0) & (distance <= reach)
-    local = (distance == 0) & (place[:, None] >= place)
-    seen = np.stack([local, earlier], axis=1).reshape(windows, C, 2, windows, C)
-    out = float64_logits(lm.model.config, lm.params, padded.reshape(windows, C), seen)
-    return out.reshape(windows * C, -1)[:n]
+@functools.cache
+def model_of(name, **changes):
+    config = config_of(name, **changes)
+    return LanguageModel.of(Transformer(config), random_params(config))
 
 
-def random_documents(lm, rows, length, seed=0):
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, lm.model.config.vocab_size, (rows, length + 1), dtype=np.int32)
+def by_rules(name, tokens, feeds, last=C, valid=None):
+    config = config_of(name)
+    return rules.read(config, random_params(config), tokens, feeds, last, valid)
 
 
-# --- Score ---------------------------------------------------------------------------------------
+def random_text(rows, length, seed=0):
+    return np.random.default_rng(seed).integers(0, LLAMA.vocab_size, (rows, length), dtype=np.int32)
 
 
-@FAMILIES
-@pytest.mark.parametrize("reach", [0, 1, 3, 6])
-def test_score_equals_float64(family, reach):
-    """Also where the memory, a ring, has gone around twice, and where it never fills."""
-    lm = model_of(family)
-    documents = random_documents(lm, 2, 5 * C)
-    scores = lm.score(documents[:, :-1], documents[:, 1:], capacity=reach * C)
-    assert scores.nats.shape == scores.correct.shape == (2, 5 * C)
-    for row, document in enumerate(documents):
-        want = logits(lm, document[:-1], reach)
-        log_z = np.log(np.exp(want).sum(-1))
-        nats = log_z - want[np.arange(5 * C), document[1:]]
-        np.testing.assert_allclose(scores.nats[row], nats, atol=2e-4)
-    # The memory is of consequence where there is any: the last window is read differently.
-    other = lm.score(documents[:, C:-1], documents[:, C + 1 :], capacity=reach * C)
-    change = np.abs(other.nats[:, -C:] - scores.nats[:, -C:]).max()
-    assert change > 1e-2 if reach > 3 else change < 1e-4 if reach == 0 else True
+def nats_of(logits, targets):
+    log_z = np.log(np.exp(logits).sum(-1))
+    return log_z - np.take_along_axis(logits, targets[..., None], -1)[..., 0]
 
 
-@FAMILIES
-def test_correct_is_the_most_likely_token(family):
-    lm = model_of(family)
-    (document,) = random_documents(lm, 1, 3 * C)
-    best = logits(lm, document[:-1], 2).argmax(-1)
-    targets = np.where(np.arange(3 * C) % 3 == 0, best, document[1:]).astype(np.int32)
-    scores = lm.score(document[None, :-1], targets[None], capacity=2 * C)
-    np.testing.assert_array_equal(scores.correct[0], targets == best)
+# --- Windows -------------------------------------------------------------------------------------
 
 
-def test_score_without_memory_layers(monkeypatch):
-    """A plain model reads windows of their own, whatever memory it is offered."""
-    lm = model_of(LLAMA)
-    config = dataclasses.replace(lm.model.config, memory_layers=())
-    plain = LanguageModel(Transformer(config), lm.params)
-    documents = random_documents(lm, 2, 3 * C)
-    scores = [
-        model.score(documents[:, :-1], documents[:, 1:], capacity=capacity).nats
-        for model, capacity in ((lm, 0), (plain, 0), (plain, 2 * C))
+@EVERY_MODEL
+@pytest.mark.parametrize("last", [32, 64])
+@pytest.mark.parametrize("length", [32, 33, 64, 65, 96, 118, 128, 150, 300])
+def test_logits_of_any_length(name, length, last):
+    text = random_text(2, length, seed=length)
+    got = model_of(name).logits(text, last_context_length=last)
+    for row in range(2):
+        want = by_rules(name, text[row], [length], last)
+        np.testing.assert_allclose(got[row], want, atol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(list(MODELS)),
+    st.lists(st.sampled_from([1, 5, 18, 31, 50, 64, 70, 130]), min_size=2, max_size=5),
+    st.sampled_from([7, 32, 64]),
+)
+def test_text_read_in_segments(name, feeds, last):
+    """The window that one segment leaves is what the next one joins, where it fits."""
+    text = random_text(1, sum(feeds), seed=sum(feeds))
+    lm = model_of(name)
+    state = lm.read(text[:, : feeds[0]], last_context_length=last)
+    got, start = [], feeds[0]
+    for length in feeds[1:]:
+        segment = text[:, start : start + length]
+        got.append(lm.logits(segment, last_context_length=last, state=state)[0])
+        start += length
+    want = by_rules(name, text[0], feeds, last)[feeds[0] :]
+    np.testing.assert_allclose(np.concatenate(got), want, atol=1e-4)
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("length", [40, 150, 300])
+def test_left_padding(name, length):
+    """Positions are those in the padded window; padding is seen by nobody, here or in memory."""
+    text = random_text(3, length, seed=1)
+    mask = np.arange(length) >= np.array([0, 17, length - 9])[:, None]
+    lm = model_of(name)
+    got = lm.logits(text, mask=mask, last_context_length=32)
+    other = np.where(mask, text, (text + 7) % LLAMA.vocab_size)
+    same = lm.logits(other, mask=mask, last_context_length=32)
+    for row in range(3):
+        want = by_rules(name, text[row], [length], 32, mask[row])
+        np.testing.assert_allclose(got[row, mask[row]], want[mask[row]], atol=1e-4)
+    np.testing.assert_array_equal(same[mask], got[mask])
+
+
+@EVERY_MODEL
+def test_scores_are_those_of_the_logits(name):
+    text = random_text(2, 211)
+    lm = model_of(name)
+    scores = lm.score(text, last_context_length=32)
+    assert scores.nats.shape == scores.correct.shape == (2, 210)
+    for row in range(2):
+        want = by_rules(name, text[row, :-1], [210], 32)
+        np.testing.assert_allclose(scores.nats[row], nats_of(want, text[row, 1:]), atol=1e-4)
+        np.testing.assert_array_equal(scores.correct[row], want.argmax(-1) == text[row, 1:])
+
+
+# --- Memory --------------------------------------------------------------------------------------
+
+
+def reach(where, tokens):
+    """Which tokens each token sees, if memory keeps the last so many of earlier windows."""
+    seen = rules.visibility(where)
+    first = np.searchsorted(where[:, 0], where[:, 0])  # of its window
+    seen[1] &= np.arange(len(where)) >= first[:, None] - tokens
+    return seen
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("size", [0, 1, 40, 64, 100, 1000])
+def test_a_ring_forgets_the_oldest_tokens(name, size):
+    text = random_text(1, 330)
+    scores = model_of(name).score(text, memory=MemoryConfig(size))
+    where = rules.places([329], C, C)
+    config = config_of(name)
+    want = rules.logits(config, random_params(config), text[0, :-1], where, reach(where, size))
+    np.testing.assert_allclose(scores.nats[0], nats_of(want, text[0, 1:]), atol=1e-4)
+
+
+def test_memory_is_of_consequence():
+    text = random_text(1, 330)
+    lm = model_of("llama")
+    nats = [lm.score(text, memory=MemoryConfig(size)).nats for size in (0, 100, None)]
+    assert np.abs(nats[0] - nats[1]).max() > 1e-2 and np.abs(nats[1] - nats[2]).max() > 1e-2
+
+
+@pytest.mark.parametrize("storage, error", [("bfloat16", 0.05), ("float16", 0.01), ("int8", 0.3)])
+def test_stored_in_fewer_bits(storage, error):
+    text = random_text(1, 330)
+    exact, rounded = (
+        model_of("llama").logits(text, memory=MemoryConfig(storage=each))
+        for each in ("float32", storage)
+    )
+    assert 1e-5 < np.abs(exact - rounded).max() < error
+
+
+@pytest.mark.parametrize("lookup", [TopK, ApproximateTopK])
+def test_the_best_keys_alone(lookup):
+    """All of them is dense attention; fewer is something else."""
+    text = random_text(2, 330)
+    lm = model_of("paper")
+    dense, few, all_of_them = (
+        lm.logits(text, memory=memory)
+        for memory in (
+            MemoryConfig(),
+            MemoryConfig(lookup=lookup(4)),
+            MemoryConfig(lookup=lookup(400)),
+        )
+    )
+    np.testing.assert_allclose(all_of_them, dense, atol=1e-4)
+    assert np.abs(few - dense).max() > 1e-2
+
+
+@pytest.mark.parametrize("lookup", [None, TopK(10)], ids=["dense", "top k"])
+def test_sharded_memory_gives_the_same(lookup):
+    """Over eight devices; while reading and while writing."""
+    config = config_of("llama")
+    single = model_of("llama")
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("memory",))
+    sharded = dataclasses.replace(single, mesh=mesh)
+    memory = MemoryConfig() if lookup is None else MemoryConfig(lookup=lookup)
+    text = random_text(2, 700)
+    a, b = (lm.logits(text, memory=memory) for lm in (single, sharded))
+    np.testing.assert_allclose(a, b, atol=1e-4)
+    state = sharded.read(text, memory=memory)
+    assert len(state.memory.layers[0].k.x.sharding.device_set) == 8
+    new = [
+        lm.generate(text, 100, temperature=0, memory=memory, last_context_length=32)
+        for lm in (single, sharded)
     ]
-    np.testing.assert_allclose(scores[1], scores[0], atol=1e-5)
-    np.testing.assert_allclose(scores[2], scores[0], atol=1e-5)
+    assert new[0] == new[1] and config.local_context < 100
 
 
-# --- Generate ------------------------------------------------------------------------------------
+def test_documents_share_a_memory():
+    """Each sees what all of them have left behind (multi-doc)."""
+    text = random_text(2, 3 * C)
+    got = model_of("llama").logits(text, memory=MemoryConfig(shared=True))
+    config = config_of("llama")
+    window = np.repeat(np.arange(3), C)
+    both = np.concatenate([window, window])
+    row = np.repeat([0, 1], 3 * C)
+    local = (both[:, None] == both) & (row[:, None] == row)
+    place = np.tile(np.arange(C), 6)
+    seen = np.stack([local & (place[:, None] >= place), both[:, None] > both])
+    where = np.stack([both, place], 1)
+    want = rules.logits(config, random_params(config), text.reshape(-1), where, seen)
+    np.testing.assert_allclose(got.reshape(want.shape), want, atol=1e-4)
 
 
-@FAMILIES
-@pytest.mark.parametrize("length", [1, C - 1, C, C + 1, 3 * C])
-def test_greedy_tokens_are_the_most_likely_ones(family, length):
-    """Around the ends of windows, where the local context moves into memory."""
-    lm = model_of(family)
-    prompt = random_documents(lm, 1, length, seed=length)[0, :-1].tolist()
-    new = lm.generate(prompt, C + 3, capacity=2 * C, temperature=0)
-    text = prompt[:]
-    for _ in range(C + 3):
-        text.append(int(logits(lm, np.asarray(text), reach=2)[-1].argmax()))
-    assert new == text[length:]
+# --- Writing -------------------------------------------------------------------------------------
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("length, last", [(1, 64), (63, 64), (64, 64), (65, 32), (150, 32)])
+def test_greedy_tokens_are_the_most_likely_ones(name, length, last):
+    """A hundred of them, while the window overflows twice."""
+    prompt = random_text(1, length, seed=length)[0]
+    new = model_of(name).generate(prompt, 100, temperature=0, last_context_length=last)
+    text = np.concatenate([prompt, new])
+    feeds = [length] + [1] * 99
+    assert rules.places(feeds, C, last)[-1, 0] - rules.places([length], C, last)[-1, 0] >= 1
+    want = by_rules(name, text[:-1], feeds, last)[length - 1 :]
+    np.testing.assert_array_equal(want.argmax(-1), new)
+
+
+@EVERY_MODEL
+def test_greedy_tokens_of_a_padded_batch(name):
+    text = random_text(3, 90, seed=2)
+    mask = np.arange(90) >= np.array([0, 17, 81])[:, None]
+    new = model_of(name).generate(text, 100, temperature=0, mask=mask, last_context_length=32)
+    for row in range(3):
+        whole = np.concatenate([text[row], new[row]])
+        valid = np.concatenate([mask[row], np.ones(100)])[:-1]
+        want = by_rules(name, whole[:-1], [90] + [1] * 99, 32, valid)[89:]
+        np.testing.assert_array_equal(want.argmax(-1), new[row])
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_batch_is_written_as_each_prompt_alone(name, temperature):
+    """Prompts of any lengths, whose windows overflow at different steps."""
+    lm = model_of(name)
+    prompts = [random_text(1, n, seed=n)[0].tolist() for n in (1, 30, 63, 150, 200)]
+    options = dict(temperature=temperature, top_p=0.9, last_context_length=40)
+    together = lm.generate(prompts, 80, seed=5, **options)
+    for row, prompt in enumerate(prompts):
+        assert lm.generate(prompt, 80, seed=5 + row, **options) == together[row]
+    assert len({tuple(new) for new in together}) == len(prompts)
+
+
+def test_reading_then_writing_is_writing():
+    lm = model_of("llama")
+    text = random_text(1, 170)[0].tolist()
+    state = lm.read(text[:100])
+    # 100 tokens leave 64 in the window, so that the others start another one, as 36 + 64 + 70.
+    again = state.copy()
+    new = lm.generate(text[100:], 70, temperature=0, state=state)
+    whole = np.concatenate([text, new])
+    want = by_rules("llama", whole[:-1], [100, 70] + [1] * 69)[169:]
+    np.testing.assert_array_equal(want.argmax(-1), new)
+    assert lm.generate(text[100:], 70, temperature=0, state=again) == new
 
 
 def test_draws_follow_the_distribution():
-    """At several temperatures; the same seed draws the same text."""
-    lm = model_of(LLAMA)
-    prompt = random_documents(lm, 1, C + 4)[0, :-1].tolist()
-    want = logits(lm, np.asarray(prompt), reach=1)[-1]
-    draw = functools.partial(lm.generate, prompt, 1, capacity=C)
-    for temperature in (0.5, 1.5):
-        drawn = [draw(temperature=temperature, seed=seed)[0] for seed in range(400)]
+    """At several temperatures, and cut off at top_p."""
+    lm = model_of("llama")
+    prompt = random_text(1, C + 4)[0].tolist()
+    want = by_rules("llama", prompt, [C + 4])[-1]
+    for temperature, top_p in ((0.5, 1.0), (1.5, 1.0), (1.0, 0.6)):
+        drawn = lm.generate([prompt] * 400, 1, temperature=temperature, top_p=top_p)
         p = np.exp(want / temperature) / np.exp(want / temperature).sum()
-        frequency = np.bincount(drawn, minlength=len(p)) / len(drawn)
-        assert np.abs(frequency - p).max() < 5 * (p.max() * (1 - p.max()) / len(drawn)) ** 0.5
+        order = np.argsort(-p)
+        fewest = order[: np.searchsorted(np.cumsum(p[order]), top_p) + 1]
+        p = np.where(np.isin(np.arange(len(p)), fewest), p, 0) / p[fewest].sum()
+        frequency = np.bincount(np.ravel(drawn), minlength=len(p)) / 400
+        assert np.abs(frequency - p).max() < 5 * (p.max() * (1 - p.max()) / 400) ** 0.5
+        assert not frequency[p == 0].any()
         assert p.max() > 3 / len(p)  # not just noise
-    long = functools.partial(lm.generate, prompt, 12, capacity=C)
-    assert long(seed=3) == long(seed=3) != long(seed=4)
 
 
-@FAMILIES
-def test_generates_without_memory(family):
-    """No slots, or no memory layers: the window alone."""
-    lm = model_of(family)
-    prompt = random_documents(lm, 1, 2 * C + 3)[0, :-1].tolist()
-    new = lm.generate(prompt, 4, capacity=0, temperature=0)
-    text = prompt[:]
-    for _ in range(4):
-        text.append(int(logits(lm, np.asarray(text), reach=0)[-1].argmax()))
-    assert new == text[len(prompt) :]
-    config = dataclasses.replace(lm.model.config, memory_layers=(), memory_positions=True)
-    plain = LanguageModel(Transformer(config), lm.params)
-    longer = plain.generate(prompt, 4, capacity=2 * C, temperature=0)
-    assert longer == plain.generate(prompt, 4, capacity=0, temperature=0)
+def test_seeds_repeat():
+    lm = model_of("llama")
+    prompt = random_text(1, 20)[0].tolist()
+    draw = functools.partial(lm.generate, prompt, 12)
+    assert draw(seed=3) == draw(seed=3) != draw(seed=4)
+    assert lm.generate([prompt] * 2, 12, seed=[4, 3]) == [draw(seed=4), draw(seed=3)]
+
+
+def test_stop_tokens_end_a_row():
+    lm = model_of("llama")
+    prompts = [random_text(1, n, seed=n)[0].tolist() for n in (20, 30)]
+    whole = lm.generate(prompts, 40, temperature=0)
+    stop = whole[0][7]
+    cut = [row[: row.index(stop)] if stop in row else row for row in whole]
+    assert lm.generate(prompts, 40, temperature=0, stop=[stop]) == cut
+    assert len(cut[0]) <= 7
+    steps = list(lm.stream(prompts, 40, temperature=0, stop=range(LLAMA.vocab_size)))
+    assert steps == [[None, None]]  # and nothing after that
+
+
+def test_generates_without_memory():
+    """Of size 0, or in a model without memory layers: the window alone."""
+    prompt = random_text(1, 2 * C + 3)[0].tolist()
+    config = config_of("llama")
+    new = model_of("llama").generate(prompt, 70, temperature=0, memory=MemoryConfig(0))
+    where = rules.places([len(prompt)] + [1] * 69, C, C)
+    text = np.concatenate([prompt, new])[:-1]
+    want = rules.logits(config, random_params(config), text, where, reach(where, 0))
+    np.testing.assert_array_equal(want[len(prompt) - 1 :].argmax(-1), new)
+    plain = dataclasses.replace(config, memory_layers=())
+    lm = LanguageModel.of(Transformer(plain), random_params(config))
+    assert lm.generate(prompt, 70, temperature=0) == new
+    assert lm.generate(prompt, 0) == []
+
+
+# --- Programs ------------------------------------------------------------------------------------
+
+
+def test_a_token_needs_no_compilation_and_no_copy_of_memory():
+    from fot_jax import generate
+    from fot_jax.model import inference
+
+    lm = model_of("llama")
+    prompt = random_text(1, 4500)[0].tolist()
+    state = lm.read(prompt)
+    lm.generate([1], 2, state=state.copy())
+    compiled = generate._next_token._cache_size(), inference.move._cache_size()
+    lm.generate([1], 200, state=state.copy())
+    assert (generate._next_token._cache_size(), inference.move._cache_size()) == compiled
+    args = inference.read.lower(
+        *(lm.config, state.config.lookup, None, lm.params, state.cache, state.memory),
+        *(np.ones((1, 1), np.int32), np.ones((1, 1), bool), np.ones(1, np.int32)),
+    )
+    temporaries = args.compile().memory_analysis().temp_size_in_bytes
+    assert temporaries < state.memory.layers[0].k.x.nbytes / 2
+
+
+def test_growing_memory_compiles_few_programs():
+    """A text fed bit by bit."""
+    from fot_jax.model import inference
+
+    lm = model_of("llama")
+    text = random_text(1, 6000, seed=9)
+    before = inference.read._cache_size()
+    state = lm.read(text[:, :16])
+    for start in range(16, 6000, 16):
+        lm.read(text[:, start : start + 16], state=state)
+    assert inference.read._cache_size() - before < 16
+    whole = lm.logits(text[:, :64], state=state)
+    assert np.isfinite(whole).all()
 
 
 # --- Bad input -----------------------------------------------------------------------------------
 
 
-def test_bad_input():
-    lm = model_of(LLAMA)
-    tokens = np.zeros((1, 2 * C), np.int32)
-    message = "12 tokens with a memory of 8 do not divide into windows of 8"
-    with pytest.raises(UserError, match=message):
-        lm.score(tokens[:, :12], tokens[:, :12], capacity=C)
-    with pytest.raises(UserError, match="a memory of 12 does not divide into windows of 8"):
-        lm.generate([1], 1, capacity=12)
-    with pytest.raises(UserError, match="the prompt is empty"):
-        lm.generate([], 1, capacity=C)
+def test_bad_text():
+    lm = model_of("llama")
+    with pytest.raises(UserError, match="the prompt is empty: give at least one token"):
+        lm.generate([], 1)
+    with pytest.raises(UserError, match="the prompt is empty: give at least one token"):
+        lm.generate([[1], []], 1)
+    with pytest.raises(UserError, match="the text is empty: give at least one token"):
+        lm.logits(np.zeros((1, 0), np.int32))
+    with pytest.raises(UserError, match="one token alone has no score: give at least two"):
+        lm.score([[1]])
     outside = "token {} is outside the model's vocabulary of 61: the text was tokenized for another"
     for token in (61, -1):
+        for ask in (lm.logits, lm.score, lm.read):
+            with pytest.raises(UserError, match=outside.format(token)):
+                ask([[1, token, 1]])
         with pytest.raises(UserError, match=outside.format(token)):
-            lm.generate([1, token], 1, capacity=C)
-        with pytest.raises(UserError, match=outside.format(token)):
-            lm.score(tokens + token, tokens, capacity=C)
+            lm.generate([1, token], 1)
+    with pytest.raises(UserError, match=r"tokens of shape \(1, 2\) and type float64: give whole"):
+        lm.logits([[0.5, 1.0]])
+    with pytest.raises(UserError, match=r"a mask of shape \(1, 3\) for tokens of shape \(1, 2\)"):
+        lm.logits([[1, 2]], mask=[[1, 1, 1]])
+
+
+def test_bad_numbers():
+    lm = model_of("llama")
+    for options, message in (
+        (dict(last_context_length=65), "last_context_length = 65: give 1 to 64, the local context"),
+        (dict(last_context_length=0), "last_context_length = 0: give 1 to 64, the local context"),
+        (dict(temperature=-1), "generate.temperature = -1: give 0 or more"),
+        (dict(top_p=1.5), "generate.top_p = 1.5: give a number from 0 to 1"),
+        (dict(seed=-1), "generate.seed = -1: give a number from 0"),
+        (dict(seed=[1, 2]), "2 seeds for 1 prompts: give one for each"),
+    ):
+        with pytest.raises(UserError, match=message):
+            lm.generate([1], 1, **options)
+    with pytest.raises(UserError, match="generate.max_new_tokens = -1: give 0 or more"):
+        lm.generate([1], -1)
+
+
+def test_bad_memory():
+    lm = model_of("llama")
+    text = random_text(1, 200)
+    message = "the memory of 100 tokens is full before the end of the text, which needs 136: raise"
+    with pytest.raises(UserError, match=message):
+        lm.read(text, memory=MemoryConfig(100, ring=False))
+    lm.read(text, memory=MemoryConfig(136, ring=False))
+    with pytest.raises(UserError, match="which needs 200"):  # while writing, but said before
+        lm.generate(text[0], 60, memory=MemoryConfig(136, ring=False))
+    with pytest.raises(UserError, match="TopK.k = 9 is larger than the memory of 8 tokens"):
+        MemoryConfig(8, lookup=TopK(9))
+    with pytest.raises(UserError, match="MemoryConfig.storage = 'int4': choose one of float32"):
+        MemoryConfig(storage="int4")
+    with pytest.raises(UserError, match="MemoryConfig.size = -1: give a number from 0"):
+        MemoryConfig(-1)
+    plain = dataclasses.replace(lm, config=dataclasses.replace(lm.config, memory_layers=()))
+    with pytest.raises(UserError, match="a memory of 100 tokens for a model without memory layers"):
+        plain.read(text, memory=MemoryConfig(100))
+    with pytest.raises(UserError, match="2 documents for a state of 1: give as many"):
+        lm.read(random_text(2, 5), state=lm.read(text))

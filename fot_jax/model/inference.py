@@ -95,6 +95,33 @@ def empty_cache(c: ModelConfig, rows: int, dtype=jnp.float32, mesh: Mesh | None 
     return jax.jit(make, out_shardings=sharding)()
 
 
+def cut(tokens: int, cached: int, context: int, last: int) -> list[tuple[int, int, bool]]:
+    """How text is cut into pieces, as LongLLaMA does it.
+
+    All but the last `last` tokens are cut from the left into pieces of `context`, then comes one
+    piece with the rest. Text read from the start has each piece in a window of its own. With
+    tokens in the window already, a piece joins them where it fits.
+
+    Args:
+      tokens: to read now.
+      cached: places of the window in use.
+      context: places of the window in all.
+      last: at most so many tokens in the last piece.
+
+    Returns:
+      (start, stop, whether the window is emptied before) of each piece.
+    """
+    before = tokens - min(tokens, last)
+    bounds = [(i, min(i + context, before)) for i in range(0, before, context)]
+    bounds.append((before, tokens))
+    joins, pieces = cached > 0, []
+    for i, (start, stop) in enumerate(bounds):
+        moves = cached + stop - start > context if joins else i > 0
+        cached = stop - start + (0 if moves else cached)
+        pieces.append((start, stop, moves))
+    return pieces
+
+
 # --- Read ----------------------------------------------------------------------------------------
 
 
@@ -152,7 +179,15 @@ def read(
         attended = _by_tiles(attend, q, place, c.num_kv_heads)
         x = transformer.add_outputs(c, layer, x, attended.reshape(*x.shape[:2], -1))
     hidden = transformer.normalise(c, params["final_norm"], x)
-    return hidden, Cache(tuple(layers), valid, cache.length + advance)
+    cache = Cache(tuple(layers), valid, cache.length + advance)
+    return replicated(mesh, (hidden, cache))
+
+
+def replicated(mesh: Mesh | None, tree):
+    """Results that every device of the mesh holds whole."""
+    if mesh is None:
+        return tree
+    return lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
 
 
 def _rope(c: ModelConfig, cache: Cache):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh
 from test_transformer import LLAMA
 
 from fot_jax.errors import UserError
@@ -19,7 +20,7 @@ SHARDS = pytest.mark.parametrize("shards", [1, 8])
 
 
 def mesh_of(shards):
-    return None if shards == 1 else jax.make_mesh((shards,), (memory.AXIS,))
+    return None if shards == 1 else Mesh(np.asarray(jax.devices()[:shards]), (memory.AXIS,))
 
 
 @functools.cache
