@@ -11,10 +11,8 @@ How text is cut into windows, and what happens when the window is full, is that 
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -25,43 +23,13 @@ from etils import epath
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
+from fot_jax import reading
 from fot_jax.errors import LARGEST_SEED, UserError, check_range
-from fot_jax.model import inference, transformer
+from fot_jax.model import inference, sampling, transformer
 from fot_jax.model import memory as memories
-from fot_jax.model.inference import Cache
-from fot_jax.model.lookup import Dense, Lookup
-from fot_jax.model.memory import Memory
+from fot_jax.model.lookup import Lookup
 from fot_jax.model.transformer import ModelConfig, Transformer
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryConfig:
-    """What is kept of text that has left the local window, and how it is read.
-
-    Attributes:
-      size: most tokens kept, of each row; None: all that is ever read.
-      ring: what happens beyond them: True forgets the oldest, False refuses to read more.
-      storage: float32, bfloat16, float16 or int8 (with a scale for each key and value).
-      lookup: Dense() attends to all of memory, TopK(k) to the best k keys of each head and query,
-        ApproximateTopK(k, recall) to most of these.
-      shared: one memory for all rows of a batch (the paper's multi-doc setting).
-    """
-
-    size: int | None = None
-    ring: bool = True
-    storage: str = "float32"
-    lookup: Lookup = Dense()
-    shared: bool = False
-
-    def __post_init__(self):
-        check_range("MemoryConfig", 0, 2**31 - 1, size=self.size)
-        if self.storage not in memories.STORAGE:
-            raise UserError(
-                f"MemoryConfig.storage = {self.storage!r}: choose one of "
-                f"{', '.join(memories.STORAGE)}"
-            )
-        if self.size:
-            self.lookup.check(self.size)
+from fot_jax.reading import EVERYTHING, MemoryConfig, State
 
 
 class Scores(NamedTuple):
@@ -69,29 +37,6 @@ class Scores(NamedTuple):
 
     nats: Float[np.ndarray, "B N-1"]  # minus log probability
     correct: Bool[np.ndarray, "B N-1"]  # it was the most likely token
-
-
-@dataclasses.dataclass
-class State:
-    """What a model has read: the local window and the memory.
-
-    Reading on changes it; `copy` it first to ask several things of one text.
-    """
-
-    cache: Cache
-    memory: Memory
-    config: MemoryConfig
-    places: Int[np.ndarray, " B"]  # of the window, in use
-    stored: int  # most tokens in memory of any row; padding counts
-
-    @property
-    def rows(self) -> int:
-        return len(self.places)
-
-    def copy(self) -> State:
-        """Another one of the same content; for a moment, twice the memory."""
-        arrays = jax.tree.map(jnp.copy, (self.cache, self.memory))
-        return State(*arrays, self.config, self.places.copy(), self.stored)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +104,7 @@ class LanguageModel:
         *,
         mask: np.ndarray | None = None,
         last_context_length: int | None = None,
-        memory: MemoryConfig = MemoryConfig(),
+        memory: MemoryConfig = EVERYTHING,
         state: State | None = None,
         progress: Callable[[int], Any] | None = None,
     ) -> State:
@@ -168,8 +113,10 @@ class LanguageModel:
         Args: as of `logits`. One document may be given without the axis of rows.
         """
         tokens, valid = self._text(np.atleast_2d(np.asarray(tokens)), mask)
-        state = self._begin(state, memory, len(tokens))
-        for _ in self._pieces(state, tokens, valid, None, last_context_length, 0, progress):
+        state = reading.begin(self, state, memory, len(tokens))
+        for _ in reading.pieces(
+            self, state, tokens, valid, last=last_context_length, progress=progress
+        ):
             pass
         return state
 
@@ -179,7 +126,7 @@ class LanguageModel:
         *,
         mask: Bool[np.ndarray, "B N"] | None = None,
         last_context_length: int | None = None,
-        memory: MemoryConfig = MemoryConfig(),
+        memory: MemoryConfig = EVERYTHING,
         state: State | None = None,
         progress: Callable[[int], Any] | None = None,
     ) -> Float[np.ndarray, "B N V"]:
@@ -200,13 +147,13 @@ class LanguageModel:
             state or the text does not fit.
         """
         tokens, valid = self._text(tokens, mask)
-        state = self._begin(state, memory, len(tokens))
+        state = reading.begin(self, state, memory, len(tokens))
         out = np.empty((*tokens.shape, self.config.vocab_size), np.float32)
-        for start, length, hidden in self._pieces(
-            state, tokens, valid, None, last_context_length, 0, progress
+        for piece in reading.pieces(
+            self, state, tokens, valid, last=last_context_length, progress=progress
         ):
-            columns = slice(start[0], start[0] + length[0])
-            out[:, columns] = _logits(self.config, self.params, hidden)[:, : length[0]]
+            of_piece = np.asarray(_logits(self.config, self.params, piece.hidden))
+            out[:, piece.columns()] = of_piece[:, : piece.length[0]]
         return out
 
     def score(
@@ -215,7 +162,7 @@ class LanguageModel:
         *,
         mask: Bool[np.ndarray, "B N"] | None = None,
         last_context_length: int | None = None,
-        memory: MemoryConfig = MemoryConfig(),
+        memory: MemoryConfig = EVERYTHING,
         state: State | None = None,
         progress: Callable[[int], Any] | None = None,
     ) -> Scores:
@@ -227,15 +174,19 @@ class LanguageModel:
         if tokens.shape[1] < 2:
             raise UserError("one token alone has no score: give at least two")
         targets = tokens[:, 1:]
-        state = self._begin(state, memory, len(tokens))
+        state = reading.begin(self, state, memory, len(tokens))
         nats, correct = np.empty(targets.shape, np.float32), np.empty(targets.shape, bool)
-        for start, length, hidden in self._pieces(
-            state, tokens[:, :-1], valid[:, :-1], None, last_context_length, 0, progress
+        for piece in reading.pieces(
+            *(self, state, tokens[:, :-1], valid[:, :-1]),
+            last=last_context_length,
+            progress=progress,
         ):
-            columns = slice(start[0], start[0] + length[0])
-            of_piece = _widened(targets[:, columns], hidden.shape[1])
-            scored = _score(self.config, self.mesh, self.params, hidden, of_piece)
-            nats[:, columns], correct[:, columns] = (np.asarray(x)[:, : length[0]] for x in scored)
+            columns = piece.columns()
+            of_piece = reading.widened(targets[:, columns], piece.hidden.shape[1])
+            scored = _score(self.config, self.mesh, self.params, piece.hidden, of_piece)
+            nats[:, columns], correct[:, columns] = (
+                np.asarray(x)[:, : piece.length[0]] for x in scored
+            )
         return Scores(nats, correct)
 
     # --- Writing -----------------------------------------------------------------------------
@@ -249,8 +200,8 @@ class LanguageModel:
         """Continues one prompt, or each of several. Options as of `stream`.
 
         Returns:
-          The new tokens, up to but without the first stop token: a list of them for a prompt, a list
-          of lists for several.
+          The new tokens, up to but without the first stop token: a list of them for one prompt, a
+          list of lists for several.
         """
         single = len(tokens) == 0 or np.ndim(tokens[0]) == 0
         prompts = [tokens] if single else tokens
@@ -272,7 +223,7 @@ class LanguageModel:
         stop: Sequence[int] = (),
         mask: Bool[np.ndarray, "B N"] | None = None,
         last_context_length: int | None = None,
-        memory: MemoryConfig = MemoryConfig(),
+        memory: MemoryConfig = EVERYTHING,
         state: State | None = None,
         progress: Callable[[int], Any] | None = None,
     ) -> Iterator[list[int | None]]:
@@ -309,31 +260,30 @@ class LanguageModel:
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt)] = prompt
         tokens, valid = self._text(padded, mask)
-        state = self._begin(state, memory, rows)
-        for _, length, hidden in self._pieces(
-            state, tokens, valid, lengths, last_context_length, max_new_tokens, progress
+        state = reading.begin(self, state, memory, rows)
+        for piece in reading.pieces(
+            *(self, state, tokens, valid),
+            last=last_context_length,
+            progress=progress,
+            lengths=lengths,
+            new_tokens=max_new_tokens,
         ):
-            last = length
-        if max_new_tokens:
-            yield from self._write(
-                state, hidden, last, max_new_tokens, temperature, top_p, seeds, frozenset(stop)
-            )
-
-    def _write(self, state, hidden, length, new_tokens, temperature, top_p, seeds, stop):
-        """The steps of `stream`, after the prompts are read."""
-        keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-        how = _Draw("most likely" if temperature == 0 else "top p" if top_p < 1 else "any")
-        numbers = np.float32(temperature or 1), np.float32(top_p)
-        draw = functools.partial(_first_token, self.config, how, self.mesh, self.params)
-        token = draw(hidden, length, keys, *numbers)
-        ended = np.zeros(len(seeds), bool)
-        for step in range(1, new_tokens + 1):
+            last = piece
+        if not max_new_tokens:
+            return
+        draw = sampling.Draw.of(temperature, top_p, seeds)
+        token = sampling.first_token(
+            *(self.config, draw.among, self.mesh, self.params),
+            *(last.hidden, last.length, draw.numbers),
+        )
+        ended = np.zeros(rows, bool)
+        for step in range(1, max_new_tokens + 1):
             following = None
-            if step < new_tokens:  # computed while this token is fetched
-                self._make_room(state, np.ones(state.rows, int))
-                following, state.cache = _next_token(
-                    *(self.config, how, state.config.lookup, self.mesh, self.params),
-                    *(state.cache, state.memory, token, keys, np.int32(step), *numbers),
+            if step < max_new_tokens:  # computed while this token is fetched
+                reading.make_room(self, state)
+                following, state.cache = sampling.next_token(
+                    *(self.config, draw.among, state.config.lookup, self.mesh, self.params),
+                    *(state.cache, state.memory, token, draw.numbers, np.int32(step)),
                 )
                 state.places += 1
             fetched = np.asarray(token).tolist()
@@ -351,7 +301,7 @@ class LanguageModel:
 
         memory_files.save(path, state, self._fingerprint, self.mesh)
 
-    def load_memory(self, path: epath.PathLike, lookup: Lookup = Dense()) -> State:
+    def load_memory(self, path: epath.PathLike, lookup: Lookup = EVERYTHING.lookup) -> State:
         """What was read before, from `save_memory`.
 
         Raises:
@@ -369,7 +319,7 @@ class LanguageModel:
         config = dataclasses.asdict(self.config)
         return {"model": config, "parameters": checksums(jax.tree.leaves(self.params))}
 
-    # --- Piece by piece ----------------------------------------------------------------------
+    # --- Checks ------------------------------------------------------------------------------
 
     def _text(self, tokens, mask) -> tuple[np.ndarray, np.ndarray]:
         """Checked tokens [B, N] int32, and where they are none of padding."""
@@ -392,112 +342,6 @@ class LanguageModel:
             )
         return tokens.astype(np.int32), valid
 
-    def _begin(self, state: State | None, config: MemoryConfig, rows: int) -> State:
-        if state is not None:
-            if state.rows != rows:
-                raise UserError(f"{rows} documents for a state of {state.rows}: give as many")
-            return state
-        if config.size and not self.config.memory_layers:
-            raise UserError(
-                f"a memory of {config.size} tokens for a model without memory layers: it reads its "
-                "local window alone; leave the memory out"
-            )
-        memory = memories.empty(
-            self.config, 1 if config.shared else rows, 0, config.storage, self.mesh
-        )
-        dtype = self.params["embedding"].dtype
-        cache = inference.empty_cache(self.config, rows, dtype, self.mesh)
-        return State(cache, memory, config, np.zeros(rows, int), 0)
-
-    def _pieces(self, state, tokens, valid, lengths, last, new_tokens, progress):
-        """Reads text: yields (start [B], length [B], hidden [B, T, E]) of each piece.
-
-        Args:
-          lengths: [B] tokens of each row, the rest is nothing; None: all.
-          last: last_context_length.
-          new_tokens: that will follow, for the size of the memory.
-        """
-        context = self.config.local_context
-        last = min(1024, context) if last is None else last
-        if not 1 <= last <= context:
-            raise UserError(
-                f"last_context_length = {last}: give 1 to {context}, the local context"
-            )
-        rows = range(state.rows)
-        lengths = np.full(state.rows, tokens.shape[1]) if lengths is None else lengths
-        plans = [inference.cut(int(lengths[r]), int(state.places[r]), context, last) for r in rows]
-        self._reserve(state, plans, new_tokens)
-        steps = max(len(plan) for plan in plans)
-        # Rows with less to read wait, so that all end together.
-        plans = [[(0, 0, False)] * (steps - len(plan)) + plan for plan in plans]
-        running: collections.deque = collections.deque()
-        for pieces in zip(*plans, strict=True):
-            start, stop, moves = (np.asarray(x) for x in zip(*pieces, strict=True))
-            self._move(state, moves)
-            length = stop - start
-            width = min(context, max(16, 1 << int(length.max() - 1).bit_length()))
-            cut = [slice(start[row], stop[row]) for row in rows]
-            piece = np.stack([_widened(tokens[row, cut[row]], width) for row in rows])
-            shown = np.stack([_widened(valid[row, cut[row]], width) for row in rows])
-            hidden, state.cache = inference.read(
-                *(self.config, state.config.lookup, self.mesh, self.params),
-                *(state.cache, state.memory, piece, shown, length.astype(np.int32)),
-            )
-            state.places += length
-            running.append(hidden)
-            if len(running) > 2:  # not further ahead of the device than that
-                running.popleft().block_until_ready()
-            yield start, length, hidden
-            if progress is not None:
-                progress(int(length.sum()))
-
-    def _make_room(self, state: State, tokens: np.ndarray) -> None:
-        """Empties the windows that so many more tokens do not fit into."""
-        self._move(state, state.places + tokens > self.config.local_context)
-
-    def _move(self, state: State, rows: np.ndarray) -> None:
-        """Empties the windows of some rows."""
-        if rows.any():
-            cache = state.cache
-            valid, length, state.memory = inference.move(
-                *(self.config, self.mesh, cache.layers, cache.valid, cache.length),
-                *(state.memory, rows),
-            )
-            state.cache = Cache(cache.layers, valid, length)
-            state.places[rows] = 0
-
-    def _reserve(self, state: State, plans, new_tokens: int) -> None:
-        """Room in memory for all that will leave the window.
-
-        Raises:
-          UserError: there is none, and the memory is no ring.
-        """
-        if not self.config.memory_layers:
-            return
-        moved = [0] * state.rows
-        for row, plan in enumerate(plans):
-            window = int(state.places[row])
-            for start, stop, moves in itertools.chain(plan, [(0, 1, None)] * (new_tokens - 1)):
-                if moves is None:  # one of the new tokens
-                    moves = window == self.config.local_context
-                if moves:
-                    moved[row] += window
-                    window = 0
-                window += stop - start
-        needed = state.stored + (sum(moved) if state.config.shared else max(moved))
-        size = state.config.size
-        if size is not None and needed > size:
-            if not state.config.ring:
-                raise UserError(
-                    f"the memory of {size} tokens is full before the end of the text, which needs "
-                    f"{needed}: raise MemoryConfig.size, or set MemoryConfig.ring to forget the "
-                    "oldest"
-                )
-            needed = size
-        state.stored = needed
-        if needed > int(state.memory.limit):
-            state.memory = memories.grow(state.memory, needed, self.mesh)
-
 
 # --- Compiled ------------------------------------------------------------------------------------
 
@@ -514,50 +358,3 @@ def _score(c: ModelConfig, mesh: Mesh | None, params, hidden, targets):
     at_target = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     scores = jax.nn.logsumexp(logits, -1) - at_target, at_target >= logits.max(-1)
     return inference.replicated(mesh, scores)
-
-
-class _Draw(NamedTuple):
-    among: str  # "most likely", "top p" or "any"
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _first_token(c, how, mesh, params, hidden, length, keys, temperature, top_p):
-    """The token after the first `length` [B] of a piece."""
-    at = jnp.maximum(length - 1, 0)[:, None, None]
-    hidden = jnp.take_along_axis(hidden, at, 1)[:, 0]
-    logits = transformer.logits(c, params, hidden)
-    token = _choose(how, logits, keys, jnp.int32(0), temperature, top_p)
-    return inference.replicated(mesh, token)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnames="cache")
-def _next_token(
-    c, how, lookup, mesh, params, cache, memory, token, keys, step, temperature, top_p
-) -> tuple[jax.Array, Cache]:
-    """Reads the token [B] of each row and draws the next one."""
-    ones = jnp.ones_like(token)
-    hidden, cache = inference.read(
-        c, lookup, mesh, params, cache, memory, token[:, None], ones[:, None] > 0, ones
-    )
-    logits = transformer.logits(c, params, hidden[:, 0])
-    token = _choose(how, logits, keys, step, temperature, top_p)
-    return inference.replicated(mesh, token), cache
-
-
-def _choose(how: _Draw, logits, keys, step, temperature, top_p):
-    if how.among == "most likely":
-        return logits.argmax(-1).astype(jnp.int32)
-    logits = logits / temperature
-    if how.among == "top p":
-        descending = -jnp.sort(-logits, -1)
-        p = jax.nn.softmax(descending, -1)
-        kept = (jnp.cumsum(p, -1) - p < top_p).at[:, 0].set(True)
-        least = jnp.where(kept, descending, jnp.inf).min(-1, keepdims=True)
-        logits = jnp.where(logits >= least, logits, -jnp.inf)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
-
-
-def _widened(x: np.ndarray, width: int) -> np.ndarray:
-    """x [..., n] with zeros up to the width."""
-    return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])

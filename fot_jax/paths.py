@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import uuid
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -24,3 +27,26 @@ def path_of(text: epath.PathLike) -> epath.Path:
 def absolute(path: epath.PathLike) -> epath.Path:
     """The path from the root. (Path.absolute takes gs:// for a directory here.)"""
     return epath.Path(path) if str(path).startswith("gs://") else epath.Path(path).absolute()
+
+
+@contextlib.contextmanager
+def new_directory(directory: epath.PathLike) -> Iterator[epath.Path]:
+    """A directory to write into; when all is written it takes its name, in place of an older one.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    directory = epath.Path(directory)
+    half = directory.parent / f"{directory.name}.half-written-{uuid.uuid4().hex}"
+    try:
+        half.mkdir(parents=True)
+        yield half
+        if directory.exists():
+            directory.rmtree()
+        half.rename(directory)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            half.rmtree(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{directory}: cannot be written: {error.strerror}") from error
+        raise

@@ -350,7 +350,7 @@ def train(
         checkpointer.save(step, state.params, state.opt_state, place, meta)
 
     def run(evals, step: int) -> None:
-        lm = LanguageModel(transformer, state.params, source.vocabulary)
+        lm = LanguageModel.of(transformer, state.params, source.vocabulary)
         with metrics.untimed():
             results = run_evals(lm, evals, evaluation.source or source, workdir / "plots")
         values = {k: x for e in evals for k, x in e.scalars(results[e.name]).items()}

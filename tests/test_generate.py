@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fot_jax.errors import UserError
-from fot_jax.generate import LanguageModel, MemoryConfig
+from fot_jax.generate import LanguageModel
 from fot_jax.model.lookup import ApproximateTopK, TopK
 from fot_jax.model.transformer import Transformer
+from fot_jax.reading import MemoryConfig
 
 sys.path.append(str(Path(__file__).parent / "model"))
 import rules
@@ -318,16 +319,15 @@ def test_generates_without_memory():
 
 
 def test_a_token_needs_no_compilation_and_no_copy_of_memory():
-    from fot_jax import generate
-    from fot_jax.model import inference
+    from fot_jax.model import inference, sampling
 
     lm = model_of("llama")
     prompt = random_text(1, 4500)[0].tolist()
     state = lm.read(prompt)
     lm.generate([1], 2, state=state.copy())
-    compiled = generate._next_token._cache_size(), inference.move._cache_size()
+    compiled = sampling.next_token._cache_size(), inference.move._cache_size()
     lm.generate([1], 200, state=state.copy())
-    assert (generate._next_token._cache_size(), inference.move._cache_size()) == compiled
+    assert (sampling.next_token._cache_size(), inference.move._cache_size()) == compiled
     args = inference.read.lower(
         *(lm.config, state.config.lookup, None, lm.params, state.cache, state.memory),
         *(np.ones((1, 1), np.int32), np.ones((1, 1), bool), np.ones(1, np.int32)),

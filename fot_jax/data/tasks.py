@@ -27,9 +27,9 @@ from fot_jax.data.vocabulary import (
     TrainedSentencePiece,
     Vocabulary,
     frame,
-    new_directory,
 )
 from fot_jax.errors import UserError, check_range
+from fot_jax.paths import new_directory
 
 CACHE_SHARDS = 64  # of a training split
 SHUFFLED_TOKENS = 2**23  # of the pieces at hand, of which the next one is drawn

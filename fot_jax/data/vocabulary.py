@@ -6,7 +6,6 @@ tokenizer's own files, from which it is made again.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -14,8 +13,7 @@ import itertools
 import json
 import re
 import tempfile
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -23,7 +21,7 @@ from etils import epath
 from jaxtyping import Int
 
 from fot_jax.errors import UserError, check_range
-from fot_jax.paths import path_of
+from fot_jax.paths import new_directory, path_of
 
 
 class Vocabulary(Protocol):
@@ -391,29 +389,6 @@ def load_vocabulary(directory: epath.PathLike) -> Vocabulary:
         f"{where}: a vocabulary of unknown kind {description.get('kind')!r}: written by another "
         "version of fot_jax, or damaged"
     )
-
-
-@contextlib.contextmanager
-def new_directory(directory: epath.PathLike) -> Iterator[epath.Path]:
-    """A directory to write into; when all is written it takes its name, in place of an older one.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    directory = epath.Path(directory)
-    half = directory.parent / f"{directory.name}.half-written-{uuid.uuid4().hex}"
-    try:
-        half.mkdir(parents=True)
-        yield half
-        if directory.exists():
-            directory.rmtree()
-        half.rename(directory)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            half.rmtree(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{directory}: cannot be written: {error.strerror}") from error
-        raise
 
 
 def _write(directory: epath.PathLike, description: dict, files: dict[str, bytes]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,9 @@ from etils import epath
 from fot_jax.data.lanes import Document, DocumentSource
 from fot_jax.errors import UserError, check_range
 from fot_jax.generate import LanguageModel
+from fot_jax.model.lookup import Dense, Lookup
+from fot_jax.progress import reading
+from fot_jax.reading import MemoryConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,30 +24,43 @@ class PerplexityByContext:
     """Perplexity of the same tokens with memories of several sizes beyond the local window.
 
     Scored are the tokens beyond the largest memory, so that every memory is full when they are
-    read; of a document too short for that, its second half. Reading starts with an empty memory
-    (the paper's single-doc setting), one memory size before them.
+    read; of a document too short for that, its second half. Reading starts with an empty memory,
+    one memory size before them.
 
     Attributes:
-      memory_sizes: tokens, rounded up to whole windows.
-      documents: documents read side by side, the longest of the first hundred of the split.
-      scored_tokens: tokens scored of each document at most.
+      memory_sizes: tokens.
+      documents: the longest of the first thousand of the split.
+      scored_tokens: in all, shared out evenly; the paper's tests have a million.
+      rows: documents read side by side.
+      multi_doc: these share one memory, of which each then has its part (the paper's multi-doc
+        setting); else each has its own.
+      lookup: Dense(), TopK(k) or ApproximateTopK(k, recall).
+      storage: of memory, as MemoryConfig.storage.
       split: of the source.
       name: of the plot, and in results.
     """
 
     memory_sizes: tuple[int, ...] = (0, 128, 1024, 4096, 16384)
-    documents: int = 4
-    scored_tokens: int = 4096
+    documents: int = 32
+    scored_tokens: int = 2**20
+    rows: int = 4
+    multi_doc: bool = False
+    lookup: Lookup = Dense()
+    storage: str = "float32"
     split: str = "valid"
     name: str = "perplexity_by_context"
 
     def __post_init__(self):
         counts = {"documents": self.documents, "scored_tokens": self.scored_tokens}
-        check_range("PerplexityByContext", 1, **counts)
+        check_range("PerplexityByContext", 1, **counts, rows=self.rows)
         if not self.memory_sizes:
             raise UserError("PerplexityByContext.memory_sizes = (): give one size or more")
         for size in self.memory_sizes:
             check_range("PerplexityByContext", 0, 2**31 - 1, memory_sizes=size)
+            self._memory(size)
+
+    def _memory(self, size: int) -> MemoryConfig:
+        return MemoryConfig(size, storage=self.storage, lookup=self.lookup, shared=self.multi_doc)
 
     def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, float]]:
         """One row a memory size: memory, perplexity, nats, accuracy, tokens.
@@ -51,38 +68,49 @@ class PerplexityByContext:
         Raises:
           UserError: the split has no document of at least two windows.
         """
-        window = lm.model.config.local_context
-        sizes = sorted({math.ceil(size / window) * window for size in self.memory_sizes})
-        if not lm.model.config.memory_layers:
-            sizes = [0]
+        window = lm.config.local_context
+        sizes = sorted(set(self.memory_sizes)) if lm.config.memory_layers else [0]
         documents = self._choose(source, window, sizes[-1])
+        batches = {size: list(self._batches(documents, size, window)) for size in sizes}
         rows = []
-        for size in sizes:
-            tokens, targets, weights = _batch(documents, size, window)
-            scores = lm.score(tokens, targets, capacity=size)
-            nats = float((np.asarray(scores.nats) * weights).sum() / weights.sum())
-            correct = float((np.asarray(scores.correct) * weights).sum() / weights.sum())
-            rows.append(
-                {
-                    "memory": size,
-                    "perplexity": math.exp(min(nats, 700.0)),
-                    "nats": nats,
-                    "accuracy": correct,
-                    "tokens": float(weights.sum()),
-                }
-            )
+        with reading(
+            sum(b.mask[:, :-1].sum() for batch in batches.values() for b in batch)
+        ) as progress:
+            for size in sizes:
+                nats = correct = weights = 0.0
+                for batch in batches[size]:
+                    scores = lm.score(
+                        batch.tokens,
+                        mask=batch.mask,
+                        last_context_length=window,
+                        memory=self._memory(size),
+                        progress=progress,
+                    )
+                    nats += float((scores.nats * batch.weights).sum(dtype=np.float64))
+                    correct += float((scores.correct * batch.weights).sum(dtype=np.float64))
+                    weights += float(batch.weights.sum(dtype=np.float64))
+                rows.append(
+                    {
+                        "memory": size,
+                        "perplexity": math.exp(min(nats / weights, 700.0)),
+                        "nats": nats / weights,
+                        "accuracy": correct / weights,
+                        "tokens": weights,
+                    }
+                )
         return rows
 
     def _choose(self, source, window: int, largest: int) -> list[_Scored]:
         """The longest documents at hand, and the part of each that is scored."""
-        scored = math.ceil(self.scored_tokens / window) * window
-        at_hand = itertools.islice(source.documents(self.split), 100)
+        scored = math.ceil(self.scored_tokens / self.documents / window) * window
+        before = self._before(largest, window)
+        at_hand = itertools.islice(source.documents(self.split), 1000)
         longest = sorted(at_hand, key=lambda document: -len(document.tokens))[: self.documents]
         chosen = []
         for document in longest:
-            n = min((len(document.tokens) - 1) // window * window, largest + scored)
+            n = min((len(document.tokens) - 1) // window * window, before + scored)
             if n >= 2 * window:
-                start = largest if n > largest else n // 2 // window * window
+                start = before if n > before else n // 2 // window * window
                 chosen.append(_Scored(document, start, n))
         if not chosen:
             raise UserError(
@@ -90,6 +118,27 @@ class PerplexityByContext:
                 "tokens: perplexity by context needs long documents"
             )
         return chosen
+
+    def _before(self, size: int, window: int) -> int:
+        """Tokens of each document that fill a memory, in whole windows."""
+        return math.ceil(size / (self.rows if self.multi_doc else 1) / window) * window
+
+    def _batches(self, documents: list[_Scored], size: int, window: int) -> Iterator[_Batch]:
+        for first in range(0, len(documents), self.rows):
+            of_batch = documents[first : first + self.rows]
+            starts = [max(0, d.start - self._before(size, window)) for d in of_batch]
+            length = max(d.stop - start for d, start in zip(of_batch, starts, strict=True))
+            tokens = np.zeros((len(of_batch), length + 1), np.int32)
+            mask = np.zeros((len(of_batch), length + 1), bool)
+            weights = np.zeros((len(of_batch), length), np.float32)
+            for i, ((document, scored, stop), start) in enumerate(
+                zip(of_batch, starts, strict=True)
+            ):
+                n = stop - start
+                tokens[i, : n + 1] = document.tokens[start : stop + 1]
+                mask[i, : n + 1] = True
+                weights[i, scored - start : n] = document.weights[scored + 1 : stop + 1]
+            yield _Batch(tokens, mask, weights)
 
     def scalars(self, rows) -> dict[str, float]:
         """Perplexity of each memory size."""
@@ -125,7 +174,8 @@ class PerplexityByContext:
         axes.set_xticks(sizes, [_short(size) for size in sizes])
         axes.minorticks_off()
         axes.margins(x=0.06, y=0.18)
-        axes.set_xlabel("memory beyond the local window (tokens)", fontsize=12)
+        documents = ", shared by documents" if self.multi_doc else ""
+        axes.set_xlabel(f"memory beyond the local window (tokens{documents})", fontsize=12)
         axes.set_ylabel(f"{self.split} perplexity per token", fontsize=12)
         axes.tick_params(labelsize=11)
         axes.grid(alpha=0.3)
@@ -139,21 +189,10 @@ class _Scored(NamedTuple):
     stop: int
 
 
-def _batch(documents: list[_Scored], size: int, window: int):
-    """Tokens, targets and weights, each [documents, N], with up to `size` tokens to read before."""
-    starts = [max(0, start - size) for _, start, _ in documents]
-    shape = (
-        len(documents),
-        max(d.stop - start for d, start in zip(documents, starts, strict=True)),
-    )
-    tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    weights = np.zeros(shape, np.float32)
-    for i, ((document, scored, stop), start) in enumerate(zip(documents, starts, strict=True)):
-        n = stop - start
-        tokens[i, :n] = document.tokens[start:stop]
-        targets[i, :n] = document.tokens[start + 1 : stop + 1]
-        weights[i, scored - start : n] = document.weights[scored + 1 : stop + 1]
-    return tokens, targets, weights
+class _Batch(NamedTuple):
+    tokens: np.ndarray  # [rows, N + 1]
+    mask: np.ndarray  # [rows, N + 1]: not padding
+    weights: np.ndarray  # [rows, N]: of the tokens but the first, where they are scored
 
 
 def _short(size: int) -> str:

@@ -9,6 +9,7 @@ from etils import epath
 from fot_jax.data.lanes import DocumentSource
 from fot_jax.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.generate import LanguageModel
+from fot_jax.reading import MemoryConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Sample:
     Attributes:
       prompt_tokens: tokens of the document that the model reads first.
       new_tokens: tokens it then writes.
-      memory: slots beyond the local window, in whole windows.
+      memory: tokens kept beyond the local window.
       temperature: 0 for the most likely token each time.
       split: of the source.
       seed: of the draws.
@@ -49,13 +50,14 @@ class Sample:
         if document is None:
             raise UserError(f"the {self.split} split has no document to sample from")
         prompt = document.tokens[: self.prompt_tokens].tolist()
-        window = lm.model.config.local_context
+        size = self.memory if lm.config.memory_layers else 0
         new = lm.generate(
             prompt,
             self.new_tokens,
-            capacity=self.memory // window * window,
             temperature=self.temperature,
             seed=self.seed,
+            last_context_length=lm.config.local_context,
+            memory=MemoryConfig(size),
         )
         decode = source.vocabulary.decode
         return [{"prompt": decode(prompt[-64:]), "continuation": decode(new)}]

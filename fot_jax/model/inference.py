@@ -5,8 +5,8 @@ cache; memory layers see in the same softmax everything in their memory. When a 
 into the window, the cache is emptied: memory layers move it to their memory, the others forget
 it, and positions start again at 0.
 
-Two compiled programs: `read` runs the layers over a piece and writes the caches only, `move` appends
-a cache to the memory. The former does not change the memory, so that it is never copied.
+Two compiled programs: `read` runs the layers over a piece and writes the caches only, `move`
+appends a cache to the memory. The former does not change the memory, so that it is never copied.
 
 Letters: B rows, T tokens of a piece, W places of the window (the local context, rounded up), H
 heads, K key/value heads, G = H / K, D head dim, E model dim.
@@ -15,7 +15,6 @@ heads, K key/value heads, G = H / K, D head dim, E model dim.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -60,7 +59,7 @@ def parameters_by_layer(params, dtype=jnp.float32, use_up: bool = False):
     """
 
     def cast(x):
-        return x.astype(dtype) if x.ndim > 1 else x
+        return jnp.asarray(x, dtype if x.ndim > 1 else None)
 
     def split(x):
         layers = jax.jit(lambda x: tuple(cast(layer) for layer in x))(x)
@@ -80,19 +79,21 @@ def empty_cache(c: ModelConfig, rows: int, dtype=jnp.float32, mesh: Mesh | None 
     places = c.local_context
     places = -(-places // 256) * 256 if places > 256 else 1 << (places - 1).bit_length()
 
-    def make():
-        def zeros():
-            return jnp.zeros((rows, c.num_kv_heads, places, c.head_dim), dtype)
+    place = None if mesh is None else NamedSharding(mesh, PartitionSpec())
 
-        def layer(i):
-            both = i in c.memory_layers and c.memory_positions
-            return LayerCache(zeros(), zeros(), zeros() if both else None)
+    def zeros():
+        shape = (rows, c.num_kv_heads, places, c.head_dim)
+        return jnp.zeros(shape, dtype, device=place)
 
-        layers = tuple(layer(i) for i in range(c.num_layers))
-        return Cache(layers, jnp.zeros((rows, places), bool), jnp.zeros(rows, jnp.int32))
+    def layer(i):
+        both = i in c.memory_layers and c.memory_positions
+        return LayerCache(zeros(), zeros(), zeros() if both else None)
 
-    sharding = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    return jax.jit(make, out_shardings=sharding)()
+    return Cache(
+        tuple(layer(i) for i in range(c.num_layers)),
+        jnp.zeros((rows, places), bool, device=place),
+        jnp.zeros(rows, jnp.int32, device=place),
+    )
 
 
 def cut(tokens: int, cached: int, context: int, last: int) -> list[tuple[int, int, bool]]:
@@ -155,7 +156,7 @@ def read(
     seen = valid & (jnp.arange(tokens.shape[1]) < advance[:, None])
     rope = tuple(x[jnp.minimum(place, x.shape[0] - 1)] for x in _rope(c, cache))
     x = params["embedding"][tokens]
-    valid = _put(cache.valid[:, None], seen[:, None], place)[:, 0]
+    valid = memories.put(cache.valid[:, None], seen[:, None], place)[:, 0]
     layers = []
     for i, (layer, of_layer) in enumerate(zip(params["layers"], cache.layers, strict=True)):
         remembers = i in c.memory_layers
@@ -165,7 +166,7 @@ def read(
             q, k = transformer.rotate(q, rope), transformer.rotate(k, rope)
         new = LayerCache(k, v, None if of_layer.k_memory is None else unrotated)
         new = jax.tree.map(lambda x: x.swapaxes(1, 2), new)
-        of_layer = jax.tree.map(lambda x, new: _put(x, new, place), of_layer, new)
+        of_layer = jax.tree.map(functools.partial(memories.put, at=place), of_layer, new)
         layers.append(of_layer)
         of_memory = memory.layers[c.memory_layers.index(i)] if remembers and memory.slots else None
 
@@ -192,15 +193,6 @@ def replicated(mesh: Mesh | None, tree):
 
 def _rope(c: ModelConfig, cache: Cache):
     return transformer.rope_table(c, cache.valid.shape[1])
-
-
-def _put(x, new, place):
-    """x [B, K, W, ...] with new [B, K, T, ...] at places [B, T]; those outside are dropped."""
-
-    def row(x, new, place):
-        return x.at[:, place].set(new.astype(x.dtype), mode="drop", unique_indices=True)
-
-    return jax.vmap(row)(x, new, place)
 
 
 def _by_tiles(attend, q: Float[Array, "B T H D"], place: Int[Array, "B T"], kv_heads: int):
@@ -257,7 +249,13 @@ def _attend_memory(lookup: Lookup, q, layer: LayerMemory, visible, mesh):
     jax.jit, static_argnames=("c", "mesh"), donate_argnames=("memory", "valid", "length")
 )
 def move(
-    c: ModelConfig, mesh: Mesh | None, layers, valid, length, memory: Memory, rows: Bool[Array, " B"]
+    c: ModelConfig,
+    mesh: Mesh | None,
+    layers,
+    valid,
+    length,
+    memory: Memory,
+    rows: Bool[Array, " B"],
 ) -> tuple[Bool[Array, "B W"], Int[Array, " B"], Memory]:
     """Empties the window of some rows: memory layers append it to their memory.
 

@@ -105,7 +105,11 @@ class ApproximateTopK(TopK):
         """As TopK.search."""
         B, K, N, _ = q.shape
         block = keys.slots
-        while block * B * K * N > parts_of.score_budget() and block % 2 == 0 and block // 2 >= 8 * self.k:
+        while (
+            block * B * K * N > parts_of.score_budget()
+            and block % 2 == 0
+            and block // 2 >= 8 * self.k
+        ):
             block //= 2
 
         def step(i, best):
@@ -190,7 +194,10 @@ def _best_groups(q, keys: Stored, visible, k: int, group: int) -> Int[Array, "B 
     block = max(group, _block(keys.slots, B * K * N))
     blocks = keys.slots // block  # of which `many` at a time: choosing among few is slow
     many = 1
-    while blocks % (2 * many) == 0 and 2 * many * block * B * K * N <= 2 * group * parts_of.score_budget():
+    while (
+        blocks % (2 * many) == 0
+        and 2 * many * block * B * K * N <= 2 * group * parts_of.score_budget()
+    ):
         many *= 2
 
     def largest(i):

@@ -41,7 +41,9 @@ class Stored(NamedTuple):
 
     def slot(self, start, size: int, dtype) -> Float[Array, "B K S D"]:
         """The vectors of `size` slots from `start` on."""
-        cut = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=2)
+        cut = functools.partial(
+            lax.dynamic_slice_in_dim, start_index=start, slice_size=size, axis=2
+        )
         return decode(Stored(cut(self.x), None if self.scale is None else cut(self.scale)), dtype)
 
 
@@ -135,31 +137,32 @@ def empty(config, rows: int, limit: int, storage: str = "float32", mesh: Mesh | 
         raise UserError(f"a memory of {storage!r}: choose one of {', '.join(STORAGE)}")
     if not config.memory_layers:
         limit = 0
-    shape = (rows, config.num_kv_heads, slots_for(limit, mesh) if limit else 0, config.head_dim)
+    slots = slots_for(limit, mesh) if limit else 0
+    shape = (rows, config.num_kv_heads, slots, config.head_dim)
+    dtype = jnp.uint16 if storage == "bfloat16" else storage
+    place, along_slots = _shardings(mesh)
 
-    def make():
-        def stored():
-            zeros = encode(jnp.zeros(shape, jnp.float32), storage)
-            return jax.tree.map(jnp.zeros_like, zeros)
+    def stored():
+        scale = jnp.zeros(shape[:3], device=along_slots) if storage == "int8" else None
+        return Stored(jnp.zeros(shape, dtype, device=along_slots), scale)
 
-        layers = tuple(LayerMemory(stored(), stored()) for _ in config.memory_layers)
-        return Memory(layers, jnp.zeros(rows, jnp.int32), jnp.asarray(limit, jnp.int32))
-
-    return jax.jit(make, out_shardings=_shardings(jax.eval_shape(make), mesh))()
-
-
-def specs(memory: Memory) -> Memory:
-    """PartitionSpecs of a memory whose slots are sharded."""
-    return jax.tree.map(
-        lambda x: PartitionSpec(None, None, AXIS) if x.ndim > 1 else PartitionSpec(), memory
-    )
+    layers = tuple(LayerMemory(stored(), stored()) for _ in config.memory_layers)
+    read = jnp.zeros(rows, jnp.int32, device=place)
+    return Memory(layers, read, jnp.full((), limit, jnp.int32, device=place))
 
 
-def _shardings(memory: Memory, mesh: Mesh | None):
+def specs(layers):
+    """PartitionSpecs of a tree of arrays whose slots are sharded."""
+    return jax.tree.map(lambda _: PartitionSpec(None, None, AXIS), layers)
+
+
+def _shardings(mesh: Mesh | None) -> tuple[NamedSharding | None, NamedSharding | None]:
+    """Of small arrays, and of arrays [B, K, M, ...]."""
     if mesh is None:
-        return None
-    of = specs(memory) if shards_of(mesh) > 1 else jax.tree.map(lambda _: PartitionSpec(), memory)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), of)
+        return None, None
+    whole = NamedSharding(mesh, PartitionSpec())
+    sharded = NamedSharding(mesh, PartitionSpec(None, None, AXIS))
+    return whole, sharded if shards_of(mesh) > 1 else whole
 
 
 # --- Append --------------------------------------------------------------------------------------
@@ -187,35 +190,41 @@ def append(
     stays = valid & (place >= (memory.read + count)[:, None] - memory.limit)
     slot = jnp.where(stays, place % jnp.maximum(memory.limit, 1), -1)
 
-    def write(layers, windows, slot):
-        shards = shards_of(mesh)
-        mine = slot % shards == (lax.axis_index(AXIS) if shards > 1 else 0)
-        size = layers[0].k.slots
-        # Out of bounds, and no index twice: these are dropped.
-        beyond = size + jnp.arange(slot.shape[1])
-        at = jnp.where((slot >= 0) & mine, slot // shards, beyond)
-        return jax.tree.map(functools.partial(_put, at=at), layers, windows)
-
     def prepared(x):
         if shared:  # [B, K, T, D] -> [1, K, T * B, D]
             x = x.transpose(1, 2, 0, 3).reshape(1, x.shape[1], -1, x.shape[3])
         return encode(x, memory.storage)
 
-    windows = tuple(LayerMemory(prepared(k), prepared(v)) for k, v in windows)
-    if shards_of(mesh) > 1:
-        sharded = specs(memory).layers
-        write = jax.shard_map(
-            write,
-            mesh=mesh,
-            in_specs=(sharded, PartitionSpec(), PartitionSpec()),
-            out_specs=sharded,
-            check_vma=False,
-        )
-    return Memory(write(memory.layers, windows, slot), memory.read + count, memory.limit)
+    new = tuple(LayerMemory(prepared(k), prepared(v)) for k, v in windows)
+    layers = write(memory.layers, new, slot, mesh)
+    return Memory(layers, memory.read + count, memory.limit)
 
 
-def _put(x, new, at):
-    """x [B, K, M, ...] with new [B, K, T, ...] at the slots `at` [B, T]."""
+def write(layers, new, slot: Int[Array, "B T"], mesh: Mesh | None = None):
+    """Any tree of arrays of slots [B, K, M, ...] with new ones [B, K, T, ...]; -1 is no slot."""
+    shards = shards_of(mesh)
+
+    def on_shard(layers, new, slot):
+        mine = slot % shards == (lax.axis_index(AXIS) if shards > 1 else 0)
+        # Out of bounds, and no index twice: these are dropped.
+        beyond = jax.tree.leaves(layers)[0].shape[2] + jnp.arange(slot.shape[1])
+        at = jnp.where((slot >= 0) & mine, slot // shards, beyond)
+        return jax.tree.map(functools.partial(put, at=at), layers, new)
+
+    if shards == 1:
+        return on_shard(layers, new, slot)
+    sharded, whole = specs(layers), PartitionSpec()
+    return jax.shard_map(
+        on_shard,
+        mesh=mesh,
+        in_specs=(sharded, whole, whole),
+        out_specs=sharded,
+        check_vma=False,
+    )(layers, new, slot)
+
+
+def put(x: Float[Array, "B K M ..."], new: Float[Array, "B K T ..."], at: Int[Array, "B T"]):
+    """x with `new` at the indices `at`, none of them twice; those out of bounds are dropped."""
 
     def row(x, new, at):
         return x.at[:, at].set(new, mode="drop", unique_indices=True)
@@ -228,25 +237,28 @@ def grow(memory: Memory, limit: int, mesh: Mesh | None = None) -> Memory:
 
     Layer by layer: for a moment one layer is held twice. `memory` is used up.
     """
-    shards = shards_of(mesh)
-    more = (slots_for(limit, mesh) - memory.slots) // shards
+    more = slots_for(limit, mesh) - memory.slots
     limit = jnp.full_like(memory.limit, limit)
     if more <= 0:
         return memory._replace(limit=limit)
-    shardings = _shardings(memory, mesh)
 
-    def widened(layer, sharding):
-        def pad(x):
-            by_shard = x.reshape(*x.shape[:2], shards, -1, *x.shape[3:])
-            widths = [(0, 0)] * 3 + [(0, more)] + [(0, 0)] * (x.ndim - 3)
-            return jnp.pad(by_shard, widths).reshape(*x.shape[:2], -1, *x.shape[3:])
-
-        wide = jax.jit(lambda layer: jax.tree.map(pad, layer), out_shardings=sharding)(layer)
+    def widened(layer):
+        wide = _widened(layer, more // shards_of(mesh), mesh)
         jax.tree.map(lambda x: x.delete(), layer)
         return wide
 
-    layers = tuple(
-        widened(layer, None if shardings is None else shardings.layers[i])
-        for i, layer in enumerate(memory.layers)
-    )
-    return Memory(layers, memory.read, limit)
+    return Memory(tuple(widened(layer) for layer in memory.layers), memory.read, limit)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _widened(layer: LayerMemory, more: int, mesh: Mesh | None) -> LayerMemory:
+    """With so many more slots on every shard."""
+    shards = shards_of(mesh)
+
+    def pad(x):
+        by_shard = x.reshape(*x.shape[:2], shards, -1, *x.shape[3:])
+        widths = [(0, 0)] * 3 + [(0, more)] + [(0, 0)] * (x.ndim - 3)
+        wide = jnp.pad(by_shard, widths).reshape(*x.shape[:2], -1, *x.shape[3:])
+        return wide if mesh is None else lax.with_sharding_constraint(wide, _shardings(mesh)[1])
+
+    return jax.tree.map(pad, layer)

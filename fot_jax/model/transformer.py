@@ -6,8 +6,8 @@ at position 0 of the local window. Each difference is a field of `ModelConfig`, 
 families mix.
 
 Parameters of all layers are stacked on a leading axis; the layers between two memory layers run as
-one `lax.scan`, so compile time does not grow with depth. (How a trained model reads with a memory is
-in inference.py.)
+one `lax.scan`, so compile time does not grow with depth. How a trained model reads with a memory is
+in inference.py.
 
 Letters: R rows, T tokens of a row, E model dim, H heads, K key/value heads, D head dim, F mlp dim,
 V vocabulary, L layers.

@@ -24,9 +24,9 @@ from fot_jax.data.vocabulary import (
     TrainedSentencePiece,
     frame,
     load_vocabulary,
-    new_directory,
 )
 from fot_jax.errors import UserError
+from fot_jax.paths import new_directory
 
 
 def python_sources(count=40):

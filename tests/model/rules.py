@@ -1,5 +1,5 @@
-"""How a trained model reads, slowly: one token at a time it is written down where each token stands,
-then the whole text goes through the layers at once, in NumPy float64. Independent of fot_jax."""
+"""How a trained model reads, slowly: first it is written down where each token stands, then the
+whole text goes through the layers at once, in NumPy float64. Independent of fot_jax."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Inference memory: what is in it after any way of filling it, in every storage type and sharding."""
+"""Inference memory: what is in it after any way of filling it, in any storage and sharding."""
 
 import functools
 

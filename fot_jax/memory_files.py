@@ -1,0 +1,233 @@
+"""What a model has read, on disk: a book is read once and asked many times.
+
+A directory with memory.json, which says of what model it is and what shapes there are, and a
+TensorStore (zarr) array for the keys and for the values of every memory layer and of the local
+window of every layer. Chunks have checksums. Slots stand in the order they were filled, so that a
+memory can be loaded onto any number of devices. Written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorstore as ts
+from etils import epath
+from jax.sharding import Mesh
+
+from fot_jax.errors import UserError
+from fot_jax.model import inference
+from fot_jax.model import memory as memories
+from fot_jax.model.inference import Cache
+from fot_jax.model.lookup import Lookup
+from fot_jax.model.memory import Memory
+from fot_jax.model.transformer import ModelConfig
+from fot_jax.paths import absolute, new_directory, path_of
+from fot_jax.reading import MemoryConfig, State
+from fot_jax.training.checkpoint_items import names
+
+DESCRIPTION = "memory.json"
+VERSION = 1
+CHUNK = 2**24  # bytes of an array written or read at a time
+
+
+def save(path: epath.PathLike, state: State, fingerprint: Any, mesh: Mesh | None) -> None:
+    """Writes a state; see LanguageModel.save_memory.
+
+    Args:
+      fingerprint: what keys and values depend on, comparable after a turn through JSON.
+      mesh: of the memory.
+
+    Raises:
+      UserError: the path cannot be written, or something else is there.
+    """
+    path = path_of(path)
+    if path.exists() and not (path / DESCRIPTION).exists():
+        raise UserError(f"{path}: not a memory, so it is not replaced: give a new name")
+    config = dataclasses.asdict(state.config)
+    content = {
+        "version": VERSION,
+        "fingerprint": fingerprint,
+        "config": {name: config[name] for name in ("size", "ring", "storage", "shared")},
+        "limit": int(state.memory.limit),
+        "read": np.asarray(state.memory.read).tolist(),
+        "stored": state.stored.tolist(),
+        "places": state.places.tolist(),
+        "window_dtype": jnp.dtype(state.cache.layers[0].k.dtype).name,
+    }
+    with new_directory(path) as half:
+        try:
+            slots = int(state.memory.visible.max()) if state.memory.slots else 0
+            shards = memories.shards_of(mesh)
+            for i, layer in enumerate(state.memory.layers if slots else ()):
+                _write_tree(half, f"memory_{i}", layer, slots, shards)
+            window, places = _window(state.cache), int(state.places.max())
+            _write_tree(half, "window", window, places, 1)
+        except ValueError as error:  # TensorStore's, of a full disk for one
+            raise UserError(f"{path}: cannot be written: {_first_line(error)}") from error
+        sealed = {"crc32": _crc32(content), "content": content}
+        (half / DESCRIPTION).write_text(json.dumps(sealed))
+
+
+def load(
+    path: epath.PathLike, c: ModelConfig, fingerprint: Any, lookup: Lookup, mesh: Mesh | None
+) -> State:
+    """Reads a state; see LanguageModel.load_memory.
+
+    Raises:
+      UserError: nothing there, damaged, or of a model with another fingerprint.
+    """
+    path = path_of(path)
+    content = _description(path)
+    _check_same_model(path, content["fingerprint"], json.loads(json.dumps(fingerprint)))
+    config = MemoryConfig(**content["config"], lookup=lookup)
+    read, places = np.asarray(content["read"]), np.asarray(content["places"])
+    rows = len(places)
+    memory = memories.empty(c, len(read), content["limit"], config.storage, mesh)
+    cache = inference.empty_cache(c, rows, jnp.dtype(content["window_dtype"]), mesh)
+    try:
+        if memory.slots:
+            memory = _read_memory(path, memory, mesh)
+        memory = memory._replace(read=jnp.asarray(read, jnp.int32, device=memory.read.sharding))
+        cache = _read_window(path, cache, places)
+    except ValueError as error:  # TensorStore's
+        raise UserError(f"{path}: damaged ({_first_line(error)}): read the text again") from error
+    return State(cache, memory, config, places, np.asarray(content["stored"]))
+
+
+def _window(cache: Cache):
+    """The arrays of a window, all of them with places on the third axis."""
+    return cache.layers, cache.valid[:, None]
+
+
+def _read_memory(path: epath.Path, memory: Memory, mesh: Mesh | None) -> Memory:
+    put = jax.jit(functools.partial(memories.write, mesh=mesh), donate_argnums=0)
+    layers = list(memory.layers)
+    for i in range(len(layers)):
+        for start, chunk in _read_tree(path, f"memory_{i}", layers[i]):
+            length = jax.tree.leaves(chunk)[0].shape[2]
+            slots = np.tile(start + np.arange(length, dtype=np.int32), (memory.rows, 1))
+            layers[i] = put(layers[i], chunk, slots)
+    return memory._replace(layers=tuple(layers))
+
+
+def _read_window(path: epath.Path, cache: Cache, places: np.ndarray) -> Cache:
+    window = _window(cache)
+    for start, chunk in _read_tree(path, "window", window):
+        window = jax.tree.map(
+            lambda x, new, start=start: jax.lax.dynamic_update_slice_in_dim(x, new, start, 2),
+            window,
+            chunk,
+        )
+    length = jnp.asarray(places, jnp.int32, device=cache.length.sharding)
+    return Cache(window[0], window[1][:, 0], length)
+
+
+# --- Arrays --------------------------------------------------------------------------------------
+
+
+def _spec(path: epath.Path, name: str) -> dict[str, Any]:
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": str(absolute(path / name))},
+        # A missing chunk is damage, not zeros.
+        "fill_missing_data_reads": False,
+        "store_data_equal_to_fill_value": True,
+    }
+
+
+def _write_tree(path: epath.Path, prefix: str, tree, length: int, shards: int) -> None:
+    """The first `length` slots of every array [B, K, M, ...]."""
+    for name, x in names(tree).items():
+        per_slot = x.nbytes // max(1, x.shape[2])
+        chunk = max(1, min(length, CHUNK // max(1, per_slot)))
+        array = ts.open(
+            _spec(path, f"{prefix}_{name.replace('/', '_')}"),
+            create=True,
+            dtype=ts.dtype(x.dtype.name),
+            shape=[*x.shape[:2], length, *x.shape[3:]],
+            chunk_layout=ts.ChunkLayout(chunk_shape=[*x.shape[:2], chunk, *x.shape[3:]]),
+            codec=ts.CodecSpec(
+                {"driver": "zarr3", "codecs": [{"name": "bytes"}, {"name": "crc32c"}]}
+            ),
+        ).result()
+        for start in range(0, length, chunk):
+            stop = min(start + chunk, length)
+            array[:, :, start:stop].write(_slots(x, start, stop, shards)).result()
+
+
+def _slots(x: jax.Array, start: int, stop: int, shards: int) -> np.ndarray:
+    """Slots start … stop - 1 in the order they were filled: slot s is on shard s % shards."""
+    by_shard = x.reshape(*x.shape[:2], shards, -1, *x.shape[3:])
+    rows = by_shard[:, :, :, start // shards : -(-stop // shards)]
+    in_order = np.asarray(rows).swapaxes(2, 3).reshape(*x.shape[:2], -1, *x.shape[3:])
+    skipped = start - start // shards * shards
+    return in_order[:, :, skipped : skipped + stop - start]
+
+
+def _read_tree(path: epath.Path, prefix: str, tree) -> Iterator[tuple[int, Any]]:
+    """Chunks of slots of all arrays of a tree: (first slot, tree of [B, K, slots, ...])."""
+    leaves = names(tree)
+    arrays = {
+        name: ts.open(_spec(path, f"{prefix}_{name.replace('/', '_')}"), open=True).result()
+        for name in leaves
+    }
+    length = min(array.shape[2] for array in arrays.values())
+    for name, array in arrays.items():
+        x = leaves[name]
+        shape = (*x.shape[:2], length, *x.shape[3:])
+        if array.shape != shape or array.dtype.name != x.dtype.name or length > x.shape[2]:
+            raise ValueError(f"{name} is {array.dtype.name}{list(array.shape)}")
+    chunk = max(1, CHUNK // max(x.nbytes // x.shape[2] for x in leaves.values()))
+    for start in range(0, length, chunk):
+        stop = min(start + chunk, length)
+        reads = [array[:, :, start:stop].read() for array in arrays.values()]
+        yield start, jax.tree.unflatten(jax.tree.structure(tree), [read.result() for read in reads])
+
+
+# --- Description ---------------------------------------------------------------------------------
+
+
+def _description(path: epath.Path) -> dict[str, Any]:
+    if not (path / DESCRIPTION).exists():
+        raise UserError(f"{path}: no memory here: give a directory that a memory was saved in")
+    try:
+        sealed = json.loads((path / DESCRIPTION).read_text())
+        content = sealed["content"]
+        if sealed["crc32"] != _crc32(content):
+            raise ValueError
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / DESCRIPTION}: damaged: read the text again") from error
+    if content["version"] != VERSION:
+        raise UserError(f"{path}: written by another version of fot_jax: read the text again")
+    return content
+
+
+def _check_same_model(path: epath.Path, saved: Any, ours: Any) -> None:
+    for field, value in ours["model"].items():
+        if saved["model"].get(field) != value:
+            raise UserError(
+                f"{path}: the memory of another model, with {field} = "
+                f"{saved['model'].get(field)} and not {value}: load that model, or read the text "
+                "again"
+            )
+    if saved != ours:
+        raise UserError(
+            f"{path}: the memory of a model with other parameters, of another run or step: load "
+            "that checkpoint, or read the text again"
+        )
+
+
+def _crc32(content: Any) -> int:
+    return zlib.crc32(json.dumps(content).encode())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].split(" [")[0]

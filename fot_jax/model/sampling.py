@@ -1,0 +1,78 @@
+"""Drawing the next token, compiled: after a piece just read, and token by token.
+
+Letters: B rows, T tokens of a piece, E model dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fot_jax.model import inference, transformer
+from fot_jax.model.inference import Cache
+
+MOST_LIKELY, TOP_P, ANY = "most likely", "top p", "any"
+
+
+class Numbers(NamedTuple):
+    """What tokens are drawn with."""
+
+    keys: jax.Array  # [B]
+    temperature: np.float32
+    top_p: np.float32
+
+
+class Draw(NamedTuple):
+    """How tokens are drawn."""
+
+    among: str  # static: which tokens
+    numbers: Numbers
+
+    @classmethod
+    def of(cls, temperature: float, top_p: float, seeds: Sequence[int]) -> Draw:
+        """Among the fewest tokens that have the probability top_p together; or, at temperature 0,
+        always the most likely one. Every row has a seed of its own."""
+        among = MOST_LIKELY if temperature == 0 else TOP_P if top_p < 1 else ANY
+        keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+        return cls(among, Numbers(keys, np.float32(temperature), np.float32(top_p)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def first_token(c, among, mesh, params, hidden, length, numbers: Numbers) -> jax.Array:
+    """The tokens [B] after the first `length` [B] of a piece, from its hidden states [B, T, E]."""
+    hidden = jnp.take_along_axis(hidden, (length - 1)[:, None, None], 1)[:, 0]
+    logits = transformer.logits(c, params, hidden)
+    return inference.replicated(mesh, _choose(among, logits, numbers, jnp.int32(0)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnames="cache")
+def next_token(
+    c, among, lookup, mesh, params, cache: Cache, memory, token, numbers: Numbers, step
+) -> tuple[jax.Array, Cache]:
+    """Reads the token [B] of each row, and draws the next one. `cache` is used up."""
+    one = jnp.ones_like(token)
+    hidden, cache = inference.read(
+        c, lookup, mesh, params, cache, memory, token[:, None], one[:, None] > 0, one
+    )
+    logits = transformer.logits(c, params, hidden[:, 0])
+    return inference.replicated(mesh, _choose(among, logits, numbers, step)), cache
+
+
+def _choose(among: str, logits, numbers: Numbers, step) -> jax.Array:
+    """Tokens [B] from logits [B, V]; of every step, draws of its own."""
+    if among == MOST_LIKELY:
+        return logits.argmax(-1).astype(jnp.int32)
+    logits = logits / numbers.temperature
+    if among == TOP_P:
+        descending = -jnp.sort(-logits, -1)
+        p = jax.nn.softmax(descending, -1)
+        kept = (jnp.cumsum(p, -1) - p < numbers.top_p).at[:, 0].set(True)
+        least = jnp.where(kept, descending, jnp.inf).min(-1, keepdims=True)
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(numbers.keys, step)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)

@@ -1,0 +1,238 @@
+"""How a LanguageModel reads text: cut into pieces, into the window and on into memory (paper §3.1).
+
+The compiled programs are in model/inference.py; here it is decided on the host which piece comes
+next, whose window is emptied before it, and how much memory that takes.
+
+Letters: B rows, N tokens of a text, T tokens of a piece, E model dim.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Bool, Float, Int
+
+from fot_jax.errors import UserError, check_range
+from fot_jax.model import inference
+from fot_jax.model import memory as memories
+from fot_jax.model.inference import Cache
+from fot_jax.model.lookup import Dense, Lookup
+from fot_jax.model.memory import Memory
+from fot_jax.model.transformer import ModelConfig
+
+
+class Model(Protocol):
+    """What reading needs of a LanguageModel."""
+
+    config: ModelConfig
+    params: Any
+    mesh: Mesh | None
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+    """What is kept of text that has left the local window, and how it is read.
+
+    Attributes:
+      size: most tokens kept, of each row; None: all that is ever read.
+      ring: what happens beyond them: True forgets the oldest, False refuses to read more.
+      storage: float32, bfloat16, float16 or int8 (with a scale for each key and value).
+      lookup: Dense() attends to all of memory, TopK(k) to the best k keys of each head and query,
+        ApproximateTopK(k, recall) to most of these.
+      shared: one memory for all rows of a batch (the paper's multi-doc setting).
+    """
+
+    size: int | None = None
+    ring: bool = True
+    storage: str = "float32"
+    lookup: Lookup = Dense()
+    shared: bool = False
+
+    def __post_init__(self):
+        check_range("MemoryConfig", 0, 2**31 - 1, size=self.size)
+        if self.storage not in memories.STORAGE:
+            raise UserError(
+                f"MemoryConfig.storage = {self.storage!r}: choose one of "
+                f"{', '.join(memories.STORAGE)}"
+            )
+        if self.size:
+            self.lookup.check(self.size)
+
+
+EVERYTHING = MemoryConfig()
+
+
+@dataclasses.dataclass
+class State:
+    """What a model has read: the local window and the memory.
+
+    Reading on changes it; `copy` it first to ask several things of one text.
+    """
+
+    cache: Cache
+    memory: Memory
+    config: MemoryConfig
+    places: Int[np.ndarray, " B"]  # of the window, in use
+    stored: Int[np.ndarray, " rows"]  # tokens moved into each row of memory; padding counts
+
+    @property
+    def rows(self) -> int:
+        return len(self.places)
+
+    def copy(self) -> State:
+        """Another one of the same content; for a moment, twice the memory."""
+        arrays = jax.tree.map(jnp.copy, (self.cache, self.memory))
+        return State(*arrays, self.config, self.places.copy(), self.stored.copy())
+
+
+def begin(lm: Model, state: State | None, config: MemoryConfig, rows: int) -> State:
+    """The state to read on from: the given one, or one in which nothing was read.
+
+    Raises:
+      UserError: it is of another number of rows; a memory for a model without memory layers.
+    """
+    if state is not None:
+        if state.rows != rows:
+            raise UserError(f"{rows} documents for a state of {state.rows}: give as many")
+        return state
+    if config.size and not lm.config.memory_layers:
+        raise UserError(
+            f"a memory of {config.size} tokens for a model without memory layers: it reads its "
+            "local window alone; leave the memory out"
+        )
+    memory = memories.empty(lm.config, 1 if config.shared else rows, 0, config.storage, lm.mesh)
+    dtype = lm.params["embedding"].dtype
+    cache = inference.empty_cache(lm.config, rows, dtype, lm.mesh)
+    return State(cache, memory, config, np.zeros(rows, int), np.zeros(memory.rows, int))
+
+
+class Piece(NamedTuple):
+    """A piece of every row that was read."""
+
+    start: Int[np.ndarray, " B"]  # its first token in the text
+    length: Int[np.ndarray, " B"]
+    hidden: Float[jax.Array, "B T E"]  # of its tokens; what comes after them is of no meaning
+
+    def columns(self) -> slice:
+        """Of the text, where all rows have the same length."""
+        return slice(self.start[0], self.start[0] + self.length[0])
+
+
+def pieces(
+    lm: Model,
+    state: State,
+    tokens: Int[np.ndarray, "B N"],
+    valid: Bool[np.ndarray, "B N"],
+    *,
+    last: int | None,
+    progress: Callable[[int], Any] | None,
+    lengths: Int[np.ndarray, " B"] | None = None,
+    new_tokens: int = 0,
+) -> Iterator[Piece]:
+    """Reads text into a state, which changes, piece by piece.
+
+    Args:
+      valid: False for padding.
+      last: last_context_length, None for its default.
+      progress: called with the number of tokens read.
+      lengths: tokens of each row, the rest is nothing; None: all.
+      new_tokens: that will follow, for the size of the memory.
+
+    Raises:
+      UserError: last_context_length is out of range, or memory is too small and no ring.
+    """
+    context = lm.config.local_context
+    last = min(1024, context) if last is None else last
+    if not 1 <= last <= context:
+        raise UserError(f"last_context_length = {last}: give 1 to {context}, the local context")
+    rows = range(state.rows)
+    lengths = np.full(state.rows, tokens.shape[1]) if lengths is None else lengths
+    plans = [inference.cut(int(lengths[r]), int(state.places[r]), context, last) for r in rows]
+    _reserve(lm, state, plans, new_tokens)
+    steps = max(len(plan) for plan in plans)
+    # Rows with less to read wait, so that all end together.
+    plans = [[(0, 0, False)] * (steps - len(plan)) + plan for plan in plans]
+    running: collections.deque = collections.deque()
+    for of_rows in zip(*plans, strict=True):
+        start, stop, moves = (np.asarray(x) for x in zip(*of_rows, strict=True))
+        _move(lm, state, moves)
+        length = stop - start
+        width = min(context, max(16, 1 << int(length.max() - 1).bit_length()))
+        cut = [slice(start[row], stop[row]) for row in rows]
+        piece = np.stack([widened(tokens[row, cut[row]], width) for row in rows])
+        shown = np.stack([widened(valid[row, cut[row]], width) for row in rows])
+        hidden, state.cache = inference.read(
+            *(lm.config, state.config.lookup, lm.mesh, lm.params),
+            *(state.cache, state.memory, piece, shown, length.astype(np.int32)),
+        )
+        state.places += length
+        running.append(hidden)
+        if len(running) > 2:  # not further ahead of the device than that
+            running.popleft().block_until_ready()
+        yield Piece(start, length, hidden)
+        if progress is not None:
+            progress(int(shown.sum()))
+
+
+def make_room(lm: Model, state: State) -> None:
+    """Empties the windows that one more token does not fit into."""
+    _move(lm, state, state.places == lm.config.local_context)
+
+
+def _move(lm: Model, state: State, rows: np.ndarray) -> None:
+    """Empties the windows of some rows."""
+    if rows.any():
+        cache = state.cache
+        valid, length, state.memory = inference.move(
+            *(lm.config, lm.mesh, cache.layers, cache.valid, cache.length),
+            *(state.memory, rows),
+        )
+        state.cache = Cache(cache.layers, valid, length)
+        moved = np.where(rows, state.places, 0)
+        state.stored += moved.sum() if state.config.shared else moved
+        state.places[rows] = 0
+
+
+def _reserve(lm: Model, state: State, plans, new_tokens: int) -> None:
+    """Room in memory for all that will leave the window.
+
+    Raises:
+      UserError: there is none, and the memory is no ring.
+    """
+    if not lm.config.memory_layers:
+        return
+    moved = [0] * state.rows
+    for row, plan in enumerate(plans):
+        window = int(state.places[row])
+        for start, stop, moves in itertools.chain(plan, [(0, 1, None)] * (new_tokens - 1)):
+            if moves is None:  # one of the new tokens
+                moves = window == lm.config.local_context
+            if moves:
+                moved[row] += window
+                window = 0
+            window += stop - start
+    needed = int((state.stored + (sum(moved) if state.config.shared else moved)).max())
+    size = state.config.size
+    if size is not None and needed > size:
+        if not state.config.ring:
+            raise UserError(
+                f"the memory of {size} tokens is full before the end of the text, which needs "
+                f"{needed}: raise MemoryConfig.size, or set MemoryConfig.ring to forget the "
+                "oldest"
+            )
+        needed = size
+    if needed > int(state.memory.limit):
+        state.memory = memories.grow(state.memory, needed, lm.mesh)
+
+
+def widened(x: np.ndarray, width: int) -> np.ndarray:
+    """x [..., n] with zeros up to the width."""
+    return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])

@@ -1,0 +1,163 @@
+"""Memories on disk: identical after a turn through files; damage and mistakes are noticed."""
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import runs
+
+from fot_jax.errors import UserError
+from fot_jax.generate import LanguageModel
+from fot_jax.model.lookup import TopK
+from fot_jax.reading import MemoryConfig
+
+sys.path.append(str(Path(__file__).parent / "model"))
+from test_generate import C, model_of, random_text
+
+
+def over(lm, devices):
+    """The same model on several devices."""
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:devices]), ("memory",))
+    return dataclasses.replace(lm, mesh=mesh)
+
+
+def assert_same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MemoryConfig(),
+        MemoryConfig(storage="bfloat16"),
+        MemoryConfig(storage="float16", shared=True),
+        MemoryConfig(storage="int8"),
+        MemoryConfig(100),  # a ring that has gone around
+        MemoryConfig(0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["llama", "paper"])
+def test_a_loaded_memory_gives_identical_logits(tmp_path, name, config):
+    lm = model_of(name)
+    text, more = random_text(2, 300), random_text(2, 200, seed=1)
+    state = lm.read(text, memory=config, last_context_length=20)
+    lm.save_memory(state, tmp_path / "a")
+    loaded = lm.load_memory(tmp_path / "a")
+    assert loaded.config == config
+    lm.save_memory(loaded, tmp_path / "b")
+    assert runs.files(tmp_path / "a") == runs.files(tmp_path / "b")
+    want = lm.logits(more, state=state)
+    np.testing.assert_array_equal(lm.logits(more, state=loaded), want)
+
+
+def test_of_one_device_onto_eight_and_back(tmp_path):
+    """More slots than a chunk of a file; what each device holds is its own."""
+    lm = model_of("llama")
+    state = lm.read(random_text(2, 3000))
+    lm.save_memory(state, tmp_path / "one")
+    sharded = over(lm, 8).load_memory(tmp_path / "one", TopK(20))
+    assert sharded.config.lookup == TopK(20)
+    over(lm, 8).save_memory(sharded, tmp_path / "eight")
+    back = lm.load_memory(tmp_path / "eight")
+    n = int(state.memory.read[0])
+    for a, b in zip(state.memory.layers, back.memory.layers, strict=True):
+        assert_same(a.k.x[:, :, :n], b.k.x[:, :, :n])
+        assert_same(a.v.x[:, :, :n], b.v.x[:, :, :n])
+    more = random_text(2, 50, seed=1)
+    a = over(lm, 8).logits(more, state=over(lm, 8).load_memory(tmp_path / "one"))
+    np.testing.assert_allclose(a, lm.logits(more, state=state), atol=1e-5)
+
+
+def test_chunks_of_files(tmp_path, monkeypatch):
+    from fot_jax import memory_files
+
+    monkeypatch.setattr(memory_files, "CHUNK", 2**12)
+    lm = model_of("llama")
+    state = lm.read(random_text(1, 1000))
+    for saver, path in ((lm, "a"), (over(lm, 8), "b")):
+        at = state if saver is lm else saver.read(random_text(1, 1000))
+        saver.save_memory(at, tmp_path / path)
+        loaded = lm.load_memory(tmp_path / path)
+        n = int(state.memory.read[0])
+        for x, y in zip(state.memory.layers, loaded.memory.layers, strict=True):
+            np.testing.assert_allclose(x.k.x[:, :, :n], y.k.x[:, :, :n], atol=1e-5)
+    assert len(runs.files(tmp_path / "a")) > 30
+
+
+# --- Mistakes ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    lm = model_of("llama")
+    lm.save_memory(lm.read(random_text(1, 300)), tmp_path / "memory")
+    return lm, tmp_path / "memory"
+
+
+def test_of_another_model(saved):
+    lm, path = saved
+    other = dataclasses.replace(lm, config=dataclasses.replace(lm.config, rope_theta=5.0))
+    message = f"{path}: the memory of another model, with rope_theta = 10000.0 and not 5.0: load"
+    with pytest.raises(UserError, match=message):
+        other.load_memory(path)
+    params = jax.tree.map(lambda x: x + 1e-6, lm.params)
+    with pytest.raises(UserError, match="with other parameters, of another run or step: load"):
+        LanguageModel(lm.config, params).load_memory(path)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}: no memory here: give a directory that"):
+        model_of("llama").load_memory(tmp_path)
+
+
+def test_damage_is_noticed(saved):
+    """Any byte of any file changed, or any file missing."""
+    lm, path = saved
+    rng = np.random.default_rng(0)
+    whole = path.parent / "whole"
+    shutil.copytree(path, whole)
+    want = lm.logits(random_text(1, 9), state=lm.load_memory(path))
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    assert len(files) > 10
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[rng.integers(len(content))] ^= 0x10
+        file.write_bytes(content)
+        try:
+            state = lm.load_memory(path)
+        except UserError as error:
+            assert "damaged" in str(error) or "another" in str(error)
+            assert "\n" not in str(error)
+        else:  # a byte of a name or of white space in zarr's own description
+            assert file.name == "zarr.json"
+            np.testing.assert_array_equal(lm.logits(random_text(1, 9), state=state), want)
+        file.write_bytes((whole / file.relative_to(path)).read_bytes())
+    data = next(f for f in files if f.name != "zarr.json" and f.parent != path)
+    data.unlink()
+    with pytest.raises(UserError, match="damaged"):
+        lm.load_memory(path)
+
+
+def test_nothing_else_is_replaced(saved):
+    lm, path = saved
+    state = lm.read(random_text(1, 80))
+    lm.save_memory(state, path)  # an older memory is
+    assert json.loads((path / "memory.json").read_text())["content"]["read"] == [16]
+    other = path.parent / "thesis"
+    other.mkdir()
+    (other / "chapter").write_text("1")
+    for place in (other, other / "chapter"):
+        with pytest.raises(UserError, match="not a memory, so it is not replaced: give a new name"):
+            lm.save_memory(state, place)
+    assert (other / "chapter").read_text() == "1"
+    with pytest.raises(UserError, match="cannot be written"):
+        lm.save_memory(state, other / "chapter" / "memory")
+    assert sorted(p.name for p in path.parent.iterdir()) == ["memory", "thesis"]
+    assert C == 64
