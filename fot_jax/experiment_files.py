@@ -56,13 +56,14 @@ def _register(gin) -> None:
     from fot_jax import evaluate, train
     from fot_jax.data import synthetic, tasks
     from fot_jax.evals import perplexity, sample
-    from fot_jax.model import crossbatch, sizes, transformer
+    from fot_jax.model import crossbatch, lookup, sizes, transformer
     from fot_jax.training import optim, partitioning, step
 
     names = [
         *(train.train, train.Data, train.Compute, train.Checkpoints),
         *(evaluate.evaluate, evaluate.Evaluation),
         *(perplexity.PerplexityByContext, sample.Sample),
+        *(lookup.Dense, lookup.TopK, lookup.ApproximateTopK),
         *(crossbatch.NoCrossbatch, crossbatch.PreviousContext),
         *(crossbatch.Packed, crossbatch.PackedTable),
         *(step.SwitchAtStep, step.SwitchAtAccuracy, step.DrawnEachStep),

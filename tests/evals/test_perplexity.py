@@ -13,8 +13,10 @@ from fot_jax.data.lanes import Document
 from fot_jax.errors import UserError
 from fot_jax.evals.perplexity import PerplexityByContext
 from fot_jax.generate import LanguageModel
-from fot_jax.model import crossbatch, memory
+from fot_jax.model import crossbatch
+from fot_jax.model.lookup import TopK
 from fot_jax.model.transformer import ModelConfig, Transformer
+from fot_jax.reading import MemoryConfig
 
 WINDOW = 8
 CONFIG = ModelConfig(
@@ -35,7 +37,7 @@ def lm():
     model = Transformer(CONFIG)
     tokens = np.zeros((1, WINDOW), np.int32)
     params = model.init(jax.random.key(1), tokens, tokens, crossbatch.Plan())["params"]
-    return LanguageModel(model, jax.tree.map(lambda x: 3 * x, params))
+    return LanguageModel.of(model, jax.tree.map(lambda x: 3 * x, params))
 
 
 class Documents:
@@ -57,34 +59,25 @@ class Documents:
 
 
 def nats_of(lm, document, start, stop, size):
-    """(sum, weights) over targets start + 1 … stop, window by window through the model itself."""
-    state = memory.empty(CONFIG, 1, size)
-    total = weights = right = 0.0
-    for at in range(max(0, start - size), stop, WINDOW):
-        tokens = document.tokens[None, at : at + WINDOW]
-        segments = np.ones_like(tokens)
-        arguments = {"params": lm.params}, tokens, segments, crossbatch.Plan()
-        out = lm.model.apply(*arguments, memory=state if size else None)
-        state = state.append(out.window, segments)
-        if at < start:
-            continue
-        logits = lm.model.apply({"params": lm.params}, out.hidden, method="logits")[0]
-        logits = np.asarray(logits, np.float64)
-        targets = document.tokens[at + 1 : at + WINDOW + 1]
-        weight = document.weights[at + 1 : at + WINDOW + 1]
-        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        total -= (log_p[np.arange(WINDOW), targets] * weight).sum()
-        right += ((logits.argmax(-1) == targets) * weight).sum()
-        weights += weight.sum()
-    return total, weights, right
+    """(sum, weights, right) over targets start + 1 … stop, window by window, by hand."""
+    first = max(0, start - -(-size // WINDOW) * WINDOW)
+    logits = lm.logits(
+        document.tokens[None, first:stop], last_context_length=WINDOW, memory=MemoryConfig(size)
+    )
+    logits = np.asarray(logits[0, start - first :], np.float64)
+    targets = document.tokens[start + 1 : stop + 1]
+    weight = document.weights[start + 1 : stop + 1]
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nats = -(log_p[np.arange(len(targets)), targets] * weight).sum()
+    return nats, weight.sum(), ((logits.argmax(-1) == targets) * weight).sum()
 
 
 def test_rows_are_means_over_the_same_tokens(lm):
     """Scored: 16 tokens beyond the largest memory, or the second half of a document too short."""
     source = Documents(12, 80, 33, 41, 27)
-    evaluation = PerplexityByContext((0, 16, 20), documents=3, scored_tokens=16)
+    evaluation = PerplexityByContext((0, 16, 20), documents=3, scored_tokens=48, rows=2)
     rows = evaluation.run(lm, source)
-    assert [row["memory"] for row in rows] == [0, 16, 24]  # whole windows
+    assert [row["memory"] for row in rows] == [0, 16, 20]
     scored = (
         (source.all[1], 24, 40),  # of 79 targets, the first 16 that a full memory is read before
         (source.all[3], 24, 40),
@@ -102,18 +95,71 @@ def test_rows_are_means_over_the_same_tokens(lm):
 
 def test_documents_too_short_for_the_memory_give_their_second_half(lm):
     source = Documents(45)
-    rows = PerplexityByContext((0, 256), documents=2, scored_tokens=64).run(lm, source)
+    rows = PerplexityByContext((0, 256), documents=2, scored_tokens=128).run(lm, source)
     for row in rows:  # 40 inputs are whole windows, the second half of them from window 2 on
         total, weights, _ = nats_of(lm, source.all[0], 16, 40, row["memory"])
         assert row["tokens"] == weights
         assert row["nats"] == pytest.approx(total / weights, rel=1e-5)
 
 
+def test_documents_share_a_memory(lm):
+    """Two at a time: a memory of 32 has the last 16 tokens of each (multi-doc)."""
+    source = Documents(81, 57, 57, 81)
+    evaluation = PerplexityByContext((32,), documents=4, scored_tokens=128, rows=2, multi_doc=True)
+    (row,) = evaluation.run(lm, source)
+    sums = np.zeros(3)
+    for pair in ((0, 3), (1, 2)):  # the longest first
+        documents = [source.all[i] for i in pair]
+        tokens = np.stack([document.tokens[: 16 + 32] for document in documents])
+        memory = MemoryConfig(32, shared=True)
+        logits = np.asarray(lm.logits(tokens, last_context_length=WINDOW, memory=memory), float)
+        for document, out in zip(documents, logits[:, 16:], strict=True):
+            targets, weight = document.tokens[17:49], document.weights[17:49]
+            log_p = out - np.log(np.exp(out).sum(-1, keepdims=True))
+            sums += (
+                -(log_p[np.arange(32), targets] * weight).sum(),
+                weight.sum(),
+                ((out.argmax(-1) == targets) * weight).sum(),
+            )
+    assert row["tokens"] == sums[1]
+    assert row["nats"] == pytest.approx(sums[0] / sums[1], rel=1e-5)
+    assert row["accuracy"] == pytest.approx(sums[2] / sums[1])
+    alone = dataclasses.replace(evaluation, multi_doc=False).run(lm, source)[0]
+    assert abs(alone["nats"] - row["nats"]) > 1e-4
+
+
+def test_padding_does_not_enter_a_shared_memory(lm):
+    """Beside a document much longer than it, the shorter one leaves nothing after its end."""
+    source = Documents(161, 33)
+    evaluation = PerplexityByContext((64,), documents=2, scored_tokens=256, rows=2, multi_doc=True)
+    (row,) = evaluation.run(lm, source)
+    short = source.all[1]
+    source.all[1] = short._replace(
+        tokens=np.concatenate([short.tokens, np.zeros(7, np.int32)]),
+        weights=np.concatenate([short.weights, np.zeros(7, np.float32)]),
+    )
+    assert evaluation.run(lm, source)[0] == row
+
+
+def test_lookup_and_storage_are_those_of_the_memory(lm):
+    source = Documents(161)
+    evaluation = PerplexityByContext((64,), documents=1, scored_tokens=64)
+    dense, few, rounded = (
+        dataclasses.replace(evaluation, **changes).run(lm, source)[0]["nats"]
+        for changes in ({}, {"lookup": TopK(2)}, {"storage": "int8"})
+    )
+    assert abs(dense - few) > 1e-3 and 1e-7 < abs(dense - rounded) < 0.1
+    with pytest.raises(UserError, match="TopK.k = 65 is larger than the memory of 64 tokens"):
+        PerplexityByContext((0, 64, 128), lookup=TopK(65))
+    with pytest.raises(UserError, match="storage = 'int3': choose one of"):
+        PerplexityByContext(storage="int3")
+
+
 def test_no_memory_is_the_window_alone(lm):
     """What stands before the window of a token changes nothing."""
     source = Documents(49, seed=1)
     (document,) = source.all
-    evaluation = PerplexityByContext((0, 24), scored_tokens=16)
+    evaluation = PerplexityByContext((0, 24), documents=1, scored_tokens=16)
     no_memory, with_memory = evaluation.run(lm, source)
     changed = document.tokens.copy()
     changed[:24] = (changed[:24] + 7) % CONFIG.vocab_size
@@ -125,7 +171,7 @@ def test_no_memory_is_the_window_alone(lm):
 
 def test_a_plain_model_is_evaluated_once(lm):
     config = dataclasses.replace(CONFIG, memory_layers=())
-    plain = LanguageModel(Transformer(config), lm.params)
+    plain = dataclasses.replace(lm, config=config)
     (row,) = PerplexityByContext((0, 16, 64)).run(plain, Documents(49))
     assert row["memory"] == 0
 
@@ -185,3 +231,6 @@ def test_plot(tmp_path, monkeypatch, rows):
         box = text.get_window_extent()
         assert drawn.x0 <= box.x0 and box.x1 <= drawn.x1 and box.y1 <= drawn.y1
     assert matplotlib.image.imread(path, format="png").std() > 0.05
+    PerplexityByContext(multi_doc=True).plot(rows, path)
+    label = "memory beyond the local window (tokens, shared by documents)"
+    assert figures[1].axes[0].get_xlabel() == label

@@ -7,14 +7,15 @@ from fot_jax.data.lanes import Document
 from fot_jax.data.vocabulary import Bytes
 from fot_jax.errors import UserError
 from fot_jax.evals.sample import Sample
+from fot_jax.reading import MemoryConfig
 
 
 class Recorder:
     """In place of a language model with windows of 16: writes the same five letters."""
 
-    class model:  # noqa: N801
-        class config:  # noqa: N801
-            local_context = 16
+    class config:  # noqa: N801
+        local_context = 16
+        memory_layers = (1,)
 
     def generate(self, tokens, max_new_tokens, **options):
         self.called = tokens, max_new_tokens, options
@@ -42,7 +43,12 @@ def test_continues_the_start_of_the_first_document():
     (row,) = evaluation.run(lm, Text(text, b"another"))
     tokens, count, options = lm.called
     assert (tokens, count) == (list(text[:80]), 5)
-    assert options == {"capacity": 32, "temperature": 0.5, "seed": 3}  # whole windows
+    assert options == {
+        "temperature": 0.5,
+        "seed": 3,
+        "last_context_length": 16,
+        "memory": MemoryConfig(40),
+    }
     assert row == {"prompt": text[16:80].decode(), "continuation": "hello"}
     assert evaluation.table([row]) == f"…{row['prompt']} ▌hello"
     assert evaluation.scalars([row]) == {}

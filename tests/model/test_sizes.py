@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import Mesh
 
 from fot_jax.errors import UserError
-from fot_jax.model import crossbatch, sizes
+from fot_jax.model import crossbatch, inference, memory, sizes
 from fot_jax.model.crossbatch import PackedTable, PreviousContext
+from fot_jax.model.lookup import TopK
 from fot_jax.model.transformer import Transformer
 
 
@@ -73,8 +74,29 @@ def test_every_size_traces_in_training(name):
     )
     kept = 8 * len(range(scheme.windows)[scheme.output_place()])
     assert out.hidden.shape == (kept, config.local_context, config.hidden_size)
-    window = (rows, config.local_context, config.num_kv_heads, config.head_dim)
-    assert [k.shape for k, _ in out.window] == [window] * len(config.memory_layers)
+
+
+@pytest.mark.parametrize("name", sizes.NAMED, ids=lambda name: name.__name__)
+def test_every_size_traces_at_inference(name):
+    """A piece read with a memory of a million tokens, without allocating anything."""
+    config = name()
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    init = functools.partial(Transformer(config).init, plan=crossbatch.Plan())
+    shape = jax.eval_shape
+    params = shape(init, jax.random.key(0), tokens, tokens)["params"]
+    params = shape(functools.partial(inference.parameters_by_layer, dtype=jnp.bfloat16), params)
+    cache = shape(lambda: inference.empty_cache(config, 2, jnp.bfloat16))
+    state = shape(lambda: memory.empty(config, 2, 2**20, "int8"))
+    vectors = 2 * 2 * len(config.memory_layers) * config.num_kv_heads * 2**20
+    assert 0 < sum(x.size for x in jax.tree.leaves(state)) - vectors * (config.head_dim + 1) < 9
+    for T in (1, config.local_context):
+        piece = jnp.zeros((2, T), jnp.int32)
+        read = functools.partial(inference.read, config, TopK(128), None)
+        hidden, after = shape(read, params, cache, state, piece, piece > 0, piece[:, 0])
+        assert hidden.shape == (2, T, config.hidden_size) and hidden.dtype == jnp.bfloat16
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), cache
+        )
 
 
 def test_overrides_change_only_what_they_name():

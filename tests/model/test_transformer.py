@@ -10,7 +10,8 @@ import pytest
 from test_crossbatch import visibility
 
 from fot_jax.errors import UserError
-from fot_jax.model import crossbatch, memory
+from fot_jax.generate import LanguageModel
+from fot_jax.model import crossbatch
 from fot_jax.model.crossbatch import NoCrossbatch, Packed, PackedTable, PreviousContext
 from fot_jax.model.transformer import ModelConfig, RopeScaling, Transformer, rope_frequencies
 
@@ -68,18 +69,18 @@ def plan_of(config, scheme, tokens):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "plan", "keep", "dtype", "remat"))
-def forward(config, params, tokens, segments, plan, state=None, *, keep=None, **how):
-    """Logits of every position, and the window as memory keeps it."""
+def forward(config, params, tokens, segments, plan, *, keep=None, **how):
+    """Logits of every position."""
     model = Transformer(config, **how)
-    out = model.apply({"params": params}, tokens, segments, plan, memory=state, keep=keep)
-    return model.apply({"params": params}, out.hidden, method="logits"), out.window
+    out = model.apply({"params": params}, tokens, segments, plan, keep=keep)
+    return model.apply({"params": params}, out.hidden, method="logits")
 
 
 def logits_of(config, tokens, segments=None, scheme=None, **how):
     segments = np.ones_like(tokens) if segments is None else segments
     plan = crossbatch.Plan() if scheme is None else plan_of(config, scheme, tokens)
     params = random_params(config)
-    return np.asarray(forward(config, params, tokens, segments, plan, **how)[0])
+    return np.asarray(forward(config, params, tokens, segments, plan, **how))
 
 
 # --- transformers' LlamaForCausalLM --------------------------------------------------------------
@@ -293,7 +294,7 @@ def test_tokens_influence_exactly_what_the_scheme_says(scheme):
     def influence(embedding):
         def outputs(embedding):
             with_it = {**params, "embedding": embedding}
-            return forward(config, with_it, tokens, segments, plan)[0].reshape(N, -1) @ np.arange(N)
+            return forward(config, with_it, tokens, segments, plan).reshape(N, -1) @ np.arange(N)
 
         backward = jax.vjp(outputs, embedding)[1]
         return jax.lax.map(lambda at: jnp.abs(backward(at)[0]).sum(-1), jnp.eye(N)) > 0
@@ -332,44 +333,6 @@ def test_kept_rows_are_those_of_the_whole_output(scheme, memory_layers):
 # --- Memory at inference -------------------------------------------------------------------------
 
 
-def read_windows(config, tokens, segments, capacity):
-    """Logits of documents [B, windows, T] read window by window through a memory."""
-    params, plan = random_params(config), crossbatch.Plan()
-
-    @jax.jit
-    def read(state, window):
-        logits, kept = forward(config, params, *window, plan, state)
-        return state.append(kept, window[1]), logits
-
-    state = memory.empty(config, len(tokens), capacity)
-    logits = []
-    for window in zip(tokens.swapaxes(0, 1), segments.swapaxes(0, 1), strict=True):
-        state, out = read(state, window)
-        logits.append(np.asarray(out))
-    return np.stack(logits, axis=1)
-
-
-def rows_of(x):
-    return x.reshape(-1, *x.shape[2:])
-
-
-@FAMILIES
-@pytest.mark.parametrize("capacity, reach", [(15, 3), (10, 2), (0, 0)])
-def test_reading_with_memory_equals_float64(family, capacity, reach):
-    """A window sees all of the last `reach` windows of its document, and padding never."""
-    config = dataclasses.replace(family, memory_layers=(1, 2))
-    tokens = random_tokens(config, 12, 5).reshape(3, 4, 5)
-    segments = np.ones_like(tokens)
-    segments[1, 0, :3] = 0
-    segments[2, :2] = 0
-    got = rows_of(read_windows(config, tokens, segments, capacity))
-    table = PackedTable(tuple((min(place, reach), 0) for place in range(4)))
-    seen = visibility(table, 12, 12, rows_of(segments))
-    want = float64_logits(config, random_params(config), rows_of(tokens), seen)
-    real = rows_of(segments) > 0
-    np.testing.assert_allclose(got[real], want[real], atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize(
     "family, scheme, memory_layers",
     [
@@ -382,14 +345,15 @@ def test_reading_with_memory_equals_float64(family, capacity, reach):
 )
 def test_memory_is_what_crossbatch_trained_for(family, scheme, memory_layers):
     """The training view of a document is its inference view: the same logits, to rounding."""
-    config = dataclasses.replace(family, memory_layers=memory_layers)
+    config = dataclasses.replace(family, memory_layers=memory_layers, local_context=6)
     windows = scheme.windows
-    tokens = random_tokens(config, 3 * windows, 6).reshape(3, windows, 6)
-    tokens[:, 0] = tokens[:, -1]
-    segments = np.broadcast_to(np.array([1, 2, 3], np.int32)[:, None, None], tokens.shape)
-    read = read_windows(config, tokens, segments, windows * 6)
-    trained = logits_of(config, rows_of(tokens), rows_of(segments), scheme)
-    trained = trained.reshape(read.shape)
+    tokens = random_tokens(config, 3, windows * 6)
+    tokens[:, :6] = tokens[:, -6:]
+    lm = LanguageModel.of(Transformer(config), random_params(config))
+    read = lm.logits(tokens, last_context_length=6).reshape(3, windows, 6, -1)
+    rows = tokens.reshape(3 * windows, 6)
+    segments = np.repeat(np.arange(1, 4, dtype=np.int32), windows)[:, None] * np.ones_like(rows)
+    trained = logits_of(config, rows, segments, scheme).reshape(read.shape)
     np.testing.assert_allclose(trained[:, -1], read[:, -1], atol=1e-5)
     # The memory is of consequence: a window of the same tokens read first gives something else.
     assert np.abs(read[:, 0] - read[:, -1]).max() > 1e-2
