@@ -73,6 +73,38 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--output", help="JSON file for the rows; plots go beside it")
     evaluate.set_defaults(run=_evaluate)
 
+    generate = verbs.add_parser("generate", help="read a prompt of any length and write on")
+    generate.add_argument("--checkpoint", required=True, help="a workdir, or a step inside it")
+    generate.add_argument("--prompt", metavar="TEXT")
+    generate.add_argument("--prompt_file", metavar="FILE", help="UTF-8 text")
+    generate.add_argument("--max_new_tokens", type=int, default=128, metavar="N")
+    generate.add_argument(
+        "--temperature", type=float, default=0.7, metavar="T", help="0: the most likely token"
+    )
+    generate.add_argument("--top_p", type=float, default=1.0, metavar="P")
+    generate.add_argument("--seed", type=int, default=0, metavar="N")
+    generate.add_argument(
+        "--last_context_length", type=int, metavar="N", help="tokens left in the local window"
+    )
+    generate.add_argument(
+        "--memory_size", type=int, metavar="N", help="keep the last N tokens; default: all"
+    )
+    generate.add_argument(
+        "--memory_dtype",
+        default="float32",
+        help="float32, bfloat16, float16 or int8",
+    )
+    generate.add_argument(
+        "--k", type=int, metavar="K", help="attend to the K best keys of memory; default: all"
+    )
+    generate.add_argument("--memory", metavar="DIR", help="read on from a saved memory")
+    generate.add_argument(
+        "--save_memory", metavar="DIR", help="save the memory once the prompt is read"
+    )
+    generate.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    generate.add_argument("--devices", type=int, default=1, help="that memory is sharded over")
+    generate.set_defaults(run=_generate)
+
     cache = verbs.add_parser(
         "cache", help="tokenize an experiment's corpora once, for Text.cache_dir"
     )
@@ -81,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     cache.set_defaults(run=_cache)
 
     bench = verbs.add_parser("bench", help="measure speed as a ratio to the machine's own rates")
-    bench.add_argument("name", choices=["train"], help="what to measure")
+    bench.add_argument("name", choices=["train", "memory"], help="what to measure")
     bench.add_argument("--json", action="store_true", help="print one JSON object")
     bench.set_defaults(run=_bench)
     return parser
@@ -140,6 +172,30 @@ def _evaluates_what_training_would(gin) -> None:
                 gin.bind_parameter(f"evaluate.{ours}", value)
 
 
+def _generate(args) -> int:
+    from fot_jax import writing
+    from fot_jax.model.lookup import Dense, TopK
+    from fot_jax.reading import MemoryConfig
+
+    with _on(signal.SIGTERM, _exit), _on(signal.SIGINT, _exit):
+        writing.generate(
+            **{
+                name: getattr(args, name)
+                for name in (
+                    *("checkpoint", "prompt", "prompt_file", "max_new_tokens", "temperature"),
+                    *("top_p", "seed", "last_context_length", "memory", "save_memory"),
+                    *("dtype", "devices"),
+                )
+            },
+            config=MemoryConfig(
+                args.memory_size,
+                storage=args.memory_dtype,
+                lookup=Dense() if args.k is None else TopK(args.k),
+            ),
+        )
+    return 0
+
+
 def _cache(args) -> int:
     experiment_files.load(args.experiment, args.gin)
     import gin
@@ -158,10 +214,15 @@ def _cache(args) -> int:
 
 
 def _bench(args) -> int:
-    _keep_freed_memory()
-    from fot_jax import bench
+    if args.name == "train":
+        _keep_freed_memory()
+        from fot_jax import bench
 
-    bench.train(as_json=args.json)
+        bench.train(as_json=args.json)
+    else:
+        from fot_jax import bench_memory
+
+        bench_memory.memory(as_json=args.json)
     return 0
 
 

@@ -73,6 +73,7 @@ class LanguageModel:
         from fot_jax.training import checkpoint
 
         mesh = None
+        check_range("LanguageModel", 1, devices=devices)
         if devices > 1:
             at_hand = jax.local_devices()
             if devices > len(at_hand):
@@ -226,6 +227,7 @@ class LanguageModel:
         memory: MemoryConfig = EVERYTHING,
         state: State | None = None,
         progress: Callable[[int], Any] | None = None,
+        when_read: Callable[[State], Any] | None = None,
     ) -> Iterator[list[int | None]]:
         """Continues prompts, token by token.
 
@@ -237,6 +239,7 @@ class LanguageModel:
           seed: of the draws, one for each row; of a number s, row r has s + r.
           stop: tokens that end a row.
           mask, last_context_length, memory, state, progress: as of `logits`.
+          when_read: called with the state when the prompts have been read, to save it, say.
 
         Yields:
           After each step the new token of every row, None for rows that have ended.
@@ -269,6 +272,8 @@ class LanguageModel:
             new_tokens=max_new_tokens,
         ):
             last = piece
+        if when_read is not None:
+            when_read(state)
         if not max_new_tokens:
             return
         draw = sampling.Draw.of(temperature, top_p, seeds)

@@ -8,6 +8,7 @@ memory can be loaded onto any number of devices. Written whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -49,8 +50,9 @@ def save(path: epath.PathLike, state: State, fingerprint: Any, mesh: Mesh | None
       UserError: the path cannot be written, or something else is there.
     """
     path = path_of(path)
-    if path.exists() and not (path / DESCRIPTION).exists():
-        raise UserError(f"{path}: not a memory, so it is not replaced: give a new name")
+    if not state.memory.layers:
+        raise UserError(f"{path}: the model has no memory layers: there is no memory to save")
+    check_place(path)
     config = dataclasses.asdict(state.config)
     content = {
         "version": VERSION,
@@ -74,6 +76,23 @@ def save(path: epath.PathLike, state: State, fingerprint: Any, mesh: Mesh | None
             raise UserError(f"{path}: cannot be written: {_first_line(error)}") from error
         sealed = {"crc32": _crc32(content), "content": content}
         (half / DESCRIPTION).write_text(json.dumps(sealed))
+
+
+def check_place(path: epath.PathLike) -> None:
+    """Checks that a memory can be saved there.
+
+    Raises:
+      UserError: something else is there, or no directory can be made.
+    """
+    path = path_of(path)
+    if path.exists() and not (path / DESCRIPTION).exists():
+        raise UserError(f"{path}: not a memory, so it is not replaced: give a new name")
+    with contextlib.suppress(_Writable), new_directory(path):
+        raise _Writable
+
+
+class _Writable(Exception):
+    """A directory could be made; none is wanted yet."""
 
 
 def load(

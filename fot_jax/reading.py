@@ -103,10 +103,11 @@ def begin(lm: Model, state: State | None, config: MemoryConfig, rows: int) -> St
         if state.rows != rows:
             raise UserError(f"{rows} documents for a state of {state.rows}: give as many")
         return state
-    if config.size and not lm.config.memory_layers:
+    if not lm.config.memory_layers and (config.size or config.lookup != Dense()):
+        asked = f"of {config.size} tokens" if config.size else f"with {config.lookup}"
         raise UserError(
-            f"a memory of {config.size} tokens for a model without memory layers: it reads its "
-            "local window alone; leave the memory out"
+            f"a memory {asked} for a model without memory layers: it reads its local window alone; "
+            "leave the memory out"
         )
     memory = memories.empty(lm.config, 1 if config.shared else rows, 0, config.storage, lm.mesh)
     dtype = lm.params["embedding"].dtype

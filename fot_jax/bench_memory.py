@@ -1,0 +1,304 @@
+"""`fot bench memory`: reading and writing with a memory, as ratios to what the machine can do.
+
+Everything is measured in one run: the model, plain matrix products, copies, and the peers (the same
+shape of LLaMA in transformers, with full attention; a flat FAISS index) where they are installed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fot_jax.generate import LanguageModel
+from fot_jax.model import crossbatch, lookup
+from fot_jax.model import memory as memories
+from fot_jax.model.memory import LayerMemory
+from fot_jax.model.transformer import ModelConfig, Transformer
+from fot_jax.training.metrics import matmul_rate
+
+MODEL = ModelConfig(
+    vocab_size=1024,
+    hidden_size=512,
+    num_layers=8,
+    num_heads=8,
+    num_kv_heads=8,
+    head_dim=64,
+    mlp_dim=1376,
+    memory_layers=(2, 4, 6),
+    local_context=512,
+)
+NEW_TOKENS = 128
+WINDOW = 256  # tokens of the local window when writing begins
+
+
+def memory(
+    as_json: bool = False,
+    prefill: Sequence[int] = (2048, 8192, 32768),
+    sizes: Sequence[int] = (2**14, 2**17, 2**20),
+    largest: int = 2**24,
+) -> None:
+    """Prints three tables: reading and writing, attention over a memory, the best keys of one.
+
+    Args:
+      prefill: tokens of the texts that are read; after each but the last, tokens are written.
+      sizes: keys of the memories that are looked into, heads of 64 dimensions.
+      largest: keys of one more memory, of 4 heads of 32 dimensions in float16; 0 for none.
+    """
+    tables = {
+        "read_and_write": _read_and_write(prefill),
+        "attend": [_attend(size, queries) for size in sizes for queries in (1, 512)],
+        "search": [_search(size) for size in sizes]
+        + ([_search(largest, heads=4, dim=32, storage="float16")] if largest else []),
+    }
+    if as_json:
+        device = jax.devices()[0].device_kind
+        print(json.dumps({"bench": "memory", "device": device, **tables}))
+        return
+    for title, rows in tables.items():
+        print(f"\n{title.replace('_', ' ')}")
+        _print_table(rows)
+
+
+# --- A model -------------------------------------------------------------------------------------
+
+
+def _read_and_write(lengths: Sequence[int]) -> list[dict[str, Any]]:
+    tokens = jnp.zeros((1, 8), jnp.int32)
+    init = jax.jit(functools.partial(Transformer(MODEL).init, plan=crossbatch.Plan()))
+    lm = LanguageModel.of(Transformer(MODEL), init(jax.random.key(0), tokens, tokens)["params"])
+    peer = _transformers_llama()
+    rows = []
+    for length in lengths:
+        text = np.random.default_rng(0).integers(0, MODEL.vocab_size, (1, length))
+        rate = matmul_rate()
+        seconds = _best(lambda text=text: _arrays(lm.read(text, last_context_length=512)))
+        floor = _read_flops(length) / (rate + matmul_rate()) * 2
+        row = {
+            "tokens": length,
+            "read_s": seconds,
+            "floor_s": floor,
+            "times_floor": seconds / floor,
+            "llama_read_s": None if peer is None else _best(lambda text=text: peer.read(text), 1),
+        }
+        if length < max(lengths):
+            bandwidth = copy_bandwidth()
+            per_token = _seconds_per_token(
+                lm.stream(text, NEW_TOKENS + 2, temperature=0, last_context_length=WINDOW)
+            )
+            floor = _bytes_per_token(length) / (bandwidth + copy_bandwidth()) * 2
+            row |= {
+                "tokens_per_s": 1 / per_token,
+                "copy_gb_per_s": bandwidth / 1e9,
+                "times_copy": per_token / floor,
+                "llama_tokens_per_s": None if peer is None else 1 / peer.seconds_per_token(text),
+            }
+        rows.append(row)
+    return rows
+
+
+def _parameters() -> int:
+    """Of matrices that every token meets: all but the embeddings."""
+    c = MODEL
+    attention = 2 * c.hidden_size * (c.num_heads + c.num_kv_heads) * c.head_dim
+    return c.num_layers * (attention + 3 * c.hidden_size * c.mlp_dim)
+
+
+def _read_flops(tokens: int) -> float:
+    """Matrix FLOPs of reading: every layer's products, local causal scores, and all of memory."""
+    c = MODEL
+    per_score = 4 * c.num_heads * c.head_dim
+    windows = [min(c.local_context, tokens - i) for i in range(0, tokens, c.local_context)]
+    local = sum(w * (w + 1) / 2 for w in windows)
+    beyond = sum(w * i * c.local_context for i, w in enumerate(windows))
+    scores = c.num_layers * local + len(c.memory_layers) * beyond
+    return 2 * _parameters() * tokens + per_score * scores
+
+
+def _bytes_per_token(length: int) -> float:
+    """Parameters (with the head), memory and window, read once, float32."""
+    c = MODEL
+    key_and_value = 2 * c.num_kv_heads * c.head_dim
+    remembered = len(c.memory_layers) * (length - WINDOW) + c.num_layers * WINDOW
+    head = c.hidden_size * c.vocab_size
+    return 4 * (_parameters() + head + remembered * key_and_value)
+
+
+def _arrays(state) -> None:
+    jax.block_until_ready((state.cache, state.memory))
+
+
+def _seconds_per_token(steps) -> float:
+    next(steps)
+    next(steps)
+    start = time.perf_counter()
+    count = sum(1 for _ in steps)
+    return (time.perf_counter() - start) / count
+
+
+# --- A memory ------------------------------------------------------------------------------------
+
+
+def _attend(size: int, queries: int, heads: int = 8, dim: int = 64) -> dict[str, Any]:
+    """Dense attention of one layer over a memory, float32."""
+    rng = np.random.default_rng(0)
+    layer = LayerMemory(*(_stored(rng, (1, heads, size // heads, dim)) for _ in range(2)))
+    q = jnp.asarray(rng.normal(size=(1, heads, queries, dim)), jnp.float32)
+    attend = jax.jit(functools.partial(lookup.attend, lookup.Dense()))
+    visible = jnp.asarray([size // heads])
+    bandwidth, rate = copy_bandwidth(), matmul_rate()
+    seconds = _best(lambda: jax.block_until_ready(attend(q, layer, visible)))
+    compute = 4 * size * queries * dim / rate
+    copy = 8 * size * dim / bandwidth
+    return {
+        "keys": size,
+        "queries": queries,
+        "seconds": seconds,
+        "times_matmul": seconds / compute,
+        "times_copy": seconds / copy,
+    }
+
+
+def _search(
+    size: int, queries: int = 256, k: int = 32, heads: int = 1, dim: int = 64, storage="float32"
+) -> dict[str, Any]:
+    """The k best keys of every query, exactly and approximately; heads share the queries."""
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(1, heads, queries, dim)), jnp.float32)
+    keys = _stored(rng, (1, heads, size, dim), storage)
+    visible = jnp.asarray([size])
+    rate = matmul_rate()
+    exact, approximate = lookup.TopK(k), lookup.ApproximateTopK(k)
+    found = {}
+
+    def run(how):
+        found[how] = jax.block_until_ready(jax.jit(how.search)(q, keys, visible))
+
+    seconds = _best(lambda: run(exact))
+    row = {
+        "keys": size,
+        "heads": heads,
+        "dim": dim,
+        "storage": storage,
+        "exact_s": seconds,
+        "times_matmul": seconds / (2 * size * heads * queries * dim / rate),
+    }
+    if storage == "float32":
+        row["approximate_s"] = _best(lambda: run(approximate))
+        pairs = zip(
+            *(np.asarray(found[how][1]).reshape(-1, k) for how in (exact, approximate)), strict=True
+        )
+        row["recall"] = float(np.mean([len(set(a) & set(b)) / k for a, b in pairs]))
+        row["faiss_s"] = _faiss_seconds(np.asarray(keys.x[0, 0]), np.asarray(q[0, 0]), k)
+    return row
+
+
+def _stored(rng, shape, storage: str = "float32") -> memories.Stored:
+    """Random vectors, made a million at a time."""
+    rows, heads, size, dim = shape
+    array = np.empty(shape, storage)
+    for head in range(heads):
+        for start in range(0, size, 2**20):
+            part = array[0, head, start : start + 2**20]
+            part[...] = rng.standard_normal(part.shape, np.float32)
+    return memories.Stored(jnp.asarray(array), None)
+
+
+# --- The machine and the peers -------------------------------------------------------------------
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of copying 256 MB in the host's memory."""
+    a = np.ones(2**26, np.float32)
+    b = np.empty_like(a)
+    return 2 * a.nbytes / _best(lambda: np.copyto(b, a), 5)
+
+
+def _best(run: Callable[[], Any], times: int = 3) -> float:
+    """Seconds of the fastest of so many runs, after one to warm up."""
+    run()
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _faiss_seconds(keys: np.ndarray, q: np.ndarray, k: int) -> float | None:
+    if importlib.util.find_spec("faiss") is None:
+        return None
+    import faiss
+
+    faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
+    index = faiss.IndexFlatIP(keys.shape[1])
+    index.add(keys)
+    return _best(lambda: index.search(q, k))
+
+
+def _transformers_llama() -> _Llama | None:
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
+        return None
+    return _Llama()
+
+
+class _Llama:
+    """The same shape in PyTorch, with full attention (SDPA) over everything read."""
+
+    def __init__(self):
+        import torch
+        import transformers
+
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        c = MODEL
+        config = transformers.LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.hidden_size,
+            intermediate_size=c.mlp_dim,
+            num_hidden_layers=c.num_layers,
+            num_attention_heads=c.num_heads,
+            num_key_value_heads=c.num_kv_heads,
+            max_position_embeddings=2**20,
+            attn_implementation="sdpa",
+        )
+        self._torch = torch
+        with contextlib.redirect_stdout(None):
+            self._model = transformers.LlamaForCausalLM(config).eval()
+
+    def read(self, text: np.ndarray):
+        with self._torch.inference_mode():
+            tokens = self._torch.as_tensor(text)
+            return self._model(tokens, use_cache=True, logits_to_keep=1).past_key_values
+
+    def seconds_per_token(self, text: np.ndarray, count: int = 32) -> float:
+        cache = self.read(text)
+        token = self._torch.zeros((1, 1), dtype=self._torch.long)
+        with self._torch.inference_mode():
+            for step in range(count + 2):
+                if step == 2:
+                    start = time.perf_counter()
+                self._model(token, past_key_values=cache, use_cache=True)
+        return (time.perf_counter() - start) / count
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+
+    def shown(value):
+        if value is None:
+            return "-"
+        return f"{value:.4g}" if isinstance(value, float) else f"{value}"
+
+    cells = [names] + [[shown(row.get(name)) for name in names] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    for line in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))

@@ -1,0 +1,124 @@
+"""`fot generate`: a checkpoint reads a prompt, from the command line or a file, and writes on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+from fot_jax import memory_files
+from fot_jax.data.vocabulary import Vocabulary, frame
+from fot_jax.errors import UserError
+from fot_jax.generate import LanguageModel
+from fot_jax.paths import path_of
+from fot_jax.progress import reading
+from fot_jax.reading import MemoryConfig, State
+
+
+def generate(
+    checkpoint: str,
+    prompt: str | None = None,
+    prompt_file: str | None = None,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.7,
+    top_p: float = 1.0,
+    seed: int = 0,
+    last_context_length: int | None = None,
+    config: MemoryConfig | None = None,
+    memory: str | None = None,
+    save_memory: str | None = None,
+    dtype: str = "float32",
+    devices: int = 1,
+) -> None:
+    """Prints what the model writes after a prompt, as it is written.
+
+    Args:
+      checkpoint: a workdir, or a step inside it.
+      prompt, prompt_file: one of them: text, or a file of it in UTF-8.
+      max_new_tokens: it ends earlier where the model ends its document.
+      temperature, top_p, seed, last_context_length: as of LanguageModel.stream.
+      config: what is kept in memory; None: everything. Of a saved memory, its lookup alone counts.
+      memory: a saved memory to read on from.
+      save_memory: where to save the memory when the prompt has been read.
+      dtype, devices: as of LanguageModel.load.
+
+    Raises:
+      UserError: no prompt, or one that is no text; as of LanguageModel.
+    """
+    text = _prompt(prompt, prompt_file)
+    if not text:
+        raise UserError("the prompt is empty: give some text")
+    config = config or MemoryConfig()
+    if save_memory is not None:
+        memory_files.check_place(save_memory)  # before hours of reading
+    lm = LanguageModel.load(checkpoint, dtype=dtype, devices=devices)
+    state = None if memory is None else lm.load_memory(memory, config.lookup)
+    if state is None:  # a document begins
+        tokens = frame(lm.vocabulary, text)[:-1].tolist()
+    else:
+        tokens = lm.vocabulary.encode(text)
+
+    def save(state: State) -> None:
+        if save_memory is not None:
+            lm.save_memory(state, save_memory)
+
+    with reading(len(tokens)) as progress:
+        steps = lm.stream(
+            [tokens],
+            max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=[lm.vocabulary.eos],
+            last_context_length=last_context_length,
+            memory=config,
+            state=state,
+            progress=progress,
+            when_read=save,
+        )
+        first = next(steps, None)
+    if first is not None:
+        new = (token for (token,) in itertools.chain([first], steps) if token is not None)
+        for piece in as_text(lm.vocabulary, tokens, new):
+            print(piece, end="", flush=True)
+        print()
+
+
+def _prompt(prompt: str | None, prompt_file: str | None) -> str:
+    if (prompt is None) == (prompt_file is None):
+        raise UserError("give a prompt, with --prompt or with --prompt_file")
+    if prompt is not None:
+        return prompt
+    path = path_of(prompt_file)
+    if not path.exists() or path.is_dir():
+        raise UserError(f"{prompt_file}: no such file: give one with the prompt in it")
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{prompt_file}: not UTF-8 text (byte {error.start}): give a text file"
+        ) from error
+
+
+def as_text(
+    vocabulary: Vocabulary, before: Sequence[int], tokens: Iterable[int], context: int = 16
+) -> Iterator[str]:
+    """The text of tokens as they come; of a character that several make, when it is whole.
+
+    Args:
+      before: the tokens that they follow.
+      context: tokens looked back on, so that spaces between pieces come out right.
+    """
+    kept = list(before[-context:])
+    said = vocabulary.decode(kept)
+    for token in tokens:
+        kept.append(token)
+        text = vocabulary.decode(kept)
+        if text.endswith("\ufffd"):  # half a character
+            continue
+        yield text[len(said) :]
+        said = text
+        if len(kept) > 4 * context:
+            kept = kept[-context:]
+            said = vocabulary.decode(kept)
+    yield vocabulary.decode(kept)[len(said) :]

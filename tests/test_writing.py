@@ -1,0 +1,230 @@
+"""`fot generate`: from a prompt to text on the screen, with memories kept between runs."""
+
+import json
+import os
+import signal
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+from hypothesis import given
+from hypothesis import strategies as st
+from runs import refused
+
+from fot_jax import cli
+from fot_jax.data.vocabulary import Bytes
+from fot_jax.generate import LanguageModel
+from fot_jax.reading import MemoryConfig
+from fot_jax.writing import as_text
+
+EXPERIMENT = f"""{runs.MODEL}
+ModelConfig.vocab_size = 258
+train.data = @Data()
+train.optimizer = @adamw
+train.learning_rate = @constant_rate()
+train.steps = 1
+train.scheme = @PreviousContext()
+train.checkpoints = @Checkpoints()
+constant_rate.value = 0.01
+Data.source = @Text()
+Data.lanes = 2
+Text.corpora = [@Corpus()]
+Text.tokenizer = @Bytes()
+Corpus.path = "texts"
+Checkpoints.every = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A model of bytes, trained for a step."""
+    here = tmp_path_factory.mktemp("run")
+    texts = here / "texts"
+    texts.mkdir()
+    for split in ("train", "valid"):
+        rows = (json.dumps({"text": f"{split} {i} " * 60}) for i in range(8))
+        (texts / f"{split}.jsonl").write_text("\n".join(rows))
+    experiment = here / "experiment.gin"
+    experiment.write_text(EXPERIMENT)
+    with pytest.MonkeyPatch.context() as patch, runs.first_devices(patch, 1):
+        assert runs.train(experiment, here / "workdir", f'Corpus.path = "{texts}"') == 0
+    return here / "workdir"
+
+
+def generate(capsys, workdir, *options):
+    capsys.readouterr()
+    assert cli.main(["generate", "--checkpoint", str(workdir), *map(str, options)]) == 0
+    return capsys.readouterr().out
+
+
+# --- What is written -----------------------------------------------------------------------------
+
+
+def test_prints_what_the_model_writes(workdir, capsys):
+    lm = LanguageModel.load(workdir)
+    prompt = "train 3 train 3"
+    tokens = [Bytes.bos, *prompt.encode()]
+    for options, how in (
+        ((), dict(temperature=0.7)),
+        (("--temperature", 0), dict(temperature=0)),
+        (("--top_p", 0.5, "--seed", 7), dict(temperature=0.7, top_p=0.5, seed=7)),
+        (("--k", 2), dict(temperature=0.7, memory=MemoryConfig(lookup=cli_lookup(2)))),
+        (("--memory_size", 4), dict(temperature=0.7, memory=MemoryConfig(4))),
+        (("--memory_dtype", "int8"), dict(temperature=0.7, memory=MemoryConfig(storage="int8"))),
+        (("--last_context_length", 5), dict(temperature=0.7, last_context_length=5)),
+        (("--devices", 8), dict(temperature=0.7)),
+    ):
+        out = generate(capsys, workdir, "--prompt", prompt, "--max_new_tokens", 40, *options)
+        new = lm.generate(tokens, 40, stop=[Bytes.eos], **how)
+        said = "".join(as_text(Bytes(), tokens, new))
+        assert out == said + "\n" and len(new) > 5
+
+
+def cli_lookup(k):
+    from fot_jax.model.lookup import TopK
+
+    return TopK(k)
+
+
+def test_a_prompt_from_a_file_and_a_memory_kept(workdir, capsys, tmp_path):
+    """Read once, asked twice: as if the question stood in the text."""
+    book, question = tmp_path / "book.txt", "train 5"
+    book.write_text("train 5 wäre " * 30)
+    kept = tmp_path / "book.memory"
+    out = generate(
+        *(capsys, workdir, "--prompt_file", book, "--save_memory", kept, "--max_new_tokens", 0)
+    )
+    assert out == ""
+    options = ("--temperature", 0, "--max_new_tokens", 30)
+    before = runs.files(kept)
+    first, second = (
+        generate(capsys, workdir, "--memory", kept, "--prompt", question, *options)
+        for _ in range(2)
+    )
+    assert first == second and runs.files(kept) == before
+    lm = LanguageModel.load(workdir)
+    state = lm.read([Bytes.bos, *book.read_bytes()])
+    new = lm.generate(list(question.encode()), 30, temperature=0, stop=[257], state=state)
+    assert first == "".join(as_text(Bytes(), list(question.encode()), new)) + "\n"
+    more = tmp_path / "more.memory"
+    generate(
+        *(capsys, workdir, "--memory", kept, "--prompt", question, "--save_memory", more),
+        *("--max_new_tokens", 3),
+    )
+    state = lm.read([Bytes.bos, *book.read_bytes()])
+    state = lm.read(list(question.encode()), state=state)
+    loaded = lm.load_memory(more)
+    assert loaded.places.tolist() == state.places.tolist()
+    np.testing.assert_array_equal(loaded.memory.read, state.memory.read)
+
+
+@given(st.text(max_size=60), st.text(max_size=200), st.integers(1, 5))
+def test_text_comes_in_whole_characters(before, text, context):
+    tokens = list(text.encode())
+    pieces = list(as_text(Bytes(), list(before.encode()), tokens, context))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
+
+
+@pytest.mark.slow
+def test_streams_and_can_be_interrupted(workdir, tmp_path):
+    """As a process: text is there before the end, ^C ends it."""
+    process = runs.start(
+        [
+            "generate",
+            "--checkpoint",
+            str(workdir),
+            "--prompt",
+            "train",
+            "--max_new_tokens",
+            "200000",
+        ],
+        tmp_path / "cache",
+    )
+    try:
+        assert os.read(process.stdout.fileno(), 1)  # waits for it
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+
+
+# --- What is refused -----------------------------------------------------------------------------
+
+
+def test_bad_input_is_one_line(workdir, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("latin").write_bytes("grün".encode("latin-1"))
+    Path("empty").write_text("")
+    for options, message in (
+        ((), "give a prompt, with --prompt or with --prompt_file"),
+        (("--prompt", "a", "--prompt_file", "latin"), "give a prompt, with --prompt or with"),
+        (("--prompt", ""), "the prompt is empty: give some text"),
+        (("--prompt_file", "empty"), "the prompt is empty: give some text"),
+        (("--prompt_file", "gone"), "gone: no such file: give one with the prompt in it"),
+        (("--prompt_file", "."), ".: no such file: give one with the prompt in it"),
+        (("--prompt_file", "latin"), "latin: not UTF-8 text (byte 2): give a text file"),
+        (("--prompt", "a", "--memory", "gone"), "gone: no memory here: give a directory that a"),
+        (("--prompt", "a", "--k", 0), "TopK.k = 0: give 1 or more"),
+        (
+            ("--prompt", "a", "--k", 9, "--memory_size", 8),
+            "TopK.k = 9 is larger than the memory of",
+        ),
+        (("--prompt", "a", "--memory_size", -1), "MemoryConfig.size = -1: give a number from 0"),
+        (("--prompt", "a", "--memory_dtype", "int4"), "MemoryConfig.storage = 'int4': choose one"),
+        (("--prompt", "a", "--top_p", 2), "generate.top_p = 2.0: give a number from 0 to 1"),
+        (("--prompt", "a", "--temperature", "nan"), "generate.temperature = nan: give 0 or more"),
+        (("--prompt", "a", "--seed", -1), "generate.seed = -1: give a number from 0"),
+        (("--prompt", "a", "--max_new_tokens", -1), "generate.max_new_tokens = -1: give 0 or more"),
+        (("--prompt", "a", "--last_context_length", 17), "last_context_length = 17: give 1 to 16"),
+        (("--prompt", "a", "--devices", 99), "devices = 99, but this machine has 8"),
+        (("--prompt", "a", "--devices", 0), "LanguageModel.devices = 0: give 1 or more"),
+        (("--prompt", "a", "--save_memory", "latin"), "latin: not a memory, so it is not replaced"),
+        (("--prompt", "a", "--save_memory", ""), "'' is no path: give one of this machine"),
+    ):
+        before = runs.files(tmp_path)
+        line = refused(capsys, "generate", "--checkpoint", workdir, *options)
+        assert line.startswith(message), line
+        assert runs.files(tmp_path) == before
+    line = refused(capsys, "generate", "--checkpoint", "gone", "--prompt", "a")
+    assert line.startswith("gone: no checkpoint here: give a workdir")
+
+
+def test_a_memory_of_another_model(workdir, capsys, tmp_path):
+    kept = tmp_path / "kept"
+    generate(capsys, workdir, "--prompt", "a" * 50, "--save_memory", kept, "--max_new_tokens", 0)
+    description = json.loads((kept / "memory.json").read_text())
+    content = description["content"]
+    content["fingerprint"]["model"]["num_layers"] = 3
+    crc = zlib.crc32(json.dumps(content).encode())
+    (kept / "memory.json").write_text(json.dumps({"crc32": crc, "content": content}))
+    line = refused(
+        *(capsys, "generate", "--checkpoint", workdir, "--memory", kept, "--prompt", "a")
+    )
+    assert "the memory of another model, with num_layers = 3 and not 2: load that model" in line
+
+
+def test_a_plain_model_has_no_memory(workdir, capsys, tmp_path):
+    """Asked for one, it says so; not asked, it writes."""
+    plain = tmp_path / "plain"
+    experiment = workdir.parent / "experiment.gin"
+    texts = workdir.parent / "texts"
+    with pytest.MonkeyPatch.context() as patch, runs.first_devices(patch, 1):
+        settings = (
+            f'Corpus.path = "{texts}"',
+            "ModelConfig.memory_layers = ()",
+            "train.scheme = @NoCrossbatch()",
+        )
+        assert runs.train(experiment, plain, *settings) == 0
+    assert generate(capsys, plain, "--prompt", "ab", "--max_new_tokens", 5)
+    for options, message in (
+        (("--memory_size", 8), "a memory of 8 tokens for a model without memory layers: it reads"),
+        (("--k", 8), "a memory with TopK(k=8) for a model without memory layers: it reads its"),
+        (("--save_memory", tmp_path / "m"), "the model has no memory layers: there is no memory"),
+    ):
+        line = refused(capsys, "generate", "--checkpoint", plain, "--prompt", "ab", *options)
+        assert message in line
