@@ -24,6 +24,7 @@ from fot_jax.model import crossbatch, lookup
 from fot_jax.model import memory as memories
 from fot_jax.model.memory import LayerMemory
 from fot_jax.model.transformer import ModelConfig, Transformer
+from fot_jax.training.flops import layer_parameters, reading_flops
 from fot_jax.training.metrics import matmul_rate
 
 MODEL = ModelConfig(
@@ -55,18 +56,22 @@ def memory(
       largest: keys of one more memory, of 4 heads of 32 dimensions in float16; 0 for none.
     """
     tables = {
-        "read_and_write": _read_and_write(prefill),
-        "attend": [_attend(size, queries) for size in sizes for queries in (1, 512)],
-        "search": [_search(size) for size in sizes]
-        + ([_search(largest, heads=4, dim=32, storage="float16")] if largest else []),
+        "read and write": lambda: _read_and_write(prefill),
+        "attend to all": lambda: [_attend(size, n) for size in sizes for n in (1, 512)],
+        "find the best keys": lambda: (
+            [_search(size) for size in sizes]
+            + ([_search(largest, heads=4, dim=32, storage="float16")] if largest else [])
+        ),
     }
+    results = {}
+    for title, measure in tables.items():
+        results[title] = measure()
+        if not as_json:
+            print(f"\n{title}")
+            _print_table(results[title])
     if as_json:
         device = jax.devices()[0].device_kind
-        print(json.dumps({"bench": "memory", "device": device, **tables}))
-        return
-    for title, rows in tables.items():
-        print(f"\n{title.replace('_', ' ')}")
-        _print_table(rows)
+        print(json.dumps({"bench": "memory", "device": device, **results}))
 
 
 # --- A model -------------------------------------------------------------------------------------
@@ -82,7 +87,7 @@ def _read_and_write(lengths: Sequence[int]) -> list[dict[str, Any]]:
         text = np.random.default_rng(0).integers(0, MODEL.vocab_size, (1, length))
         rate = matmul_rate()
         seconds = _best(lambda text=text: _arrays(lm.read(text, last_context_length=512)))
-        floor = _read_flops(length) / (rate + matmul_rate()) * 2
+        floor = reading_flops(MODEL, length) / (rate + matmul_rate()) * 2
         row = {
             "tokens": length,
             "read_s": seconds,
@@ -106,31 +111,14 @@ def _read_and_write(lengths: Sequence[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def _parameters() -> int:
-    """Of matrices that every token meets: all but the embeddings."""
-    c = MODEL
-    attention = 2 * c.hidden_size * (c.num_heads + c.num_kv_heads) * c.head_dim
-    return c.num_layers * (attention + 3 * c.hidden_size * c.mlp_dim)
-
-
-def _read_flops(tokens: int) -> float:
-    """Matrix FLOPs of reading: every layer's products, local causal scores, and all of memory."""
-    c = MODEL
-    per_score = 4 * c.num_heads * c.head_dim
-    windows = [min(c.local_context, tokens - i) for i in range(0, tokens, c.local_context)]
-    local = sum(w * (w + 1) / 2 for w in windows)
-    beyond = sum(w * i * c.local_context for i, w in enumerate(windows))
-    scores = c.num_layers * local + len(c.memory_layers) * beyond
-    return 2 * _parameters() * tokens + per_score * scores
-
-
 def _bytes_per_token(length: int) -> float:
     """Parameters (with the head), memory and window, read once, float32."""
     c = MODEL
     key_and_value = 2 * c.num_kv_heads * c.head_dim
     remembered = len(c.memory_layers) * (length - WINDOW) + c.num_layers * WINDOW
     head = c.hidden_size * c.vocab_size
-    return 4 * (_parameters() + head + remembered * key_and_value)
+    layers = c.num_layers * layer_parameters(c)
+    return 4 * (layers + head + remembered * key_and_value)
 
 
 def _arrays(state) -> None:
@@ -158,7 +146,7 @@ def _attend(size: int, queries: int, heads: int = 8, dim: int = 64) -> dict[str,
     bandwidth, rate = copy_bandwidth(), matmul_rate()
     seconds = _best(lambda: jax.block_until_ready(attend(q, layer, visible)))
     compute = 4 * size * queries * dim / rate
-    copy = 8 * size * dim / bandwidth
+    copy = 2 * size * dim * 4 / bandwidth
     return {
         "keys": size,
         "queries": queries,
@@ -177,13 +165,14 @@ def _search(
     keys = _stored(rng, (1, heads, size, dim), storage)
     visible = jnp.asarray([size])
     rate = matmul_rate()
-    exact, approximate = lookup.TopK(k), lookup.ApproximateTopK(k)
+    exact, approximate = (jax.jit(how(k).search) for how in (lookup.TopK, lookup.ApproximateTopK))
     found = {}
 
     def run(how):
-        found[how] = jax.block_until_ready(jax.jit(how.search)(q, keys, visible))
+        found[how] = jax.block_until_ready(how(q, keys, visible))
 
     seconds = _best(lambda: run(exact))
+    rate = (rate + matmul_rate()) / 2
     row = {
         "keys": size,
         "heads": heads,
@@ -210,7 +199,7 @@ def _stored(rng, shape, storage: str = "float32") -> memories.Stored:
         for start in range(0, size, 2**20):
             part = array[0, head, start : start + 2**20]
             part[...] = rng.standard_normal(part.shape, np.float32)
-    return memories.Stored(jnp.asarray(array), None)
+    return jax.block_until_ready(memories.Stored(jnp.asarray(array), None))
 
 
 # --- The machine and the peers -------------------------------------------------------------------

@@ -72,6 +72,8 @@ class LanguageModel:
         from fot_jax.data.vocabulary import load_vocabulary
         from fot_jax.training import checkpoint
 
+        if dtype not in ("float32", "bfloat16"):
+            raise UserError(f"dtype = {dtype!r}: choose one of float32, bfloat16")
         mesh = None
         check_range("LanguageModel", 1, devices=devices)
         if devices > 1:

@@ -15,9 +15,7 @@ def training_flops(c: ModelConfig, scheme: Scheme, rows: int, group_rows: int) -
     Args:
       rows: rows of the whole batch, in crossbatch groups of `group_rows`.
     """
-    T = c.local_context
-    kernels = c.hidden_size * c.head_dim * 2 * (c.num_heads + c.num_kv_heads)
-    kernels += c.hidden_size * c.mlp_dim * (3 if c.mlp == "swiglu" else 2)
+    T, kernels = c.local_context, layer_parameters(c)
     per_score = 4 * c.num_heads * c.head_dim  # q k and p v, two FLOPs each
     row_of_a_layer = 2 * kernels * T + per_score * T * (T + 1) // 2
 
@@ -28,3 +26,20 @@ def training_flops(c: ModelConfig, scheme: Scheme, rows: int, group_rows: int) -
     forward += len(c.memory_layers) * contexts * per_score * T * T
     forward += kept * 2 * c.hidden_size * c.vocab_size * T
     return 3 * forward
+
+
+def reading_flops(c: ModelConfig, tokens: int) -> int:
+    """FLOPs of reading a text in whole windows, everything kept in memory, no logits."""
+    per_score = 4 * c.num_heads * c.head_dim
+    starts = range(0, tokens, c.local_context)
+    windows = [min(c.local_context, tokens - start) for start in starts]
+    local = sum(n * (n + 1) // 2 for n in windows)
+    beyond = sum(n * start for n, start in zip(windows, starts, strict=True))
+    scores = c.num_layers * local + len(c.memory_layers) * beyond
+    return 2 * c.num_layers * layer_parameters(c) * tokens + per_score * scores
+
+
+def layer_parameters(c: ModelConfig) -> int:
+    """Elements of a layer's matrices."""
+    attention = 2 * c.hidden_size * c.head_dim * (c.num_heads + c.num_kv_heads)
+    return attention + c.hidden_size * c.mlp_dim * (3 if c.mlp == "swiglu" else 2)
