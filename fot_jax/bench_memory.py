@@ -39,7 +39,6 @@ MODEL = ModelConfig(
     local_context=512,
 )
 NEW_TOKENS = 128
-WINDOW = 256  # tokens of the local window when writing begins
 
 
 def memory(
@@ -82,11 +81,12 @@ def _read_and_write(lengths: Sequence[int]) -> list[dict[str, Any]]:
     init = jax.jit(functools.partial(Transformer(MODEL).init, plan=crossbatch.Plan()))
     lm = LanguageModel.of(Transformer(MODEL), init(jax.random.key(0), tokens, tokens)["params"])
     peer = _transformers_llama()
+    context = MODEL.local_context
     rows = []
     for length in lengths:
         text = np.random.default_rng(0).integers(0, MODEL.vocab_size, (1, length))
         rate = matmul_rate()
-        seconds = _best(lambda text=text: _arrays(lm.read(text, last_context_length=512)))
+        seconds = _best(lambda text=text: _arrays(lm.read(text, last_context_length=context)))
         floor = reading_flops(MODEL, length) / (rate + matmul_rate()) * 2
         row = {
             "tokens": length,
@@ -98,7 +98,7 @@ def _read_and_write(lengths: Sequence[int]) -> list[dict[str, Any]]:
         if length < max(lengths):
             bandwidth = copy_bandwidth()
             per_token = _seconds_per_token(
-                lm.stream(text, NEW_TOKENS + 2, temperature=0, last_context_length=WINDOW)
+                lm.stream(text, NEW_TOKENS + 2, temperature=0, last_context_length=context // 2)
             )
             floor = _bytes_per_token(length) / (bandwidth + copy_bandwidth()) * 2
             row |= {
@@ -112,10 +112,11 @@ def _read_and_write(lengths: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def _bytes_per_token(length: int) -> float:
-    """Parameters (with the head), memory and window, read once, float32."""
+    """Parameters (with the head), memory and a window half full, read once, float32."""
     c = MODEL
     key_and_value = 2 * c.num_kv_heads * c.head_dim
-    remembered = len(c.memory_layers) * (length - WINDOW) + c.num_layers * WINDOW
+    window = c.local_context // 2
+    remembered = len(c.memory_layers) * (length - window) + c.num_layers * window
     head = c.hidden_size * c.vocab_size
     layers = c.num_layers * layer_parameters(c)
     return 4 * (layers + head + remembered * key_and_value)

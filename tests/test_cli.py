@@ -375,7 +375,7 @@ def test_help_answers_at_once():
     code, *loaded = ran.stderr.split()
     assert code == "0" and "fot_jax" in loaded
     assert not {"jax", "numpy", "flax", "gin", "tensorflow", "seqio", "matplotlib"} & set(loaded)
-    for verb in ("train", "evaluate", "bench"):
+    for verb in ("train", "evaluate", "generate", "cache", "bench"):
         assert f"    {verb} " in ran.stdout
     module = subprocess.run(
         [sys.executable, "-m", "fot_jax", "--help"], cwd=ROOT, capture_output=True, text=True
@@ -383,7 +383,9 @@ def test_help_answers_at_once():
     assert (module.returncode, module.stdout) == (0, ran.stdout)
 
 
-@pytest.mark.parametrize("argv", [[], ["trian"], ["train"], ["evaluate", "x.gin"]], ids=str)
+@pytest.mark.parametrize(
+    "argv", [[], ["trian"], ["train"], ["evaluate", "x.gin"], ["generate"], ["bench", "x"]], ids=str
+)
 def test_wrong_words_are_answered_with_usage(capsys, argv):
     with pytest.raises(SystemExit) as exit:
         cli.main(argv)

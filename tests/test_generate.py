@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -349,6 +351,41 @@ def test_growing_memory_compiles_few_programs():
     assert inference.read._cache_size() - before < 16
     whole = lm.logits(text[:, :64], state=state)
     assert np.isfinite(whole).all()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_reading_takes_is_the_memory_and_a_constant():
+    """Peak resident memory of processes that score texts of two lengths."""
+    program = """if True:
+        import sys
+        import jax, numpy as np
+        from fot_jax.generate import LanguageModel
+        from fot_jax.model import crossbatch
+        from fot_jax.model.transformer import ModelConfig, Transformer
+        from fot_jax.reading import MemoryConfig
+        model = Transformer(ModelConfig(64, 64, 2, 4, 4, 64, 64, (1,), 512))
+        tokens = np.zeros((1, 8), np.int32)
+        params = model.init(jax.random.key(0), tokens, tokens, crossbatch.Plan())["params"]
+        lm, length = LanguageModel.of(model, params), int(sys.argv[1])
+        text = np.arange(length)[None] % 64
+        lm.score(text[:, :2000])
+        state = lm.read(text[:, :600], memory=MemoryConfig())
+        lm.score(text, state=state)
+        status = open("/proc/self/status").read()
+        peak = int(status.split("VmHWM:")[1].split()[0])  # ru_maxrss would have the parent's
+        print(peak * 1024, state.memory.nbytes)
+    """
+    peaks = {}
+    for length in (10_000, 50_000):
+        environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+        argv = [sys.executable, "-c", program, str(length)]
+        ran = subprocess.run(argv, capture_output=True, text=True, env=environment, check=True)
+        peaks[length] = [int(word) for word in ran.stdout.split()]
+    (short, of_short), (long, of_long) = peaks.values()
+    assert of_long - of_short > 39_000 * 2048  # 4 heads x 64 x keys and values x 4 bytes
+    assert long - short < of_long - of_short + 30e6
+    assert long - short > 0.8 * (of_long - of_short)
 
 
 # --- Bad input -----------------------------------------------------------------------------------

@@ -154,7 +154,8 @@ def read(
     """
     place = cache.length[:, None] + jnp.arange(tokens.shape[1])
     seen = valid & (jnp.arange(tokens.shape[1]) < advance[:, None])
-    rope = tuple(x[jnp.minimum(place, x.shape[0] - 1)] for x in _rope(c, cache))
+    places = cache.valid.shape[1]
+    rope = tuple(x[jnp.minimum(place, places - 1)] for x in transformer.rope_table(c, places))
     x = params["embedding"][tokens]
     valid = memories.put(cache.valid[:, None], seen[:, None], place)[:, 0]
     layers = []
@@ -191,10 +192,6 @@ def replicated(mesh: Mesh | None, tree):
     return lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def _rope(c: ModelConfig, cache: Cache):
-    return transformer.rope_table(c, cache.valid.shape[1])
-
-
 def _by_tiles(attend, q: Float[Array, "B T H D"], place: Int[Array, "B T"], kv_heads: int):
     """attend(q [B, K, G * t, D], place [B, t]) over tiles of t tokens: [B, T, H, D]."""
     B, T, H, D = q.shape
@@ -203,12 +200,10 @@ def _by_tiles(attend, q: Float[Array, "B T H D"], place: Int[Array, "B T"], kv_h
         tile //= 2
     tiles, G = T // tile, H // kv_heads
 
-    def of_tile(args):
-        return attend(*args)
-
     q_t = q.reshape(B, tiles, tile, kv_heads, G, D).transpose(1, 0, 3, 4, 2, 5)
     q_t = q_t.reshape(tiles, B, kv_heads, G * tile, D)
-    out = lax.map(of_tile, (q_t, place.reshape(B, tiles, tile).swapaxes(0, 1)))
+    places = place.reshape(B, tiles, tile).swapaxes(0, 1)
+    out = lax.map(lambda args: attend(*args), (q_t, places))
     out = out.reshape(tiles, B, kv_heads, G, tile, D).transpose(1, 0, 4, 2, 3, 5)
     return out.reshape(B, T, H, D).astype(q.dtype)
 

@@ -1,16 +1,19 @@
 """FLOPs against those that PyTorch counts while it runs the objective query by query."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import gradient
-from test_transformer import random_params, random_tokens
+from rules import places, visibility
+from test_transformer import LLAMA, random_params, random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from fot_jax.model.crossbatch import NoCrossbatch, Packed, PackedTable, PreviousContext
 from fot_jax.model.transformer import ModelConfig
-from fot_jax.training.flops import training_flops
+from fot_jax.training.flops import layer_parameters, reading_flops, training_flops
 
 SCHEMES = [
     NoCrossbatch(),
@@ -56,3 +59,21 @@ def test_counts_what_the_objective_multiplies(
         gradient(config, scheme, random_params(config), batch, group_rows)
     counted = counter.get_total_flops()
     assert training_flops(config, scheme, len(tokens), group_rows) == counted
+
+
+@given(
+    st.integers(1, 100), st.sampled_from([(), (1,), (0, 2)]), st.sampled_from(["swiglu", "gelu"])
+)
+def test_reading_counts_every_pair_of_tokens_that_see_each_other(tokens, memory_layers, mlp):
+    config = dataclasses.replace(LLAMA, memory_layers=memory_layers, mlp=mlp)
+    where = places([tokens], config.local_context, config.local_context)
+    if tokens % config.local_context == 0 or tokens < config.local_context:  # else cut elsewhere
+        local, beyond = visibility(where).sum((1, 2))
+        per_score = 4 * config.num_heads * config.head_dim
+        scores = per_score * (local * config.num_layers + beyond * len(memory_layers))
+        products = 2 * tokens * config.num_layers * layer_parameters(config)
+        assert reading_flops(config, tokens) == products + scores
+    kernels = random_params(config)["layers"]
+    matrices = [kernels["attention"][name] for name in ("query", "key", "value", "out")]
+    matrices += [x for x in kernels["mlp"].values()]
+    assert config.num_layers * layer_parameters(config) == sum(x.size for x in matrices)

@@ -1,0 +1,45 @@
+"""`fot bench memory`: that it runs, and that its ratios are those of what it says."""
+
+import dataclasses
+import json
+
+import pytest
+
+from fot_jax import bench_memory
+
+
+@pytest.mark.slow
+def test_memory(monkeypatch, capsys):
+    """A small model and small memories; the peers give the same answers to compare with."""
+    model = dataclasses.replace(
+        bench_memory.MODEL, hidden_size=64, num_layers=3, memory_layers=(1,), local_context=32
+    )
+    monkeypatch.setattr(bench_memory, "MODEL", dataclasses.replace(model, head_dim=8))
+    monkeypatch.setattr(bench_memory, "matmul_rate", lambda: 1e12)
+    monkeypatch.setattr(bench_memory, "copy_bandwidth", lambda: 1e12)
+    small = dict(prefill=(64, 96), sizes=(4096,), largest=8192)
+    bench_memory.memory(as_json=True, **small)
+    found = json.loads(capsys.readouterr().out)
+    first, last = found["read and write"]
+    assert (first["tokens"], last["tokens"]) == (64, 96)
+    assert first["times_floor"] == pytest.approx(first["read_s"] / first["floor_s"])
+    # 64 tokens through 3 layers; 2 windows, the second sees 32 keys in one layer.
+    parameters = 3 * (4 * 64 * 64 + 3 * 64 * 1376)
+    scores = 3 * 2 * (32 * 33 // 2) + 32 * 32
+    assert first["floor_s"] == pytest.approx((2 * 64 * parameters + 4 * 64 * scores) / 1e12)
+    read = 4 * (parameters + 64 * 1024 + 2 * 64 * (48 + 3 * 16))
+    assert first["times_copy"] * first["tokens_per_s"] == pytest.approx(1e12 / read)
+    assert first["llama_read_s"] > 0 and first["llama_tokens_per_s"] > 0
+    assert "tokens_per_s" not in last
+    one, many = found["attend to all"]
+    assert (one["queries"], many["queries"]) == (1, 512)
+    assert one["times_copy"] == pytest.approx(one["seconds"] * 1e12 / (2 * 4096 * 64 * 4))
+    assert many["times_matmul"] == pytest.approx(many["seconds"] * 1e12 / (4 * 4096 * 512 * 64))
+    search, largest = found["find the best keys"]
+    assert search["recall"] == 1.0  # on a CPU the approximate search is exact
+    assert search["faiss_s"] > 0 and search["approximate_s"] > 0
+    flops = 2 * 8192 * 4 * 256 * 32
+    assert largest["times_matmul"] == pytest.approx(largest["exact_s"] * 1e12 / flops)
+    bench_memory.memory(**small)
+    titles = [line for line in capsys.readouterr().out.splitlines() if line in found]
+    assert titles == list(found)[2:]

@@ -1,0 +1,32 @@
+"""How far a long job is: on a terminal, and in a log."""
+
+import io
+import sys
+
+from fot_jax import progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_bar_on_a_terminal(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with progress.reading(5000) as update:
+        for _ in range(5):
+            update(1000)
+    said = sys.stderr.getvalue()
+    assert "100%" in said and "5.00k/5.00k" in said
+
+
+def test_a_line_now_and_then_elsewhere(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with progress.reading(5000, seconds=0) as update:
+        update(1000)
+        update(1500)
+    lines = sys.stderr.getvalue().splitlines()
+    assert lines == ["read 1,000 of 5,000 tokens", "read 2,500 of 5,000 tokens"]
+    with progress.reading(5000) as update:
+        update(1000)
+    assert sys.stderr.getvalue().splitlines() == lines  # no line for what is done at once
