@@ -51,7 +51,8 @@ def memory(
 
     Args:
       prefill: tokens of the texts that are read; after each but the last, tokens are written.
-      sizes: keys of the memories that are looked into, heads of 64 dimensions.
+      sizes: keys of the memories that are looked into, of 64 dimensions: shared out to 8 heads for
+        attention, of one head for the search.
       largest: keys of one more memory, of 4 heads of 32 dimensions in float16; 0 for none.
     """
     tables = {
@@ -149,7 +150,8 @@ def _attend(size: int, queries: int, heads: int = 8, dim: int = 64) -> dict[str,
     compute = 4 * size * queries * dim / rate
     copy = 2 * size * dim * 4 / bandwidth
     return {
-        "keys": size,
+        "heads": heads,
+        "keys_a_head": size // heads,
         "queries": queries,
         "seconds": seconds,
         "times_matmul": seconds / compute,
@@ -175,8 +177,8 @@ def _search(
     seconds = _best(lambda: run(exact))
     rate = (rate + matmul_rate()) / 2
     row = {
-        "keys": size,
         "heads": heads,
+        "keys_a_head": size,
         "dim": dim,
         "storage": storage,
         "exact_s": seconds,
@@ -207,8 +209,11 @@ def _stored(rng, shape, storage: str = "float32") -> memories.Stored:
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second, read and written, of copying 256 MB in the host's memory."""
-    a = np.ones(2**26, np.float32)
+    """Bytes per second, read and written, of copying 256 MB."""
+    if jax.default_backend() != "cpu":
+        on_device = jnp.ones(2**26)
+        return 2 * on_device.nbytes / _best(lambda: jnp.copy(on_device).block_until_ready(), 5)
+    a = np.ones(2**26, np.float32)  # NumPy does it with all of the bandwidth, XLA does not
     b = np.empty_like(a)
     return 2 * a.nbytes / _best(lambda: np.copyto(b, a), 5)
 

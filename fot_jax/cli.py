@@ -90,9 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "--memory_size", type=int, metavar="N", help="keep the last N tokens; default: all"
     )
     generate.add_argument(
-        "--memory_dtype",
-        default="float32",
-        help="float32, bfloat16, float16 or int8",
+        "--memory_dtype", help="float32, bfloat16, float16 or int8; default: as --dtype"
     )
     generate.add_argument(
         "--k", type=int, metavar="K", help="attend to the K best keys of memory; default: all"

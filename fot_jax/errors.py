@@ -14,18 +14,27 @@ class UserError(ValueError):
     """
 
 
-def check_range(owner: str, least: float, most: float | None = None, **values: float | None):
+def check_range(
+    owner: str,
+    least: float,
+    most: float | None = None,
+    whole: bool = False,
+    **values: float | None,
+):
     """Checks numbers of an experiment: finite, and from `least` to `most` inclusive.
 
     Args:
       owner: what they are parameters of, as experiment files name it.
       least, most: None for no upper bound.
+      whole: only whole numbers fit.
       values: by parameter; a value of None passes.
 
     Raises:
       UserError: names the first that does not fit.
     """
     for name, value in values.items():
+        if whole and value is not None and (value != value or value != int(value)):
+            raise UserError(f"{owner}.{name} = {value}: give a whole number")
         if value is None or least <= value < math.inf and (most is None or value <= most):
             continue
         wanted = f"{least} or more" if most is None else f"a number from {least} to {most}"

@@ -74,6 +74,8 @@ def evaluate(
     evaluation: Evaluation,
     source: DocumentSource,
     output: str | None = None,
+    dtype: str = "float32",
+    devices: int = 1,
 ) -> None:
     """Loads a checkpoint, runs its experiment's evaluations, prints the tables.
 
@@ -82,9 +84,10 @@ def evaluate(
     Args:
       checkpoint: a workdir, or a step inside it.
       evaluation: what to run; its own source, if it has one, comes before `source`.
+      dtype, devices: as of LanguageModel.load.
       output: a JSON file for {evaluation: rows}; plots go beside it.
     """
-    lm = LanguageModel.load(checkpoint)
+    lm = LanguageModel.load(checkpoint, dtype=dtype, devices=devices)
     plots = None if output is None else _directory_of(output)
     source = (evaluation.source or source).with_vocabulary(lm.vocabulary)
     results = run_evals(lm, evaluation.evals, source, plots)

@@ -47,8 +47,8 @@ class LanguageModel:
       config: of the model.
       params: from `inference.parameters_by_layer`; matrices in the type computed in.
       vocabulary: data/vocabulary.py.
-      mesh: devices that hold it. Over its axis "memory", if there is one, memory is sharded;
-        everything else is replicated.
+      mesh: devices that hold it. Over its axis "memory", if there is one, memory is sharded.
+        Parameters stay where they are; windows and what is computed are on every device.
     """
 
     config: ModelConfig
@@ -91,7 +91,12 @@ class LanguageModel:
 
     @staticmethod
     def of(model: Transformer, params: Any, vocabulary: Any = None) -> LanguageModel:
-        """From parameters in training, wherever they are sharded."""
+        """From a model in training.
+
+        Args:
+          params: as `model.init` gives them, stacked by layer, on any mesh.
+          vocabulary: what text is tokenized with.
+        """
         sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
         mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
         if isinstance(mesh, AbstractMesh) or mesh is not None and mesh.size == 1:
@@ -141,7 +146,7 @@ class LanguageModel:
             place of its window.
           last_context_length: tokens that stay in the window at the end, at most the local
             context; by default 1024, or the local context where that is less.
-          memory: what is kept of what leaves the window; not with `state`, which has its own.
+          memory: what is kept of what leaves the window. Not with `state`, which has its own.
           state: what was read before; changed. None: nothing.
           progress: called with the number of tokens of a piece when it has been read.
 
@@ -155,7 +160,7 @@ class LanguageModel:
         for piece in reading.pieces(
             self, state, tokens, valid, last=last_context_length, progress=progress
         ):
-            of_piece = np.asarray(_logits(self.config, self.params, piece.hidden))
+            of_piece = np.asarray(_logits(self.config, self.mesh, self.params, piece.hidden))
             out[:, piece.columns()] = of_piece[:, : piece.length[0]]
         return out
 
@@ -234,8 +239,8 @@ class LanguageModel:
         """Continues prompts, token by token.
 
         Args:
-          prompts: of different lengths: each is read and continued as if alone. With `mask`, an
-            array padded to one length, as of `logits`.
+          prompts: of different lengths: each is read and continued as if alone (but for a memory
+            that they share). With `mask`, an array padded to one length, as of `logits`.
           temperature: 0 takes the most likely token.
           top_p: draws among the fewest tokens whose probabilities sum to this.
           seed: of the draws, one for each row; of a number s, row r has s + r.
@@ -246,70 +251,87 @@ class LanguageModel:
         Yields:
           After each step the new token of every row, None for rows that have ended.
 
+        `state` then holds the prompts and what was written, without stop tokens, and without the
+        last token where max_new_tokens ended it.
+
         Raises:
           UserError: as of `logits`; or a number out of range.
         """
-        ragged = mask is None
-        if ragged and any(len(prompt) == 0 for prompt in prompts) or not len(prompts):
+        if not len(prompts) or mask is None and any(len(prompt) == 0 for prompt in prompts):
             raise UserError("the prompt is empty: give at least one token")
         rows = len(prompts)
-        check_range("generate", 0, max_new_tokens=max_new_tokens, temperature=temperature)
+        check_range("generate", 0, whole=True, max_new_tokens=max_new_tokens)
+        check_range("generate", 0, temperature=temperature)
         check_range("generate", 0, 1, top_p=top_p)
+        for each in np.atleast_1d(np.asarray(seed, object)):
+            check_range("generate", 0, LARGEST_SEED, whole=True, seed=each)
         seeds = [seed + row for row in range(rows)] if np.ndim(seed) == 0 else list(seed)
         if len(seeds) != rows:
             raise UserError(f"{len(seeds)} seeds for {rows} prompts: give one for each")
-        for each in seeds:
-            check_range("generate", 0, LARGEST_SEED, seed=each)
         lengths = np.asarray([len(prompt) for prompt in prompts])
-        padded = np.zeros((rows, lengths.max()), np.int64)
-        for row, prompt in enumerate(prompts):
-            padded[row, : len(prompt)] = prompt
+        padded = [np.asarray(prompt) for prompt in prompts]
+        if any(prompt.ndim != 1 for prompt in padded):
+            raise UserError("prompts of several dimensions: give a list of lists of tokens")
+        padded = np.stack([reading.widened(prompt, lengths.max()) for prompt in padded])
         tokens, valid = self._text(padded, mask)
         state = reading.begin(self, state, memory, rows)
-        for piece in reading.pieces(
+        pieces = reading.pieces(
             *(self, state, tokens, valid),
             last=last_context_length,
             progress=progress,
             lengths=lengths,
-            new_tokens=max_new_tokens,
-        ):
+            new_tokens=int(max_new_tokens),
+        )
+        draw = sampling.Draw.of(temperature, top_p, seeds)
+        return self._write(state, pieces, int(max_new_tokens), draw, frozenset(stop), when_read)
+
+    def _write(self, state, pieces, max_new_tokens, draw, stop, when_read):
+        """The steps of `stream`."""
+        for piece in pieces:
             last = piece
         if when_read is not None:
             when_read(state)
         if not max_new_tokens:
             return
-        draw = sampling.Draw.of(temperature, top_p, seeds)
         token = sampling.first_token(
             *(self.config, draw.among, self.mesh, self.params),
             *(last.hidden, last.length, draw.numbers),
         )
-        ended = np.zeros(rows, bool)
+        ended = np.zeros(state.rows, bool)
         for step in range(1, max_new_tokens + 1):
-            following = None
-            if step < max_new_tokens:  # computed while this token is fetched
-                reading.make_room(self, state)
-                following, state.cache = sampling.next_token(
-                    *(self.config, draw.among, state.config.lookup, self.mesh, self.params),
-                    *(state.cache, state.memory, token, draw.numbers, np.int32(step)),
-                )
-                state.places += 1
             fetched = np.asarray(token).tolist()
             ended |= [each in stop for each in fetched]
+            if not ended.all() and step < max_new_tokens:  # computed while this one is looked at
+                reading.make_room(self, state, ~ended)
+                token, state.cache = sampling.next_token(
+                    *(self.config, draw.among, state.config.lookup, self.mesh, self.params),
+                    *(state.cache, state.memory, token, ~ended, draw.numbers, np.int32(step)),
+                )
             yield [None if end else each for each, end in zip(fetched, ended, strict=True)]
             if ended.all():
                 return
-            token = following
 
     # --- Memory on disk ----------------------------------------------------------------------
 
     def save_memory(self, state: State, path: epath.PathLike) -> None:
-        """Writes all that `state` holds into a new directory, in place of an older memory."""
+        """Writes all that `state` holds into a directory.
+
+        Args:
+          path: new, or of an older memory, which is replaced when all is written.
+
+        Raises:
+          UserError: something else is there, or it cannot be written.
+        """
         from fot_jax import memory_files
 
         memory_files.save(path, state, self._fingerprint, self.mesh)
 
     def load_memory(self, path: epath.PathLike, lookup: Lookup = EVERYTHING.lookup) -> State:
         """What was read before, from `save_memory`.
+
+        Args:
+          path: a directory with a memory, saved on any number of devices.
+          lookup: how the memory is read from now on; what else it was asked for stays.
 
         Raises:
           UserError: nothing there, damaged, or the memory of another model.
@@ -324,7 +346,9 @@ class LanguageModel:
         from fot_jax.training.checkpoint_items import checksums
 
         config = dataclasses.asdict(self.config)
-        return {"model": config, "parameters": checksums(jax.tree.leaves(self.params))}
+        leaves = jax.tree.leaves(self.params)
+        dtype = self.params["embedding"].dtype.name
+        return {"model": config, "dtype": dtype, "parameters": checksums(leaves)}
 
     # --- Checks ------------------------------------------------------------------------------
 
@@ -353,9 +377,9 @@ class LanguageModel:
 # --- Compiled ------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(c: ModelConfig, params, hidden):
-    return transformer.logits(c, params, hidden)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(c: ModelConfig, mesh: Mesh | None, params, hidden):
+    return inference.replicated(mesh, transformer.logits(c, params, hidden))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

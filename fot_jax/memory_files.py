@@ -58,9 +58,11 @@ def save(path: epath.PathLike, state: State, fingerprint: Any, mesh: Mesh | None
         "version": VERSION,
         "fingerprint": fingerprint,
         "config": {name: config[name] for name in ("size", "ring", "storage", "shared")},
+        "storage": state.memory.storage,
         "limit": int(state.memory.limit),
-        "read": np.asarray(state.memory.read).tolist(),
+        "appended": np.asarray(state.memory.appended).tolist(),
         "stored": state.stored.tolist(),
+        "held": state.held.tolist(),
         "places": state.places.tolist(),
         "window_dtype": jnp.dtype(state.cache.layers[0].k.dtype).name,
     }
@@ -107,18 +109,21 @@ def load(
     content = _description(path)
     _check_same_model(path, content["fingerprint"], json.loads(json.dumps(fingerprint)))
     config = MemoryConfig(**content["config"], lookup=lookup)
-    read, places = np.asarray(content["read"]), np.asarray(content["places"])
+    storage = content["storage"]
+    appended, places = np.asarray(content["appended"]), np.asarray(content["places"])
     rows = len(places)
-    memory = memories.empty(c, len(read), content["limit"], config.storage, mesh)
+    memory = memories.empty(c, len(appended), content["limit"], storage, mesh)
     cache = inference.empty_cache(c, rows, jnp.dtype(content["window_dtype"]), mesh)
     try:
         if memory.slots:
             memory = _read_memory(path, memory, mesh)
-        memory = memory._replace(read=jnp.asarray(read, jnp.int32, device=memory.read.sharding))
+        where = memory.appended.sharding
+        memory = memory._replace(appended=jnp.asarray(appended, jnp.int32, device=where))
         cache = _read_window(path, cache, places)
     except ValueError as error:  # TensorStore's
         raise UserError(f"{path}: damaged ({_first_line(error)}): read the text again") from error
-    return State(cache, memory, config, places, np.asarray(content["stored"]))
+    stored, held = (np.asarray(content[name]) for name in ("stored", "held"))
+    return State(cache, memory, config, places, held, stored)
 
 
 def _window(cache: Cache):
@@ -184,11 +189,13 @@ def _write_tree(path: epath.Path, prefix: str, tree, length: int, shards: int) -
 
 def _slots(x: jax.Array, start: int, stop: int, shards: int) -> np.ndarray:
     """Slots start … stop - 1 in the order they were filled: slot s is on shard s % shards."""
-    by_shard = x.reshape(*x.shape[:2], shards, -1, *x.shape[3:])
-    rows = by_shard[:, :, :, start // shards : -(-stop // shards)]
-    in_order = np.asarray(rows).swapaxes(2, 3).reshape(*x.shape[:2], -1, *x.shape[3:])
-    skipped = start - start // shards * shards
-    return in_order[:, :, skipped : skipped + stop - start]
+    first, last, of_shard = start // shards, -(-stop // shards), x.shape[2] // shards
+    parts = [
+        np.asarray(x[:, :, shard * of_shard + first : shard * of_shard + last])
+        for shard in range(shards)
+    ]
+    in_order = np.stack(parts, 3).reshape(*x.shape[:2], -1, *x.shape[3:])
+    return in_order[:, :, start - first * shards : stop - first * shards]
 
 
 def _read_tree(path: epath.Path, prefix: str, tree) -> Iterator[tuple[int, Any]]:
@@ -237,6 +244,11 @@ def _check_same_model(path: epath.Path, saved: Any, ours: Any) -> None:
                 f"{saved['model'].get(field)} and not {value}: load that model, or read the text "
                 "again"
             )
+    if saved["dtype"] != ours["dtype"]:
+        raise UserError(
+            f"{path}: a memory that was computed in {saved['dtype']}, not in {ours['dtype']}: load "
+            f"the model in {saved['dtype']}, or read the text again"
+        )
     if saved != ours:
         raise UserError(
             f"{path}: the memory of a model with other parameters, of another run or step: load "

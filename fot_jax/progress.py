@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 
 @contextlib.contextmanager
-def reading(total: int, seconds: float = 30.0) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with the number of tokens just read, of `total`.
+def bar(total: int, seconds: float = 30.0) -> Iterator[Callable[[int], None]]:
+    """Gives a function to call with the number of tokens just read, of `total` in all.
 
     Speaks on standard error, on process 0; elsewhere than on a terminal a line every so many
     seconds.
@@ -22,8 +22,8 @@ def reading(total: int, seconds: float = 30.0) -> Iterator[Callable[[int], None]
         yield lambda tokens: None
         return
     if sys.stderr.isatty():
-        with tqdm(total=total, unit="token", unit_scale=True, dynamic_ncols=True) as bar:
-            yield bar.update
+        with tqdm(total=total, unit="token", unit_scale=True, dynamic_ncols=True) as shown:
+            yield shown.update
         return
     done, said = 0, time.monotonic()
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -42,9 +41,10 @@ class MemoryConfig:
     """What is kept of text that has left the local window, and how it is read.
 
     Attributes:
-      size: most tokens kept, of each row; None: all that is ever read.
+      size: most tokens kept, of each row, or of all together where they share; None: all.
       ring: what happens beyond them: True forgets the oldest, False refuses to read more.
-      storage: float32, bfloat16, float16 or int8 (with a scale for each key and value).
+      storage: float32, bfloat16, float16 or int8 (with a scale for each key and value); None: the
+        type that the model computes in.
       lookup: Dense() attends to all of memory, TopK(k) to the best k keys of each head and query,
         ApproximateTopK(k, recall) to most of these.
       shared: one memory for all rows of a batch (the paper's multi-doc setting).
@@ -52,13 +52,13 @@ class MemoryConfig:
 
     size: int | None = None
     ring: bool = True
-    storage: str = "float32"
+    storage: str | None = None
     lookup: Lookup = Dense()
     shared: bool = False
 
     def __post_init__(self):
-        check_range("MemoryConfig", 0, 2**31 - 1, size=self.size)
-        if self.storage not in memories.STORAGE:
+        check_range("MemoryConfig", 0, 2**30, whole=True, size=self.size)
+        if self.storage not in (None, *memories.STORAGE):
             raise UserError(
                 f"MemoryConfig.storage = {self.storage!r}: choose one of "
                 f"{', '.join(memories.STORAGE)}"
@@ -75,33 +75,56 @@ class State:
     """What a model has read: the local window and the memory.
 
     Reading on changes it; `copy` it first to ask several things of one text.
+
+    Attributes:
+      cache, memory: on the devices.
+      config: how memory was asked for.
+      places: of each row's window, in use.
+      held: tokens of each window that are none of padding.
+      stored: tokens moved into each row of memory.
+      borrowed: whether another state has the same memory, which then must not be used up.
     """
 
     cache: Cache
     memory: Memory
     config: MemoryConfig
-    places: Int[np.ndarray, " B"]  # of the window, in use
-    stored: Int[np.ndarray, " rows"]  # tokens moved into each row of memory; padding counts
+    places: Int[np.ndarray, " B"]
+    held: Int[np.ndarray, " B"]
+    stored: Int[np.ndarray, " rows"]
+    borrowed: bool = False
 
     @property
     def rows(self) -> int:
         return len(self.places)
 
     def copy(self) -> State:
-        """Another one of the same content; for a moment, twice the memory."""
-        arrays = jax.tree.map(jnp.copy, (self.cache, self.memory))
-        return State(*arrays, self.config, self.places.copy(), self.stored.copy())
+        """Another one of the same content. The memory is copied once one of them adds to it."""
+        self.borrowed = True
+        cache = jax.tree.map(jnp.copy, self.cache)
+        counts = (x.copy() for x in (self.places, self.held, self.stored))
+        return State(cache, self.memory, self.config, *counts, borrowed=True)
+
+    def own(self) -> None:
+        """Makes the memory this state's alone."""
+        if self.borrowed:
+            self.memory, self.borrowed = jax.tree.map(jnp.copy, self.memory), False
 
 
 def begin(lm: Model, state: State | None, config: MemoryConfig, rows: int) -> State:
     """The state to read on from: the given one, or one in which nothing was read.
 
     Raises:
-      UserError: it is of another number of rows; a memory for a model without memory layers.
+      UserError: it is of another number of rows, or has a memory of its own; a memory for a model
+        without memory layers.
     """
     if state is not None:
         if state.rows != rows:
             raise UserError(f"{rows} documents for a state of {state.rows}: give as many")
+        if config != EVERYTHING:
+            raise UserError(
+                "a state has a memory of its own, which cannot be changed: give a state or how "
+                "memory is wanted, not both"
+            )
         return state
     if not lm.config.memory_layers and (config.size or config.lookup != Dense()):
         asked = f"of {config.size} tokens" if config.size else f"with {config.lookup}"
@@ -109,10 +132,12 @@ def begin(lm: Model, state: State | None, config: MemoryConfig, rows: int) -> St
             f"a memory {asked} for a model without memory layers: it reads its local window alone; "
             "leave the memory out"
         )
-    memory = memories.empty(lm.config, 1 if config.shared else rows, 0, config.storage, lm.mesh)
     dtype = lm.params["embedding"].dtype
+    storage = config.storage or dtype.name
+    memory = memories.empty(lm.config, 1 if config.shared else rows, 0, storage, lm.mesh)
     cache = inference.empty_cache(lm.config, rows, dtype, lm.mesh)
-    return State(cache, memory, config, np.zeros(rows, int), np.zeros(memory.rows, int))
+    counts = (np.zeros(n, int) for n in (rows, rows, memory.rows))
+    return State(cache, memory, config, *counts)
 
 
 class Piece(NamedTuple):
@@ -157,7 +182,7 @@ def pieces(
     rows = range(state.rows)
     lengths = np.full(state.rows, tokens.shape[1]) if lengths is None else lengths
     plans = [inference.cut(int(lengths[r]), int(state.places[r]), context, last) for r in rows]
-    _reserve(lm, state, plans, new_tokens)
+    _reserve(lm, state, plans, valid, new_tokens)
     steps = max(len(plan) for plan in plans)
     # Rows with less to read wait, so that all end together.
     plans = [[(0, 0, False)] * (steps - len(plan)) + plan for plan in plans]
@@ -175,6 +200,7 @@ def pieces(
             *(state.cache, state.memory, piece, shown, length.astype(np.int32)),
         )
         state.places += length
+        state.held += shown.sum(1)
         running.append(hidden)
         if len(running) > 2:  # not further ahead of the device than that
             running.popleft().block_until_ready()
@@ -183,26 +209,29 @@ def pieces(
             progress(int(shown.sum()))
 
 
-def make_room(lm: Model, state: State) -> None:
-    """Empties the windows that one more token does not fit into."""
-    _move(lm, state, state.places == lm.config.local_context)
+def make_room(lm: Model, state: State, rows: Bool[np.ndarray, " B"]) -> None:
+    """A place for one more token of some rows: empties their windows where these are full."""
+    _move(lm, state, rows & (state.places == lm.config.local_context))
+    state.places += rows
+    state.held += rows
 
 
 def _move(lm: Model, state: State, rows: np.ndarray) -> None:
     """Empties the windows of some rows."""
     if rows.any():
+        state.own()
         cache = state.cache
         valid, length, state.memory = inference.move(
             *(lm.config, lm.mesh, cache.layers, cache.valid, cache.length),
             *(state.memory, rows),
         )
         state.cache = Cache(cache.layers, valid, length)
-        moved = np.where(rows, state.places, 0)
+        moved = np.where(rows, state.held, 0)
         state.stored += moved.sum() if state.config.shared else moved
-        state.places[rows] = 0
+        state.places[rows] = state.held[rows] = 0
 
 
-def _reserve(lm: Model, state: State, plans, new_tokens: int) -> None:
+def _reserve(lm: Model, state: State, plans, valid, new_tokens: int) -> None:
     """Room in memory for all that will leave the window.
 
     Raises:
@@ -210,17 +239,19 @@ def _reserve(lm: Model, state: State, plans, new_tokens: int) -> None:
     """
     if not lm.config.memory_layers:
         return
-    moved = [0] * state.rows
+    moved = np.zeros(state.rows, int)
     for row, plan in enumerate(plans):
-        window = int(state.places[row])
-        for start, stop, moves in itertools.chain(plan, [(0, 1, None)] * (new_tokens - 1)):
-            if moves is None:  # one of the new tokens
-                moves = window == lm.config.local_context
-            if moves:
-                moved[row] += window
-                window = 0
-            window += stop - start
-    needed = int((state.stored + (sum(moved) if state.config.shared else moved)).max())
+        places, held = state.places[row], state.held[row]
+        for start, stop, moves in plan:
+            moved[row] += held if moves else 0
+            places, held = (0, 0) if moves else (places, held)
+            places, held = places + stop - start, held + valid[row, start:stop].sum()
+        # Of new tokens each is read but the last. The window is emptied when it is full.
+        overflow = places + new_tokens - 1 - lm.config.local_context
+        if overflow > 0:
+            later = (overflow - 1) // lm.config.local_context * lm.config.local_context
+            moved[row] += held + lm.config.local_context - places + later
+    needed = int((state.stored + (moved.sum() if state.config.shared else moved)).max())
     size = state.config.size
     if size is not None and needed > size:
         if not state.config.ring:
@@ -231,6 +262,7 @@ def _reserve(lm: Model, state: State, plans, new_tokens: int) -> None:
             )
         needed = size
     if needed > int(state.memory.limit):
+        state.own()
         state.memory = memories.grow(state.memory, needed, lm.mesh)
 
 

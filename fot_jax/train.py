@@ -350,8 +350,8 @@ def train(
         checkpointer.save(step, state.params, state.opt_state, place, meta)
 
     def run(evals, step: int) -> None:
-        lm = LanguageModel.of(transformer, state.params, source.vocabulary)
         with metrics.untimed():
+            lm = LanguageModel.of(transformer, state.params, source.vocabulary)
             results = run_evals(lm, evals, evaluation.source or source, workdir / "plots")
         values = {k: x for e in evals for k, x in e.scalars(results[e.name]).items()}
         if values:

@@ -10,8 +10,8 @@ from fot_jax.data.vocabulary import Vocabulary, frame
 from fot_jax.errors import UserError
 from fot_jax.generate import LanguageModel
 from fot_jax.paths import path_of
-from fot_jax.progress import reading
-from fot_jax.reading import MemoryConfig, State
+from fot_jax.progress import bar
+from fot_jax.reading import EVERYTHING, MemoryConfig, State
 
 
 def generate(
@@ -24,7 +24,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     last_context_length: int | None = None,
-    config: MemoryConfig | None = None,
+    config: MemoryConfig = EVERYTHING,
     memory: str | None = None,
     save_memory: str | None = None,
     dtype: str = "float32",
@@ -37,8 +37,8 @@ def generate(
       prompt, prompt_file: one of them: text, or a file of it in UTF-8.
       max_new_tokens: it ends earlier where the model ends its document.
       temperature, top_p, seed, last_context_length: as of LanguageModel.stream.
-      config: what is kept in memory; None: everything. Of a saved memory, its lookup alone counts.
-      memory: a saved memory to read on from.
+      config: what is kept in memory.
+      memory: a saved memory to read on from; of `config` it takes the lookup alone.
       save_memory: where to save the memory when the prompt has been read.
       dtype, devices: as of LanguageModel.load.
 
@@ -48,10 +48,16 @@ def generate(
     text = _prompt(prompt, prompt_file)
     if not text:
         raise UserError("the prompt is empty: give some text")
-    config = config or MemoryConfig()
+    if memory is not None and config != MemoryConfig(lookup=config.lookup):
+        raise UserError(
+            f"{memory}: a saved memory keeps its size and its type: leave --memory_size and "
+            "--memory_dtype out"
+        )
     if save_memory is not None:
         memory_files.check_place(save_memory)  # before hours of reading
     lm = LanguageModel.load(checkpoint, dtype=dtype, devices=devices)
+    if save_memory is not None and not lm.config.memory_layers:
+        raise UserError(f"{checkpoint}: the model has no memory layers: there is no memory to save")
     state = None if memory is None else lm.load_memory(memory, config.lookup)
     if state is None:  # a document begins
         tokens = frame(lm.vocabulary, text)[:-1].tolist()
@@ -62,7 +68,7 @@ def generate(
         if save_memory is not None:
             lm.save_memory(state, save_memory)
 
-    with reading(len(tokens)) as progress:
+    with bar(len(tokens)) as progress:
         steps = lm.stream(
             [tokens],
             max_new_tokens,
@@ -71,7 +77,7 @@ def generate(
             seed=seed,
             stop=[lm.vocabulary.eos],
             last_context_length=last_context_length,
-            memory=config,
+            memory=config if state is None else EVERYTHING,
             state=state,
             progress=progress,
             when_read=save,

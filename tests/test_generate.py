@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
 from fot_jax.errors import UserError
 from fot_jax.generate import LanguageModel
@@ -288,6 +290,7 @@ def test_seeds_repeat():
     draw = functools.partial(lm.generate, prompt, 12)
     assert draw(seed=3) == draw(seed=3) != draw(seed=4)
     assert lm.generate([prompt] * 2, 12, seed=[4, 3]) == [draw(seed=4), draw(seed=3)]
+    assert draw(seed=3) != draw(seed=3 + 2**32)
 
 
 def test_stop_tokens_end_a_row():
@@ -300,6 +303,92 @@ def test_stop_tokens_end_a_row():
     assert len(cut[0]) <= 7
     steps = list(lm.stream(prompts, 40, temperature=0, stop=range(LLAMA.vocab_size)))
     assert steps == [[None, None]]  # and nothing after that
+
+
+def test_what_a_state_holds_after_writing():
+    """Prompt and new tokens, without stop tokens; read on, it is as if all had been one text."""
+    lm = model_of("llama")
+    prompts = [random_text(1, n, seed=n)[0].tolist() for n in (20, 100)]
+    whole = lm.generate(prompts, 60, temperature=0)
+    stop = whole[0][7]
+    for stops, count in (((stop,), 60), ((), 60), ((), 1)):
+        state = lm.read(np.zeros((2, 1), int))
+        new = lm.generate(prompts, count, temperature=0, stop=stops, state=state)
+        more = random_text(2, 10, seed=3)
+        got = lm.logits(more, state=state.copy())
+        for row in range(2):
+            last = [] if len(new[row]) < count else [1]
+            text = [0, *prompts[row], *new[row][: len(new[row]) - len(last)], *more[row]]
+            feeds = [1, len(prompts[row]), *[1] * (len(new[row]) - len(last)), 10]
+            want = by_rules("llama", text, feeds)[-10:]
+            np.testing.assert_allclose(got[row], want, atol=1e-4)
+
+
+def test_rows_that_have_ended_leave_nothing_in_a_shared_memory():
+    lm = model_of("llama")
+    prompts = [random_text(1, n, seed=n)[0].tolist() for n in (60, 60)]
+    shared = MemoryConfig(shared=True)
+    whole = lm.generate(prompts, 200, temperature=0, memory=shared)
+    stop = whole[0][0]
+    assert stop not in whole[1][:150]
+    state = lm.read(np.zeros((2, 1), int), memory=shared)
+    ends, goes_on = lm.generate(prompts, 150, temperature=0, stop=[stop], state=state)
+    assert ends == [] and len(goes_on) > 100
+    # The row that ended is still in its window: nothing of it was ever moved.
+    assert state.places[0] == 61
+    held = 1 + 60 + 149 - state.places[1]
+    assert state.memory.appended.tolist() == state.stored.tolist() == [held]
+
+
+def test_a_copy_shares_memory_until_one_of_them_adds_to_it():
+    lm = model_of("llama")
+    text = random_text(1, 300)
+    state = lm.read(text, last_context_length=20)
+    copies = [state.copy() for _ in range(2)]
+    layer = state.memory.layers[0].k.x
+    assert all(each.memory.layers[0].k.x is layer for each in copies)
+    short, long = random_text(1, 30, seed=1), random_text(1, 200, seed=2)
+    want = lm.logits(long, state=lm.read(text, last_context_length=20))
+    lm.logits(short, state=copies[0])  # fits into the window
+    assert copies[0].memory.layers[0].k.x is layer
+    for each in (copies[1], state):
+        np.testing.assert_array_equal(lm.logits(long, state=each), want)
+    again = lm.logits(long, state=copies[0])
+    assert np.isfinite(again).all()
+
+
+@EVERY_MODEL
+def test_bfloat16_is_close(name):
+    config = config_of(name)
+    lm = LanguageModel.of(Transformer(config, dtype=jnp.bfloat16), random_params(config))
+    text = random_text(2, 300)
+    state = lm.read(text)
+    assert state.memory.storage == "bfloat16"
+    got, want = (model.logits(text, last_context_length=32) for model in (lm, model_of(name)))
+    assert got.dtype == np.float32
+    error = np.abs(got - want)
+    assert 1e-4 < error.mean() < 0.05 * want.std() and error.max() < want.std()
+
+
+@EVERY_MODEL
+def test_parameters_on_a_training_mesh_give_the_same(name):
+    """Wherever they are sharded: reading, scoring and writing."""
+    config = config_of(name)
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
+
+    def spread(x):
+        axes = [("fsdp" if n % 4 == 0 else None) for n in x.shape[:-1]]
+        axes = [axis if axes.index(axis) == i else None for i, axis in enumerate(axes)]
+        axes.append("tensor" if x.shape[-1] % 2 == 0 else None)
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    params = jax.tree.map(spread, random_params(config))
+    lm = LanguageModel.of(Transformer(config), params)
+    assert lm.mesh is mesh
+    text, one = random_text(2, 200), model_of(name)
+    np.testing.assert_allclose(lm.logits(text), one.logits(text), atol=1e-4)
+    np.testing.assert_allclose(lm.score(text).nats, one.score(text).nats, atol=1e-4)
+    assert lm.generate(text, 70, temperature=0) == one.generate(text, 70, temperature=0)
 
 
 def test_generates_without_memory():
@@ -410,6 +499,8 @@ def test_bad_text():
             lm.generate([1, token], 1)
     with pytest.raises(UserError, match=r"tokens of shape \(1, 2\) and type float64: give whole"):
         lm.logits([[0.5, 1.0]])
+    with pytest.raises(UserError, match=r"tokens of shape \(1, 2\) and type float64: give whole"):
+        lm.generate([0.5, 1.0], 1)
     with pytest.raises(UserError, match=r"a mask of shape \(1, 3\) for tokens of shape \(1, 2\)"):
         lm.logits([[1, 2]], mask=[[1, 1, 1]])
 
@@ -423,6 +514,7 @@ def test_bad_numbers():
         (dict(top_p=1.5), "generate.top_p = 1.5: give a number from 0 to 1"),
         (dict(seed=-1), "generate.seed = -1: give a number from 0"),
         (dict(seed=[1, 2]), "2 seeds for 1 prompts: give one for each"),
+        (dict(seed=1.5), "generate.seed = 1.5: give a whole number"),
     ):
         with pytest.raises(UserError, match=message):
             lm.generate([1], 1, **options)
@@ -445,6 +537,14 @@ def test_bad_memory():
         MemoryConfig(storage="int4")
     with pytest.raises(UserError, match="MemoryConfig.size = -1: give a number from 0"):
         MemoryConfig(-1)
+    with pytest.raises(UserError, match="MemoryConfig.size = 1.5: give a whole number"):
+        MemoryConfig(1.5)
+    with pytest.raises(UserError, match="a state has a memory of its own, which cannot be changed"):
+        lm.read(text, state=lm.read(text), memory=MemoryConfig(5))
+    padded = np.arange(200) >= 64  # padding takes no slot
+    lm.read(text, mask=padded[None], memory=MemoryConfig(72, ring=False))
+    with pytest.raises(UserError, match="which needs 72"):
+        lm.read(text, mask=padded[None], memory=MemoryConfig(71, ring=False))
     plain = dataclasses.replace(lm, config=dataclasses.replace(lm.config, memory_layers=()))
     with pytest.raises(UserError, match="a memory of 100 tokens for a model without memory layers"):
         plain.read(text, memory=MemoryConfig(100))

@@ -17,7 +17,7 @@ from fot_jax.model.lookup import TopK
 from fot_jax.reading import MemoryConfig
 
 sys.path.append(str(Path(__file__).parent / "model"))
-from test_generate import C, model_of, random_text
+from test_generate import model_of, random_text
 
 
 def over(lm, devices):
@@ -66,7 +66,7 @@ def test_of_one_device_onto_eight_and_back(tmp_path):
     assert sharded.config.lookup == TopK(20)
     over(lm, 8).save_memory(sharded, tmp_path / "eight")
     back = lm.load_memory(tmp_path / "eight")
-    n = int(state.memory.read[0])
+    n = int(state.memory.appended[0])
     for a, b in zip(state.memory.layers, back.memory.layers, strict=True):
         assert_same(a.k.x[:, :, :n], b.k.x[:, :, :n])
         assert_same(a.v.x[:, :, :n], b.v.x[:, :, :n])
@@ -85,7 +85,7 @@ def test_chunks_of_files(tmp_path, monkeypatch):
         at = state if saver is lm else saver.read(random_text(1, 1000))
         saver.save_memory(at, tmp_path / path)
         loaded = lm.load_memory(tmp_path / path)
-        n = int(state.memory.read[0])
+        n = int(state.memory.appended[0])
         for x, y in zip(state.memory.layers, loaded.memory.layers, strict=True):
             np.testing.assert_allclose(x.k.x[:, :, :n], y.k.x[:, :, :n], atol=1e-5)
     assert len(runs.files(tmp_path / "a")) > 30
@@ -109,6 +109,9 @@ def test_of_another_model(saved):
         other.load_memory(path)
     params = jax.tree.map(lambda x: x + 1e-6, lm.params)
     with pytest.raises(UserError, match="with other parameters, of another run or step: load"):
+        LanguageModel(lm.config, params).load_memory(path)
+    params = jax.tree.map(lambda x: x.astype("bfloat16"), lm.params)
+    with pytest.raises(UserError, match="was computed in float32, not in bfloat16: load the model"):
         LanguageModel(lm.config, params).load_memory(path)
 
 
@@ -149,7 +152,7 @@ def test_nothing_else_is_replaced(saved):
     lm, path = saved
     state = lm.read(random_text(1, 80))
     lm.save_memory(state, path)  # an older memory is
-    assert json.loads((path / "memory.json").read_text())["content"]["read"] == [16]
+    assert json.loads((path / "memory.json").read_text())["content"]["appended"] == [16]
     other = path.parent / "thesis"
     other.mkdir()
     (other / "chapter").write_text("1")
@@ -160,4 +163,3 @@ def test_nothing_else_is_replaced(saved):
     with pytest.raises(UserError, match="cannot be written"):
         lm.save_memory(state, other / "chapter" / "memory")
     assert sorted(p.name for p in path.parent.iterdir()) == ["memory", "thesis"]
-    assert C == 64

@@ -13,7 +13,7 @@ class Terminal(io.StringIO):
 
 def test_a_bar_on_a_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with progress.reading(5000) as update:
+    with progress.bar(5000) as update:
         for _ in range(5):
             update(1000)
     said = sys.stderr.getvalue()
@@ -22,11 +22,11 @@ def test_a_bar_on_a_terminal(monkeypatch):
 
 def test_a_line_now_and_then_elsewhere(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with progress.reading(5000, seconds=0) as update:
+    with progress.bar(5000, seconds=0) as update:
         update(1000)
         update(1500)
     lines = sys.stderr.getvalue().splitlines()
     assert lines == ["read 1,000 of 5,000 tokens", "read 2,500 of 5,000 tokens"]
-    with progress.reading(5000) as update:
+    with progress.bar(5000) as update:
         update(1000)
     assert sys.stderr.getvalue().splitlines() == lines  # no line for what is done at once

@@ -117,7 +117,7 @@ def test_a_prompt_from_a_file_and_a_memory_kept(workdir, capsys, tmp_path):
     state = lm.read(list(question.encode()), state=state)
     loaded = lm.load_memory(more)
     assert loaded.places.tolist() == state.places.tolist()
-    np.testing.assert_array_equal(loaded.memory.read, state.memory.read)
+    np.testing.assert_array_equal(loaded.memory.appended, state.memory.appended)
 
 
 @given(st.text(max_size=60), st.text(max_size=200), st.integers(1, 5))
@@ -192,6 +192,15 @@ def test_bad_input_is_one_line(workdir, capsys, tmp_path, monkeypatch):
         assert runs.files(tmp_path) == before
     line = refused(capsys, "generate", "--checkpoint", "gone", "--prompt", "a")
     assert line.startswith("gone: no checkpoint here: give a workdir")
+
+
+def test_a_saved_memory_keeps_what_it_is(workdir, capsys, tmp_path):
+    kept = tmp_path / "kept"
+    generate(capsys, workdir, "--prompt", "a" * 50, "--save_memory", kept, "--max_new_tokens", 0)
+    for options in (("--memory_size", 8), ("--memory_dtype", "int8")):
+        argv = ("generate", "--checkpoint", workdir, "--memory", kept, "--prompt", "a", *options)
+        assert "a saved memory keeps its size and its type: leave" in refused(capsys, *argv)
+    assert generate(capsys, workdir, "--memory", kept, "--prompt", "a", "--k", 3)
 
 
 def test_a_memory_of_another_model(workdir, capsys, tmp_path):

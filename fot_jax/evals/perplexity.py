@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +14,8 @@ from fot_jax.data.lanes import Document, DocumentSource
 from fot_jax.errors import UserError, check_range
 from fot_jax.generate import LanguageModel
 from fot_jax.model.lookup import Dense, Lookup
-from fot_jax.progress import reading
-from fot_jax.reading import MemoryConfig
+from fot_jax.progress import bar
+from fot_jax.reading import EVERYTHING, MemoryConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +28,10 @@ class PerplexityByContext:
 
     Attributes:
       memory_sizes: tokens.
-      documents: the longest of the first thousand of the split.
-      scored_tokens: in all, shared out evenly; the paper's tests have a million.
-      rows: documents read side by side.
+      documents: at most so many, the longest of the first hundred of the split.
+      scored_tokens: in all, shared out evenly; the paper's tests have a million. Documents that are
+        too short give fewer.
+      rows: at most so many documents are read side by side.
       multi_doc: these share one memory, of which each then has its part (the paper's multi-doc
         setting); else each has its own.
       lookup: Dense(), TopK(k) or ApproximateTopK(k, recall).
@@ -46,7 +46,7 @@ class PerplexityByContext:
     rows: int = 4
     multi_doc: bool = False
     lookup: Lookup = Dense()
-    storage: str = "float32"
+    storage: str | None = None
     split: str = "valid"
     name: str = "perplexity_by_context"
 
@@ -69,26 +69,27 @@ class PerplexityByContext:
           UserError: the split has no document of at least two windows.
         """
         window = lm.config.local_context
-        sizes = sorted(set(self.memory_sizes)) if lm.config.memory_layers else [0]
-        documents = self._choose(source, window, sizes[-1])
-        batches = {size: list(self._batches(documents, size, window)) for size in sizes}
+        remembers = bool(lm.config.memory_layers)
+        sizes = sorted(set(self.memory_sizes)) if remembers else [0]
+        batches = self._choose(source, window, sizes[-1])
         rows = []
-        with reading(
-            sum(b.mask[:, :-1].sum() for batch in batches.values() for b in batch)
-        ) as progress:
+        with bar(sum(self._tokens(batch, size, window) for size in sizes for batch in batches)) as (
+            progress
+        ):
             for size in sizes:
-                nats = correct = weights = 0.0
-                for batch in batches[size]:
+                sums = np.zeros(3)
+                for batch in batches:
+                    tokens, mask, weights = self._arrays(batch, size, window)
                     scores = lm.score(
-                        batch.tokens,
-                        mask=batch.mask,
+                        tokens,
+                        mask=mask,
                         last_context_length=window,
-                        memory=self._memory(size),
+                        memory=self._memory(size) if remembers else EVERYTHING,
                         progress=progress,
                     )
-                    nats += float((scores.nats * batch.weights).sum(dtype=np.float64))
-                    correct += float((scores.correct * batch.weights).sum(dtype=np.float64))
-                    weights += float(batch.weights.sum(dtype=np.float64))
+                    of_batch = (scores.nats * weights, scores.correct * weights, weights)
+                    sums += [x.sum(dtype=np.float64) for x in of_batch]
+                nats, correct, weights = sums.tolist()
                 rows.append(
                     {
                         "memory": size,
@@ -100,45 +101,57 @@ class PerplexityByContext:
                 )
         return rows
 
-    def _choose(self, source, window: int, largest: int) -> list[_Scored]:
-        """The longest documents at hand, and the part of each that is scored."""
+    def _choose(self, source, window: int, largest: int) -> list[list[_Scored]]:
+        """The longest documents at hand, in batches, and the part of each that is scored."""
         scored = math.ceil(self.scored_tokens / self.documents / window) * window
-        before = self._before(largest, window)
-        at_hand = itertools.islice(source.documents(self.split), 1000)
+        at_hand = itertools.islice(source.documents(self.split), 100)
         longest = sorted(at_hand, key=lambda document: -len(document.tokens))[: self.documents]
-        chosen = []
-        for document in longest:
-            n = min((len(document.tokens) - 1) // window * window, before + scored)
-            if n >= 2 * window:
-                start = before if n > before else n // 2 // window * window
-                chosen.append(_Scored(document, start, n))
-        if not chosen:
+        longest = [d for d in longest if len(d.tokens) > 2 * window]
+        if not longest:
             raise UserError(
                 f"the {self.split} split has no document longer than two windows of {window} "
                 "tokens: perplexity by context needs long documents"
             )
-        return chosen
+        # Batches as even as can be, so that in each of them memory is full.
+        count = math.ceil(len(longest) / self.rows)
+        bounds = [len(longest) * i // count for i in range(count + 1)]
+        batches = []
+        for first, last in itertools.pairwise(bounds):
+            before = self._before(largest, last - first, window)
+            batch = []
+            for document in longest[first:last]:
+                n = min((len(document.tokens) - 1) // window * window, before + scored)
+                half = max(n // 2 // window * window, n - scored)
+                batch.append(_Scored(document, before if n > before else half, n))
+            batches.append(batch)
+        return batches
 
-    def _before(self, size: int, window: int) -> int:
-        """Tokens of each document that fill a memory, in whole windows."""
-        return math.ceil(size / (self.rows if self.multi_doc else 1) / window) * window
+    def _before(self, size: int, rows: int, window: int) -> int:
+        """Tokens of each of some documents that fill a memory, in whole windows."""
+        return math.ceil(size / (rows if self.multi_doc else 1) / window) * window
 
-    def _batches(self, documents: list[_Scored], size: int, window: int) -> Iterator[_Batch]:
-        for first in range(0, len(documents), self.rows):
-            of_batch = documents[first : first + self.rows]
-            starts = [max(0, d.start - self._before(size, window)) for d in of_batch]
-            length = max(d.stop - start for d, start in zip(of_batch, starts, strict=True))
-            tokens = np.zeros((len(of_batch), length + 1), np.int32)
-            mask = np.zeros((len(of_batch), length + 1), bool)
-            weights = np.zeros((len(of_batch), length), np.float32)
-            for i, ((document, scored, stop), start) in enumerate(
-                zip(of_batch, starts, strict=True)
-            ):
-                n = stop - start
-                tokens[i, : n + 1] = document.tokens[start : stop + 1]
-                mask[i, : n + 1] = True
-                weights[i, scored - start : n] = document.weights[scored + 1 : stop + 1]
-            yield _Batch(tokens, mask, weights)
+    def _starts(self, batch: list[_Scored], size: int, window: int) -> list[int]:
+        """Where reading starts."""
+        before = self._before(size, len(batch), window)
+        return [max(0, scored.start - before) for scored in batch]
+
+    def _tokens(self, batch: list[_Scored], size: int, window: int) -> int:
+        """How many are read."""
+        return sum(scored.stop for scored in batch) - sum(self._starts(batch, size, window))
+
+    def _arrays(self, batch: list[_Scored], size: int, window: int):
+        """Tokens and mask, [rows, N + 1], and weights of the tokens but the first, [rows, N]."""
+        starts = self._starts(batch, size, window)
+        length = max(scored.stop - start for scored, start in zip(batch, starts, strict=True))
+        tokens = np.zeros((len(batch), length + 1), np.int32)
+        mask = np.zeros((len(batch), length + 1), bool)
+        weights = np.zeros((len(batch), length), np.float32)
+        for i, ((document, scored, stop), start) in enumerate(zip(batch, starts, strict=True)):
+            n = stop - start
+            tokens[i, : n + 1] = document.tokens[start : stop + 1]
+            mask[i, : n + 1] = True
+            weights[i, scored - start : n] = document.weights[scored + 1 : stop + 1]
+        return tokens, mask, weights
 
     def scalars(self, rows) -> dict[str, float]:
         """Perplexity of each memory size."""
@@ -146,8 +159,10 @@ class PerplexityByContext:
 
     def table(self, rows) -> str:
         """The rows as text."""
-        lines = [f"{'memory (tokens)':>16} {'perplexity':>11} {'accuracy':>9}"]
-        lines += [f"{r['memory']:16d} {r['perplexity']:11.3f} {r['accuracy']:9.3f}" for r in rows]
+        lines = [f"{'memory (tokens)':>16} {'perplexity':>11} {'accuracy':>9} {'scored':>10}"]
+        for r in rows:
+            numbers = f"{r['perplexity']:11.3f} {r['accuracy']:9.3f} {r['tokens']:10,.0f}"
+            lines.append(f"{r['memory']:16d} {numbers}")
         return "\n".join(lines)
 
     def plot(self, rows, path: epath.Path) -> None:
@@ -187,12 +202,6 @@ class _Scored(NamedTuple):
     document: Document
     start: int  # of the scored tokens, a multiple of the window
     stop: int
-
-
-class _Batch(NamedTuple):
-    tokens: np.ndarray  # [rows, N + 1]
-    mask: np.ndarray  # [rows, N + 1]: not padding
-    weights: np.ndarray  # [rows, N]: of the tokens but the first, where they are scored
 
 
 def _short(size: int) -> str:

@@ -58,11 +58,8 @@ def parameters_by_layer(params, dtype=jnp.float32, use_up: bool = False):
       use_up: delete each array of `params` once it is split, so that none is held twice.
     """
 
-    def cast(x):
-        return jnp.asarray(x, dtype if x.ndim > 1 else None)
-
     def split(x):
-        layers = jax.jit(lambda x: tuple(cast(layer) for layer in x))(x)
+        layers = _split(x, dtype)
         if use_up:
             jax.block_until_ready(layers)
             x.delete()
@@ -70,8 +67,18 @@ def parameters_by_layer(params, dtype=jnp.float32, use_up: bool = False):
 
     stacked, tree = jax.tree.flatten(params["layers"])
     layers = zip(*(split(x) for x in stacked), strict=True)
-    rest = {name: jax.tree.map(cast, x) for name, x in params.items() if name != "layers"}
+    rest = {name: x for name, x in params.items() if name != "layers"}
+    rest = jax.tree.map(lambda x: _cast(x, dtype), rest)
     return {**rest, "layers": tuple(jax.tree.unflatten(tree, layer) for layer in layers)}
+
+
+def _cast(x, dtype):
+    return jnp.asarray(x, dtype if x.ndim > 1 else None)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _split(stacked, dtype):
+    return tuple(_cast(layer, dtype) for layer in stacked)
 
 
 def empty_cache(c: ModelConfig, rows: int, dtype=jnp.float32, mesh: Mesh | None = None) -> Cache:

@@ -26,7 +26,8 @@ from fot_jax.model import memory as memories
 from fot_jax.model.attention import MASKED, Parts
 from fot_jax.model.memory import AXIS, LayerMemory, Stored
 
-LARGEST_BLOCK = 1024  # slots; a longer one gains nothing
+# Of products that choose keys: TPUs and GPUs would round float32, and each pass in its own way.
+PRECISION = lax.Precision.HIGHEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Dense:
         """Any memory will do."""
 
     def attend(self, q, layer: LayerMemory, visible, shards: int) -> Parts:
+        """On each of `shards` devices over its own slots; arguments as of `attend` below."""
         block = _block(layer.k.slots, math.prod(q.shape[:3]))
 
         def step(i, parts):
@@ -50,7 +52,7 @@ class Dense:
 
 @dataclasses.dataclass(frozen=True)
 class TopK:
-    """Attends to the k keys with the largest inner product, exactly; of equal ones, to the oldest.
+    """Attends to the k keys with the largest inner product, exactly; of equal ones, to the first.
 
     The paper uses k = 128, and 32 for the dictionary lookup.
     """
@@ -58,7 +60,7 @@ class TopK:
     k: int = 128
 
     def __post_init__(self):
-        check_range(type(self).__name__, 1, k=self.k)
+        check_range(type(self).__name__, 1, whole=True, k=self.k)
 
     def check(self, slots: int) -> None:
         """Raises a UserError where memory has fewer slots."""
@@ -69,6 +71,7 @@ class TopK:
             )
 
     def attend(self, q, layer: LayerMemory, visible, shards: int) -> Parts:
+        """As Dense.attend."""
         scores, slots = self.search(q, layer.k, visible)
         if shards > 1:
             scores = _best_of_shards(scores, slots, shards)
@@ -113,7 +116,7 @@ class ApproximateTopK(TopK):
             block //= 2
 
         def step(i, best):
-            scores = _dot(q, keys.slot(i * block, block, q.dtype))
+            scores = _scores(q, keys.slot(i * block, block, q.dtype))
             scores = jnp.where(_seen(visible, i * block, block), scores, MASKED)
             found, at = lax.approx_max_k(scores, min(self.k, block), recall_target=self.recall)
             return _better(best, (found, at.astype(jnp.int32) + i * block), self.k)
@@ -173,7 +176,9 @@ def exact_search(q, keys: Stored, visible, k: int):
         chosen = jnp.sort(groups, -1)  # so that of equal scores the oldest comes first
         slots = chosen[..., None] * group + jnp.arange(group)
         x = _take_groups(keys, chosen, group, q.dtype)  # [B, K, n, k, group, D]
-        scores = jnp.einsum("bknd,bknigd->bknig", q, x, preferred_element_type=jnp.float32)
+        scores = jnp.einsum(
+            *("bknd,bknigd->bknig", q, x), preferred_element_type=jnp.float32, precision=PRECISION
+        )
         scores = jnp.where(slots < visible[:, None, None, None, None], scores, MASKED)
         scores, slots = (x.reshape(*x.shape[:3], k * group) for x in (scores, slots))
         best, at = lax.top_k(scores, k)
@@ -185,7 +190,7 @@ def exact_search(q, keys: Stored, visible, k: int):
 def _group(slots: int, k: int, dim: int) -> int:
     """Slots of a group: to choose among slots / group takes about as long as to score k * group."""
     best = math.sqrt(6 * slots / (k * dim))
-    return min(256, max(8, 1 << int(math.log2(best))))
+    return min(256, 1 << int(math.log2(max(8, best))))
 
 
 def _best_groups(q, keys: Stored, visible, k: int, group: int) -> Int[Array, "B K N k"]:
@@ -201,7 +206,7 @@ def _best_groups(q, keys: Stored, visible, k: int, group: int) -> Int[Array, "B 
         many *= 2
 
     def largest(i):
-        scores = _dot(q, keys.slot(i * block, block, q.dtype))
+        scores = _scores(q, keys.slot(i * block, block, q.dtype))
         scores = jnp.where(_seen(visible, i * block, block), scores, MASKED)
         return scores.reshape(B, K, N, block // group, group).max(-1)
 
@@ -227,7 +232,7 @@ def _search_all(q, keys: Stored, visible, k: int):
     seen = _seen(visible, 0, keys.slots)
 
     def of_queries(args):
-        scores = jnp.where(seen, _dot(args[0], x), MASKED)
+        scores = jnp.where(seen, _scores(args[0], x), MASKED)
         scores = jnp.pad(
             scores, [(0, 0)] * 3 + [(0, max(0, k - keys.slots))], constant_values=MASKED
         )
@@ -279,7 +284,8 @@ def _best_of_shards(scores, slots, shards: int):
 
 def _block(slots: int, queries: int) -> int:
     """Slots of a block: a power of two that divides them all, so many that scores fit."""
-    block = min(LARGEST_BLOCK, slots & -slots)
+    longest = 1024 if jax.default_backend() == "cpu" else 2**16  # longer ones gained nothing
+    block = min(longest, slots & -slots)
     while block > 256 and block * queries > parts_of.score_budget():
         block //= 2
     return block
@@ -287,6 +293,13 @@ def _block(slots: int, queries: int) -> int:
 
 def _dot(q, k):
     return jnp.einsum("bknd,bksd->bkns", q, k, preferred_element_type=jnp.float32)
+
+
+def _scores(q, k):
+    """The same where they decide which keys are the best."""
+    return jnp.einsum(
+        *("bknd,bksd->bkns", q, k), preferred_element_type=jnp.float32, precision=PRECISION
+    )
 
 
 def _seen(visible, start, size: int):

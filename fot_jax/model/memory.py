@@ -21,8 +21,6 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from fot_jax.errors import UserError
-
 AXIS = "memory"  # mesh axis that slots are sharded over
 STORAGE = ("float32", "bfloat16", "float16", "int8")
 
@@ -79,17 +77,17 @@ class Memory(NamedTuple):
     """Memories of all memory layers; one row for each document, or one that all rows share."""
 
     layers: tuple[LayerMemory, ...]
-    read: Int[Array, " B"]  # tokens ever stored
+    appended: Int[Array, " B"]  # tokens stored; once a ring has gone around, limit + next slot
     limit: Int[Array, ""]  # slots in use; more tokens overwrite the oldest
 
     @property
     def visible(self) -> Int[Array, " B"]:
         """How many slots of each row hold something: the first ones."""
-        return jnp.minimum(self.read, self.limit)
+        return jnp.minimum(self.appended, self.limit)
 
     @property
     def rows(self) -> int:
-        return self.read.shape[0]
+        return self.appended.shape[0]
 
     @property
     def slots(self) -> int:
@@ -124,17 +122,15 @@ def shards_of(mesh: Mesh | None) -> int:
     return mesh.shape[AXIS] if mesh is not None and AXIS in mesh.axis_names else 1
 
 
-def empty(config, rows: int, limit: int, storage: str = "float32", mesh: Mesh | None = None):
-    """A Memory of `limit` slots a row for a model of this ModelConfig, with nothing in it.
+def empty(
+    config, rows: int, limit: int, storage: str = "float32", mesh: Mesh | None = None
+) -> Memory:
+    """A memory of `limit` slots a row for a model of this ModelConfig, with nothing in it.
 
     Args:
+      storage: one of STORAGE.
       mesh: where it lives: its slots over the axis "memory", if it has that, else replicated.
-
-    Raises:
-      UserError: no such storage type.
     """
-    if storage not in STORAGE:
-        raise UserError(f"a memory of {storage!r}: choose one of {', '.join(STORAGE)}")
     if not config.memory_layers:
         limit = 0
     slots = slots_for(limit, mesh) if limit else 0
@@ -147,8 +143,8 @@ def empty(config, rows: int, limit: int, storage: str = "float32", mesh: Mesh | 
         return Stored(jnp.zeros(shape, dtype, device=along_slots), scale)
 
     layers = tuple(LayerMemory(stored(), stored()) for _ in config.memory_layers)
-    read = jnp.zeros(rows, jnp.int32, device=place)
-    return Memory(layers, read, jnp.full((), limit, jnp.int32, device=place))
+    appended = jnp.zeros(rows, jnp.int32, device=place)
+    return Memory(layers, appended, jnp.full((), limit, jnp.int32, device=place))
 
 
 def specs(layers):
@@ -186,8 +182,8 @@ def append(
     if shared:
         valid = valid.T.reshape(1, -1)
     count = valid.sum(1)
-    place = memory.read[:, None] + jnp.cumsum(valid, 1) - 1
-    stays = valid & (place >= (memory.read + count)[:, None] - memory.limit)
+    place = memory.appended[:, None] + jnp.cumsum(valid, 1) - 1
+    stays = valid & (place >= (memory.appended + count)[:, None] - memory.limit)
     slot = jnp.where(stays, place % jnp.maximum(memory.limit, 1), -1)
 
     def prepared(x):
@@ -197,7 +193,9 @@ def append(
 
     new = tuple(LayerMemory(prepared(k), prepared(v)) for k, v in windows)
     layers = write(memory.layers, new, slot, mesh)
-    return Memory(layers, memory.read + count, memory.limit)
+    total, limit = memory.appended + count, memory.limit
+    around = limit + (total - limit) % jnp.maximum(limit, 1)  # so that the count has no end
+    return Memory(layers, jnp.where(total > limit, around, total), limit)
 
 
 def write(layers, new, slot: Int[Array, "B T"], mesh: Mesh | None = None):
@@ -247,7 +245,7 @@ def grow(memory: Memory, limit: int, mesh: Mesh | None = None) -> Memory:
         jax.tree.map(lambda x: x.delete(), layer)
         return wide
 
-    return Memory(tuple(widened(layer) for layer in memory.layers), memory.read, limit)
+    return Memory(tuple(widened(layer) for layer in memory.layers), memory.appended, limit)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

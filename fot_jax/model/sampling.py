@@ -38,7 +38,9 @@ class Draw(NamedTuple):
         """Among the fewest tokens that have the probability top_p together; or, at temperature 0,
         always the most likely one. Every row has a seed of its own."""
         among = MOST_LIKELY if temperature == 0 else TOP_P if top_p < 1 else ANY
-        keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+        # A key takes 32 bits of a seed.
+        keys = [jax.random.fold_in(jax.random.key(s % 2**32), s // 2**32) for s in seeds]
+        keys = jnp.stack(keys)
         return cls(among, Numbers(keys, np.float32(temperature), np.float32(top_p)))
 
 
@@ -52,12 +54,15 @@ def first_token(c, among, mesh, params, hidden, length, numbers: Numbers) -> jax
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnames="cache")
 def next_token(
-    c, among, lookup, mesh, params, cache: Cache, memory, token, numbers: Numbers, step
+    c, among, lookup, mesh, params, cache: Cache, memory, token, goes_on, numbers: Numbers, step
 ) -> tuple[jax.Array, Cache]:
-    """Reads the token [B] of each row, and draws the next one. `cache` is used up."""
-    one = jnp.ones_like(token)
+    """Reads the token [B] of each row that goes_on [B], and draws the next one.
+
+    `cache` is used up.
+    """
     hidden, cache = inference.read(
-        c, lookup, mesh, params, cache, memory, token[:, None], one[:, None] > 0, one
+        *(c, lookup, mesh, params, cache, memory),
+        *(token[:, None], goes_on[:, None], goes_on.astype(jnp.int32)),
     )
     logits = transformer.logits(c, params, hidden[:, 0])
     return inference.replicated(mesh, _choose(among, logits, numbers, step)), cache

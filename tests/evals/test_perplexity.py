@@ -14,7 +14,7 @@ from fot_jax.errors import UserError
 from fot_jax.evals.perplexity import PerplexityByContext
 from fot_jax.generate import LanguageModel
 from fot_jax.model import crossbatch
-from fot_jax.model.lookup import TopK
+from fot_jax.model.lookup import Dense, TopK
 from fot_jax.model.transformer import ModelConfig, Transformer
 from fot_jax.reading import MemoryConfig
 
@@ -128,6 +128,35 @@ def test_documents_share_a_memory(lm):
     assert abs(alone["nats"] - row["nats"]) > 1e-4
 
 
+def test_batches_are_even_so_that_every_memory_is_full(lm):
+    """Three documents, two at a time at most: a batch of one reads as much as fills its memory."""
+    source = Documents(161, 160, 159)
+    evaluation = PerplexityByContext((64,), documents=3, scored_tokens=48, rows=2, multi_doc=True)
+    (row,) = evaluation.run(lm, source)
+    alone = nats_of(lm, source.all[0], 64, 80, 64)
+    pair = [document.tokens[:48] for document in source.all[1:]]
+    shared = MemoryConfig(64, shared=True)
+    logits = lm.logits(np.stack(pair), last_context_length=WINDOW, memory=shared)
+    sums = np.asarray(alone)
+    for document, out in zip(source.all[1:], np.asarray(logits[:, 32:], float), strict=True):
+        targets, weight = document.tokens[33:49], document.weights[33:49]
+        log_p = out - np.log(np.exp(out).sum(-1, keepdims=True))
+        right = ((out.argmax(-1) == targets) * weight).sum()
+        sums = sums + (-(log_p[np.arange(16), targets] * weight).sum(), weight.sum(), right)
+    assert row["tokens"] == sums[1]
+    assert row["nats"] == pytest.approx(sums[0] / sums[1], rel=1e-5)
+
+
+def test_no_document_gives_more_than_its_share(lm):
+    """Also where it is too short for the memory: its last tokens then."""
+    source = Documents(81)
+    evaluation = PerplexityByContext((0, 256), documents=1, scored_tokens=16)
+    for row in evaluation.run(lm, source):
+        total, weights, _ = nats_of(lm, source.all[0], 64, 80, row["memory"])
+        assert row["tokens"] == weights
+        assert row["nats"] == pytest.approx(total / weights, rel=1e-5)
+
+
 def test_padding_does_not_enter_a_shared_memory(lm):
     """Beside a document much longer than it, the shorter one leaves nothing after its end."""
     source = Documents(161, 33)
@@ -172,8 +201,9 @@ def test_no_memory_is_the_window_alone(lm):
 def test_a_plain_model_is_evaluated_once(lm):
     config = dataclasses.replace(CONFIG, memory_layers=())
     plain = dataclasses.replace(lm, config=config)
-    (row,) = PerplexityByContext((0, 16, 64)).run(plain, Documents(49))
-    assert row["memory"] == 0
+    for lookup in (Dense(), TopK(4)):
+        (row,) = PerplexityByContext((0, 16, 64), lookup=lookup).run(plain, Documents(49))
+        assert row["memory"] == 0
 
 
 def test_short_documents_are_refused(lm):
@@ -184,9 +214,9 @@ def test_short_documents_are_refused(lm):
 
 
 ROWS = [
-    {"memory": 0, "perplexity": 9.5, "accuracy": 0.125},
-    {"memory": 128, "perplexity": 8.25, "accuracy": 0.25},
-    {"memory": 2048, "perplexity": 7.125, "accuracy": 0.5},
+    {"memory": 0, "perplexity": 9.5, "accuracy": 0.125, "tokens": 1000.0},
+    {"memory": 128, "perplexity": 8.25, "accuracy": 0.25, "tokens": 1000.0},
+    {"memory": 2048, "perplexity": 7.125, "accuracy": 0.5, "tokens": 1000.0},
 ]
 
 
@@ -194,9 +224,9 @@ def test_table_and_scalars_have_every_row():
     evaluation = PerplexityByContext(split="test")
     table = evaluation.table(ROWS).splitlines()
     assert [line.split() for line in table[1:]] == [
-        ["0", "9.500", "0.125"],
-        ["128", "8.250", "0.250"],
-        ["2048", "7.125", "0.500"],
+        ["0", "9.500", "0.125", "1,000"],
+        ["128", "8.250", "0.250", "1,000"],
+        ["2048", "7.125", "0.500", "1,000"],
     ]
     assert evaluation.scalars(ROWS) == {
         "test_perplexity/memory_0": 9.5,

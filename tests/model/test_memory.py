@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 from test_transformer import LLAMA
 
-from fot_jax.errors import UserError
 from fot_jax.model import memory
 from fot_jax.model.lookup import Dense, attend
 
@@ -94,6 +93,22 @@ def test_a_ring_keeps_the_last_tokens(limit, pieces, shards):
         assert sorted(tokens) == order[-limit:].tolist()
         for got, want in zip(contents(state, row, shards), (k, v), strict=True):
             np.testing.assert_array_equal(got, want[row][:, tokens])
+
+
+def test_a_ring_never_stops_going_around():
+    """The count of tokens stays small, whatever was read: here as after 2^31 of them."""
+    limit, step = 70, 30
+    k, v, _ = tokens_of(step)
+    state = memory.empty(LLAMA, B, limit)
+    for n in range(1, 200):
+        k[:], v[:] = n, -n
+        state = appending(1)(state, [(k, v)], np.ones((B, step), bool))
+        keys, values = contents(state, 1)
+        assert keys.shape[1] == min(limit, n * step)
+        last = sorted(i // step + 1 for i in range(max(0, n * step - limit), n * step))
+        assert sorted(keys[0, :, 0].tolist()) == last
+        assert (keys == -values).all()
+    assert int(state.appended.max()) < 2 * limit
 
 
 @SHARDS
@@ -199,8 +214,3 @@ def test_sizes():
     one = B * K * 1024 * (D + 4)  # bytes of keys, with a scale each
     assert 2 * one <= state.nbytes <= 2 * one + 64
     assert memory.empty(LLAMA, B, 0).slots == 0
-
-
-def test_bad_storage():
-    with pytest.raises(UserError, match="a memory of 'int4': choose one of float32, bfloat16"):
-        memory.empty(LLAMA, 1, 8, "int4")
