@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import errno
+import functools
 import os
 import signal
 import sys
@@ -16,7 +18,11 @@ from fot_jax.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one verb. Returns the exit code: 0; 2 for bad input; 130 after ^C; 143 after SIGTERM."""
+    """Runs one verb.
+
+    Returns the exit code: 0; 2 for bad input; 130 after ^C; 143 after SIGTERM; 141 where nobody
+    reads what it prints any more.
+    """
     args = _parser().parse_args(argv)
     try:
         with _on(signal.SIGINT, _interrupted):
@@ -26,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if not error.errno:
             raise
+        if error.errno == errno.EPIPE:  # whoever read what is printed has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
         line = (
             f"{error.filename or 'writing'}: {error.strerror}: mend that, or choose another place"
         )
@@ -46,6 +55,15 @@ def _interrupted(signum, frame) -> None:
     """Ends the process: an exception would crash XLA where it is compiling."""
     os.write(2, b"fot: interrupted\n")
     os._exit(128 + signum)
+
+
+def _interrupted_saving(path: str | None, signum, frame) -> None:
+    """The same, after what is half-written at `path` has been removed."""
+    if path is not None:
+        from fot_jax.paths import remove_half_written
+
+        remove_half_written(path)
+    _interrupted(signum, frame)
 
 
 def _exit(signum, frame) -> None:
@@ -175,7 +193,10 @@ def _generate(args) -> int:
     from fot_jax.model.lookup import Dense, TopK
     from fot_jax.reading import MemoryConfig
 
-    with _on(signal.SIGTERM, _exit), _on(signal.SIGINT, _exit):
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a model writes what it likes
+    stop = functools.partial(_interrupted_saving, args.save_memory)
+    with _on(signal.SIGTERM, stop), _on(signal.SIGINT, stop):
         writing.generate(
             **{
                 name: getattr(args, name)

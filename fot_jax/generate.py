@@ -118,9 +118,11 @@ class LanguageModel:
     ) -> State:
         """Reads text, and returns what is then in the window and in memory.
 
-        Args: as of `logits`. One document may be given without the axis of rows.
+        Args: as of `logits`. One document may be given (and masked) without the axis of rows.
         """
-        tokens, valid = self._text(np.atleast_2d(np.asarray(tokens)), mask)
+        if len(tokens) == 0 or np.ndim(tokens[0]) == 0:
+            tokens, mask = [tokens], None if mask is None else [mask]
+        tokens, valid = self._text(tokens, mask)
         state = reading.begin(self, state, memory, len(tokens))
         for _ in reading.pieces(
             self, state, tokens, valid, last=last_context_length, progress=progress
@@ -263,15 +265,18 @@ class LanguageModel:
         check_range("generate", 0, whole=True, max_new_tokens=max_new_tokens)
         check_range("generate", 0, temperature=temperature)
         check_range("generate", 0, 1, top_p=top_p)
-        for each in np.atleast_1d(np.asarray(seed, object)):
-            check_range("generate", 0, LARGEST_SEED, whole=True, seed=each)
-        seeds = [seed + row for row in range(rows)] if np.ndim(seed) == 0 else list(seed)
+        seeds = list(seed) if isinstance(seed, Sequence | np.ndarray) else [seed] * rows
         if len(seeds) != rows:
             raise UserError(f"{len(seeds)} seeds for {rows} prompts: give one for each")
+        for each in seeds:
+            check_range("generate", 0, LARGEST_SEED, whole=True, seed=each)
+        seeds = [int(each) for each in seeds]
+        if not isinstance(seed, Sequence | np.ndarray):
+            seeds = [each + row for row, each in enumerate(seeds)]
         lengths = np.asarray([len(prompt) for prompt in prompts])
-        padded = [np.asarray(prompt) for prompt in prompts]
-        if any(prompt.ndim != 1 for prompt in padded):
-            raise UserError("prompts of several dimensions: give a list of lists of tokens")
+        if mask is not None and len(set(lengths)) > 1:
+            raise UserError("prompts of different lengths with a mask: pad them to one length")
+        padded = [_whole_numbers(prompt, "a prompt", 1) for prompt in prompts]
         padded = np.stack([reading.widened(prompt, lengths.max()) for prompt in padded])
         tokens, valid = self._text(padded, mask)
         state = reading.begin(self, state, memory, rows)
@@ -354,15 +359,13 @@ class LanguageModel:
 
     def _text(self, tokens, mask) -> tuple[np.ndarray, np.ndarray]:
         """Checked tokens [B, N] int32, and where they are none of padding."""
-        tokens = np.asarray(tokens)
-        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) and tokens.size:
-            raise UserError(
-                f"tokens of shape {tokens.shape} and type {tokens.dtype}: give whole numbers, "
-                "[documents, length]"
-            )
+        tokens = _whole_numbers(tokens, "tokens", 2)
         if not tokens.size:
             raise UserError("the text is empty: give at least one token")
-        valid = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask).astype(bool)
+        if mask is None:
+            valid = np.ones(tokens.shape, bool)
+        else:
+            valid = _whole_numbers(mask, "a mask", 2) > 0
         if valid.shape != tokens.shape:
             raise UserError(f"a mask of shape {valid.shape} for tokens of shape {tokens.shape}")
         outside = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
@@ -372,6 +375,24 @@ class LanguageModel:
                 f"{self.config.vocab_size}: the text was tokenized for another model"
             )
         return tokens.astype(np.int32), valid
+
+
+def _whole_numbers(x: Any, what: str, dimensions: int) -> np.ndarray:
+    """An array of so many dimensions, checked to be one of whole numbers (a mask may be bool)."""
+    try:
+        array = np.asarray(x)
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"{what} with rows of different lengths: pad them, with a mask") from error
+    if (
+        array.ndim != dimensions
+        or array.size
+        and array.dtype.kind not in "iu" + "b" * (what == "a mask")
+    ):
+        raise UserError(
+            f"{what} of shape {array.shape} and type {array.dtype}: give whole numbers, "
+            + ("a list of them" if dimensions == 1 else "[documents, length]")
+        )
+    return array
 
 
 # --- Compiled ------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -49,18 +50,20 @@ def save(path: epath.PathLike, state: State, fingerprint: Any, mesh: Mesh | None
     Raises:
       UserError: the path cannot be written, or something else is there.
     """
-    path = path_of(path)
+    path = _resolved(path)
     if not state.memory.layers:
         raise UserError(f"{path}: the model has no memory layers: there is no memory to save")
     check_place(path)
     config = dataclasses.asdict(state.config)
+    appended = np.asarray(state.memory.appended)
     content = {
         "version": VERSION,
         "fingerprint": fingerprint,
         "config": {name: config[name] for name in ("size", "ring", "storage", "shared")},
         "storage": state.memory.storage,
-        "limit": int(state.memory.limit),
-        "appended": np.asarray(state.memory.appended).tolist(),
+        # Of a ring that has gone around its own; else no more than what is there.
+        "limit": min(int(state.memory.limit), int(appended.max())),
+        "appended": appended.tolist(),
         "stored": state.stored.tolist(),
         "held": state.held.tolist(),
         "places": state.places.tolist(),
@@ -68,12 +71,11 @@ def save(path: epath.PathLike, state: State, fingerprint: Any, mesh: Mesh | None
     }
     with new_directory(path) as half:
         try:
-            slots = int(state.memory.visible.max()) if state.memory.slots else 0
-            shards = memories.shards_of(mesh)
-            for i, layer in enumerate(state.memory.layers if slots else ()):
-                _write_tree(half, f"memory_{i}", layer, slots, shards)
+            shards, arrays = memories.shards_of(mesh), {}
+            for i, layer in enumerate(state.memory.layers if content["limit"] else ()):
+                arrays |= _write_tree(half, f"memory_{i}", layer, content["limit"], shards)
             window, places = _window(state.cache), int(state.places.max())
-            _write_tree(half, "window", window, places, 1)
+            content["arrays"] = arrays | _write_tree(half, "window", window, places, 1)
         except ValueError as error:  # TensorStore's, of a full disk for one
             raise UserError(f"{path}: cannot be written: {_first_line(error)}") from error
         sealed = {"crc32": _crc32(content), "content": content}
@@ -86,15 +88,33 @@ def check_place(path: epath.PathLike) -> None:
     Raises:
       UserError: something else is there, or no directory can be made.
     """
-    path = path_of(path)
-    if path.exists() and not (path / DESCRIPTION).exists():
+    path = _resolved(path)
+    if path.exists() and not _is_memory(path):
         raise UserError(f"{path}: not a memory, so it is not replaced: give a new name")
+    missing = [parent for parent in path.parents if not parent.exists()]
     with contextlib.suppress(_Writable), new_directory(path):
         raise _Writable
+    for parent in missing:
+        parent.rmdir()
 
 
 class _Writable(Exception):
     """A directory could be made; none is wanted yet."""
+
+
+def _is_memory(path: epath.Path) -> bool:
+    """Whether a directory holds a memory and nothing else."""
+    try:
+        arrays = _description(path)["arrays"]
+    except UserError:
+        return False
+    return {each.name for each in path.iterdir()} <= {DESCRIPTION, *arrays}
+
+
+def _resolved(path: epath.PathLike) -> epath.Path:
+    """The path that a link leads to."""
+    path = path_of(path)
+    return path if str(path).startswith("gs://") else epath.Path(os.path.realpath(path))
 
 
 def load(
@@ -116,14 +136,14 @@ def load(
     cache = inference.empty_cache(c, rows, jnp.dtype(content["window_dtype"]), mesh)
     try:
         if memory.slots:
-            memory = _read_memory(path, memory, mesh)
+            memory = _read_memory(path, memory, content["arrays"], mesh)
         where = memory.appended.sharding
         memory = memory._replace(appended=jnp.asarray(appended, jnp.int32, device=where))
-        cache = _read_window(path, cache, places)
+        cache = _read_window(path, cache, content["arrays"], places)
     except ValueError as error:  # TensorStore's
         raise UserError(f"{path}: damaged ({_first_line(error)}): read the text again") from error
     stored, held = (np.asarray(content[name]) for name in ("stored", "held"))
-    return State(cache, memory, config, places, held, stored)
+    return State(c, mesh, cache, memory, config, places, held, stored)
 
 
 def _window(cache: Cache):
@@ -131,20 +151,20 @@ def _window(cache: Cache):
     return cache.layers, cache.valid[:, None]
 
 
-def _read_memory(path: epath.Path, memory: Memory, mesh: Mesh | None) -> Memory:
+def _read_memory(path: epath.Path, memory: Memory, crcs, mesh: Mesh | None) -> Memory:
     put = jax.jit(functools.partial(memories.write, mesh=mesh), donate_argnums=0)
     layers = list(memory.layers)
     for i in range(len(layers)):
-        for start, chunk in _read_tree(path, f"memory_{i}", layers[i]):
+        for start, chunk in _read_tree(path, f"memory_{i}", layers[i], crcs):
             length = jax.tree.leaves(chunk)[0].shape[2]
             slots = np.tile(start + np.arange(length, dtype=np.int32), (memory.rows, 1))
             layers[i] = put(layers[i], chunk, slots)
     return memory._replace(layers=tuple(layers))
 
 
-def _read_window(path: epath.Path, cache: Cache, places: np.ndarray) -> Cache:
+def _read_window(path: epath.Path, cache: Cache, crcs, places: np.ndarray) -> Cache:
     window = _window(cache)
-    for start, chunk in _read_tree(path, "window", window):
+    for start, chunk in _read_tree(path, "window", window, crcs):
         window = jax.tree.map(
             lambda x, new, start=start: jax.lax.dynamic_update_slice_in_dim(x, new, start, 2),
             window,
@@ -167,13 +187,15 @@ def _spec(path: epath.Path, name: str) -> dict[str, Any]:
     }
 
 
-def _write_tree(path: epath.Path, prefix: str, tree, length: int, shards: int) -> None:
-    """The first `length` slots of every array [B, K, M, ...]."""
+def _write_tree(path: epath.Path, prefix: str, tree, length: int, shards: int) -> dict[str, int]:
+    """The first `length` slots of every array [B, K, M, ...]. Returns a checksum of each."""
+    crcs = {}
     for name, x in names(tree).items():
+        name = f"{prefix}_{name.replace('/', '_')}"
         per_slot = x.nbytes // max(1, x.shape[2])
         chunk = max(1, min(length, CHUNK // max(1, per_slot)))
         array = ts.open(
-            _spec(path, f"{prefix}_{name.replace('/', '_')}"),
+            _spec(path, name),
             create=True,
             dtype=ts.dtype(x.dtype.name),
             shape=[*x.shape[:2], length, *x.shape[3:]],
@@ -184,7 +206,10 @@ def _write_tree(path: epath.Path, prefix: str, tree, length: int, shards: int) -
         ).result()
         for start in range(0, length, chunk):
             stop = min(start + chunk, length)
-            array[:, :, start:stop].write(_slots(x, start, stop, shards)).result()
+            content = _slots(x, start, stop, shards)
+            array[:, :, start:stop].write(content).result()
+            crcs[name] = zlib.crc32(np.ascontiguousarray(content).data, crcs.get(name, 0))
+    return crcs
 
 
 def _slots(x: jax.Array, start: int, stop: int, shards: int) -> np.ndarray:
@@ -198,13 +223,15 @@ def _slots(x: jax.Array, start: int, stop: int, shards: int) -> np.ndarray:
     return in_order[:, :, start - first * shards : stop - first * shards]
 
 
-def _read_tree(path: epath.Path, prefix: str, tree) -> Iterator[tuple[int, Any]]:
-    """Chunks of slots of all arrays of a tree: (first slot, tree of [B, K, slots, ...])."""
-    leaves = names(tree)
-    arrays = {
-        name: ts.open(_spec(path, f"{prefix}_{name.replace('/', '_')}"), open=True).result()
-        for name in leaves
-    }
+def _read_tree(path: epath.Path, prefix: str, tree, crcs) -> Iterator[tuple[int, Any]]:
+    """Chunks of slots of all arrays of a tree: (first slot, tree of [B, K, slots, ...]).
+
+    Raises:
+      ValueError: an array is not what was written, known at the end only.
+    """
+    leaves = {f"{prefix}_{name.replace('/', '_')}": x for name, x in names(tree).items()}
+    arrays = {name: ts.open(_spec(path, name), open=True).result() for name in leaves}
+    found = dict.fromkeys(leaves, 0)
     length = min(array.shape[2] for array in arrays.values())
     for name, array in arrays.items():
         x = leaves[name]
@@ -215,21 +242,26 @@ def _read_tree(path: epath.Path, prefix: str, tree) -> Iterator[tuple[int, Any]]
     for start in range(0, length, chunk):
         stop = min(start + chunk, length)
         reads = [array[:, :, start:stop].read() for array in arrays.values()]
-        yield start, jax.tree.unflatten(jax.tree.structure(tree), [read.result() for read in reads])
+        chunks = [np.ascontiguousarray(read.result()) for read in reads]
+        for name, content in zip(leaves, chunks, strict=True):
+            found[name] = zlib.crc32(content.data, found[name])
+        yield start, jax.tree.unflatten(jax.tree.structure(tree), chunks)
+    if wrong := [name for name in leaves if found[name] != crcs.get(name, 0)]:
+        raise ValueError(f"{wrong[0]} is not what was written")
 
 
 # --- Description ---------------------------------------------------------------------------------
 
 
 def _description(path: epath.Path) -> dict[str, Any]:
-    if not (path / DESCRIPTION).exists():
+    if not (path / DESCRIPTION).exists() or (path / DESCRIPTION).is_dir():
         raise UserError(f"{path}: no memory here: give a directory that a memory was saved in")
     try:
         sealed = json.loads((path / DESCRIPTION).read_text())
         content = sealed["content"]
         if sealed["crc32"] != _crc32(content):
             raise ValueError
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path / DESCRIPTION}: damaged: read the text again") from error
     if content["version"] != VERSION:
         raise UserError(f"{path}: written by another version of fot_jax: read the text again")

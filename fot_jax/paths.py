@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterator
 
@@ -37,16 +39,26 @@ def new_directory(directory: epath.PathLike) -> Iterator[epath.Path]:
       UserError: it cannot be written.
     """
     directory = epath.Path(directory)
-    half = directory.parent / f"{directory.name}.half-written-{uuid.uuid4().hex}"
+    half = directory.parent / f"{directory.name}.half-written-{os.getpid()}-{uuid.uuid4().hex}"
     try:
         half.mkdir(parents=True)
         yield half
+        older = half.with_name(half.name.replace(".half-written-", ".replaced-"))
         if directory.exists():
-            directory.rmtree()
+            directory.rename(older)
         half.rename(directory)
+        older.rmtree(missing_ok=True)
     except BaseException as error:
         with contextlib.suppress(OSError):
             half.rmtree(missing_ok=True)
         if isinstance(error, OSError):
             raise UserError(f"{directory}: cannot be written: {error.strerror}") from error
         raise
+
+
+def remove_half_written(directory: epath.PathLike) -> None:
+    """Removes what this process has half-written there, when it cannot go on."""
+    path = epath.Path(directory)
+    with contextlib.suppress(OSError):
+        for half in path.parent.glob(f"{path.name}.half-written-{os.getpid()}-*"):
+            shutil.rmtree(half, ignore_errors=True)

@@ -77,6 +77,7 @@ class State:
     Reading on changes it; `copy` it first to ask several things of one text.
 
     Attributes:
+      model, mesh: of the LanguageModel that read it.
       cache, memory: on the devices.
       config: how memory was asked for.
       places: of each row's window, in use.
@@ -85,6 +86,8 @@ class State:
       borrowed: whether another state has the same memory, which then must not be used up.
     """
 
+    model: ModelConfig
+    mesh: Mesh | None
     cache: Cache
     memory: Memory
     config: MemoryConfig
@@ -102,7 +105,8 @@ class State:
         self.borrowed = True
         cache = jax.tree.map(jnp.copy, self.cache)
         counts = (x.copy() for x in (self.places, self.held, self.stored))
-        return State(cache, self.memory, self.config, *counts, borrowed=True)
+        like = self.model, self.mesh, cache, self.memory, self.config
+        return State(*like, *counts, borrowed=True)
 
     def own(self) -> None:
         """Makes the memory this state's alone."""
@@ -114,12 +118,14 @@ def begin(lm: Model, state: State | None, config: MemoryConfig, rows: int) -> St
     """The state to read on from: the given one, or one in which nothing was read.
 
     Raises:
-      UserError: it is of another number of rows, or has a memory of its own; a memory for a model
-        without memory layers.
+      UserError: it is of another model or number of rows, or has a memory of its own; or a memory
+        for a model without memory layers.
     """
     if state is not None:
         if state.rows != rows:
             raise UserError(f"{rows} documents for a state of {state.rows}: give as many")
+        if (state.model, state.mesh) != (lm.config, lm.mesh):
+            raise UserError("a state of another model, or on other devices: read the text again")
         if config != EVERYTHING:
             raise UserError(
                 "a state has a memory of its own, which cannot be changed: give a state or how "
@@ -137,7 +143,7 @@ def begin(lm: Model, state: State | None, config: MemoryConfig, rows: int) -> St
     memory = memories.empty(lm.config, 1 if config.shared else rows, 0, storage, lm.mesh)
     cache = inference.empty_cache(lm.config, rows, dtype, lm.mesh)
     counts = (np.zeros(n, int) for n in (rows, rows, memory.rows))
-    return State(cache, memory, config, *counts)
+    return State(lm.config, lm.mesh, cache, memory, config, *counts)
 
 
 class Piece(NamedTuple):
@@ -216,19 +222,29 @@ def make_room(lm: Model, state: State, rows: Bool[np.ndarray, " B"]) -> None:
     state.held += rows
 
 
-def _move(lm: Model, state: State, rows: np.ndarray) -> None:
+def _move(lm: Model, state: State, rows: Bool[np.ndarray, " B"]) -> None:
     """Empties the windows of some rows."""
-    if rows.any():
+    if not rows.any():
+        return
+    moved = np.where(rows, state.held, 0)
+    state.stored += moved.sum() if state.config.shared else moved
+    _grow(lm, state, int(state.stored.max()), 2 * int(state.stored.max()))
+    state.own()
+    cache = state.cache
+    valid, length, state.memory = inference.move(
+        *(lm.config, lm.mesh, cache.layers, cache.valid, cache.length), *(state.memory, rows)
+    )
+    state.cache = Cache(cache.layers, valid, length)
+    state.places[rows] = state.held[rows] = 0
+
+
+def _grow(lm: Model, state: State, needed: int, wanted: int) -> None:
+    """Room for `wanted` tokens in each row of memory, if it has not got the `needed` one."""
+    if state.config.size is not None:
+        needed, wanted = (min(tokens, state.config.size) for tokens in (needed, wanted))
+    if lm.config.memory_layers and needed > int(state.memory.limit):
         state.own()
-        cache = state.cache
-        valid, length, state.memory = inference.move(
-            *(lm.config, lm.mesh, cache.layers, cache.valid, cache.length),
-            *(state.memory, rows),
-        )
-        state.cache = Cache(cache.layers, valid, length)
-        moved = np.where(rows, state.held, 0)
-        state.stored += moved.sum() if state.config.shared else moved
-        state.places[rows] = state.held[rows] = 0
+        state.memory = memories.grow(state.memory, wanted, lm.mesh)
 
 
 def _reserve(lm: Model, state: State, plans, valid, new_tokens: int) -> None:
@@ -239,7 +255,7 @@ def _reserve(lm: Model, state: State, plans, valid, new_tokens: int) -> None:
     """
     if not lm.config.memory_layers:
         return
-    moved = np.zeros(state.rows, int)
+    moved, later = np.zeros(state.rows, int), np.zeros(state.rows, int)
     for row, plan in enumerate(plans):
         places, held = state.places[row], state.held[row]
         for start, stop, moves in plan:
@@ -249,21 +265,19 @@ def _reserve(lm: Model, state: State, plans, valid, new_tokens: int) -> None:
         # Of new tokens each is read but the last. The window is emptied when it is full.
         overflow = places + new_tokens - 1 - lm.config.local_context
         if overflow > 0:
-            later = (overflow - 1) // lm.config.local_context * lm.config.local_context
-            moved[row] += held + lm.config.local_context - places + later
-    needed = int((state.stored + (moved.sum() if state.config.shared else moved)).max())
+            windows = (overflow - 1) // lm.config.local_context
+            later[row] = held - places + (1 + windows) * lm.config.local_context
+    more = moved.sum() if state.config.shared else moved
+    needed = int((state.stored + more + (later.sum() if state.config.shared else later)).max())
     size = state.config.size
-    if size is not None and needed > size:
-        if not state.config.ring:
-            raise UserError(
-                f"the memory of {size} tokens is full before the end of the text, which needs "
-                f"{needed}: raise MemoryConfig.size, or set MemoryConfig.ring to forget the "
-                "oldest"
-            )
-        needed = size
-    if needed > int(state.memory.limit):
-        state.own()
-        state.memory = memories.grow(state.memory, needed, lm.mesh)
+    if size is not None and needed > size and not state.config.ring:
+        raise UserError(
+            f"the memory of {size} tokens is full before the end of the text, which needs "
+            f"{needed}: raise MemoryConfig.size, or set MemoryConfig.ring to forget the oldest"
+        )
+    # Writing may end early: room for a part of it, which grows as it is needed.
+    wanted = min(needed, int((state.stored + more).max()) + max(4096, int(more.max())))
+    _grow(lm, state, wanted, wanted)
 
 
 def widened(x: np.ndarray, width: int) -> np.ndarray:

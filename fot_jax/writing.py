@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 
 from fot_jax import memory_files
@@ -94,10 +96,20 @@ def _prompt(prompt: str | None, prompt_file: str | None) -> str:
     if (prompt is None) == (prompt_file is None):
         raise UserError("give a prompt, with --prompt or with --prompt_file")
     if prompt is not None:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # bytes that Python's command line could not read
+            raise UserError("the prompt is not UTF-8 text: mend it, or the locale") from error
         return prompt
     path = path_of(prompt_file)
     if not path.exists() or path.is_dir():
         raise UserError(f"{prompt_file}: no such file: give one with the prompt in it")
+    if (
+        os.path.exists(path)
+        and stat.S_ISCHR(os.stat(path).st_mode)
+        and not os.path.samefile(path, "/dev/stdin")
+    ):
+        raise UserError(f"{prompt_file}: a device, which has no end: give a file")
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:

@@ -284,6 +284,15 @@ def test_draws_follow_the_distribution():
         assert p.max() > 3 / len(p)  # not just noise
 
 
+def test_temperature_next_to_nothing_is_nothing():
+    lm = model_of("llama")
+    prompt = random_text(1, 20)[0].tolist()
+    greedy = lm.generate(prompt, 20, temperature=0)
+    for temperature in (1e-9, 1e-30, 1e-40, 1e-300):
+        assert lm.generate(prompt, 20, temperature=temperature) == greedy
+    assert len(set(lm.generate(prompt, 60, temperature=1e300))) > 30  # any token
+
+
 def test_seeds_repeat():
     lm = model_of("llama")
     prompt = random_text(1, 20)[0].tolist()
@@ -326,18 +335,19 @@ def test_what_a_state_holds_after_writing():
 
 def test_rows_that_have_ended_leave_nothing_in_a_shared_memory():
     lm = model_of("llama")
-    prompts = [random_text(1, n, seed=n)[0].tolist() for n in (60, 60)]
+    prompts = [random_text(1, n, seed=seed)[0].tolist() for n, seed in ((60, 60), (50, 61))]
     shared = MemoryConfig(shared=True)
-    whole = lm.generate(prompts, 200, temperature=0, memory=shared)
-    stop = whole[0][0]
-    assert stop not in whole[1][:150]
     state = lm.read(np.zeros((2, 1), int), memory=shared)
-    ends, goes_on = lm.generate(prompts, 150, temperature=0, stop=[stop], state=state)
-    assert ends == [] and len(goes_on) > 100
-    # The row that ended is still in its window: nothing of it was ever moved.
-    assert state.places[0] == 61
-    held = 1 + 60 + 149 - state.places[1]
+    whole = lm.generate(prompts, 150, temperature=0, state=state)
+    stop = next(token for token in whole[0] if token not in whole[1])
+    state = lm.read(np.zeros((2, 1), int), memory=shared)
+    new = lm.generate(prompts, 150, temperature=0, stop=[stop], state=state)
+    assert abs(len(new[0]) - len(new[1])) > C  # one goes on for more than a window
+    lengths = [len(row) - (len(row) == 150) for row in new]
+    read = np.array([1 + 60, 1 + 50]) + lengths
+    held = (read - state.places).sum()
     assert state.memory.appended.tolist() == state.stored.tolist() == [held]
+    assert (state.places == (read - 1) % C + 1).all()
 
 
 def test_a_copy_shares_memory_until_one_of_them_adds_to_it():
@@ -427,6 +437,17 @@ def test_a_token_needs_no_compilation_and_no_copy_of_memory():
     assert temporaries < state.memory.layers[0].k.x.nbytes / 2
 
 
+def test_asking_for_a_billion_tokens_takes_no_memory_before_they_come():
+    lm = model_of("llama")
+    state = lm.read(random_text(1, 100))
+    steps = lm.stream([[1]], 10**9, state=state, temperature=0)
+    tokens = [next(steps) for _ in range(10)]
+    assert len(tokens) == 10 and state.memory.slots < 10_000
+    for _ in range(4_500):  # beyond the room that there was
+        next(steps)
+    assert state.memory.appended[0] > 4_500 and state.memory.slots < 20_000
+
+
 def test_growing_memory_compiles_few_programs():
     """A text fed bit by bit."""
     from fot_jax.model import inference
@@ -499,8 +520,23 @@ def test_bad_text():
             lm.generate([1, token], 1)
     with pytest.raises(UserError, match=r"tokens of shape \(1, 2\) and type float64: give whole"):
         lm.logits([[0.5, 1.0]])
-    with pytest.raises(UserError, match=r"tokens of shape \(1, 2\) and type float64: give whole"):
+    with pytest.raises(UserError, match=r"a prompt of shape \(2,\) and type float64: give whole"):
         lm.generate([0.5, 1.0], 1)
+    generate = functools.partial(lm.generate, max_new_tokens=1)
+    cube = np.ones((1, 1, 1), int)
+    for bad, asked in (
+        ([[1, 2], [3]], (lm.logits, lm.read, lm.score)),
+        ("ab", (lm.logits, lm.read, generate)),
+        ([[1], [2, [3]]], (lm.logits, lm.read, generate)),
+        ([None], (lm.logits, lm.read, generate)),
+        ([[2**70]], (lm.logits, lm.read, generate)),
+        (cube, (lm.logits, lm.read, generate)),
+    ):
+        for ask in asked:
+            with pytest.raises(UserError, match="give whole numbers|rows of different lengths"):
+                ask(bad)
+    with pytest.raises(UserError, match="prompts of different lengths with a mask: pad them"):
+        lm.generate([[1, 2], []], 1, mask=np.ones((2, 2)))
     with pytest.raises(UserError, match=r"a mask of shape \(1, 3\) for tokens of shape \(1, 2\)"):
         lm.logits([[1, 2]], mask=[[1, 1, 1]])
 
@@ -548,5 +584,9 @@ def test_bad_memory():
     plain = dataclasses.replace(lm, config=dataclasses.replace(lm.config, memory_layers=()))
     with pytest.raises(UserError, match="a memory of 100 tokens for a model without memory layers"):
         plain.read(text, memory=MemoryConfig(100))
+    for other in (dict(local_context=32), dict(memory_layers=(0,)), dict(memory_layers=())):
+        another = dataclasses.replace(lm, config=dataclasses.replace(lm.config, **other))
+        with pytest.raises(UserError, match="a state of another model, or on other devices: read"):
+            another.read(text, state=lm.read(text))
     with pytest.raises(UserError, match="2 documents for a state of 1: give as many"):
         lm.read(random_text(2, 5), state=lm.read(text))

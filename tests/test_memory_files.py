@@ -91,6 +91,19 @@ def test_chunks_of_files(tmp_path, monkeypatch):
     assert len(runs.files(tmp_path / "a")) > 30
 
 
+def test_of_a_short_text_that_was_written_on(tmp_path):
+    """Nothing has left the window, though there was room for it."""
+    lm = model_of("llama")
+    state = lm.read([1, 2, 3])
+    lm.generate([4], 100, temperature=0, state=state.copy())
+    list(lm.stream([[4]], 100, state=state, when_read=lambda s: lm.save_memory(s, tmp_path / "m")))
+    loaded = lm.load_memory(tmp_path / "m")
+    assert loaded.places.tolist() == [4] and loaded.memory.slots == 0
+    more = random_text(1, 200)
+    want = lm.logits(more, state=lm.read([4], state=lm.read([1, 2, 3])))
+    np.testing.assert_allclose(lm.logits(more, state=loaded), want, atol=1e-6)
+
+
 # --- Mistakes ------------------------------------------------------------------------------------
 
 
@@ -142,6 +155,15 @@ def test_damage_is_noticed(saved):
             assert file.name == "zarr.json"
             np.testing.assert_array_equal(lm.logits(random_text(1, 9), state=state), want)
         file.write_bytes((whole / file.relative_to(path)).read_bytes())
+    for a, b in (("memory_0_k_x", "memory_0_v_x"), ("window_0_0_k", "window_0_0_v")):
+        for source, target in ((a, b), (b, a)):
+            shutil.rmtree(path / target)
+            shutil.copytree(whole / source, path / target)
+        with pytest.raises(UserError, match="damaged .*is not what was written"):
+            lm.load_memory(path)
+        for each in (a, b):
+            shutil.rmtree(path / each)
+            shutil.copytree(whole / each, path / each)
     data = next(f for f in files if f.name != "zarr.json" and f.parent != path)
     data.unlink()
     with pytest.raises(UserError, match="damaged"):
@@ -153,13 +175,24 @@ def test_nothing_else_is_replaced(saved):
     state = lm.read(random_text(1, 80))
     lm.save_memory(state, path)  # an older memory is
     assert json.loads((path / "memory.json").read_text())["content"]["appended"] == [16]
+    link = path.parent / "link"
+    link.symlink_to(path)
+    lm.save_memory(lm.read(random_text(1, 90)), link)
+    assert link.is_symlink() and lm.load_memory(path).memory.appended.tolist() == [26]
+    link.unlink()
     other = path.parent / "thesis"
     other.mkdir()
     (other / "chapter").write_text("1")
-    for place in (other, other / "chapter"):
+    inside = path / "notes"
+    for place in (other, other / "chapter", path):
+        if place is path:
+            inside.write_text("mine")
         with pytest.raises(UserError, match="not a memory, so it is not replaced: give a new name"):
             lm.save_memory(state, place)
-    assert (other / "chapter").read_text() == "1"
+    assert (other / "chapter").read_text() == "1" and inside.read_text() == "mine"
+    (other / "memory.json").write_text((path / "memory.json").read_text())
+    with pytest.raises(UserError, match="not a memory, so it is not replaced: give a new name"):
+        lm.save_memory(state, other)
     with pytest.raises(UserError, match="cannot be written"):
         lm.save_memory(state, other / "chapter" / "memory")
     assert sorted(p.name for p in path.parent.iterdir()) == ["memory", "thesis"]

@@ -156,9 +156,8 @@ def _shardings(mesh: Mesh | None) -> tuple[NamedSharding | None, NamedSharding |
     """Of small arrays, and of arrays [B, K, M, ...]."""
     if mesh is None:
         return None, None
-    whole = NamedSharding(mesh, PartitionSpec())
-    sharded = NamedSharding(mesh, PartitionSpec(None, None, AXIS))
-    return whole, sharded if shards_of(mesh) > 1 else whole
+    along_slots = PartitionSpec(None, None, AXIS) if shards_of(mesh) > 1 else PartitionSpec()
+    return NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, along_slots)
 
 
 # --- Append --------------------------------------------------------------------------------------

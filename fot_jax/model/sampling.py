@@ -37,7 +37,8 @@ class Draw(NamedTuple):
     def of(cls, temperature: float, top_p: float, seeds: Sequence[int]) -> Draw:
         """Among the fewest tokens that have the probability top_p together; or, at temperature 0,
         always the most likely one. Every row has a seed of its own."""
-        among = MOST_LIKELY if temperature == 0 else TOP_P if top_p < 1 else ANY
+        temperature = min(float(temperature), 1e30)  # in float32, all that follows is infinite
+        among = MOST_LIKELY if temperature < 1e-30 else TOP_P if top_p < 1 else ANY
         # A key takes 32 bits of a seed.
         keys = [jax.random.fold_in(jax.random.key(s % 2**32), s // 2**32) for s in seeds]
         keys = jnp.stack(keys)
@@ -72,7 +73,7 @@ def _choose(among: str, logits, numbers: Numbers, step) -> jax.Array:
     """Tokens [B] from logits [B, V]; of every step, draws of its own."""
     if among == MOST_LIKELY:
         return logits.argmax(-1).astype(jnp.int32)
-    logits = logits / numbers.temperature
+    logits = (logits - logits.max(-1, keepdims=True)) / numbers.temperature
     if among == TOP_P:
         descending = -jnp.sort(-logits, -1)
         p = jax.nn.softmax(descending, -1)
