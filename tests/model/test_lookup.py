@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import faiss
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +48,6 @@ def brute_force(q, keys, k):
 def test_exact_search_equals_faiss(tokens, k, dim):
     """Also among equal scores, of which whole numbers make many: which of the last ones FAISS
     takes depends on its blocks; here they are the oldest."""
-    faiss = pytest.importorskip("faiss")
     rng = np.random.default_rng(tokens + k)
     for x, q in (
         (rng.normal(size=(tokens, dim)), rng.normal(size=(50, dim))),
