@@ -23,8 +23,9 @@ class PerplexityByContext:
     """Perplexity of the same tokens with memories of several sizes beyond the local window.
 
     Scored are the tokens beyond the largest memory, so that every memory is full when they are
-    read; of a document too short for that, its second half. Reading starts with an empty memory,
-    one memory size before them.
+    read; of a document too short for that, its second half. They are the same with a memory of each
+    document and with one that is shared. Reading starts with an empty memory, so many tokens before
+    them as fill it.
 
     Attributes:
       memory_sizes: tokens.
@@ -112,27 +113,21 @@ class PerplexityByContext:
                 f"the {self.split} split has no document longer than two windows of {window} "
                 "tokens: perplexity by context needs long documents"
             )
-        # Batches as even as can be, so that in each of them memory is full.
-        count = math.ceil(len(longest) / self.rows)
-        bounds = [len(longest) * i // count for i in range(count + 1)]
-        batches = []
-        for first, last in itertools.pairwise(bounds):
-            before = self._before(largest, last - first, window)
-            batch = []
-            for document in longest[first:last]:
-                n = min((len(document.tokens) - 1) // window * window, before + scored)
-                half = max(n // 2 // window * window, n - scored)
-                batch.append(_Scored(document, before if n > before else half, n))
-            batches.append(batch)
-        return batches
-
-    def _before(self, size: int, rows: int, window: int) -> int:
-        """Tokens of each of some documents that fill a memory, in whole windows."""
-        return math.ceil(size / (rows if self.multi_doc else 1) / window) * window
+        before = math.ceil(largest / window) * window
+        parts = []
+        for document in longest:
+            n = min((len(document.tokens) - 1) // window * window, before + scored)
+            half = max(n // 2 // window * window, n - scored)
+            parts.append(_Scored(document, before if n > before else half, n))
+        # As even as can be, for memories that the documents of a batch share.
+        count = math.ceil(len(parts) / self.rows)
+        bounds = [len(parts) * i // count for i in range(count + 1)]
+        return [parts[first:last] for first, last in itertools.pairwise(bounds)]
 
     def _starts(self, batch: list[_Scored], size: int, window: int) -> list[int]:
-        """Where reading starts."""
-        before = self._before(size, len(batch), window)
+        """Where reading starts: so many whole windows before as fill the memory."""
+        share = size / (len(batch) if self.multi_doc else 1)
+        before = math.ceil(share / window) * window
         return [max(0, scored.start - before) for scored in batch]
 
     def _tokens(self, batch: list[_Scored], size: int, window: int) -> int:

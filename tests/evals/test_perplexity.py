@@ -108,16 +108,16 @@ def test_documents_share_a_memory(lm):
     evaluation = PerplexityByContext((32,), documents=4, scored_tokens=128, rows=2, multi_doc=True)
     (row,) = evaluation.run(lm, source)
     sums = np.zeros(3)
-    for pair in ((0, 3), (1, 2)):  # the longest first
+    for pair, stop in (((0, 3), 64), ((1, 2), 56)):  # the longest first; scored from 32 on
         documents = [source.all[i] for i in pair]
-        tokens = np.stack([document.tokens[: 16 + 32] for document in documents])
+        tokens = np.stack([document.tokens[16:stop] for document in documents])
         memory = MemoryConfig(32, shared=True)
         logits = np.asarray(lm.logits(tokens, last_context_length=WINDOW, memory=memory), float)
         for document, out in zip(documents, logits[:, 16:], strict=True):
-            targets, weight = document.tokens[17:49], document.weights[17:49]
+            targets, weight = (x[33 : stop + 1] for x in (document.tokens, document.weights))
             log_p = out - np.log(np.exp(out).sum(-1, keepdims=True))
             sums += (
-                -(log_p[np.arange(32), targets] * weight).sum(),
+                -(log_p[np.arange(stop - 32), targets] * weight).sum(),
                 weight.sum(),
                 ((out.argmax(-1) == targets) * weight).sum(),
             )
@@ -134,17 +134,30 @@ def test_batches_are_even_so_that_every_memory_is_full(lm):
     evaluation = PerplexityByContext((64,), documents=3, scored_tokens=48, rows=2, multi_doc=True)
     (row,) = evaluation.run(lm, source)
     alone = nats_of(lm, source.all[0], 64, 80, 64)
-    pair = [document.tokens[:48] for document in source.all[1:]]
+    pair = [document.tokens[32:80] for document in source.all[1:]]
     shared = MemoryConfig(64, shared=True)
     logits = lm.logits(np.stack(pair), last_context_length=WINDOW, memory=shared)
     sums = np.asarray(alone)
     for document, out in zip(source.all[1:], np.asarray(logits[:, 32:], float), strict=True):
-        targets, weight = document.tokens[33:49], document.weights[33:49]
+        targets, weight = document.tokens[65:81], document.weights[65:81]
         log_p = out - np.log(np.exp(out).sum(-1, keepdims=True))
         right = ((out.argmax(-1) == targets) * weight).sum()
         sums = sums + (-(log_p[np.arange(16), targets] * weight).sum(), weight.sum(), right)
     assert row["tokens"] == sums[1]
     assert row["nats"] == pytest.approx(sums[0] / sums[1], rel=1e-5)
+
+
+def test_shared_or_not_the_same_tokens_are_scored(lm):
+    """Without memory nothing is shared: the curves start from one point."""
+    source = Documents(161, 120, 70, 45)
+    evaluation = PerplexityByContext((0, 64), documents=4, scored_tokens=128, rows=2)
+    alone, shared = (
+        dataclasses.replace(evaluation, multi_doc=multi_doc).run(lm, source)
+        for multi_doc in (False, True)
+    )
+    assert alone[0]["nats"] == pytest.approx(shared[0]["nats"], rel=1e-6)
+    assert [row["tokens"] for row in alone] == [row["tokens"] for row in shared]
+    assert abs(alone[1]["nats"] - shared[1]["nats"]) > 1e-4
 
 
 def test_no_document_gives_more_than_its_share(lm):
