@@ -348,6 +348,8 @@ def test_rows_that_have_ended_leave_nothing_in_a_shared_memory():
     held = (read - state.places).sum()
     assert state.memory.appended.tolist() == state.stored.tolist() == [held]
     assert (state.places == (read - 1) % C + 1).all()
+    np.testing.assert_array_equal(state.cache.length, state.places)
+    assert state.cache.valid.sum(1).tolist() == state.held.tolist()
 
 
 def test_a_copy_shares_memory_until_one_of_them_adds_to_it():
