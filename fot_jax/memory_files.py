@@ -62,7 +62,7 @@ def save(path: epath.PathLike, state: State, fingerprint: Any, mesh: Mesh | None
         "config": {name: config[name] for name in ("size", "ring", "storage", "shared")},
         "storage": state.memory.storage,
         # Of a ring that has gone around its own; else no more than what is there.
-        "limit": min(int(state.memory.limit), int(appended.max())),
+        "limit": min(state.limit, int(appended.max())),
         "appended": appended.tolist(),
         "stored": state.stored.tolist(),
         "held": state.held.tolist(),
@@ -143,7 +143,7 @@ def load(
     except ValueError as error:  # TensorStore's
         raise UserError(f"{path}: damaged ({_first_line(error)}): read the text again") from error
     stored, held = (np.asarray(content[name]) for name in ("stored", "held"))
-    return State(c, mesh, cache, memory, config, places, held, stored)
+    return State(c, mesh, cache, memory, config, places, held, stored, content["limit"])
 
 
 def _window(cache: Cache):

@@ -83,6 +83,7 @@ class State:
       places: of each row's window, in use.
       held: tokens of each window that are none of padding.
       stored: tokens moved into each row of memory.
+      limit: of memory, known here so that no window waits for the devices to say it.
       borrowed: whether another state has the same memory, which then must not be used up.
     """
 
@@ -94,6 +95,7 @@ class State:
     places: Int[np.ndarray, " B"]
     held: Int[np.ndarray, " B"]
     stored: Int[np.ndarray, " rows"]
+    limit: int = 0
     borrowed: bool = False
 
     @property
@@ -106,7 +108,7 @@ class State:
         cache = jax.tree.map(jnp.copy, self.cache)
         counts = (x.copy() for x in (self.places, self.held, self.stored))
         like = self.model, self.mesh, cache, self.memory, self.config
-        return State(*like, *counts, borrowed=True)
+        return State(*like, *counts, self.limit, borrowed=True)
 
     def own(self) -> None:
         """Makes the memory this state's alone."""
@@ -242,9 +244,9 @@ def _grow(lm: Model, state: State, needed: int, wanted: int) -> None:
     """Room for `wanted` tokens in each row of memory, if it has not got the `needed` one."""
     if state.config.size is not None:
         needed, wanted = (min(tokens, state.config.size) for tokens in (needed, wanted))
-    if lm.config.memory_layers and needed > int(state.memory.limit):
+    if lm.config.memory_layers and needed > state.limit:
         state.own()
-        state.memory = memories.grow(state.memory, wanted, lm.mesh)
+        state.memory, state.limit = memories.grow(state.memory, wanted, lm.mesh), wanted
 
 
 def _reserve(lm: Model, state: State, plans, valid, new_tokens: int) -> None:
