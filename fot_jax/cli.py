@@ -16,12 +16,14 @@ from pathlib import Path
 from fot_jax import experiment_files
 from fot_jax.errors import UserError
 
+_CHECKPOINT = "a workdir, a step inside it, or a Hugging Face directory"
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb.
 
-    Returns the exit code: 0; 2 for bad input; 130 after ^C; 143 after SIGTERM; 141 where nobody
-    reads what it prints any more.
+    Returns the exit code: 0; 1 where checkpoints differ; 2 for bad input; 130 after ^C; 143 after
+    SIGTERM; 141 where nobody reads what it prints any more.
     """
     args = _parser().parse_args(argv)
     try:
@@ -87,12 +89,20 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = verbs.add_parser("evaluate", help="run an experiment's evaluations on a checkpoint")
     _experiment_arguments(evaluate)
-    evaluate.add_argument("--checkpoint", required=True, help="a workdir, or a step inside it")
+    evaluate.add_argument(
+        "--checkpoint",
+        required=True,
+        help=_CHECKPOINT,
+    )
     evaluate.add_argument("--output", help="JSON file for the rows; plots go beside it")
     evaluate.set_defaults(run=_evaluate)
 
     generate = verbs.add_parser("generate", help="read a prompt of any length and write on")
-    generate.add_argument("--checkpoint", required=True, help="a workdir, or a step inside it")
+    generate.add_argument(
+        "--checkpoint",
+        required=True,
+        help=_CHECKPOINT,
+    )
     generate.add_argument("--prompt", metavar="TEXT")
     generate.add_argument("--prompt_file", metavar="FILE", help="UTF-8 text")
     generate.add_argument("--max_new_tokens", type=int, default=128, metavar="N")
@@ -120,6 +130,37 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     generate.add_argument("--devices", type=int, default=1, help="that memory is sharded over")
     generate.set_defaults(run=_generate)
+
+    convert = verbs.add_parser("convert", help="checkpoints from and to PyTorch")
+    kinds = convert.add_subparsers(required=True, metavar="DIRECTION")
+    for name, help_, source in (
+        ("from-hf", "a Hugging Face directory -> a workdir", "HF_DIR"),
+        (
+            "to-hf",
+            "a checkpoint -> a directory for transformers",
+            "CHECKPOINT",
+        ),
+    ):
+        direction = kinds.add_parser(name, help=help_)
+        direction.add_argument("source", metavar=source)
+        direction.add_argument("output", metavar="OUT_DIR", help="new")
+        direction.add_argument("--dtype", help="float32, float16 or bfloat16; default: as it is")
+        direction.set_defaults(run=_convert, direction=name)
+        if name == "from-hf":
+            direction.add_argument(
+                "--memory_layers", type=_numbers, metavar="6,12,18", help="default: as config.json"
+            )
+            direction.add_argument(
+                "--local_context",
+                type=int,
+                metavar="N",
+                help="window of the model, in tokens; default: max_position_embeddings, or what "
+                "it was before rope scaling",
+            )
+    check = kinds.add_parser("check", help="compare two checkpoints, tensors and logits")
+    check.add_argument("a", metavar="A")
+    check.add_argument("b", metavar="B")
+    check.set_defaults(run=_check)
 
     cache = verbs.add_parser(
         "cache", help="tokenize an experiment's corpora once, for Text.cache_dir"
@@ -213,6 +254,31 @@ def _generate(args) -> int:
             ),
         )
     return 0
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Of layers: "6,12,18"."""
+    return tuple(int(number) for number in text.split(",") if number.strip())
+
+
+def _convert(args) -> int:
+    from fot_jax import convert
+
+    stop = functools.partial(_interrupted_saving, args.output)
+    with _on(signal.SIGTERM, stop), _on(signal.SIGINT, stop):
+        if args.direction == "from-hf":
+            convert.from_hugging_face(
+                args.source, args.output, args.memory_layers, args.local_context, args.dtype
+            )
+        else:
+            convert.to_hugging_face(args.source, args.output, args.dtype)
+    return 0
+
+
+def _check(args) -> int:
+    from fot_jax import convert
+
+    return 0 if convert.check(args.a, args.b) else 1
 
 
 def _cache(args) -> int:

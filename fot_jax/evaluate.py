@@ -79,17 +79,19 @@ def evaluate(
 ) -> None:
     """Loads a checkpoint, runs its experiment's evaluations, prints the tables.
 
-    Documents are tokenized with the checkpoint's own vocabulary.
+    Documents are tokenized with the checkpoint's own vocabulary, if it has one.
 
     Args:
-      checkpoint: a workdir, or a step inside it.
+      checkpoint: a workdir, a step inside it, or a Hugging Face directory.
       evaluation: what to run; its own source, if it has one, comes before `source`.
       dtype, devices: as of LanguageModel.load.
       output: a JSON file for {evaluation: rows}; plots go beside it.
     """
     lm = LanguageModel.load(checkpoint, dtype=dtype, devices=devices)
     plots = None if output is None else _directory_of(output)
-    source = (evaluation.source or source).with_vocabulary(lm.vocabulary)
+    source = evaluation.source or source
+    if lm.vocabulary is not None:
+        source = source.with_vocabulary(lm.vocabulary)
     results = run_evals(lm, evaluation.evals, source, plots)
     if output is not None:
         whole = epath.Path(f"{output}.partial")

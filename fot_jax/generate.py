@@ -60,7 +60,7 @@ class LanguageModel:
 
     @staticmethod
     def load(path: epath.PathLike, *, dtype: str = "float32", devices: int = 1) -> LanguageModel:
-        """Loads a checkpoint: a workdir, or one step in its `checkpoints` directory.
+        """Loads a checkpoint: a workdir, a step in its `checkpoints`, or a Hugging Face directory.
 
         Args:
           dtype: float32 or bfloat16, of activations and matrices.
@@ -69,8 +69,7 @@ class LanguageModel:
         Raises:
           UserError: nothing there, or nothing whole; fewer devices.
         """
-        from fot_jax.data.vocabulary import load_vocabulary
-        from fot_jax.training import checkpoint
+        from fot_jax.hugging_face import loading
 
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"dtype = {dtype!r}: choose one of float32, bfloat16")
@@ -83,11 +82,10 @@ class LanguageModel:
                     f"devices = {devices}, but this machine has {len(at_hand)}: give at most these"
                 )
             mesh = Mesh(np.asarray(at_hand[:devices]), (memories.AXIS,))
-        config, params, workdir = checkpoint.load_model(path)
-        params = inference.parameters_by_layer(params, jnp.dtype(dtype), use_up=True)
+        config, params = loading.model_of(path, jnp.dtype(dtype))
         if mesh is not None:
             params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-        return LanguageModel(config, params, load_vocabulary(workdir / "vocabulary"), mesh)
+        return LanguageModel(config, params, loading.vocabulary_of(path), mesh)
 
     @staticmethod
     def of(model: Transformer, params: Any, vocabulary: Any = None) -> LanguageModel:

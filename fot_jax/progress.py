@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 
 @contextlib.contextmanager
-def bar(total: int, seconds: float = 30.0) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with the number of tokens just read, of `total` in all.
+def bar(total: int, unit: str = "token", seconds: float = 30.0) -> Iterator[Callable[[int], None]]:
+    """Gives a function to call with the number of tokens (or what the unit is) just done.
 
     Speaks on standard error, on process 0; elsewhere than on a terminal a line every so many
     seconds.
@@ -22,7 +22,7 @@ def bar(total: int, seconds: float = 30.0) -> Iterator[Callable[[int], None]]:
         yield lambda tokens: None
         return
     if sys.stderr.isatty():
-        with tqdm(total=total, unit="token", unit_scale=True, dynamic_ncols=True) as shown:
+        with tqdm(total=total, unit=unit, unit_scale=True, dynamic_ncols=True) as shown:
             yield shown.update
         return
     done, said = 0, time.monotonic()
@@ -32,6 +32,6 @@ def bar(total: int, seconds: float = 30.0) -> Iterator[Callable[[int], None]]:
         done += tokens
         if time.monotonic() - said > seconds:
             said = time.monotonic()
-            print(f"read {done:,} of {total:,} tokens", file=sys.stderr, flush=True)
+            print(f"{done:,} of {total:,} {unit}s", file=sys.stderr, flush=True)
 
     yield update

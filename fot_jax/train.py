@@ -19,10 +19,11 @@ from fot_jax.data.vocabulary import load_vocabulary
 from fot_jax.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.evaluate import Evaluation, run_evals
 from fot_jax.generate import LanguageModel
+from fot_jax.hugging_face import loading
 from fot_jax.model import crossbatch
 from fot_jax.model.transformer import ModelConfig, Transformer
 from fot_jax.paths import path_of
-from fot_jax.training import checkpoint, partitioning
+from fot_jax.training import partitioning
 from fot_jax.training.checkpoint import Checkpointer
 from fot_jax.training.checkpoint_items import names
 from fot_jax.training.flops import training_flops
@@ -145,7 +146,7 @@ def train(
       d: schedule of what the scheme's `with_d` sets: d of PreviousContext, range of Packed; None:
         the scheme's own.
       compute, checkpoints, evaluation: see there.
-      initialize_from: checkpoint whose parameters a fresh run starts from.
+      initialize_from: checkpoint, ours or Hugging Face, whose parameters a fresh run starts from.
       z_loss: weight of the squared log normaliser in the loss.
       seed: of the initial parameters.
       log_every: steps between metrics.
@@ -262,10 +263,9 @@ def train(
     else:
         state = jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
         if initialize_from is not None:
-            params = checkpoint.load_params(initialize_from, target.params).params
-            state = state._replace(params=params)
-            there = checkpoint.locate(initialize_from)[0].parent
-            source = source.with_vocabulary(load_vocabulary(there / "vocabulary"))
+            state = state._replace(params=loading.params_of(initialize_from, target.params))
+            if (vocabulary := loading.vocabulary_of(initialize_from)) is not None:
+                source = source.with_vocabulary(vocabulary)
     _check_vocabulary(source, model)
     first_step = int(state.step)
     if first_step > steps:

@@ -35,7 +35,7 @@ def generate(
     """Prints what the model writes after a prompt, as it is written.
 
     Args:
-      checkpoint: a workdir, or a step inside it.
+      checkpoint: a workdir, a step inside it, or a Hugging Face directory.
       prompt, prompt_file: one of them: text, or a file of it in UTF-8.
       max_new_tokens: it ends earlier where the model ends its document.
       temperature, top_p, seed, last_context_length: as of LanguageModel.stream.
@@ -58,6 +58,11 @@ def generate(
     if save_memory is not None:
         memory_files.check_place(save_memory)  # before hours of reading
     lm = LanguageModel.load(checkpoint, dtype=dtype, devices=devices)
+    if lm.vocabulary is None:
+        raise UserError(
+            f"{checkpoint}: has no tokenizer: put tokenizer.json or tokenizer.model into the "
+            "Hugging Face directory that it is from, and convert it again"
+        )
     if save_memory is not None and not lm.config.memory_layers:
         raise UserError(f"{checkpoint}: the model has no memory layers: there is no memory to save")
     state = None if memory is None else lm.load_memory(memory, config.lookup)

@@ -26,7 +26,7 @@ def test_a_line_now_and_then_elsewhere(monkeypatch):
         update(1000)
         update(1500)
     lines = sys.stderr.getvalue().splitlines()
-    assert lines == ["read 1,000 of 5,000 tokens", "read 2,500 of 5,000 tokens"]
+    assert lines == ["1,000 of 5,000 tokens", "2,500 of 5,000 tokens"]
     with progress.bar(5000) as update:
         update(1000)
     assert sys.stderr.getvalue().splitlines() == lines  # no line for what is done at once

@@ -70,25 +70,32 @@ def load_params(path: epath.PathLike, params: Any = None) -> Restored:
     )[0]
 
 
-def load_model(path: epath.PathLike) -> tuple[ModelConfig, Any, epath.Path]:
-    """Configuration (meta["model"]) and parameters of a checkpoint, and the workdir it is in.
+def load_model(path: epath.PathLike) -> tuple[ModelConfig, Any]:
+    """Configuration (meta["model"]) and parameters of a checkpoint.
 
     Raises:
       UserError: as load_params; or the checkpoint does not say what model it is of.
     """
     restored = load_params(path)
+    return model_of(path, restored.meta), restored.params
+
+
+def model_of(path: epath.PathLike, meta: Mapping[str, Any]) -> ModelConfig:
+    """The model that the meta of a checkpoint says it is of.
+
+    Raises:
+      UserError: it says none, or fields that are not known.
+    """
     try:
-        fields = dict(restored.meta["model"])
+        fields = dict(meta["model"])
         if fields["rope_scaling"] is not None:
             fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
-        config = ModelConfig(**fields)
+        return ModelConfig(**fields)
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{path}: written by another version of fot_jax: its model configuration has "
-            f"{restored.meta.get('model')}"
+            f"{meta.get('model')}"
         ) from error
-    directory = locate(path)[0]
-    return config, restored.params, directory.parent
 
 
 def locate(path: epath.PathLike) -> tuple[epath.Path, list[int]]:
@@ -142,9 +149,9 @@ def _read(directory: epath.Path, step: int, params, opt_state, groups) -> Restor
     if params is None:
         params = items.as_saved(of_params)
     else:
-        _check_same(folder, "parameter", of_params, params)
+        check_same(folder, "parameter", of_params, params)
     if opt_state is not None:
-        _check_same(folder, "optimizer state", of_opt_state, opt_state)
+        check_same(folder, "optimizer state", of_opt_state, opt_state)
     data = _attempt("data", lambda: items.read_data(folder, groups))
     params = _read_arrays(folder / "params", of_params, params)
     if opt_state is not None:
@@ -182,7 +189,12 @@ def _all_agree(fine: bool) -> bool:
 # --- Arrays --------------------------------------------------------------------------------------
 
 
-def _check_same(folder: epath.Path, kind: str, recorded: Mapping[str, Any], wanted: Any) -> None:
+def check_same(folder: epath.Path, kind: str, recorded: Mapping[str, Any], wanted: Any) -> None:
+    """Checks that a checkpoint has the arrays of a tree.
+
+    Raises:
+      UserError: names the first that it has not, or has in another shape, or has too many.
+    """
     named = items.names(wanted)
     for name, leaf in named.items():
         there = tuple(recorded[name]["shape"]) if name in recorded else "missing"

@@ -42,14 +42,21 @@ def describe(tree: Any) -> dict[str, Any]:
     }
 
 
-def as_saved(recorded: Mapping[str, Any]) -> Any:
-    """The nested dictionaries of shapes that parameters were saved as."""
+def tree_of(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries of leaves by path: the opposite of `names`."""
     tree: dict[str, Any] = {}
-    for name, array in recorded.items():
+    for name, leaf in leaves.items():
         *outer, last = name.split("/")
         node = functools.reduce(lambda node, key: node.setdefault(key, {}), outer, tree)
-        node[last] = jax.ShapeDtypeStruct(array["shape"], array["dtype"])
+        node[last] = leaf
     return tree
+
+
+def as_saved(recorded: Mapping[str, Any]) -> Any:
+    """The nested dictionaries of shapes that parameters were saved as."""
+    return tree_of(
+        {name: jax.ShapeDtypeStruct(x["shape"], x["dtype"]) for name, x in recorded.items()}
+    )
 
 
 def checksums(arrays: Iterable[jax.Array]) -> list[int]:
@@ -84,6 +91,23 @@ def _checksum_program(arrays: list[jax.Array]) -> jax.Array:
         return (bits * (place * jnp.uint32(2) + jnp.uint32(1))).sum(dtype=jnp.uint32)
 
     return jnp.stack([of(x) for x in arrays])
+
+
+def checksum_of_slice(x: np.ndarray, first: int) -> int:
+    """What a part of an array adds to its checksum, modulo 2**32.
+
+    Args:
+      x: the part, contiguous.
+      first: elements of the array before it.
+    """
+    bits = x.reshape(-1).view(f"uint{8 * x.dtype.itemsize}")
+    total = 0
+    for start in range(0, bits.size, 2**20):
+        some = bits[start : start + 2**20].astype(np.uint32)
+        at = np.uint32((first + start) % 2**32)
+        places = np.arange(some.size, dtype=np.uint32) + at
+        total += int((some * (places * np.uint32(2) + np.uint32(1))).sum(dtype=np.uint32))
+    return total % 2**32
 
 
 # --- Data ----------------------------------------------------------------------------------------

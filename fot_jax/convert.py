@@ -1,0 +1,308 @@
+"""`fot convert`: checkpoints from and to the directories of the `transformers` library.
+
+Parameters are copied one layer of one matrix at a time, so that a model of any size can be
+converted on any machine. What is written takes its name when all of it is there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from fot_jax.data.vocabulary import load_vocabulary
+from fot_jax.errors import UserError
+from fot_jax.generate import LanguageModel
+from fot_jax.hugging_face import config as configs
+from fot_jax.hugging_face import loading, tensors, tokenizers
+from fot_jax.model.transformer import ModelConfig
+from fot_jax.paths import new_directory, path_of
+from fot_jax.progress import bar
+from fot_jax.training import checkpoint_stream
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+# Beside weights and config.json, what belongs to a model; kept in a workdir under this name.
+KEPT = "hugging_face"
+_MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class Reader(Protocol):
+    """The parameters of a checkpoint of either kind."""
+
+    directory: epath.Path  # a workdir, or a Hugging Face directory
+    config: ModelConfig
+    arrays: dict[str, tuple[tuple[int, ...], np.dtype]]  # by path
+
+    def read(self, path: str, layer: int | None = None) -> np.ndarray:
+        """A parameter, of one layer if it is of a layer."""
+
+
+def reader(
+    path: epath.PathLike,
+    memory_layers: Sequence[int] | None = None,
+    local_context: int | None = None,
+) -> Reader:
+    """Opens a checkpoint of either kind; the arguments after the path are for Hugging Face ones."""
+    path = path_of(path)
+    if configs.is_directory(path):
+        return tensors.Reader(path, configs.read(path, memory_layers, local_context))
+    return checkpoint_stream.Reader(path)
+
+
+# --- Verbs ---------------------------------------------------------------------------------------
+
+
+def from_hugging_face(
+    source: epath.PathLike,
+    output: epath.PathLike,
+    memory_layers: Sequence[int] | None = None,
+    local_context: int | None = None,
+    dtype: str | None = None,
+) -> None:
+    """Writes a workdir with the parameters of a Hugging Face directory, as step 0.
+
+    `train.initialize_from` starts from it; LanguageModel.load and the other verbs read it.
+
+    Args:
+      source: of any LLaMA-architecture model.
+      output: new, or an empty directory.
+      memory_layers, local_context: as of hugging_face.config.read.
+      dtype: float32, float16 or bfloat16; None: what the files have.
+
+    Raises:
+      UserError: the directory is not complete, or of another architecture; the output is there.
+    """
+    source, output = path_of(source), _output(output)
+    config = configs.read(source, memory_layers, local_context)
+    content = tensors.Reader(source, config)
+    dtype_of = _dtypes(content, dtype)
+    arrays = content.arrays
+    total = sum(math.prod(shape) * dtype_of(path).itemsize for path, (shape, _) in arrays.items())
+    with new_directory(output) as half, bar(total, "byte") as progress:
+        if (vocabulary := tokenizers.vocabulary_of(source)) is not None:
+            vocabulary.save(half / "vocabulary")
+        (half / KEPT).mkdir()
+        for name in (configs.CONFIG, "generation_config.json", *tokenizers.FILES):
+            if (source / name).exists():
+                (source / name).copy(half / KEPT / name)
+        streams = {
+            path: checkpoint_stream.Stream(
+                *(shape, dtype_of(path), path.startswith("layers/")),
+                functools.partial(_read, content, dtype_of, path, progress=progress),
+            )
+            for path, (shape, _) in arrays.items()
+        }
+        checkpoint_stream.save(half, config, streams)
+
+
+def to_hugging_face(
+    checkpoint: epath.PathLike, output: epath.PathLike, dtype: str | None = None
+) -> None:
+    """Writes a checkpoint as a directory for PyTorch.
+
+    Of a model with memory it holds our modelling files too. LLaMA code of any kind reads the same
+    directory as the model without its memory.
+
+    Args:
+      checkpoint: a workdir, a step inside it, or a Hugging Face directory (of LongLLaMA, say).
+      output: new, or an empty directory.
+      dtype: float32, float16 or bfloat16; None: as saved.
+
+    Raises:
+      UserError: no checkpoint, a damaged one; the output is there.
+    """
+    output = _output(output)
+    content = reader(checkpoint)
+    c, dtype_of = content.config, _dtypes(content, dtype)
+    total = sum(
+        math.prod(shape) * dtype_of(path).itemsize for path, (shape, _) in content.arrays.items()
+    )
+    with new_directory(output) as half, bar(total, "byte") as progress:
+        tensors.write(half, c, dtype_of, functools.partial(_read, content, dtype_of), progress)
+        marks = _others(content, half)
+        if configs.needs_our_code(c):
+            for file in (Path(__file__).parent / "pytorch").glob("*_fot.py"):
+                (half / file.name).write_text(file.read_text())
+        name = dtype_of("embedding").name
+        (half / configs.CONFIG).write_text(_json(configs.content(c, name, marks)))
+
+
+def _others(content: Reader, output: epath.Path) -> dict[str, Any]:
+    """Writes what is no weight: files that came with the model, or else new ones.
+
+    Returns:
+      The marks of a document, as config.json names them.
+    """
+    workdir, marks = content.directory, {}
+    kept = workdir if configs.is_directory(workdir) else workdir / KEPT
+    if configs.is_directory(kept):
+        values = json.loads((kept / configs.CONFIG).read_text())
+        marks = {name: values[name] for name in _MARKS if name in values}
+        for name in ("generation_config.json", *tokenizers.FILES):
+            if (kept / name).exists():
+                (kept / name).copy(output / name)
+    elif (workdir / "vocabulary").exists():
+        vocabulary = load_vocabulary(workdir / "vocabulary")
+        tokenizers.write(vocabulary, output)
+        marks = {"bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos}
+    if not (output / "generation_config.json").exists():
+        generation = {"_from_model_config": True, **marks}
+        (output / "generation_config.json").write_text(_json(generation))
+    return marks
+
+
+def _read(
+    content: Reader,
+    dtype_of: Callable[[str], np.dtype],
+    path: str,
+    layer: int | None,
+    progress: Callable[[int], Any] | None = None,
+) -> np.ndarray:
+    """A parameter as the type that is written."""
+    x = content.read(path, layer)
+    dtype = dtype_of(path)
+    if dtype == np.float16 and x.dtype != dtype:
+        largest = float(np.abs(x.astype(np.float32)).max())
+        if np.isfinite(largest) and largest > np.finfo(np.float16).max:
+            where = path if layer is None else f"{path} of layer {layer}"
+            raise UserError(
+                f"{where} has values up to {largest:.3g}, beyond float16: choose bfloat16"
+            )
+    x = x.astype(dtype, copy=False)
+    if progress is not None:
+        progress(x.nbytes)
+    return x
+
+
+def _dtypes(content: Reader, dtype: str | None) -> Callable[[str], np.dtype]:
+    """The type that each parameter is written as."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype = {dtype!r}: choose one of {', '.join(DTYPES)}")
+    return lambda path: DTYPES[dtype] if dtype else content.arrays[path][1]
+
+
+def _output(path: epath.PathLike) -> epath.Path:
+    """A place for a new directory: nothing, or an empty one."""
+    path = path_of(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path}: exists and is not empty: give a new directory")
+    return path
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+# --- Check ---------------------------------------------------------------------------------------
+
+_PROBE, _WINDOW = 200, 64  # tokens read, in windows of so many
+
+
+class Difference(NamedTuple):
+    """The largest between two arrays."""
+
+    size: float  # infinite where one of them is no number and the other is
+    largest: float  # of the values themselves
+    where: tuple[int, ...]
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> Difference:
+    """Of two arrays of one shape, in float32."""
+    a, b = a.astype(np.float32), b.astype(np.float32)
+    with np.errstate(invalid="ignore"):
+        apart = np.where((a == b) | np.isnan(a) & np.isnan(b), 0, np.abs(a - b))
+    apart = np.where(np.isnan(apart), np.inf, apart)
+    where = np.unravel_index(apart.argmax(), apart.shape)
+    return Difference(float(apart[where]), float(np.abs(a).max()), tuple(map(int, where)))
+
+
+def check(a: epath.PathLike, b: epath.PathLike) -> bool:
+    """Compares two checkpoints, of either kind each, and prints where they differ most.
+
+    Tensors one by one; then logits of a text that is read with memory, in float32.
+
+    Returns:
+      Whether all tensors are the same, up to their type.
+
+    Raises:
+      UserError: one of them cannot be read.
+    """
+    ours, theirs = reader(a), reader(b)
+    fields = [field.name for field in dataclasses.fields(ModelConfig)]
+    values = [(name, getattr(ours.config, name), getattr(theirs.config, name)) for name in fields]
+    for name, one, other in values:
+        if one != other:
+            print(f"{name}: {one} in {a}, {other} in {b}")
+    same = _check_tensors(ours, theirs)
+    if ours.config.vocab_size == theirs.config.vocab_size:
+        _check_logits(a, b, ours.config)
+    return same
+
+
+def _check_tensors(ours: Reader, theirs: Reader) -> bool:
+    """Prints the largest difference between tensors. Returns whether there is none."""
+    there = {(each.path, each.layer): each for each in tensors.of_model(theirs.config)}
+    compared = identical = 0
+    worst, worst_of = Difference(0.0, 0.0, ()), None
+    same = True
+    listed = list(tensors.of_model(ours.config))
+    order = {path: i for i, path in enumerate(dict.fromkeys(each.path for each in listed))}
+    with bar(len(listed), "tensor") as progress:
+        for each in sorted(listed, key=lambda each: order[each.path]):
+            progress(1)
+            other = there.pop((each.path, each.layer), None)
+            if other is None or other.shape != each.shape:
+                shape = "missing" if other is None else list(other.shape)
+                print(f"{each.name}: {list(each.shape)} and {shape}")
+                same = False
+                continue
+            x, y = (r.read(each.path, each.layer) for r in (ours, theirs))
+            found = difference(*((v.T if each.transposed else v) for v in (x, y)))
+            compared, identical = compared + 1, identical + (found.size == 0)
+            if found.size > worst.size:
+                worst, worst_of = found, each.name
+    for each in there.values():
+        print(f"{each.name}: missing and {list(each.shape)}")
+        same = False
+    print(f"{compared} tensors compared, {identical} the same")
+    if worst_of is not None:
+        print(
+            f"largest difference: {worst.size:.3g} (values up to {worst.largest:.3g}) in "
+            f"{worst_of} at {list(worst.where)}"
+        )
+    return same and identical == compared
+
+
+def _check_logits(a: epath.PathLike, b: epath.PathLike, c: ModelConfig) -> None:
+    """Prints the largest difference between logits."""
+    window = min(_WINDOW, c.local_context)
+
+    def logits(path):
+        lm = LanguageModel.load(path)
+        lm = dataclasses.replace(lm, config=dataclasses.replace(lm.config, local_context=window))
+        return lm.logits(tokens, last_context_length=window // 2)
+
+    vocabulary = loading.vocabulary_of(a)
+    tokens = np.arange(_PROBE) * 7919 % c.vocab_size
+    if vocabulary is not None:
+        text = Path(__file__).read_text()[: 20 * _PROBE]
+        tokens = np.resize(vocabulary.encode(text), _PROBE) % c.vocab_size
+    tokens = tokens[None]
+    found = difference(logits(a), logits(b))
+    print(
+        f"logits of {_PROBE} tokens in windows of {window}, with memory: largest difference "
+        f"{found.size:.3g} (values up to {found.largest:.3g}) at token {found.where[1]}, entry "
+        f"{found.where[2]}"
+    )

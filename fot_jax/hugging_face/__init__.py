@@ -1,0 +1,1 @@
+"""Directories as the `transformers` library reads and writes them."""

@@ -1,0 +1,261 @@
+"""config.json and ModelConfig, one from the other.
+
+Read: what LLaMA-architecture models have, of transformers 4 and 5, with LongLLaMA's fields for
+memory where they are there. Written: a LLaMA's own, with the same fields beside them, which plain
+LLaMA code passes over; of the paper's family, which no LLaMA code can run, model_type "fot".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from fot_jax.errors import UserError
+from fot_jax.model.transformer import ModelConfig, RopeScaling
+
+CONFIG = "config.json"
+MODEL_TYPES = ("llama", "mistral", "longllama", "fot")
+# Architectures of these model types with another head, or none.
+_NOT_CAUSAL = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+
+def is_directory(path: epath.PathLike) -> bool:
+    """Whether a path is a directory as `transformers` writes them."""
+    return (epath.Path(path) / CONFIG).exists()
+
+
+# --- Reading -------------------------------------------------------------------------------------
+
+
+def read(
+    directory: epath.PathLike,
+    memory_layers: Sequence[int] | None = None,
+    local_context: int | None = None,
+) -> ModelConfig:
+    """The model of a Hugging Face directory.
+
+    Args:
+      memory_layers: None: mem_layers of config.json, or none.
+      local_context: None: max_position_embeddings or, where rope scaling stretches another, that.
+
+    Raises:
+      UserError: no config.json, or of a model that is no LLaMA; a field is missing or of no use.
+    """
+    return _read(Fields(directory), memory_layers, local_context)
+
+
+class Fields:
+    """What config.json says, checked as it is asked for."""
+
+    def __init__(self, directory: epath.PathLike):
+        self.path = epath.Path(directory) / CONFIG
+        if not self.path.exists():
+            raise UserError(f"{directory}: no config.json: give a Hugging Face model directory")
+        try:
+            self.values = json.loads(self.path.read_text())
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.path}: not JSON ({error}): restore it from a copy") from error
+        if not isinstance(self.values, dict):
+            raise UserError(f"{self.path}: not a JSON object: restore it from a copy")
+
+    def number(self, name: str, default: float | None = None, kind: type = int, within=None):
+        """A field that is a number, above 0; of an object in it where `within` is its name."""
+        values = self.values if within is None else self.values[within]
+        value = values.get(name, default)
+        value = default if value is None else value
+        where = f"{self.path}: {name if within is None else f'{within}.{name}'}"
+        if value is None:
+            raise UserError(f"{where} is missing: add it")
+        whole = isinstance(value, int | float) and value == value and value == int(value)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise UserError(f"{where} = {json.dumps(value)}: give a number above 0")
+        if kind is int and not whole:
+            raise UserError(f"{where} = {json.dumps(value)}: give a whole number")
+        return kind(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.values.get(name, default)
+        if not isinstance(value, bool):
+            raise UserError(f"{self.path}: {name} = {json.dumps(value)}: give true or false")
+        return value
+
+    def only(self, name: str, allowed: Sequence[Any], default: Any):
+        """A field that has one of a few values."""
+        value = self.values.get(name, default)
+        if value not in allowed:
+            raise UserError(
+                f"{self.path}: {name} = {json.dumps(value)} is not supported: have "
+                f"{', '.join(map(json.dumps, allowed))}"
+            )
+        return value
+
+
+def _read(fields: Fields, memory_layers, local_context) -> ModelConfig:
+    model_type = fields.only("model_type", MODEL_TYPES, None)
+    for name in fields.values.get("architectures") or ():
+        if str(name).endswith(_NOT_CAUSAL):
+            raise UserError(
+                f"{fields.path}: architectures has {name}, which is no language model: give the "
+                "directory of a LlamaForCausalLM"
+            )
+    for name in ("attention_bias", "mlp_bias"):
+        fields.only(name, (False,), False)
+    fields.only("partial_rotary_factor", (1, None), None)
+    if model_type == "mistral":
+        # The default of its configuration class, for files that leave it out.
+        fields.only("sliding_window", (None,), 4096)
+    if model_type == "fot":
+        family = {
+            "norm": fields.only("norm", ("rmsnorm", "layernorm"), "rmsnorm"),
+            "mlp": fields.only("mlp", ("swiglu", "gelu"), "swiglu"),
+            "qk_norm": fields.flag("qk_norm", False),
+        }
+    else:
+        fields.only("hidden_act", ("silu", "swish"), "silu")
+        family = {}
+    heads, hidden = fields.number("num_attention_heads"), fields.number("hidden_size")
+    if fields.values.get("head_dim") is None and hidden % heads:
+        raise UserError(
+            f"{fields.path}: hidden_size = {hidden} is not a multiple of num_attention_heads = "
+            f"{heads}: add head_dim"
+        )
+    theta, scaling = _rope(fields)
+    if local_context is None:
+        trained = scaling and scaling.original_max_position
+        local_context = trained or fields.number("max_position_embeddings", 2048)
+    if memory_layers is None:
+        memory_layers = _memory_layers(fields)
+    try:
+        return ModelConfig(
+            vocab_size=fields.number("vocab_size"),
+            hidden_size=hidden,
+            num_layers=fields.number("num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=fields.number("num_key_value_heads", heads),
+            head_dim=fields.number("head_dim", hidden // heads),
+            mlp_dim=fields.number("intermediate_size"),
+            memory_layers=tuple(memory_layers),
+            local_context=local_context,
+            norm_epsilon=fields.number("rms_norm_eps", 1e-6, float),
+            memory_positions=fields.flag("mem_positionals", True),
+            tie_embeddings=fields.flag("tie_word_embeddings", False),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            **family,
+        )
+    except UserError as error:
+        raise UserError(f"{fields.path}: {error}") from error
+
+
+def _memory_layers(fields: Fields) -> list[int]:
+    layers = fields.values.get("mem_layers") or []
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise UserError(f"{fields.path}: mem_layers = {layers}: give a list of numbers of layers")
+    return layers
+
+
+def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
+    """The base of rotary positions, and their scaling."""
+    # transformers 5 has one object, rope_parameters, 4 had rope_theta and rope_scaling.
+    name = "rope_parameters" if fields.values.get("rope_parameters") else "rope_scaling"
+    scaling = fields.values.get(name)
+    if scaling is not None and not isinstance(scaling, dict):
+        raise UserError(f"{fields.path}: {name} = {json.dumps(scaling)}: give an object")
+    theta = fields.number("rope_theta", 10_000.0, float)
+    if not scaling:
+        return theta, None
+    if "rope_theta" in scaling:
+        theta = fields.number("rope_theta", None, float, within=name)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise UserError(
+            f"{fields.path}: {name} of type {json.dumps(kind)} is not supported: have default, "
+            "llama3"
+        )
+    longest = "original_max_position_embeddings"
+    return theta, RopeScaling(
+        fields.number("factor", None, float, within=name),
+        fields.number("low_freq_factor", None, float, within=name),
+        fields.number("high_freq_factor", None, float, within=name),
+        fields.number(longest, None, within=name),
+    )
+
+
+# --- Writing -------------------------------------------------------------------------------------
+
+
+def is_llama(c: ModelConfig) -> bool:
+    """Whether the model without its memory is a LLaMA."""
+    return c.norm == "rmsnorm" and c.mlp == "swiglu" and not c.qk_norm and c.memory_positions
+
+
+def needs_our_code(c: ModelConfig) -> bool:
+    """Whether LLaMA code leaves something of the model out."""
+    return bool(c.memory_layers) or not is_llama(c)
+
+
+def content(c: ModelConfig, dtype: str, marks: dict[str, int | None]) -> dict[str, Any]:
+    """What to write as config.json.
+
+    Args:
+      dtype: of the tensors.
+      marks: bos_token_id, eos_token_id.
+    """
+    scaling = c.rope_scaling and {
+        "rope_type": "llama3",
+        "factor": c.rope_scaling.factor,
+        "low_freq_factor": c.rope_scaling.low_freq_factor,
+        "high_freq_factor": c.rope_scaling.high_freq_factor,
+        "original_max_position_embeddings": c.rope_scaling.original_max_position,
+    }
+    values = {
+        "architectures": ["LlamaForCausalLM" if is_llama(c) else "FotForCausalLM"],
+        "model_type": "llama" if is_llama(c) else "fot",
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.mlp_dim,
+        "num_hidden_layers": c.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": c.local_context,
+        "initializer_range": 0.02,
+        "rms_norm_eps": c.norm_epsilon,
+        "rope_theta": float(c.rope_theta),
+        "rope_scaling": scaling,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": c.tie_embeddings,
+        "use_cache": True,
+        **marks,
+        "torch_dtype": dtype,
+    }
+    if not is_llama(c):
+        del values["hidden_act"], values["attention_bias"], values["mlp_bias"]
+        values |= {"norm": c.norm, "mlp": c.mlp, "qk_norm": c.qk_norm}
+    if needs_our_code(c):
+        values |= {
+            "auto_map": {
+                "AutoConfig": f"configuration_fot.{config_class(c)}",
+                "AutoModelForCausalLM": f"modeling_fot.{model_class(c)}",
+            },
+            "mem_layers": list(c.memory_layers),
+            "mem_positionals": c.memory_positions,
+            "mem_dtype": dtype,
+            "last_context_length": min(1024, c.local_context),
+        }
+    return values
+
+
+def config_class(c: ModelConfig) -> str:
+    return "FotLlamaConfig" if is_llama(c) else "FotConfig"
+
+
+def model_class(c: ModelConfig) -> str:
+    return "FotLlamaForCausalLM" if is_llama(c) else "FotForCausalLM"

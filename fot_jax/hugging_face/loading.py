@@ -1,0 +1,92 @@
+"""Parameters and vocabulary of a checkpoint, ours or Hugging Face, straight into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from fot_jax.data.vocabulary import Vocabulary, load_vocabulary
+from fot_jax.hugging_face import config as configs
+from fot_jax.hugging_face import tokenizers
+from fot_jax.hugging_face.tensors import Reader
+from fot_jax.model import inference
+from fot_jax.model.transformer import ModelConfig
+from fot_jax.training import checkpoint
+from fot_jax.training.checkpoint_items import names, tree_of
+
+
+def vocabulary_of(path: epath.PathLike) -> Vocabulary | None:
+    """What text is tokenized with for a checkpoint; None where it does not say."""
+    if configs.is_directory(path):
+        return tokenizers.vocabulary_of(path)
+    saved = checkpoint.locate(path)[0].parent / "vocabulary"
+    return load_vocabulary(saved) if saved.exists() else None
+
+
+def model_of(path: epath.PathLike, dtype) -> tuple[ModelConfig, Any]:
+    """Configuration and parameters, as of `inference.parameters_by_layer`, none held twice.
+
+    Args:
+      dtype: of matrices; vectors stay as they are.
+
+    Raises:
+      UserError: nothing there, or nothing whole.
+    """
+    if configs.is_directory(path):
+        content = Reader(path, configs.read(path))
+        return content.config, _by_layer(content, dtype)
+    config, params = checkpoint.load_model(path)
+    return config, inference.parameters_by_layer(params, dtype, use_up=True)
+
+
+def params_of(path: epath.PathLike, target: Any) -> Any:
+    """Parameters of training, where the target wants them.
+
+    Args:
+      target: tree of `jax.ShapeDtypeStruct` with shardings, cast to on the way.
+
+    Raises:
+      UserError: nothing there, nothing readable, or parameters of other shapes.
+    """
+    if configs.is_directory(path):
+        return _stacked(Reader(path, configs.read(path)), target)
+    return checkpoint.load_params(path, target).params
+
+
+def _by_layer(content: Reader, dtype) -> Any:
+
+    def read(path: str, layer: int | None = None) -> jax.Array:
+        x = content.read(path, layer)
+        return jnp.asarray(x, dtype if x.ndim > 1 else None)
+
+    whole, of_layers = (
+        [path for path in content.arrays if path.startswith("layers/") == layers]
+        for layers in (False, True)
+    )
+    layers = tuple(
+        tree_of({path.removeprefix("layers/"): read(path, i) for path in of_layers})
+        for i in range(content.config.num_layers)
+    )
+    return {**tree_of({path: read(path) for path in whole}), "layers": layers}
+
+
+def _stacked(content: Reader, target: Any) -> Any:
+    recorded = {path: {"shape": shape} for path, (shape, _) in content.arrays.items()}
+    checkpoint.check_same(content.directory, "parameter", recorded, target)
+
+    def read(path: str, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+        if path.startswith("layers/"):
+            whole = np.empty(wanted.shape, wanted.dtype)
+            for i in range(len(whole)):
+                whole[i] = content.read(path, i)
+        else:
+            whole = content.read(path).astype(wanted.dtype)
+        of_device: Callable[[Any], np.ndarray] = whole.__getitem__
+        return jax.make_array_from_callback(wanted.shape, wanted.sharding, of_device)
+
+    return tree_of({path: read(path, wanted) for path, wanted in names(target).items()})

@@ -1,0 +1,357 @@
+"""The tensors of a Hugging Face directory: their names, and files of them read and written.
+
+Theirs are of a layer each, [out, in], ours of all layers together, [layers, in, out]. Both keep
+rotary dimensions as two halves, so nothing needs to be permuted. Tensors are read and written one
+by one, whatever the size of the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import zipfile
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import safetensors
+from etils import epath
+
+from fot_jax.errors import UserError
+from fot_jax.model.transformer import ModelConfig
+
+SHARD = 5 * 10**9  # bytes of a file, as transformers cuts them
+_SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class Tensor(NamedTuple):
+    """A tensor of theirs, and what it is of ours."""
+
+    name: str
+    shape: tuple[int, ...]
+    path: str  # of our parameter
+    layer: int | None  # its place on the leading axis; None: the whole
+    transposed: bool
+
+
+def of_model(c: ModelConfig) -> Iterator[Tensor]:
+    """All tensors of a model, in the order they are computed with."""
+    E, F, V = c.hidden_size, c.mlp_dim, c.vocab_size
+    queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+
+    def norm(name: str, path: str, layer: int | None = None):
+        yield Tensor(f"{name}.weight", (E,), f"{path}/scale", layer, False)
+        if c.norm == "layernorm":
+            yield Tensor(f"{name}.bias", (E,), f"{path}/bias", layer, False)
+
+    yield Tensor("model.embed_tokens.weight", (V, E), "embedding", None, False)
+    for i in range(c.num_layers):
+        theirs = f"model.layers.{i}"
+        yield from norm(f"{theirs}.input_layernorm", "layers/attention_norm", i)
+        for name, ours, shape in (
+            ("q_proj", "query", (queries, E)),
+            ("k_proj", "key", (keys, E)),
+            ("v_proj", "value", (keys, E)),
+            ("o_proj", "out", (E, queries)),
+        ):
+            name = f"{theirs}.self_attn.{name}.weight"
+            yield Tensor(name, shape, f"layers/attention/{ours}", i, True)
+        if c.qk_norm:
+            name = f"{theirs}.self_attn.log_scale"
+            yield Tensor(name, (c.num_heads,), "layers/attention/log_scale", i, False)
+        yield from norm(f"{theirs}.post_attention_layernorm", "layers/mlp_norm", i)
+        for ours, shape in (("gate", (F, E)), ("up", (F, E)), ("down", (E, F))):
+            if ours != "gate" or c.mlp == "swiglu":
+                name = f"{theirs}.mlp.{ours}_proj.weight"
+                yield Tensor(name, shape, f"layers/mlp/{ours}", i, True)
+    yield from norm("model.norm", "final_norm")
+    if not c.tie_embeddings:
+        yield Tensor("lm_head.weight", (V, E), "head", None, True)
+
+
+# --- Reading -------------------------------------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """Where a tensor is, and what its file says of it."""
+
+    file: epath.Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class Reader:
+    """The parameters of a Hugging Face directory, as ours, read when they are asked for.
+
+    Attributes:
+      config: of the model.
+      arrays: our parameters by path: (shape, dtype).
+    """
+
+    def __init__(self, directory: epath.PathLike, config: ModelConfig):
+        """Looks at the files' headers; pickles are read.
+
+        Raises:
+          UserError: a file is missing or damaged, or the tensors are not those of the model.
+        """
+        self.directory, self.config = epath.Path(directory), config
+        self._files = _files(self.directory)
+        self._entries = self._files.entries
+        self._tensors = {(each.path, each.layer): each for each in of_model(config)}
+        self._check()
+        self.arrays: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+        for each in self._tensors.values():
+            entry, layers = self._entries[each.name], each.layer is not None
+            shape = each.shape[::-1] if each.transposed else each.shape
+            shape = (config.num_layers, *shape) if layers else shape
+            before = self.arrays.get(each.path, (shape, entry.dtype))[1]
+            self.arrays[each.path] = shape, _wider(before, entry.dtype)
+
+    def read(self, path: str, layer: int | None = None) -> np.ndarray:
+        """A parameter of ours, of one layer if it is of a layer."""
+        tensor = self._tensors[path, layer]
+        x = self._files.read(tensor.name).astype(self.arrays[path][1], copy=False)
+        return np.ascontiguousarray(x.T) if tensor.transposed else x
+
+    def _check(self) -> None:
+        wanted = {each.name: each.shape for each in self._tensors.values()}
+        for name, shape in wanted.items():
+            if name not in self._entries:
+                raise UserError(
+                    f"{self.directory}: has no tensor {name}, which config.json needs: restore "
+                    "the files from a copy"
+                )
+            entry = self._entries[name]
+            if entry.shape != shape:
+                raise UserError(
+                    f"{entry.file}: {name} is {list(entry.shape)}, but {list(shape)} by "
+                    "config.json: mend config.json"
+                )
+        for name, entry in self._entries.items():
+            tied = self.config.tie_embeddings and name == "lm_head.weight"
+            # Angles, which older releases of transformers saved though they are computed.
+            if name not in wanted and not tied and not name.endswith("rotary_emb.inv_freq"):
+                raise UserError(
+                    f"{entry.file}: {name} is no tensor of a LLaMA: the model is of another "
+                    "architecture than config.json says"
+                )
+
+
+def _wider(a: np.dtype, b: np.dtype) -> np.dtype:
+    return a if a == b else np.dtype(np.float32)
+
+
+def _files(directory: epath.Path):
+    """The files of tensors there: safetensors if there are any, else pickles."""
+    for name, kind in ((_SAFETENSORS, _Safetensors), (_PICKLE, _Pickles)):
+        index = directory / f"{name}.index.json"
+        if index.exists():
+            return kind(*_indexed(index))
+        if (directory / name).exists():
+            return kind([directory / name], None)
+    raise UserError(
+        f"{directory}: no {_SAFETENSORS} (or index, or pytorch_model.bin): the directory has no "
+        "weights"
+    )
+
+
+def _indexed(index: epath.Path) -> tuple[list[epath.Path], dict[str, epath.Path]]:
+    """The files that an index names, and in which of them each tensor is."""
+    try:
+        where = json.loads(index.read_text())["weight_map"]
+        if not all(isinstance(name, str) for name in where.values()):
+            raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{index}: damaged: it has no weight_map: restore it from a copy"
+        ) from error
+    for name in where.values():
+        if "/" in name or name in ("", ".", ".."):
+            raise UserError(f"{index}: names a file {name!r} outside the directory")
+    where = {tensor: index.parent / name for tensor, name in where.items()}
+    files = sorted(set(where.values()))
+    for file in files:
+        if not file.exists():
+            raise UserError(f"{file}: missing, though {index.name} names it: get it again")
+    return files, where
+
+
+def _check_index(entries: dict[str, Entry], where: dict[str, epath.Path] | None) -> None:
+    for name, file in (where or {}).items():
+        if name not in entries or entries[name].file != file:
+            raise UserError(
+                f"{file}: has no tensor {name}, though the index says so: get both again"
+            )
+
+
+class _Safetensors:
+    def __init__(self, files: list[epath.Path], where: dict[str, epath.Path] | None):
+        self.entries: dict[str, Entry] = {}
+        for file in files:
+            with _opened(file) as tensors:
+                for name in tensors.keys():
+                    header = tensors.get_slice(name)
+                    dtype = DTYPES.get(header.get_dtype())
+                    if dtype is None:
+                        raise UserError(
+                            f"{file}: {name} is of type {header.get_dtype()}: have "
+                            f"{', '.join(DTYPES)}"
+                        )
+                    self.entries[name] = Entry(file, tuple(header.get_shape()), dtype)
+        _check_index(self.entries, where)
+
+    def read(self, name: str) -> np.ndarray:
+        # Opened anew each time: a file is mapped, and what was read of it stays in memory.
+        with _opened(self.entries[name].file) as tensors:
+            return tensors.get_tensor(name)
+
+
+def _opened(file: epath.Path):
+    try:
+        return safetensors.safe_open(str(file), "numpy")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{file}: damaged ({error}): get it again") from error
+
+
+class _Pickles:
+    """Files of torch.save, which only torch can read without running what is in them."""
+
+    def __init__(self, files: list[epath.Path], where: dict[str, epath.Path] | None):
+        try:
+            import torch
+        except ImportError as error:
+            raise UserError(
+                f"{files[0]}: a pickle, which is read by torch alone: install it "
+                "(pip install 'fot_jax[torch]'), or give safetensors"
+            ) from error
+        self._torch = torch
+        self._held: tuple[Any, dict[str, Any]] = None, {}
+        self.entries: dict[str, Entry] = {}
+        kinds = {
+            torch.float32: DTYPES["F32"],
+            torch.float16: DTYPES["F16"],
+            torch.bfloat16: DTYPES["BF16"],
+        }
+        for file in files:
+            for name, tensor in self._load(file).items():
+                if getattr(tensor, "dtype", None) not in kinds:
+                    raise UserError(
+                        f"{file}: {name} is {getattr(tensor, 'dtype', 'no tensor')}: have "
+                        "float32, float16, bfloat16"
+                    )
+                self.entries[name] = Entry(file, tuple(tensor.shape), kinds[tensor.dtype])
+        _check_index(self.entries, where)
+
+    def _load(self, file: epath.Path) -> dict[str, Any]:
+        if self._held[0] != file:
+            mapped = zipfile.is_zipfile(file)  # files of 2019 and before are not
+            try:
+                tensors = self._torch.load(
+                    str(file), map_location="cpu", weights_only=True, mmap=mapped
+                )
+            except Exception as error:  # torch raises many kinds
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(f"{file}: damaged or not only tensors ({reason})") from error
+            if not isinstance(tensors, dict):
+                raise UserError(f"{file}: holds a {type(tensors).__name__}, not named tensors")
+            self._held = file, tensors
+        return self._held[1]
+
+    def read(self, name: str) -> np.ndarray:
+        entry = self.entries[name]
+        tensor = self._load(entry.file)[name].contiguous()
+        if entry.dtype == DTYPES["BF16"]:
+            return tensor.view(self._torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+
+
+# --- Writing -------------------------------------------------------------------------------------
+
+
+class Written(NamedTuple):
+    """Where a tensor goes."""
+
+    file: str
+    start: int  # byte of the file
+    dtype: np.dtype
+
+
+def write(
+    directory: epath.Path,
+    c: ModelConfig,
+    dtype_of: Callable[[str], np.dtype],
+    read: Callable[[str, int | None], np.ndarray],
+    progress: Callable[[int], Any],
+) -> None:
+    """Writes safetensors of at most 5 GB and, of several, their index.
+
+    A parameter of ours is read layer after layer before the next one, though its layers are far
+    apart in the files.
+
+    Args:
+      dtype_of: of a parameter of ours, by path.
+      read: a parameter of ours, by path and layer, of that dtype.
+      progress: called with the bytes of each tensor when it is written.
+    """
+    tensors = list(of_model(c))
+    places, headers = _layout(tensors, dtype_of)
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context((directory / name).open("wb")) for name in headers}
+        for name, header in headers.items():
+            files[name].write(header)
+        order = {path: i for i, path in enumerate(dict.fromkeys(t.path for t in tensors))}
+        for tensor in sorted(tensors, key=lambda each: order[each.path]):
+            x = read(tensor.path, tensor.layer)
+            x = np.ascontiguousarray(x.T if tensor.transposed else x)
+            place = places[tensor.name]
+            files[place.file].seek(place.start)
+            files[place.file].write(x.view(np.uint8).data)
+            progress(x.nbytes)
+    if len(headers) > 1:
+        total = sum(math.prod(each.shape) * places[each.name].dtype.itemsize for each in tensors)
+        where = {name: place.file for name, place in places.items()}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (directory / f"{_SAFETENSORS}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _layout(
+    tensors: list[Tensor], dtype_of: Callable[[str], np.dtype]
+) -> tuple[dict[str, Written], dict[str, bytes]]:
+    """Where each tensor goes, in which file, and the beginning of each file.
+
+    https://github.com/huggingface/safetensors#format; ours because the library's own writer wants
+    all tensors of a file in memory.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    shards: list[dict[str, Any]] = [{}]
+    size = 0
+    for tensor in tensors:
+        dtype = dtype_of(tensor.path)
+        nbytes = math.prod(tensor.shape) * dtype.itemsize
+        if size + nbytes > SHARD and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][tensor.name] = {
+            "dtype": names[dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [size, size + nbytes],
+        }
+        size += nbytes
+    places, headers = {}, {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        file = file if len(shards) > 1 else _SAFETENSORS
+        text = json.dumps({"__metadata__": {"format": "pt"}, **shard}, separators=(",", ":"))
+        text += " " * (-len(text) % 8)  # tensors are aligned
+        headers[file] = len(text).to_bytes(8, "little") + text.encode()
+        for name, entry in shard.items():
+            start = len(headers[file]) + entry["data_offsets"][0]
+            places[name] = Written(file, start, DTYPES[entry["dtype"]])
+    return places, headers

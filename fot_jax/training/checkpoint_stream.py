@@ -1,0 +1,190 @@
+"""Checkpoints larger than memory: parameters written and read slice by slice.
+
+The files are those of checkpoint.py: an Orbax item of parameters stacked by layer, whose checksums
+stand in meta. Here a layer of one parameter is held at a time. One process; a local disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+
+from fot_jax.errors import UserError
+from fot_jax.model.transformer import ModelConfig
+from fot_jax.paths import absolute
+from fot_jax.training import checkpoint
+from fot_jax.training import checkpoint_items as items
+
+# --- Writing -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Stream:
+    """An array to be written, slice by slice along its first axis if it is `sliced`.
+
+    Attributes:
+      read: the slice of an index, or the whole of None.
+      checksum: as of `checkpoint_items.checksums`, once it is written.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    sliced: bool
+    read: Callable[[int | None], np.ndarray]
+    checksum: int = 0
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+class _StreamHandler(ocp.type_handlers.NumpyHandler):
+    """How Orbax writes a Stream: as a NumPy array of its shape."""
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
+        self._one_at_a_time = asyncio.Lock()
+
+    async def _open_and_write(self, value: Stream, tspec: dict[str, Any], ts_context: ts.Context):
+        async with self._one_at_a_time:
+            array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+            for index in range(value.shape[0]) if value.sliced else (None,):
+                x = value.read(index)
+                first = 0 if index is None else index * x.size
+                value.checksum = (value.checksum + items.checksum_of_slice(x, first)) % 2**32
+                await (array if index is None else array[index]).write(x)
+
+
+def save(workdir: epath.Path, c: ModelConfig, arrays: Mapping[str, Stream]) -> None:
+    """Writes step 0 of a new workdir, with parameters alone.
+
+    Args:
+      arrays: by path, "layers/mlp/down".
+    """
+    folder = absolute(workdir) / "checkpoints" / "0"
+    folder.mkdir(parents=True)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (Stream, _StreamHandler()),
+        (jax.Array, ocp.type_handlers.ArrayHandler()),  # or Orbax warns
+    )
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    tree = items.tree_of(arrays)
+    # A chunk is what is written at once.
+    chunks = {
+        name: ocp.SaveArgs(shard_axes=(0,)) if x.sliced else ocp.SaveArgs()
+        for name, x in arrays.items()
+    }
+    args = ocp.args.PyTreeSave(tree, save_args=items.tree_of(chunks))
+    handler.save(folder / "params", args=args)
+    handler.finalize(folder / "params")
+    handler.close()
+    data = folder / "data"
+    data.mkdir()
+    items.DataHandler().finalize(data)  # of no lane group
+    recorded = {
+        name: {"shape": list(x.shape), "dtype": x.dtype.name, "checksum": x.checksum}
+        for name, x in arrays.items()
+    }
+    meta = {"model": dataclasses.asdict(c)}
+    sealed = items.sealed_meta(0, meta, {"params": recorded, "opt_state": {}})
+    (folder / "meta").mkdir()
+    (folder / "meta" / "metadata").write_text(json.dumps(sealed))
+
+
+# --- Reading -------------------------------------------------------------------------------------
+
+
+class Reader:
+    """The parameters of a checkpoint, read when they are asked for.
+
+    Attributes:
+      directory: the workdir.
+      config: of the model.
+      arrays: parameters by path: (shape, dtype).
+    """
+
+    def __init__(self, path: epath.PathLike):
+        """Args: path of a workdir, whose newest step is meant, or of a step.
+
+        Raises:
+          UserError: no checkpoint there, or it is damaged.
+        """
+        directory, steps = checkpoint.locate(path)
+        self.directory, self._step = directory.parent, directory / str(steps[-1])
+        try:
+            meta, self._recorded, _ = items.read_meta(self._step, steps[-1])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged("meta") from error
+        self.config = checkpoint.model_of(path, meta)
+        self.arrays = {
+            name: (tuple(x["shape"]), jax.numpy.dtype(x["dtype"]))
+            for name, x in self._recorded.items()
+        }
+        self._open: tuple[str | None, Any] = None, None
+        self._sums: dict[str, list[int]] = {}  # checksum and elements of what was read in order
+
+    def read(self, path: str, layer: int | None = None) -> np.ndarray:
+        """A parameter, of one layer if it is of a layer.
+
+        Raises:
+          UserError: it is damaged; of layers read in order this is seen at the last.
+        """
+        try:
+            if self._open[0] != path:
+                self._open = path, self._array(path)
+            array = self._open[1]
+            x = array if layer is None else array[layer]
+            x = np.ascontiguousarray(x if isinstance(x, np.ndarray) else x.read().result())
+        except (OSError, ValueError) as error:
+            raise self._damaged(path) from error
+        sums = self._sums.setdefault(path, [0, 0])
+        first = 0 if layer is None else layer * x.size
+        if first == sums[1]:
+            sums[0] = (sums[0] + items.checksum_of_slice(x, first)) % 2**32
+            sums[1] += x.size
+            whole = sums[1] == math.prod(self.arrays[path][0])
+            if whole and sums[0] != self._recorded[path]["checksum"]:
+                raise self._damaged(path)
+        return x
+
+    def _array(self, path: str) -> ts.TensorStore | np.ndarray:
+        """A parameter's array, as Orbax lays them out; in memory if chunks have several layers."""
+        folder = absolute(self._step / "params")
+        root = str(folder) if str(folder).startswith("gs://") else f"file://{folder}"
+        tree = json.loads((folder / "_METADATA").read_text())
+        spec = {
+            "driver": "zarr3" if tree.get("use_zarr3") else "zarr",
+            "kvstore": {
+                "driver": "ocdbt",
+                "base": f"{root}/",
+                "path": f"{path.replace('/', '.')}/",
+            },
+        }
+        array = ts.open(spec, open=True, read=True).result()
+        if (array.shape, array.dtype.name) != (self.arrays[path][0], self.arrays[path][1].name):
+            raise ValueError("not the array that was saved")
+        return array if array.chunk_layout.read_chunk.shape[0] == 1 else array.read().result()
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(
+            f"{self._step}: {what} is damaged: restore the checkpoint from a copy, or give "
+            "another step"
+        )
