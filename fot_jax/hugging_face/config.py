@@ -39,7 +39,8 @@ def read(
 
     Args:
       memory_layers: None: mem_layers of config.json, or none.
-      local_context: None: max_position_embeddings or, where rope scaling stretches another, that.
+      local_context: None: that of config.json, or max_position_embeddings or, where rope scaling
+        stretches another, that.
 
     Raises:
       UserError: no config.json, or of a model that is no LLaMA; a field is missing or of no use.
@@ -124,8 +125,10 @@ def _read(fields: Fields, memory_layers, local_context) -> ModelConfig:
         )
     theta, scaling = _rope(fields)
     if local_context is None:
-        trained = scaling and scaling.original_max_position
-        local_context = trained or fields.number("max_position_embeddings", 2048)
+        default = fields.number("max_position_embeddings", 2048)
+        if scaling is not None:
+            default = scaling.original_max_position
+        local_context = fields.number("local_context", default)
     if memory_layers is None:
         memory_layers = _memory_layers(fields)
     try:
@@ -206,12 +209,15 @@ def content(c: ModelConfig, dtype: str, marks: dict[str, int | None]) -> dict[st
       dtype: of the tensors.
       marks: bos_token_id, eos_token_id.
     """
-    scaling = c.rope_scaling and {
+    longest, scaling = c.local_context, c.rope_scaling
+    if scaling is not None:
+        longest = int(scaling.factor * scaling.original_max_position)
+    scaling = scaling and {
         "rope_type": "llama3",
-        "factor": c.rope_scaling.factor,
-        "low_freq_factor": c.rope_scaling.low_freq_factor,
-        "high_freq_factor": c.rope_scaling.high_freq_factor,
-        "original_max_position_embeddings": c.rope_scaling.original_max_position,
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_position,
     }
     values = {
         "architectures": ["LlamaForCausalLM" if is_llama(c) else "FotForCausalLM"],
@@ -224,7 +230,7 @@ def content(c: ModelConfig, dtype: str, marks: dict[str, int | None]) -> dict[st
         "num_key_value_heads": c.num_kv_heads,
         "head_dim": c.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": c.local_context,
+        "max_position_embeddings": max(longest, c.local_context),
         "initializer_range": 0.02,
         "rms_norm_eps": c.norm_epsilon,
         "rope_theta": float(c.rope_theta),
@@ -245,6 +251,7 @@ def content(c: ModelConfig, dtype: str, marks: dict[str, int | None]) -> dict[st
                 "AutoConfig": f"configuration_fot.{config_class(c)}",
                 "AutoModelForCausalLM": f"modeling_fot.{model_class(c)}",
             },
+            "local_context": c.local_context,
             "mem_layers": list(c.memory_layers),
             "mem_positionals": c.memory_positions,
             "mem_dtype": dtype,

@@ -1,0 +1,104 @@
+"""Configuration of a Focused Transformer for `transformers`.
+
+A LLaMA with memory layers has model_type "llama" and a LLaMA's own fields, so that LLaMA code reads
+the same directory and passes the fields for memory over. Names of these are LongLLaMA's.
+"""
+
+from transformers import PretrainedConfig
+
+
+class FotConfig(PretrainedConfig):
+    """What determines the parameters and the function of a model.
+
+    A LLaMA's fields, and:
+
+    Args:
+      local_context: the window, in tokens, after which positions start again at 0; None:
+        max_position_embeddings.
+      mem_layers: numbers of the layers with memory.
+      mem_positionals: rotary positions on queries and keys of the window in memory layers; memory
+        keys have none.
+      mem_dtype: type that memory is kept in.
+      mem_topk: memory keys that each query attends to, the best of each head; None: all.
+      last_context_length: tokens of a longer input that stay in the window at its end.
+      norm: "rmsnorm" or "layernorm".
+      mlp: "swiglu" or "gelu".
+      qk_norm: queries and keys have length 1, and each head a learned scale.
+    """
+
+    model_type = "fot"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(
+        self,
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=None,
+        head_dim=None,
+        max_position_embeddings=2048,
+        initializer_range=0.02,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        rope_parameters=None,
+        tie_word_embeddings=False,
+        use_cache=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=None,
+        local_context=None,
+        mem_layers=(),
+        mem_positionals=True,
+        mem_dtype="bfloat16",
+        mem_topk=None,
+        last_context_length=1024,
+        norm="rmsnorm",
+        mlp="swiglu",
+        qk_norm=False,
+        **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.rms_norm_eps = rms_norm_eps
+        # transformers 5 has one object, rope_parameters, 4 had rope_theta and rope_scaling.
+        rope = {"rope_theta": rope_theta, **(rope_parameters or rope_scaling or {})}
+        rope["rope_type"] = rope.get("rope_type") or rope.pop("type", "default")
+        if rope["rope_type"] not in ("default", "llama3"):
+            raise ValueError(f"rope scaling of type {rope['rope_type']!r} is not supported")
+        self.rope_parameters = rope
+        self.local_context = local_context or max_position_embeddings
+        self.mem_layers = list(mem_layers)
+        self.mem_positionals = mem_positionals
+        self.mem_dtype = mem_dtype
+        self.mem_topk = mem_topk
+        self.last_context_length = last_context_length
+        self.norm = norm
+        self.mlp = mlp
+        self.qk_norm = qk_norm
+        self.use_cache = use_cache
+        super().__init__(
+            tie_word_embeddings=tie_word_embeddings,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            **kwargs,
+        )
+
+
+class FotLlamaConfig(FotConfig):
+    """Of a model that is a LLaMA without its memory."""
+
+    model_type = "llama"
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)

@@ -1,0 +1,547 @@
+"""A Focused Transformer for `transformers`: a decoder whose memory layers read all of a long text.
+
+Input longer than the local window is cut into windows, as LongLLaMA does
+it. Layers without memory see their window alone; memory layers also, in the same softmax, the keys
+and values of all windows before it. Positions start again at 0 in every window; keys in memory have
+none. This file is for reading and writing text; training is done with fot_jax.
+
+Letters: B rows, T new tokens, S keys, M tokens in memory, W tokens in the window, H heads, K key and
+value heads, G = H / K, D head dim.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .configuration_fot import FotConfig, FotLlamaConfig
+
+TILE = 256  # queries at a time, times G: masks are made for a tile
+
+# --- What has been read --------------------------------------------------------------------------
+
+
+class LayerCache:
+    """Keys and values of one layer: of the window and, in memory layers, of the memory.
+
+    Memory is a buffer with room to spare. If it is of the type computed in, the window's keys stand
+    behind it in the same buffer, so that both are attended to without being copied.
+    """
+
+    def __init__(self, remembers, dtype):
+        self.remembers, self.dtype = remembers, dtype
+        self.window = None  # keys, values [B, K, W, D]
+        self.plain = None  # keys as memory keeps them
+        self.memory = None  # keys, values [B, K, M, D]
+
+    def add(self, keys, values, plain, memory, places, expected):
+        """Puts keys and values of T tokens behind the `places` in the window."""
+        stop = places + keys.shape[2]
+        self.window = [
+            _put(buffer, new, places, stop)
+            for buffer, new in zip(self.window or (None, None), (keys, values))
+        ]
+        if not self.remembers:
+            return
+        self.plain = _put(self.plain, plain, places, stop)
+        if self.dtype == keys.dtype:
+            self.memory = [
+                _put(buffer, new, memory + places, memory + stop, expected)
+                for buffer, new in zip(self.memory or (None, None), (keys, values))
+            ]
+
+    def seen(self, memory, places):
+        """Keys and values of memory and window [B, K, M + W, D]."""
+        window = [x[:, :, :places] for x in self.window]
+        if not self.remembers or not memory:
+            return window
+        if self.memory[0].dtype == window[0].dtype:
+            return [x[:, :, : memory + places] for x in self.memory]
+        return [
+            torch.cat((x[:, :, :memory].to(local.dtype), local), 2)
+            for x, local in zip(self.memory, window)
+        ]
+
+    def move(self, memory, places, expected):
+        """Appends the window to memory."""
+        if self.remembers:
+            news = self.plain[:, :, :places], self.window[1][:, :, :places]
+            self.memory = [
+                _put(buffer, new.to(self.dtype), memory, memory + places, expected)
+                for buffer, new in zip(self.memory or (None, None), news)
+            ]
+
+    def map(self, change):
+        """Changes every tensor."""
+        if self.window is not None:
+            self.window = [change(x) for x in self.window]
+        if self.memory is not None:
+            self.memory = [change(x) for x in self.memory]
+        if self.plain is not None:
+            self.plain = change(self.plain)
+
+
+def _put(buffer, new, start, stop, expected=0):
+    """buffer[:, :, start:stop] = new, in a larger buffer where there is no room."""
+    if buffer is None or buffer.shape[2] < stop:
+        room = max(stop, expected, 0 if buffer is None else min(2 * buffer.shape[2], stop + 2**16))
+        larger = new.new_empty(*new.shape[:2], room, new.shape[3])
+        if buffer is not None:
+            larger[:, :, :start] = buffer[:, :, :start]
+        buffer = larger
+    buffer[:, :, start:stop] = new
+    return buffer
+
+
+class FotCache(Cache):
+    """What a model has read of each row: `model(..., past_key_values=FotCache(model.config))`.
+
+    Reading on changes it; `copy.deepcopy` it first to ask several things of one text.
+    """
+
+    def __init__(self, config):
+        dtype = getattr(torch, str(config.mem_dtype).removeprefix("torch."))
+        self.layers = [
+            LayerCache(i in config.mem_layers, dtype) for i in range(config.num_hidden_layers)
+        ]
+        self.context = config.local_context
+        self.places = 0  # of the window, in use
+        self.memory = 0  # tokens in memory
+        self.forgotten = 0  # tokens that have left the window
+        self.visible = None  # [B, M + W], where there is padding
+
+    def pieces(self, tokens, last):
+        """How T tokens are cut: (start, stop, whether the window is emptied before).
+
+        All but the last `last` are cut from the left into pieces of a window, then comes one piece
+        with the rest. Read from the start, each is a window of its own; with tokens in the window
+        already, a piece joins them where it fits.
+        """
+        before = tokens - min(tokens, last)
+        bounds = [(i, min(i + self.context, before)) for i in range(0, before, self.context)]
+        bounds.append((before, tokens))
+        joins, places, pieces = self.places > 0, self.places, []
+        for i, (start, stop) in enumerate(bounds):
+            moves = places + stop - start > self.context if joins else i > 0
+            places = stop - start + (0 if moves else places)
+            pieces.append((start, stop, moves))
+        return pieces
+
+    def move(self, expected=0):
+        """Empties the window: into memory in memory layers."""
+        remembers = any(layer.remembers for layer in self.layers)
+        for layer in self.layers:
+            layer.move(self.memory, self.places, expected)
+        if self.visible is not None and not remembers:
+            self.visible = self.visible[:, :0]
+        self.forgotten += self.places
+        self.memory += self.places if remembers else 0
+        self.places = 0
+
+    def see(self, visible, rows, tokens, device):
+        """Notes which of T new tokens are none of padding; None: all."""
+        if visible is None and self.visible is None:
+            return
+        if self.visible is None:
+            before = self.memory + self.places
+            self.visible = torch.ones(rows, before, dtype=torch.bool, device=device)
+        if visible is None:
+            visible = torch.ones(rows, tokens, dtype=torch.bool, device=device)
+        self.visible = torch.cat((self.visible, visible), 1)
+
+    # What `generate` asks of a cache.
+
+    is_compileable = False
+    is_initialized = True
+    is_sliding = [False]
+
+    def __len__(self):
+        return len(self.layers)
+
+    def __repr__(self):
+        return f"FotCache({self.memory} tokens in memory, {self.places} in the window)"
+
+    def get_seq_length(self, layer_idx=0):
+        return self.forgotten + self.places
+
+    def get_max_cache_shape(self, layer_idx=0):
+        return -1
+
+    def get_max_length(self, layer_idx=0):
+        return -1
+
+    def reorder_cache(self, beam_idx):
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_select_indices(self, indices):
+        self._map(lambda x: x[indices])
+
+    def batch_repeat_interleave(self, repeats):
+        self._map(lambda x: x.repeat_interleave(repeats, 0))
+
+    def crop(self, max_length):
+        raise NotImplementedError("what has been read into memory cannot be taken back")
+
+    def _map(self, change):
+        for layer in self.layers:
+            layer.map(change)
+        if self.visible is not None:
+            self.visible = change(self.visible)
+
+
+# --- Attention -----------------------------------------------------------------------------------
+
+
+def attend(q, k, v, visible, scale, topk=None, memory=0):
+    """Softmax attention of T tokens at the end of S keys: [B, H, T, D].
+
+    Args:
+      q: [B, H, T, D].
+      k, v: [B, K, S, D]; the last T are the queries' own.
+      visible: [B, S], False for padding; None: all.
+      topk: memory keys that a query attends to; None: all.
+      memory: how many of the keys, the first ones, are in memory.
+    """
+    if topk is not None and memory > topk:
+        return _best(q, k, v, visible, scale, topk, memory)
+    if q.shape[1:3] == k.shape[1:3] and visible is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, scale=scale)
+    return _all(q, k, v, visible, scale)
+
+
+def _tiles(q, k, visible):
+    """Queries a tile at a time: (q [B, K, G * t, D], keys they see, mask [B or 1, 1, t, keys])."""
+    B, H, T, D = q.shape
+    K, S = k.shape[1:3]
+    G, step = H // K, max(1, TILE // (H // K))
+    for start in range(0, T, step):
+        stop = min(start + step, T)
+        keys = S - T + stop
+        mask = None
+        if stop - start > 1 or visible is not None:
+            at = torch.arange(keys, device=q.device)
+            own = at[S - T + start :, None]  # [t, 1]
+            mask = (at <= own)[None, None]
+            if visible is not None:  # a token of padding sees itself, or it would see nothing
+                mask = mask & visible[:, None, None, :keys] | (at == own)
+        tile = q[:, :, start:stop].reshape(B, K, G * (stop - start), D)
+        if mask is not None and G > 1:
+            mask = mask.repeat(1, 1, G, 1)
+        yield tile, keys, mask
+
+
+def _all(q, k, v, visible, scale):
+    """Attention to all keys."""
+    out = []
+    for tile, keys, mask in _tiles(q, k, visible):
+        attended = F.scaled_dot_product_attention(
+            tile, k[:, :, :keys], v[:, :, :keys], attn_mask=mask, scale=scale
+        )
+        out.append(attended.reshape(*q.shape[:2], -1, q.shape[3]))
+    return torch.cat(out, 2) if len(out) > 1 else out[0]
+
+
+def _best(q, k, v, visible, scale, topk, memory):
+    """Attention to the best keys of memory for each query and head, and to the window."""
+    out = []
+    for tile, keys, mask in _tiles(q, k, visible):
+        scores = torch.matmul(tile.float(), k[:, :, :keys].float().mT) * scale
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        best, where = scores[..., :memory].topk(topk, -1)
+        weights = torch.cat((best, scores[..., memory:]), -1).softmax(-1)
+        rows = torch.arange(v.shape[0], device=v.device)[:, None, None, None]
+        heads = torch.arange(v.shape[1], device=v.device)[:, None, None]
+        values = v[rows, heads, where].float()  # [B, K, queries, topk, D]
+        attended = torch.einsum("bkns,bknsd->bknd", weights[..., :topk], values)
+        attended = attended + weights[..., topk:] @ v[:, :, memory:keys].float()
+        out.append(attended.to(q.dtype).reshape(*q.shape[:2], -1, q.shape[3]))
+    return torch.cat(out, 2)
+
+
+# --- Layers --------------------------------------------------------------------------------------
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm, in float32."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.centred = config.norm == "layernorm"
+        if self.centred:
+            self.bias = nn.Parameter(torch.zeros(config.hidden_size))
+        self.epsilon = config.rms_norm_eps
+
+    def forward(self, x):
+        y = x.float()
+        if self.centred:
+            y = y - y.mean(-1, keepdim=True)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.epsilon) * self.weight
+        return (y + self.bias if self.centred else y).to(x.dtype)
+
+
+class Mlp(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gated = config.mlp == "swiglu"
+        if self.gated:
+            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        if self.gated:
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        c = config
+        self.layer, self.head_dim = layer, c.head_dim
+        self.heads, self.kv_heads = c.num_attention_heads, c.num_key_value_heads
+        self.remembers = layer in c.mem_layers
+        self.rotates = c.mem_positionals or not self.remembers
+        self.topk = c.mem_topk if self.remembers else None
+        self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=False)
+        self.scale = c.head_dim**-0.5
+        self.log_scale = None
+        if c.qk_norm:
+            self.log_scale = nn.Parameter(torch.full((self.heads,), math.log(10.0)))
+            self.scale = 1.0
+
+    def forward(self, x, rope, cache, expected):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2)
+        k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        if self.log_scale is not None:
+            q = _unit(q) * self.log_scale.exp()[:, None, None].to(q.dtype)
+            k = _unit(k)
+        plain = k
+        if self.rotates:
+            q, k = rotate(q, rope), rotate(k, rope)
+        memory = cache.memory if self.remembers else 0
+        layer = cache.layers[self.layer]
+        layer.add(k, v, plain, memory, cache.places, expected)
+        k, v = layer.seen(memory, cache.places + T)
+        visible = None if cache.visible is None else cache.visible[:, -k.shape[2] :]
+        attended = attend(q, k, v, visible, self.scale, self.topk, memory)
+        return self.o_proj(attended.transpose(1, 2).reshape(B, T, -1))
+
+
+class Layer(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = Mlp(config)
+        self.input_layernorm = Norm(config)
+        self.post_attention_layernorm = Norm(config)
+
+    def forward(self, x, rope, cache, expected):
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, expected)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = Norm(config)
+
+    def forward(self, x, rope, cache, expected):
+        """Reads a piece [B, T, hidden] behind what is in the window."""
+        for layer in self.layers:
+            x = layer(x, rope, cache, expected)
+        cache.places += x.shape[1]
+        return self.norm(x)
+
+
+def _unit(x):
+    y = x.float()
+    return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def rope_table(config):
+    """Cosine and sine of the positions of a window: two [W, D / 2] float32, from float64 angles."""
+    D = config.head_dim
+    s = config.rope_parameters
+    frequencies = s["rope_theta"] ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
+    if s["rope_type"] == "llama3":
+        turns = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        keep = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
+        keep = keep.clamp(0, 1)
+        frequencies = frequencies * (keep + (1 - keep) / s["factor"])
+    positions = torch.arange(config.local_context, dtype=torch.float64)
+    angles = torch.outer(positions, frequencies)
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x, rope):
+    """Rotary positions of x [B, H, T, D], in float32."""
+    cos, sin = rope
+    a, b = x.float().chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+# --- Model ---------------------------------------------------------------------------------------
+
+
+class FotForCausalLM(PreTrainedModel, GenerationMixin):
+    """A language model that reads texts of any length."""
+
+    config_class = FotConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = False
+    _no_split_modules = ["Layer"]
+    _supports_sdpa = True
+    _is_stateful = True  # what is read into memory cannot be taken back
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._rope = {}  # by device
+        self.post_init()
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear | nn.Embedding):
+            module.weight.data.normal_(0.0, self.config.initializer_range)
+        elif isinstance(module, Norm):
+            module.weight.data.fill_(1.0)
+            if module.centred:
+                module.bias.data.zero_()
+        elif isinstance(module, Attention) and module.log_scale is not None:
+            module.log_scale.data.fill_(math.log(10.0))
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        self.lm_head = value
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        last_context_length=None,
+        logits_to_keep=0,
+        return_dict=None,
+        **kwargs,
+    ):
+        """Reads T tokens, window by window.
+
+        Args:
+          input_ids: [B, T], of any length; or inputs_embeds [B, T, hidden].
+          attention_mask: [B, T] or [B, all tokens so far]; 0 for padding, which takes a place of
+            its window. Positions are places in the window: position_ids are passed over.
+          past_key_values: a FotCache, which changes.
+          labels: [B, T], -100 where there is none, for the loss.
+          last_context_length: tokens that stay in the window at the end, at most the local
+            window; None: as in the configuration.
+          logits_to_keep: logits of the last so many tokens are wanted; 0: of all.
+        """
+        if self.training:
+            raise ValueError(
+                "this model only reads and writes: call eval(), train with fot_jax, or train it "
+                "without memory as a LlamaForCausalLM"
+            )
+        if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
+            raise ValueError("attentions and hidden states of windows are not kept")
+        x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        B, T, _ = x.shape
+        cache = self._cache(past_key_values)
+        visible = self._visible(attention_mask, cache, T)
+        window = self.config.local_context
+        last = last_context_length or min(window, self.config.last_context_length)
+        if not 1 <= last <= window:
+            raise ValueError(f"last_context_length = {last}: give 1 to {window}, the local window")
+        rope = self._rope_on(x.device)
+        pieces = cache.pieces(T, last)
+        expected = cache.memory + cache.places + T
+        kept = T if isinstance(logits_to_keep, torch.Tensor) else logits_to_keep or T
+        hidden = []
+        for start, stop, moves in pieces:
+            if moves:
+                cache.move(expected)
+            of_piece = None if visible is None else visible[:, start:stop]
+            cache.see(of_piece, B, stop - start, x.device)
+            at = slice(cache.places, cache.places + stop - start)
+            of_window = self.model(x[:, start:stop], [t[at] for t in rope], cache, expected)
+            if stop > T - kept:
+                hidden.append(of_window[:, max(0, T - kept - start) :])
+        hidden = torch.cat(hidden, 1) if len(hidden) > 1 else hidden[0]
+        if isinstance(logits_to_keep, torch.Tensor):
+            hidden = hidden[:, logits_to_keep]
+        logits = self.lm_head(hidden)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config.vocab_size)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        out = CausalLMOutputWithPast(loss, logits, cache if use_cache else None)
+        return out.to_tuple() if return_dict is False else out
+
+    def _cache(self, cache):
+        if isinstance(cache, FotCache):
+            return cache
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(f"past_key_values is a {type(cache).__name__}: give a FotCache")
+        return FotCache(self.config)
+
+    def _visible(self, mask, cache, tokens):
+        """Which of the new tokens are none of padding, [B, T]; None: all."""
+        # A single token is never padding, and asking would wait for the device.
+        if mask is None or tokens == 1 and cache.get_seq_length() > 0:
+            return None
+        if mask.dim() != 2:
+            raise ValueError(f"attention_mask of shape {tuple(mask.shape)}: give [rows, tokens]")
+        visible = mask[:, -tokens:].bool()
+        return None if visible.all() else visible
+
+    def _rope_on(self, device):
+        if device not in self._rope:
+            self._rope[device] = [x.to(device) for x in rope_table(self.config)]
+        return self._rope[device]
+
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs
+    ):
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        tokens = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
+        if seen < tokens:  # else input_ids are the new ones alone
+            input_ids = input_ids[:, seen - tokens :]
+        inputs = {"input_ids": input_ids}
+        if inputs_embeds is not None and seen == 0:
+            inputs = {"inputs_embeds": inputs_embeds}
+        for name in ("use_cache", "logits_to_keep", "last_context_length"):
+            if name in kwargs:
+                inputs[name] = kwargs[name]
+        return inputs | {"past_key_values": past_key_values, "attention_mask": attention_mask}
+
+
+class FotLlamaForCausalLM(FotForCausalLM):
+    """A model that is a LLaMA without its memory."""
+
+    config_class = FotLlamaConfig
