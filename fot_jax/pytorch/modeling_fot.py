@@ -5,8 +5,8 @@ it. Layers without memory see their window alone; memory layers also, in the sam
 and values of all windows before it. Positions start again at 0 in every window; keys in memory have
 none. This file is for reading and writing text; training is done with fot_jax.
 
-Letters: B rows, T new tokens, S keys, M tokens in memory, W tokens in the window, H heads, K key and
-value heads, G = H / K, D head dim.
+Letters: B rows, T new tokens, S keys, M tokens in memory, W tokens in the window, H heads, K key
+and value heads, G = H / K, D head dim.
 """
 
 import math
@@ -34,61 +34,56 @@ class LayerCache:
 
     def __init__(self, remembers, dtype):
         self.remembers, self.dtype = remembers, dtype
-        self.window = None  # keys, values [B, K, W, D]
+        self.window = None, None  # keys, values [B, K, W, D]
         self.plain = None  # keys as memory keeps them
-        self.memory = None  # keys, values [B, K, M, D]
+        self.memory = None, None  # keys, values [B, K, M, D]
 
     def add(self, keys, values, plain, memory, places, expected):
         """Puts keys and values of T tokens behind the `places` in the window."""
         stop = places + keys.shape[2]
-        self.window = [
-            _put(buffer, new, places, stop)
-            for buffer, new in zip(self.window or (None, None), (keys, values))
-        ]
-        if not self.remembers:
-            return
-        self.plain = _put(self.plain, plain, places, stop)
-        if self.dtype == keys.dtype:
-            self.memory = [
-                _put(buffer, new, memory + places, memory + stop, expected)
-                for buffer, new in zip(self.memory or (None, None), (keys, values))
-            ]
+        self.window = _put(self.window, (keys, values), places, stop)
+        if self.remembers:
+            (self.plain,) = _put((self.plain,), (plain,), places, stop)
+            if self.dtype == keys.dtype:
+                at = memory + places, memory + stop
+                self.memory = _put(self.memory, (keys, values), *at, expected)
 
     def seen(self, memory, places):
         """Keys and values of memory and window [B, K, M + W, D]."""
-        window = [x[:, :, :places] for x in self.window]
+        k, v = (x[:, :, :places] for x in self.window)
         if not self.remembers or not memory:
-            return window
-        if self.memory[0].dtype == window[0].dtype:
-            return [x[:, :, : memory + places] for x in self.memory]
-        return [
-            torch.cat((x[:, :, :memory].to(local.dtype), local), 2)
-            for x, local in zip(self.memory, window)
-        ]
+            return k, v
+        if self.dtype == k.dtype:
+            return (x[:, :, : memory + places] for x in self.memory)
+        memory_k, memory_v = (x[:, :, :memory].to(k.dtype) for x in self.memory)
+        return torch.cat((memory_k, k), 2), torch.cat((memory_v, v), 2)
 
     def move(self, memory, places, expected):
         """Appends the window to memory."""
         if self.remembers:
-            news = self.plain[:, :, :places], self.window[1][:, :, :places]
-            self.memory = [
-                _put(buffer, new.to(self.dtype), memory, memory + places, expected)
-                for buffer, new in zip(self.memory or (None, None), news)
-            ]
+            news = (x[:, :, :places].to(self.dtype) for x in (self.plain, self.window[1]))
+            self.memory = _put(self.memory, tuple(news), memory, memory + places, expected)
 
     def map(self, change):
         """Changes every tensor."""
-        if self.window is not None:
-            self.window = [change(x) for x in self.window]
-        if self.memory is not None:
-            self.memory = [change(x) for x in self.memory]
-        if self.plain is not None:
-            self.plain = change(self.plain)
+        self.window = tuple(None if x is None else change(x) for x in self.window)
+        self.memory = tuple(None if x is None else change(x) for x in self.memory)
+        self.plain = None if self.plain is None else change(self.plain)
 
 
-def _put(buffer, new, start, stop, expected=0):
-    """buffer[:, :, start:stop] = new, in a larger buffer where there is no room."""
+def _put(buffers, news, start, stop, expected=0):
+    """Puts tensors at start … stop of axis 2 of buffers, which grow where there is no room."""
+    return tuple(
+        _put_one(buffer, new, start, stop, expected)
+        for buffer, new in zip(buffers, news, strict=True)
+    )
+
+
+def _put_one(buffer, new, start, stop, expected):
     if buffer is None or buffer.shape[2] < stop:
-        room = max(stop, expected, 0 if buffer is None else min(2 * buffer.shape[2], stop + 2**16))
+        room = max(stop, expected)
+        if buffer is not None:
+            room = max(room, min(2 * buffer.shape[2], stop + 2**16))
         larger = new.new_empty(*new.shape[:2], room, new.shape[3])
         if buffer is not None:
             larger[:, :, :start] = buffer[:, :, :start]
