@@ -242,6 +242,8 @@ def content(c: ModelConfig, dtype: str, marks: dict[str, int | None]) -> dict[st
         **marks,
         "torch_dtype": dtype,
     }
+    if values["max_position_embeddings"] != c.local_context or scaling is not None:
+        values["local_context"] = c.local_context
     if not is_llama(c):
         del values["hidden_act"], values["attention_bias"], values["mlp_bias"]
         values |= {"norm": c.norm, "mlp": c.mlp, "qk_norm": c.qk_norm}
@@ -251,7 +253,6 @@ def content(c: ModelConfig, dtype: str, marks: dict[str, int | None]) -> dict[st
                 "AutoConfig": f"configuration_fot.{config_class(c)}",
                 "AutoModelForCausalLM": f"modeling_fot.{model_class(c)}",
             },
-            "local_context": c.local_context,
             "mem_layers": list(c.memory_layers),
             "mem_positionals": c.memory_positions,
             "mem_dtype": dtype,

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from etils import epath
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from fot_jax.data.vocabulary import (
@@ -102,48 +102,33 @@ def _symbols(vocabulary: Symbols) -> tuple[Tokenizer, str | None, str]:
 
 
 def _sentence_piece(vocabulary: SentencePiece) -> tuple[Tokenizer, str | None, str]:
-    """A SentencePiece model of byte pairs, whose merges are not in the file but follow from scores.
-
-    Raises:
-      UserError: the model is of another kind, or changes texts before it cuts them.
-    """
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(vocabulary.model)
     spec, normal = proto.trainer_spec, proto.normalizer_spec
-    if (
-        spec.model_type != spec.BPE
-        or normal.precompiled_charsmap
-        or normal.remove_extra_whitespaces
-    ):
-        raise UserError(
-            "the vocabulary is a SentencePiece model of another kind than LLaMA's, which has no "
-            "tokenizer.json: convert with the tokenizer files beside the weights"
-        )
-    ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-    scores = {p.piece: p.score for p in proto.pieces if p.type in (p.NORMAL, p.USER_DEFINED)}
-    merges = []
-    for piece in scores:
-        halves = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
-        merges += [pair for pair in halves if pair[0] in scores and pair[1] in scores]
-    merges.sort(key=lambda pair: -scores["".join(pair)])
     names = [piece.piece for piece in proto.pieces]
-    tokenizer = Tokenizer(
-        models.BPE(
-            ids,
-            merges,
-            unk_token=names[spec.unk_id],
-            fuse_unk=True,
-            byte_fallback=spec.byte_fallback,
+    if spec.model_type == spec.BPE:
+        model = _byte_pairs(proto, names)
+    elif spec.model_type == spec.UNIGRAM:
+        pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+        model = models.Unigram(pieces, spec.unk_id, spec.byte_fallback)
+    else:
+        raise UserError(
+            "the vocabulary is a SentencePiece model of whole words or characters: have byte pairs "
+            "and unigrams"
         )
-    )
-    spaces: list[Any] = [normalizers.Replace(" ", SPACE)]
-    parts = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer = Tokenizer(model)
+    before: list[Any] = []
+    if normal.precompiled_charsmap:
+        before.append(normalizers.Precompiled(normal.precompiled_charsmap))
+    if normal.remove_extra_whitespaces:
+        before += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    after = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if normal.add_dummy_prefix:
-        spaces.insert(0, normalizers.Prepend(SPACE))
-        parts.append(decoders.Strip(" ", 1, 0))
-    tokenizer.normalizer = normalizers.Sequence(spaces)
-    tokenizer.decoder = decoders.Sequence(parts)
+        before.append(normalizers.Prepend(SPACE))
+        after.append(decoders.Strip(" ", 1, 0))
+    tokenizer.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", SPACE)])
+    tokenizer.decoder = decoders.Sequence(after)
     tokenizer.add_tokens(
         [
             AddedToken(piece.piece, normalized=False)
@@ -153,3 +138,20 @@ def _sentence_piece(vocabulary: SentencePiece) -> tuple[Tokenizer, str | None, s
     )
     bos = None if vocabulary.bos is None else names[vocabulary.bos]
     return tokenizer, bos, names[vocabulary.eos]
+
+
+def _byte_pairs(proto, names: list[str]) -> models.BPE:
+    """The file has no merges, but scores: the best whole of two neighbours comes first."""
+    scores = {p.piece: p.score for p in proto.pieces if p.type in (p.NORMAL, p.USER_DEFINED)}
+    merges = []
+    for piece in scores:
+        halves = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
+        merges += [pair for pair in halves if pair[0] in scores and pair[1] in scores]
+    merges.sort(key=lambda pair: -scores["".join(pair)])
+    return models.BPE(
+        {name: i for i, name in enumerate(names)},
+        merges,
+        unk_token=names[proto.trainer_spec.unk_id],
+        fuse_unk=True,
+        byte_fallback=proto.trainer_spec.byte_fallback,
+    )

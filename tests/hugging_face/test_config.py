@@ -1,0 +1,173 @@
+"""config.json of many releases of transformers, and those that are no LLaMA."""
+
+import dataclasses
+import json
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+from fot_jax.errors import UserError
+from fot_jax.hugging_face import config as configs
+from fot_jax.model.transformer import ModelConfig, RopeScaling
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 16,
+}
+OURS = ModelConfig(61, 32, 3, 8, 8, 4, 48, (), 16)
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+
+
+def read(tmp_path, values, **how):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    return configs.read(tmp_path, **how)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {}),
+        ({"hidden_act": "silu", "attention_bias": False, "pretraining_tp": 1}, {}),
+        ({"num_key_value_heads": 2, "head_dim": 6}, {"num_kv_heads": 2, "head_dim": 6}),
+        ({"head_dim": None, "rope_scaling": None}, {}),
+        (
+            {"rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+            {"norm_epsilon": 1e-5, "tie_embeddings": True},
+        ),
+        ({"rope_theta": 1000000}, {"rope_theta": 1e6}),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}, {"rope_theta": 50.0}),
+        (
+            {"rope_theta": 7.0, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+            {
+                "rope_theta": 7.0,
+                "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 512),
+                "local_context": 512,
+            },
+        ),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 7.0, **LLAMA3}},
+            {
+                "rope_theta": 7.0,
+                "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 512),
+                "local_context": 512,
+            },
+        ),
+        ({"model_type": "mistral", "sliding_window": None}, {}),
+        (
+            {
+                "model_type": "longllama",
+                "architectures": ["LongLlamaForCausalLM"],
+                "mem_layers": [1, 2],
+                "mem_positionals": False,
+                "mem_dtype": "bfloat16",
+                "mem_attention_grouping": None,
+                "last_context_length": 8,
+                "torch_attention": False,
+            },
+            {"memory_layers": (1, 2), "memory_positions": False},
+        ),
+    ],
+)
+def test_what_config_json_says(tmp_path, fields, expected):
+    assert read(tmp_path, LLAMA | fields) == dataclasses.replace(OURS, **expected)
+
+
+def test_memory_layers_and_window_are_the_callers(tmp_path):
+    found = read(tmp_path, LLAMA, memory_layers=(2, 1), local_context=8)
+    assert found == dataclasses.replace(OURS, memory_layers=(1, 2), local_context=8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "qwen2"}, 'model_type = "qwen2" is not supported: have "llama", "mistral"'),
+        ({"model_type": None}, "model_type = null is not supported"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "which is no language model"),
+        ({"attention_bias": True}, "attention_bias = true is not supported: have false"),
+        ({"mlp_bias": True}, "mlp_bias = true is not supported"),
+        ({"hidden_act": "gelu"}, 'hidden_act = "gelu" is not supported: have "silu"'),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+        ({"model_type": "mistral"}, "sliding_window = 4096 is not supported"),
+        ({"model_type": "mistral", "sliding_window": 8}, "sliding_window = 8 is not supported"),
+        ({"hidden_size": None}, "hidden_size is missing: add it"),
+        ({"hidden_size": "many"}, 'hidden_size = "many": give a number above 0'),
+        ({"hidden_size": 33}, "hidden_size = 33 is not a multiple of num_attention_heads = 8"),
+        ({"vocab_size": 0.5}, "vocab_size = 0.5: give a whole number"),
+        ({"vocab_size": True}, "vocab_size = true: give a number above 0"),
+        ({"num_key_value_heads": 3}, "model.num_heads = 8 is not a multiple"),
+        ({"tie_word_embeddings": "no"}, 'tie_word_embeddings = "no": give true or false'),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            'rope_scaling of type "linear" is not',
+        ),
+        ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling.factor is missing"),
+        ({"rope_scaling": 3}, "rope_scaling = 3: give an object"),
+        ({"mem_layers": [7]}, "model.memory_layers has 7, but layers are numbered 0 … 2"),
+        ({"mem_layers": "1,2"}, "mem_layers = 1,2: give a list"),
+        ({"max_position_embeddings": float("nan")}, "max_position_embeddings = NaN: give"),
+    ],
+)
+def test_what_is_no_llama(tmp_path, fields, message):
+    with pytest.raises(UserError) as error:
+        read(tmp_path, LLAMA | fields)
+    assert str(error.value).startswith(f"{tmp_path / 'config.json'}: ")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "3", "[" * 100_000])
+def test_what_is_no_json_object(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="not (JSON|a JSON object)"):
+        configs.read(tmp_path)
+
+
+def test_no_config_json(tmp_path):
+    with pytest.raises(UserError, match="no config.json: give a Hugging Face model directory"):
+        configs.read(tmp_path)
+
+
+@st.composite
+def models(draw):
+    heads = draw(st.sampled_from([1, 2, 6]))
+    layers = draw(st.integers(1, 4))
+    scaling = st.builds(RopeScaling, st.floats(1, 64), st.just(1.0), st.floats(2, 8), st.just(32))
+    return ModelConfig(
+        vocab_size=draw(st.integers(1, 99)),
+        hidden_size=12 * draw(st.integers(1, 4)),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=draw(st.sampled_from([n for n in (1, 2, 3, 6) if heads % n == 0])),
+        head_dim=2 * draw(st.integers(1, 8)),
+        mlp_dim=draw(st.integers(1, 99)),
+        memory_layers=tuple(draw(st.sets(st.integers(0, layers - 1)))),
+        local_context=draw(st.integers(1, 4096)),
+        norm=draw(st.sampled_from(["rmsnorm", "layernorm"])),
+        norm_epsilon=draw(st.sampled_from([1e-6, 1e-5])),
+        mlp=draw(st.sampled_from(["swiglu", "gelu"])),
+        qk_norm=draw(st.booleans()),
+        memory_positions=draw(st.booleans()),
+        tie_embeddings=draw(st.booleans()),
+        rope_theta=draw(st.floats(1, 1e6)),
+        rope_scaling=draw(st.none() | scaling),
+    )
+
+
+@hypothesis.given(c=models())
+@hypothesis.settings(
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], deadline=None
+)
+def test_any_model_comes_back(tmp_path, c):
+    written = configs.content(c, "bfloat16", {"bos_token_id": 1, "eos_token_id": 2})
+    assert read(tmp_path, written) == c

@@ -1,0 +1,421 @@
+"""Our modelling files for transformers, against JAX and against the rules in NumPy float64."""
+
+import copy
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from fot_jax import convert  # noqa: E402
+from fot_jax.generate import LanguageModel  # noqa: E402
+from fot_jax.model.lookup import TopK  # noqa: E402
+from fot_jax.model.transformer import RopeScaling, Transformer  # noqa: E402
+from fot_jax.pytorch.configuration_fot import FotConfig, FotLlamaConfig  # noqa: E402
+from fot_jax.pytorch.modeling_fot import (  # noqa: E402
+    FotCache,
+    FotForCausalLM,
+    FotLlamaForCausalLM,
+)
+from fot_jax.reading import MemoryConfig  # noqa: E402
+from fot_jax.training import checkpoint_items as items  # noqa: E402
+from fot_jax.training import checkpoint_stream as stream  # noqa: E402
+
+sys.path.append(str(Path(__file__).parents[1] / "model"))
+import rules  # noqa: E402
+from test_transformer import LLAMA, PAPER, random_params  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+C = 32  # local context
+V = LLAMA.vocab_size
+MODELS = {
+    "llama": LLAMA,
+    "llama 3": dataclasses.replace(
+        LLAMA, num_kv_heads=1, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16), tie_embeddings=True
+    ),
+    "llama without positions in memory layers": dataclasses.replace(
+        LLAMA, memory_positions=False, num_kv_heads=4
+    ),
+    "paper": PAPER,
+}
+EVERY_MODEL = pytest.mark.parametrize("name", MODELS)
+
+
+@functools.cache
+def config_of(name):
+    return dataclasses.replace(MODELS[name], memory_layers=(0, 2), local_context=C)
+
+
+@functools.cache
+def ours(name):
+    return LanguageModel.of(Transformer(config_of(name)), random_params(config_of(name)))
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """The directory of a model, converted once."""
+
+    @functools.cache
+    def of(name):
+        directory = tmp_path_factory.mktemp("converted")
+        values = items.names(random_params(config_of(name)))
+        arrays = {
+            path: stream.Stream(
+                *(x.shape, x.dtype, path.startswith("layers/")),
+                lambda i, x=x: x if i is None else x[i],
+            )
+            for path, x in values.items()
+        }
+        stream.save(directory / "run", config_of(name), arrays)
+        convert.to_hugging_face(directory / "run", directory / "out")
+        return directory / "out"
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def load(converted):
+    def of(name, **changes):
+        llama = name.startswith("llama") and "without" not in name
+        model = FotLlamaForCausalLM if llama else FotForCausalLM
+        return model.from_pretrained(converted(name), **changes)
+
+    return functools.cache(of)
+
+
+def random_text(rows, length, seed=0):
+    return np.random.default_rng(seed).integers(0, V, (rows, length), np.int32)
+
+
+def logits(model, tokens, mask=None, **how):
+    mask = None if mask is None else torch.tensor(mask.astype(int))
+    return model(torch.tensor(tokens), attention_mask=mask, **how).logits.numpy()
+
+
+# --- The same as JAX -----------------------------------------------------------------------------
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("last", [7, 16, 32])
+@pytest.mark.parametrize("length", [1, C, 2 * C - 5, 2 * C, 7 * C + 3])
+def test_logits_of_any_length(load, name, length, last):
+    text = random_text(2, length, seed=length)
+    got = logits(load(name), text, last_context_length=last)
+    np.testing.assert_allclose(got, ours(name).logits(text, last_context_length=last), atol=1e-4)
+    want = rules.read(config_of(name), random_params(config_of(name)), text[0], [length], last)
+    np.testing.assert_allclose(got[0], want, atol=1e-4)
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("storage", ["bfloat16", "float16"])
+def test_memory_of_another_type(load, name, storage):
+    text = random_text(2, 7 * C)
+    got = logits(load(name, mem_dtype=storage), text)
+    want = ours(name).logits(text, memory=MemoryConfig(storage=storage))
+    exact = ours(name).logits(text)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    assert np.abs(want - exact).max() > 1e-3  # which is not by chance
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("length", [20, 75, 150])
+def test_left_padding(load, name, length):
+    text = random_text(3, length, seed=1)
+    mask = np.arange(length) >= np.array([0, 17, length - 9])[:, None]
+    got = logits(load(name), text, mask, last_context_length=16)
+    want = ours(name).logits(text, mask=mask, last_context_length=16)
+    np.testing.assert_allclose(got[mask], want[mask], atol=1e-4)
+    other = np.where(mask, text, (text + 7) % V)
+    np.testing.assert_array_equal(
+        logits(load(name), other, mask, last_context_length=16)[mask], got[mask]
+    )
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("k", [1, 8, 1000])
+def test_the_best_keys_of_memory(load, name, k):
+    text = random_text(2, 150)
+    mask = np.arange(150) >= np.array([0, 40])[:, None]
+    got = logits(load(name, mem_topk=k), text, mask)
+    memory = MemoryConfig(lookup=TopK(k))
+    want = ours(name).logits(text, mask=mask, memory=memory)
+    np.testing.assert_allclose(got[mask], want[mask], atol=1e-4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.sampled_from(list(MODELS)),
+    st.lists(st.sampled_from([1, 5, 18, 25, 32, 70]), min_size=2, max_size=5),
+    st.sampled_from([7, 16, 32]),
+)
+def test_text_read_in_segments(load, name, feeds, last):
+    text = random_text(2, sum(feeds), seed=sum(feeds))
+    cache, state, got, want = FotCache(load(name).config), None, [], []
+    for start, length in zip(np.cumsum([0, *feeds]), feeds, strict=False):
+        segment = text[:, start : start + length]
+        got.append(logits(load(name), segment, last_context_length=last, past_key_values=cache))
+        if state is None:
+            state = ours(name).read(text[:, :0] if start else segment, last_context_length=last)
+            want.append(ours(name).logits(segment, last_context_length=last))
+        else:
+            want.append(ours(name).logits(segment, last_context_length=last, state=state))
+    np.testing.assert_allclose(np.concatenate(got, 1), np.concatenate(want, 1), atol=1e-4)
+    assert cache.get_seq_length() == sum(feeds)
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("length", [5, 90])
+def test_the_most_likely_continuation(load, name, length, padded):
+    text = random_text(2, length, seed=3)
+    mask = np.arange(length) >= np.array([0, 3 * padded])[:, None]
+    got = load(name).generate(
+        torch.tensor(text),
+        attention_mask=torch.tensor(mask.astype(int)),
+        max_new_tokens=100,
+        do_sample=False,
+        last_context_length=16,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    want = ours(name).generate(text, 100, temperature=0, mask=mask, last_context_length=16)
+    assert got[:, length:].tolist() == want
+
+
+def test_in_bfloat16(load):
+    text = random_text(2, 5 * C)
+    exact = logits(load("llama"), text)
+    model = copy.deepcopy(load("llama")).to(torch.bfloat16)
+    got = model(torch.tensor(text)).logits
+    assert got.dtype == torch.bfloat16
+    ours_ = dataclasses.replace(
+        LanguageModel.of(
+            Transformer(config_of("llama"), dtype="bfloat16"), random_params(config_of("llama"))
+        )
+    ).logits(text)
+    error = np.abs(got.float().numpy() - exact).mean()
+    assert error < 1.5 * np.abs(ours_ - exact).mean() < 0.2
+
+
+# --- What transformers does with it --------------------------------------------------------------
+
+
+def test_a_book_is_read_once_and_asked_many_times(load):
+    model = load("llama")
+    book, questions = random_text(1, 200), random_text(2, 9, seed=5)
+    cache = FotCache(model.config)
+    model(torch.tensor(book), past_key_values=cache, logits_to_keep=1)
+    assert repr(cache) == "FotCache(168 tokens in memory, 32 in the window)"
+    for question in questions:
+        tokens = np.concatenate((book[0], question))[None]
+        how = {"max_new_tokens": 50, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        whole = torch.tensor(tokens)
+        got = model.generate(whole, past_key_values=copy.deepcopy(cache), **how)
+        state = ours("llama").read(book)
+        want = ours("llama").generate(question[None], 50, temperature=0, state=state)
+        assert got[0, tokens.shape[1] :].tolist() == want[0]
+    assert cache.get_seq_length() == 200
+
+
+def test_sampling_streaming_and_beams(load):
+    model, text = load("llama"), torch.tensor(random_text(1, 70))
+    how = {"max_new_tokens": 40, "eos_token_id": None, "pad_token_id": 0}
+
+    def sample(**more):
+        torch.manual_seed(0)
+        return model.generate(text, do_sample=True, top_p=0.9, temperature=0.7, **how, **more)
+
+    class Streamer(transformers.generation.BaseStreamer):
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.tokens.append("end")
+
+    streamer = Streamer()
+    out = sample(streamer=streamer)
+    assert out.shape == (1, 110) and torch.equal(out, sample())
+    assert streamer.tokens == [*out[0].tolist(), "end"]
+    several = sample(num_return_sequences=3)
+    assert several.shape == (3, 110) and len({tuple(row.tolist()) for row in several}) == 3
+    # The best of beams is at least as likely as the greedy continuation.
+    greedy = model.generate(text, do_sample=False, num_beams=1, **how)
+    best = model.generate(text, do_sample=False, num_beams=4, **how)
+
+    def likelihood(tokens):
+        scores = model(tokens).logits[:, 69:-1].log_softmax(-1)
+        return scores.gather(-1, tokens[:, 70:, None]).sum().item()
+
+    assert best.shape == (1, 110) and likelihood(best) >= likelihood(greedy)
+
+
+def test_few_logits_are_kept(load):
+    text = random_text(2, 100)
+    whole = logits(load("llama"), text, last_context_length=5)
+    for kept in (1, 7, 40, 100):
+        got = logits(load("llama"), text, last_context_length=5, logits_to_keep=kept)
+        np.testing.assert_allclose(got, whole[:, -kept:], atol=1e-5)
+    some = torch.tensor([3, 90])
+    got = logits(load("llama"), text, last_context_length=5, logits_to_keep=some)
+    np.testing.assert_allclose(got, whole[:, some.numpy()], atol=1e-5)
+
+
+def test_loss_of_labels(load):
+    text = random_text(2, 100)
+    labels = np.where(np.arange(100) < 10, -100, text)
+    loss = load("llama")(torch.tensor(text), labels=torch.tensor(labels).long()).loss
+    want = ours("llama").score(text, last_context_length=32)
+    # The last token is read here and not there, where it changes no window.
+    nats = ours("llama").logits(text)
+    log_z = np.log(np.exp(nats).sum(-1))
+    of_targets = np.take_along_axis(nats[:, :-1], text[:, 1:, None], -1)[..., 0]
+    np.testing.assert_allclose(loss, (log_z[:, :-1] - of_targets)[:, 9:].mean(), rtol=1e-5)
+    assert want.nats.shape == (2, 99)
+
+
+def test_embeddings_in_the_place_of_tokens(load):
+    text = torch.tensor(random_text(1, 75))
+    embedded = load("llama").get_input_embeddings()(text)
+    got = load("llama")(inputs_embeds=embedded).logits
+    assert torch.equal(got, load("llama")(text).logits)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"last_context_length": 33}, "last_context_length = 33: give 1 to 32"),
+        ({"output_attentions": True}, "attentions and hidden states"),
+        ({"attention_mask": torch.ones(1, 1, 9, 9)}, r"attention_mask of shape \(1, 1, 9, 9\)"),
+    ],
+)
+def test_what_is_refused(load, how, message):
+    with pytest.raises(ValueError, match=message):
+        load("llama")(torch.tensor(random_text(1, 9)), **how)
+
+
+def test_a_cache_of_another_kind_and_training_are_refused(load):
+    model, text = load("llama"), torch.tensor(random_text(1, 9))
+    cache = transformers.DynamicCache()
+    cache.update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), 0)
+    with pytest.raises(ValueError, match="past_key_values is a DynamicCache: give a FotCache"):
+        model(text, past_key_values=cache)
+    with pytest.raises(NotImplementedError, match="cannot be taken back"):
+        FotCache(model.config).crop(3)
+    with pytest.raises(ValueError, match="this model only reads and writes: call eval"):
+        copy.deepcopy(model).train()(text)
+
+
+# --- Directories ---------------------------------------------------------------------------------
+
+FRESH = """
+import sys, torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+directory, other = sys.argv[1:]
+assert not any(name.startswith(("fot_jax", "jax")) for name in sys.modules)
+model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+text = torch.arange(150)[None] % 61
+one = model(text).logits
+model.save_pretrained(other)
+again = AutoModelForCausalLM.from_pretrained(other, trust_remote_code=True)
+assert torch.equal(again(text).logits, one)
+assert again.config.mem_layers == [0, 2] and again.config.local_context == 32
+torch.save(one, other + "/logits.pt")
+print(type(model).__name__, transformers.__version__)
+"""
+
+
+@EVERY_MODEL
+def test_a_directory_is_all_that_is_needed(converted, tmp_path, name):
+    """In a process without our package: loaded, saved, and loaded again."""
+    out = subprocess.run(
+        [sys.executable, "-c", FRESH, converted(name), tmp_path / "again"],
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert out.returncode == 0, out.stderr
+    assert "newly initialized" not in out.stderr and "FutureWarning" not in out.stderr
+    got = torch.load(tmp_path / "again" / "logits.pt", weights_only=True).numpy()
+    want = ours(name).logits(np.arange(150, dtype=np.int32)[None] % 61)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_the_paper_family_is_for_our_code_alone(converted):
+    with pytest.raises(ValueError, match="trust_remote_code|model type `fot`"):
+        transformers.AutoModelForCausalLM.from_pretrained(converted("paper"))
+    values = json.loads((converted("paper") / "config.json").read_text())
+    assert values["architectures"] == ["FotForCausalLM"] and values["model_type"] == "fot"
+
+
+def test_a_pipeline(tmp_path):
+    """Text in, text out, with tokenizer and all; in a process without our package."""
+    from fot_jax.data.vocabulary import Bytes
+
+    directory = tmp_path / "run"
+    config = dataclasses.replace(config_of("llama"), vocab_size=258)
+    values = items.names(random_params(config))
+    arrays = {
+        path: stream.Stream(
+            *(x.shape, x.dtype, path.startswith("layers/")),
+            lambda i, x=x: x if i is None else x[i],
+        )
+        for path, x in values.items()
+    }
+    stream.save(directory, config, arrays)
+    Bytes().save(directory / "vocabulary")
+    convert.to_hugging_face(directory, tmp_path / "out")
+    program = (
+        "import sys, transformers\n"
+        "pipe = transformers.pipeline('text-generation', sys.argv[1], trust_remote_code=True)\n"
+        "out = pipe(['A long text. ' * 9, 'B'], max_new_tokens=60, do_sample=False, batch_size=2)\n"
+        "print([each[0]['generated_text'].encode() for each in out])\n"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "out"],
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert out.returncode == 0, out.stderr
+    assert "b'A long text. A long text." in out.stdout
+
+
+@pytest.mark.parametrize("kind", [FotConfig, FotLlamaConfig])
+def test_configurations_come_back(tmp_path, kind):
+    config = kind(
+        vocab_size=61,
+        hidden_size=32,
+        num_attention_heads=4,
+        mem_layers=[1],
+        mem_positionals=False,
+        mem_dtype="float16",
+        mem_topk=5,
+        last_context_length=9,
+        rope_theta=7.0,
+        local_context=20,
+        tie_word_embeddings=True,
+    )
+    config.save_pretrained(tmp_path)
+    again = kind.from_pretrained(tmp_path)
+    for name in ("mem_layers", "mem_positionals", "mem_dtype", "mem_topk", "last_context_length"):
+        assert getattr(again, name) == getattr(config, name)
+    assert again.rope_parameters == {"rope_theta": 7.0, "rope_type": "default"}
+    assert again.local_context == 20 and again.tie_word_embeddings and again.head_dim == 8
+    with pytest.raises(ValueError, match="rope scaling of type 'yarn' is not supported"):
+        kind(rope_scaling={"rope_type": "yarn", "factor": 2.0})

@@ -1,0 +1,383 @@
+"""`fot convert`: both ways and back, in processes that are killed, and what is refused."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import runs
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+import llamas  # noqa: E402
+
+from fot_jax import convert  # noqa: E402
+from fot_jax.cli import main  # noqa: E402
+from fot_jax.data.vocabulary import SentencePiece, TrainedSentencePiece  # noqa: E402
+from fot_jax.generate import LanguageModel  # noqa: E402
+
+pytestmark = pytest.mark.torch
+
+
+def fot(*argv):
+    return main(["convert", *map(str, argv)])
+
+
+# --- There and back ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("shape", llamas.SHAPES)
+def test_there_and_back(tmp_path, shape, dtype):
+    theirs = llamas.save(
+        tmp_path / "a", dtype=getattr(torch, dtype), shards="20KB", **llamas.SHAPES[shape]
+    )
+    assert fot("from-hf", tmp_path / "a", tmp_path / "b", "--memory_layers", "1,2") == 0
+    assert fot("to-hf", tmp_path / "b", tmp_path / "c") == 0
+    assert llamas.contents(tmp_path / "c") == llamas.contents(tmp_path / "a")
+
+    tokens = llamas.random_tokens(2, 16)
+    wanted = llamas.logits(theirs, tokens)
+    for directory in ("a", "b", "c"):
+        lm = LanguageModel.load(tmp_path / directory)
+        assert lm.config.memory_layers == (() if directory == "a" else (1, 2))
+        found = lm.logits(tokens, last_context_length=16)
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
+    # Without our code: by name, and by what config.json says.
+    for load in (transformers.LlamaForCausalLM, transformers.AutoModelForCausalLM):
+        plain = load.from_pretrained(tmp_path / "c", dtype=torch.float32)
+        assert type(plain) is transformers.LlamaForCausalLM
+        np.testing.assert_allclose(llamas.logits(plain, tokens), wanted, atol=1e-4)
+
+
+def test_mistral(tmp_path):
+    theirs = llamas.save(
+        tmp_path / "a", "mistral", num_key_value_heads=2, sliding_window=None, rope_theta=5e4
+    )
+    assert fot("from-hf", tmp_path / "a", tmp_path / "b") == 0
+    tokens = llamas.random_tokens(2, 16)
+    found = LanguageModel.load(tmp_path / "b").logits(tokens, last_context_length=16)
+    np.testing.assert_allclose(found, llamas.logits(theirs, tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_types_on_the_way(tmp_path, dtype):
+    theirs = llamas.save(tmp_path / "a")
+    wanted = {
+        name: x.to(getattr(torch, dtype)).float().numpy() for name, x in theirs.state_dict().items()
+    }
+    assert fot("from-hf", tmp_path / "a", tmp_path / "b", "--dtype", dtype) == 0
+    assert fot("to-hf", tmp_path / "b", tmp_path / "c") == 0
+    assert fot("from-hf", tmp_path / "a", tmp_path / "d") == 0
+    assert fot("to-hf", tmp_path / "d", tmp_path / "e", "--dtype", dtype) == 0
+    assert llamas.contents(tmp_path / "c") == llamas.contents(tmp_path / "e")
+    for name, x in llamas.load(tmp_path / "c" / "model.safetensors").items():
+        assert x.dtype.name == dtype
+        np.testing.assert_array_equal(x.astype(np.float32), wanted[name])
+    values = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert values["torch_dtype"] == dtype
+    assert llamas.logits(
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path / "c").float(),
+        llamas.random_tokens(1, 3),
+    ).shape == (1, 3, 61)
+
+
+def test_the_other_files_come_along(tmp_path):
+    llamas.save(tmp_path / "a")
+    TrainedSentencePiece(300).train(["def f(x): return x\n" * 99]).save(tmp_path / "vocabulary")
+    (tmp_path / "vocabulary" / "tokenizer.model").rename(tmp_path / "a" / "tokenizer.model")
+    (tmp_path / "a" / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    generation = '{"eos_token_id": [7, 9], "temperature": 0.5}'
+    (tmp_path / "a" / "generation_config.json").write_text(generation)
+    llamas.edit(tmp_path / "a", eos_token_id=7, bos_token_id=3)
+    fot("from-hf", tmp_path / "a", tmp_path / "b", "--memory_layers", "1")
+    vocabulary = LanguageModel.load(tmp_path / "b").vocabulary
+    assert vocabulary == SentencePiece(tmp_path / "a" / "tokenizer.model")
+    fot("to-hf", tmp_path / "b", tmp_path / "c")
+    for name in ("tokenizer.model", "tokenizer_config.json", "generation_config.json"):
+        same = (tmp_path / "c" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+        assert same, name
+    values = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert (values["bos_token_id"], values["eos_token_id"]) == (3, 7)
+
+
+def test_a_trained_checkpoint(here, one_device):
+    """From an experiment to a directory that transformers reads, tokenizer and all."""
+    assert runs.train("experiment.gin", "run", "train.steps = 2") == 0
+    assert fot("to-hf", "run", "out") == 0
+    assert fot("check", "run", "out") == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained("out")
+    lm = LanguageModel.load("run")
+    symbols = lm.vocabulary.names[3:9]
+    assert tokenizer(" ".join(symbols), add_special_tokens=False).input_ids == [*range(3, 9)]
+    values = json.loads((here / "out" / "generation_config.json").read_text())
+    assert values["eos_token_id"] == lm.vocabulary.eos == tokenizer.eos_token_id
+    tokens = llamas.random_tokens(1, 9, 64)
+    plain = transformers.AutoModelForCausalLM.from_pretrained("out")
+    np.testing.assert_allclose(llamas.logits(plain, tokens), lm.logits(tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["hugging face", "workdir"])
+def test_training_starts_from_either(here, one_device, kind):
+    llamas.save(
+        here / "a",
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    fot("from-hf", "a", "b", "--memory_layers", "1")
+    start = "a" if kind == "hugging face" else "b"
+    bindings = "train.learning_rate = @constant_rate()", "constant_rate.value = 0.0"
+    binding = f'train.initialize_from = "{start}"'
+    assert runs.train("experiment.gin", "run", binding, "train.steps = 1", *bindings) == 0
+    runs.assert_same_parameters("run", "b")
+
+
+def test_training_from_another_shape(here, one_device, capsys):
+    llamas.save(here / "a", vocab_size=64)
+    line = runs.refused(
+        capsys, *runs.arguments("experiment.gin", "run", 'train.initialize_from = "a"')
+    )
+    assert line.startswith("a: parameter embedding is (64, 32) in the checkpoint and (64, 16) in")
+
+
+# --- LongLLaMA -----------------------------------------------------------------------------------
+
+
+def test_a_directory_of_longllama(tmp_path):
+    """As its authors' code wrote them: read, with its memory, and made new."""
+    llamas.save(tmp_path / "old")
+    llamas.edit(
+        tmp_path / "old",
+        model_type="longllama",
+        architectures=["LongLlamaForCausalLM"],
+        auto_map={"AutoModelForCausalLM": "modeling_longllama.LongLlamaForCausalLM"},
+        rope_parameters=None,
+        mem_layers=[1],
+        mem_positionals=True,
+        mem_dtype="bfloat16",
+        mem_attention_grouping=None,
+        last_context_length=8,
+        torch_attention=False,
+    )
+    lm = LanguageModel.load(tmp_path / "old")
+    assert lm.config.memory_layers == (1,)
+    assert fot("to-hf", tmp_path / "old", tmp_path / "new") == 0
+    assert fot("check", tmp_path / "old", tmp_path / "new") == 0
+    values = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert values["model_type"] == "llama" and values["mem_layers"] == [1]
+
+
+# --- Check ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    llamas.save(tmp_path / "a", num_key_value_heads=2)
+    fot("from-hf", "a", "b", "--memory_layers", "1")
+    return tmp_path
+
+
+def test_checking_the_same(two, capsys):
+    fot("to-hf", "b", "c")
+    assert fot("check", "b", "c") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "30 tensors compared, 30 the same"
+    assert lines[1].startswith(
+        "logits of 200 tokens in windows of 16, with memory: largest difference 0 (values up to"
+    )
+    assert fot("check", "a", "b") == 0  # the same tensors, read otherwise
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["memory_layers: () in a, (1,) in b", "30 tensors compared, 30 the same"]
+    assert float(re.search("difference ([^ ]+)", lines[2])[1]) > 0.1
+
+
+def test_checking_what_differs(two, capsys):
+    fot("to-hf", "b", "c")
+    path = two / "c" / "model.safetensors"
+    content = llamas.load(path)
+    content["model.layers.2.mlp.down_proj.weight"][5, 7] += 0.25
+    content["model.norm.weight"][3] += 0.125
+    from safetensors.numpy import save_file
+
+    save_file(content, path)
+    assert fot("check", "b", "c") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "30 tensors compared, 28 the same"
+    assert lines[1].startswith("largest difference: 0.25 (values up to ")
+    assert lines[1].endswith("in model.layers.2.mlp.down_proj.weight at [5, 7]")
+    content["model.norm.weight"][3] = np.nan
+    save_file(content, path)
+    assert fot("check", "b", "c") == 1
+    assert "difference: inf" in capsys.readouterr().out
+
+
+def test_checking_models_of_different_shapes(two, capsys):
+    llamas.save(two / "d", num_key_value_heads=2, num_hidden_layers=2, intermediate_size=40)
+    assert fot("check", "a", "d") == 1
+    out = capsys.readouterr().out
+    assert "num_layers: 3 in a, 2 in d" in out and "mlp_dim: 48 in a, 40 in d" in out
+    assert "model.layers.0.mlp.up_proj.weight: [48, 32] and [40, 32]" in out
+    assert "model.layers.2.self_attn.q_proj.weight: [32, 32] and missing" in out
+
+
+# --- Memory, signals -----------------------------------------------------------------------------
+
+LARGE = {
+    "vocab_size": 512,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 16,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """270M parameters, 540 MB; the same as a workdir."""
+    directory = tmp_path_factory.mktemp("large")
+    with torch.device("cpu"):
+        config = transformers.LlamaConfig(**LARGE, num_attention_heads=8)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model = transformers.LlamaForCausalLM(config)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    model.save_pretrained(directory / "a", max_shard_size="200MB")
+    del model
+    assert fot("from-hf", directory / "a", directory / "b") == 0
+    yield directory
+    shutil.rmtree(directory)
+
+
+PEAK = """
+import resource, sys
+from fot_jax import convert
+from fot_jax.training import checkpoint_stream
+import fot_jax.cli, jax
+jax.devices()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+fot_jax.cli.main(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", ["from-hf", "to-hf"])
+def test_converting_holds_no_more_than_a_few_matrices(large, tmp_path, direction):
+    source = large / ("a" if direction == "from-hf" else "b")
+    argv = [sys.executable, "-c", PEAK, "convert", direction, source, tmp_path / "out"]
+    out = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+    matrix = 2 * 1024 * 4096
+    assert int(out.split()[-1]) * 1024 < 25 * matrix  # of 540 MB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("direction", ["from-hf", "to-hf"])
+def test_a_conversion_that_is_stopped(large, tmp_path, direction, sign):
+    source, out = large / ("a" if direction == "from-hf" else "b"), tmp_path / "out"
+    process = runs.start(["convert", direction, source, out], tmp_path / "cache")
+    deadline = time.monotonic() + 120
+    while not any(
+        path.stat().st_size > 2**20 for path in tmp_path.glob("out.half*/**/*") if path.is_file()
+    ):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(sign)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == (-9 if sign == signal.SIGKILL else 128 + sign), said
+    assert "Traceback" not in said
+    assert not out.exists()
+    if sign == signal.SIGKILL:  # nobody can clean up, but nothing there is read for a whole one
+        (half,) = tmp_path.glob("out.half*")
+        with pytest.raises(convert.UserError):
+            LanguageModel.load(half)
+    else:
+        assert not list(tmp_path.glob("out*"))
+    assert fot(direction, source, out) == 0
+    if direction == "to-hf":
+        assert llamas.contents(out) == llamas.contents(large / "a")
+
+
+# --- What is refused -----------------------------------------------------------------------------
+
+
+def refused(capsys, *argv):
+    return runs.refused_untouched(capsys, "convert", *argv)
+
+
+def test_what_is_refused(two, capsys):
+    assert refused(capsys, "from-hf", "none", "out") == (
+        "none: no config.json: give a Hugging Face model directory"
+    )
+    assert refused(capsys, "from-hf", "b", "out").startswith("b: no config.json")
+    assert refused(capsys, "to-hf", "none", "out").startswith("none: no checkpoint here")
+    assert refused(capsys, "from-hf", "a", "b") == (
+        "b: exists and is not empty: give a new directory"
+    )
+    assert refused(capsys, "to-hf", "b", "a") == "a: exists and is not empty: give a new directory"
+    (two / "file").write_text("")
+    assert refused(capsys, "to-hf", "b", "file").startswith("file: exists and is not empty")
+    assert "dtype = 'int8': choose one of float32, float16, bfloat16" in refused(
+        capsys, "from-hf", "a", "out", "--dtype", "int8"
+    )
+    assert "model.memory_layers has 3, but layers are numbered 0 … 2" in refused(
+        capsys, "from-hf", "a", "out", "--memory_layers", "1,3"
+    )
+    assert "model.local_context = 0" in refused(
+        capsys, "from-hf", "a", "out", "--local_context", "0"
+    )
+    assert "out: cannot be written" in refused(capsys, "from-hf", "a", "file/out")
+    llamas.edit(two / "a", model_type="gpt2")
+    assert 'model_type = "gpt2" is not supported: have "llama", "mistral"' in refused(
+        capsys, "from-hf", "a", "out"
+    )
+    assert 'model_type = "gpt2"' in refused(capsys, "check", "a", "b")
+
+
+def test_an_empty_directory_will_do(two):
+    (two / "out").mkdir()
+    assert fot("to-hf", "b", "out") == 0
+    assert (two / "out" / "config.json").exists()
+
+
+def test_values_beyond_float16(two, capsys):
+    path = two / "a" / "model.safetensors"
+    content = llamas.load(path)
+    content["model.layers.1.mlp.up_proj.weight"][3, 4] = -1e6
+    from safetensors.numpy import save_file
+
+    save_file(content, path)
+    assert refused(capsys, "from-hf", "a", "out", "--dtype", "float16") == (
+        "layers/mlp/up of layer 1 has values up to 1e+06, beyond float16: choose bfloat16"
+    )
+    assert fot("from-hf", "a", "out", "--dtype", "bfloat16") == 0
+
+
+def test_a_damaged_checkpoint(two, capsys):
+    data = two / "b" / "checkpoints" / "0" / "params" / "ocdbt.process_0" / "d"
+    for file in data.iterdir():
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    assert "is damaged: restore the checkpoint from a copy" in refused(capsys, "to-hf", "b", "out")
+
+
+def test_a_damaged_tokenizer(two, capsys):
+    (two / "a" / "tokenizer.model").write_text("none")
+    assert "not a SentencePiece model" in refused(capsys, "from-hf", "a", "out")
+
+
+def test_generating_without_a_tokenizer(two, capsys):
+    line = runs.refused(capsys, "generate", "--checkpoint", "b", "--prompt", "x")
+    assert line.startswith("b: has no tokenizer: put tokenizer.json or tokenizer.model into")

@@ -1,0 +1,143 @@
+"""Checkpoints written and read slice by slice, against those of checkpoint.py."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from fot_jax.errors import UserError
+from fot_jax.model.transformer import ModelConfig
+from fot_jax.training import checkpoint
+from fot_jax.training import checkpoint_items as items
+from fot_jax.training import checkpoint_stream as stream
+from fot_jax.training.checkpoint import Checkpointer
+
+CONFIG = ModelConfig(61, 32, 3, 4, 2, 8, 48, (1,), 16)
+
+
+def parameters(dtype=np.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "embedding": (61, 32),
+        "final_norm/scale": (32,),
+        "layers/attention/query": (3, 32, 32),
+        "layers/mlp_norm/scale": (3, 32),
+        "layers/mlp/up": (3, 32, 48),
+    }
+    return {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+
+
+def streams(values, seen=lambda name, index: None):
+    def of(name, x):
+        def read(index):
+            seen(name, index)
+            return x if index is None else x[index]
+
+        return stream.Stream(x.shape, x.dtype, name.startswith("layers/"), read)
+
+    return {name: of(name, x) for name, x in values.items()}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_what_is_streamed_is_read_like_any_checkpoint(tmp_path, dtype):
+    values, seen = parameters(dtype), []
+    stream.save(tmp_path / "run", CONFIG, streams(values, lambda *of: seen.append(of)))
+    assert len(seen) == len(set(seen)) == 2 + 3 * 3  # each slice once
+    config, params = checkpoint.load_model(tmp_path / "run")
+    assert config == CONFIG
+    for name, x in items.names(params).items():
+        assert x.dtype == dtype
+        np.testing.assert_array_equal(np.asarray(x), values[name])
+    assert sorted(items.names(params)) == sorted(values)
+
+
+def saved(directory, values):
+    """The same, saved by a run, with an optimizer's state."""
+    params = items.tree_of({name: jnp.asarray(x) for name, x in values.items()})
+    store = Checkpointer(directory / "checkpoints")
+    meta = {"model": dataclasses.asdict(CONFIG)}
+    store.save(4, params, {"mu": params}, {}, meta)
+    store.close()
+
+
+@pytest.mark.parametrize("how", ["streamed", "saved"])
+def test_slices_are_read_back(tmp_path, how):
+    values = parameters()
+    if how == "streamed":
+        stream.save(tmp_path, CONFIG, streams(values))
+    else:
+        saved(tmp_path, values)
+    content = stream.Reader(tmp_path)
+    assert content.config == CONFIG and content.directory == tmp_path
+    assert content.arrays == {name: (x.shape, x.dtype) for name, x in values.items()}
+    for name in ("layers/mlp/up", "embedding", "layers/attention/query", "final_norm/scale"):
+        if not name.startswith("layers/"):
+            np.testing.assert_array_equal(content.read(name), values[name])
+        for layer in (2, 0, 1) if name.startswith("layers/") else ():
+            np.testing.assert_array_equal(content.read(name, layer), values[name][layer])
+
+
+@pytest.mark.parametrize("how", ["streamed", "saved"])
+def test_damage_is_noticed(tmp_path, how):
+    """Whichever byte of the parameters is changed or lost, a read of everything fails."""
+    values = parameters()
+    if how == "streamed":
+        stream.save(tmp_path, CONFIG, streams(values))
+    else:
+        saved(tmp_path, values)
+    folder = tmp_path / "checkpoints" / ("0" if how == "streamed" else "4")
+    files = [path for path in sorted((folder / "params").rglob("*")) if path.is_file()]
+    rng = np.random.default_rng(0)
+    noticed = 0
+
+    def read_all():
+        content = stream.Reader(tmp_path)
+        for name, (shape, _) in content.arrays.items():
+            for layer in range(shape[0]) if name.startswith("layers/") else (None,):
+                np.testing.assert_array_equal(
+                    content.read(name, layer),
+                    values[name] if layer is None else values[name][layer],
+                )
+
+    read_all()
+    for file in [*files, folder / "meta" / "metadata"]:
+        whole = file.read_bytes()
+        at = int(rng.integers(len(whole)))
+        for damaged in (whole[:at], whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :]):
+            file.write_bytes(damaged)
+            try:
+                read_all()  # of no use to this reader, that byte, or
+            except UserError as error:
+                assert "is damaged: restore the checkpoint from a copy" in str(error)  # noqa: PT017
+                noticed += 1
+        file.write_bytes(whole)
+    assert noticed > len(files) / 2
+    read_all()
+
+
+@given(
+    arrays.arrays(
+        st.sampled_from([np.float32, np.float16, np.int8, np.uint32]),
+        arrays.array_shapes(min_dims=2, max_dims=3, max_side=9),
+    )
+)
+@settings(deadline=None, max_examples=50)
+def test_checksums_of_slices_add_up(x):
+    parts = [items.checksum_of_slice(part, i * part.size) for i, part in enumerate(x)]
+    assert sum(parts) % 2**32 == items.checksums([jax.device_put(x)])[0]
+
+
+def test_checksum_of_a_large_slice():
+    x = np.random.default_rng(0).normal(size=(3, 1_500_000)).astype(np.float32)
+    assert items.checksum_of_slice(x, 0) == items.checksums([jax.device_put(x)])[0]
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint here"):
+        stream.Reader(tmp_path)
