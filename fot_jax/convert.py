@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from fot_jax.data.vocabulary import load_vocabulary
+from fot_jax.data.vocabulary import Symbols, load_vocabulary
 from fot_jax.errors import UserError
 from fot_jax.generate import LanguageModel
 from fot_jax.hugging_face import config as configs
@@ -158,7 +158,7 @@ def _others(content: Reader, output: epath.Path) -> dict[str, Any]:
         tokenizers.write(vocabulary, output)
         marks = {"bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos}
     if not (output / "generation_config.json").exists():
-        generation = {"_from_model_config": True, **marks}
+        generation = {"_from_model_config": True, **marks, "pad_token_id": marks.get("eos_token_id")}
         (output / "generation_config.json").write_text(_json(generation))
     return marks
 
@@ -296,7 +296,7 @@ def _check_logits(a: epath.PathLike, b: epath.PathLike, c: ModelConfig) -> None:
 
     vocabulary = loading.vocabulary_of(a)
     tokens = np.arange(_PROBE) * 7919 % c.vocab_size
-    if vocabulary is not None:
+    if vocabulary is not None and not isinstance(vocabulary, Symbols):  # which are no text's
         text = Path(__file__).read_text()[: 20 * _PROBE]
         tokens = np.resize(vocabulary.encode(text), _PROBE) % c.vocab_size
     tokens = tokens[None]

@@ -58,10 +58,11 @@ def make(kind="llama", seed=0, **config):
 
 
 def save(directory, kind="llama", dtype=torch.float32, shards="5GB", **config):
-    """The same, saved. Returns it as it was saved, in float32."""
+    """The same, saved. Returns what was saved, in float32."""
     model = make(kind, **config).to(dtype)
     model.save_pretrained(directory, max_shard_size=shards)
-    return model.float()
+    # (Read again: types of rotary angles were changed, too.)
+    return type(model).from_pretrained(directory, dtype=torch.float32).eval()
 
 
 def logits(model, tokens):

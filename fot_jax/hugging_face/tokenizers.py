@@ -57,6 +57,7 @@ def write(vocabulary: Vocabulary, directory: epath.Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
         "eos_token": eos,
+        "pad_token": eos,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
     }
@@ -124,7 +125,7 @@ def _sentence_piece(vocabulary: SentencePiece) -> tuple[Tokenizer, str | None, s
     if normal.remove_extra_whitespaces:
         before += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     after = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if normal.add_dummy_prefix:
+    if normal.add_dummy_prefix:  # also after a piece of the user's own, where it should not be
         before.append(normalizers.Prepend(SPACE))
         after.append(decoders.Strip(" ", 1, 0))
     tokenizer.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", SPACE)])

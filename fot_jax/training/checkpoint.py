@@ -212,7 +212,7 @@ def check_same(folder: epath.Path, kind: str, recorded: Mapping[str, Any], wante
 
 
 @functools.cache
-def _one_error_alone() -> None:
+def one_error_alone() -> None:
     """From now on, what Orbax raises is not printed as well, once by each of its threads.
 
     Of many arrays the first that fails is raised. The others go on failing for a while, in threads
@@ -248,7 +248,7 @@ def _read_arrays(folder: epath.Path, recorded: Mapping[str, Any], wanted: Any) -
 
     target = jax.tree.unflatten(structure, map(as_recorded, names, leaves))
     handler = ocp.StandardCheckpointHandler()
-    _one_error_alone()
+    one_error_alone()
     arrays = _attempt(
         folder.name,
         lambda: handler.restore(absolute(folder), args=ocp.args.StandardRestore(target)),
@@ -298,7 +298,7 @@ class Checkpointer:
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
-        _one_error_alone()
+        one_error_alone()
         keep_last, keep_every = self._keep
         keep = [checkpoint_managers.LatestN(keep_last)]
         if keep_every is not None:

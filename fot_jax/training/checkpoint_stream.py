@@ -81,6 +81,7 @@ def save(workdir: epath.Path, c: ModelConfig, arrays: Mapping[str, Stream]) -> N
     """
     folder = absolute(workdir) / "checkpoints" / "0"
     folder.mkdir(parents=True)
+    checkpoint.one_error_alone()
     registry = ocp.type_handlers.create_type_handler_registry(
         (Stream, _StreamHandler()),
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # or Orbax warns

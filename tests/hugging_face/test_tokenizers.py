@@ -53,7 +53,7 @@ KINDS = {
     "llama": trained,
     "unigram": lambda directory: trained(directory, model_type="unigram"),
     "words of its own": lambda directory: trained(
-        directory, user_defined_symbols=["<|call|>", "return"]
+        directory, user_defined_symbols=["<|call|>", "return"], add_dummy_prefix=False
     ),
     "bytes": lambda directory: Bytes(),
     "symbols": lambda directory: Symbols(("<s>", "a", "b", "</s>", "é")),

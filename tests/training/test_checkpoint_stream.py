@@ -98,12 +98,13 @@ def test_damage_is_noticed(tmp_path, how):
 
     def read_all():
         content = stream.Reader(tmp_path)
-        for name, (shape, _) in content.arrays.items():
-            for layer in range(shape[0]) if name.startswith("layers/") else (None,):
-                np.testing.assert_array_equal(
-                    content.read(name, layer),
-                    values[name] if layer is None else values[name][layer],
-                )
+        found = {
+            (name, layer): content.read(name, layer)
+            for name, (shape, _) in content.arrays.items()
+            for layer in (range(shape[0]) if name.startswith("layers/") else (None,))
+        }
+        for (name, layer), x in found.items():
+            np.testing.assert_array_equal(x, values[name] if layer is None else values[name][layer])
 
     read_all()
     for file in [*files, folder / "meta" / "metadata"]:
