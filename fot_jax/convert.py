@@ -175,7 +175,7 @@ def _read(
     dtype = dtype_of(path)
     if dtype == np.float16 and x.dtype != dtype:
         largest = float(np.abs(x.astype(np.float32)).max())
-        if np.isfinite(largest) and largest > np.finfo(np.float16).max:
+        if np.isfinite(largest) and largest > float(np.finfo(np.float16).max):
             where = path if layer is None else f"{path} of layer {layer}"
             raise UserError(
                 f"{where} has values up to {largest:.3g}, beyond float16: choose bfloat16"

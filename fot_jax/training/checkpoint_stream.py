@@ -62,15 +62,20 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
         self._one_at_a_time = asyncio.Lock()
+        self._failed = False
 
     async def _open_and_write(self, value: Stream, tspec: dict[str, Any], ts_context: ts.Context):
         async with self._one_at_a_time:
+            if self._failed:  # nobody waits for the others any more
+                return
+            self._failed = True
             array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
             for index in range(value.shape[0]) if value.sliced else (None,):
                 x = value.read(index)
                 first = 0 if index is None else index * x.size
                 value.checksum = (value.checksum + items.checksum_of_slice(x, first)) % 2**32
                 await (array if index is None else array[index]).write(x)
+            self._failed = False
 
 
 def save(workdir: epath.Path, c: ModelConfig, arrays: Mapping[str, Stream]) -> None:
