@@ -68,7 +68,7 @@ def memory(
         results[title] = measure()
         if not as_json:
             print(f"\n{title}")
-            _print_table(results[title])
+            print_table(results[title])
     if as_json:
         device = jax.devices()[0].device_kind
         print(json.dumps({"bench": "memory", "device": device, **results}))
@@ -87,14 +87,14 @@ def _read_and_write(lengths: Sequence[int]) -> list[dict[str, Any]]:
     for length in lengths:
         text = np.random.default_rng(0).integers(0, MODEL.vocab_size, (1, length))
         rate = matmul_rate()
-        seconds = _best(lambda text=text: _arrays(lm.read(text, last_context_length=context)))
+        seconds = best_of(lambda text=text: _arrays(lm.read(text, last_context_length=context)))
         floor = reading_flops(MODEL, length) / (rate + matmul_rate()) * 2
         row = {
             "tokens": length,
             "read_s": seconds,
             "floor_s": floor,
             "times_floor": seconds / floor,
-            "llama_read_s": None if peer is None else _best(lambda text=text: peer.read(text), 1),
+            "llama_read_s": None if peer is None else best_of(lambda text=text: peer.read(text), 1),
         }
         if length < max(lengths):
             bandwidth = copy_bandwidth()
@@ -146,7 +146,7 @@ def _attend(size: int, queries: int, heads: int = 8, dim: int = 64) -> dict[str,
     attend = jax.jit(functools.partial(lookup.attend, lookup.Dense()))
     visible = jnp.asarray([size // heads])
     bandwidth, rate = copy_bandwidth(), matmul_rate()
-    seconds = _best(lambda: jax.block_until_ready(attend(q, layer, visible)))
+    seconds = best_of(lambda: jax.block_until_ready(attend(q, layer, visible)))
     compute = 4 * size * queries * dim / rate
     copy = 2 * size * dim * 4 / bandwidth
     return {
@@ -174,7 +174,7 @@ def _search(
     def run(how):
         found[how] = jax.block_until_ready(how(q, keys, visible))
 
-    seconds = _best(lambda: run(exact))
+    seconds = best_of(lambda: run(exact))
     rate = (rate + matmul_rate()) / 2
     row = {
         "heads": heads,
@@ -185,7 +185,7 @@ def _search(
         "times_matmul": seconds / (2 * size * heads * queries * dim / rate),
     }
     if storage == "float32":
-        row["approximate_s"] = _best(lambda: run(approximate))
+        row["approximate_s"] = best_of(lambda: run(approximate))
         pairs = zip(
             *(np.asarray(found[how][1]).reshape(-1, k) for how in (exact, approximate)), strict=True
         )
@@ -212,15 +212,16 @@ def copy_bandwidth() -> float:
     """Bytes per second, read and written, of copying 256 MB."""
     if jax.default_backend() != "cpu":
         on_device = jnp.ones(2**26)
-        return 2 * on_device.nbytes / _best(lambda: jnp.copy(on_device).block_until_ready(), 5)
+        return 2 * on_device.nbytes / best_of(lambda: jnp.copy(on_device).block_until_ready(), 5)
     a = np.ones(2**26, np.float32)  # NumPy does it with all of the bandwidth, XLA does not
     b = np.empty_like(a)
-    return 2 * a.nbytes / _best(lambda: np.copyto(b, a), 5)
+    return 2 * a.nbytes / best_of(lambda: np.copyto(b, a), 5)
 
 
-def _best(run: Callable[[], Any], times: int = 3) -> float:
-    """Seconds of the fastest of so many runs, after one to warm up."""
-    run()
+def best_of(run: Callable[[], Any], times: int = 3, warm: bool = True) -> float:
+    """Seconds of the fastest of so many runs, after one to warm up where it is wanted."""
+    if warm:
+        run()
     seconds = []
     for _ in range(times):
         start = time.perf_counter()
@@ -237,7 +238,7 @@ def _faiss_seconds(keys: np.ndarray, q: np.ndarray, k: int) -> float | None:
     faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
     index = faiss.IndexFlatIP(keys.shape[1])
     index.add(keys)
-    return _best(lambda: index.search(q, k))
+    return best_of(lambda: index.search(q, k))
 
 
 def _transformers_llama() -> _Llama | None:
@@ -285,7 +286,8 @@ class _Llama:
         return (time.perf_counter() - start) / count
 
 
-def _print_table(rows: list[dict[str, Any]]) -> None:
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Prints a line for each row, under the names of all columns."""
     names = list(dict.fromkeys(name for row in rows for name in row))
 
     def shown(value):

@@ -170,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     cache.set_defaults(run=_cache)
 
     bench = verbs.add_parser("bench", help="measure speed as a ratio to the machine's own rates")
-    bench.add_argument("name", choices=["train", "memory"], help="what to measure")
+    bench.add_argument("name", choices=["train", "memory", "pytorch"], help="what to measure")
     bench.add_argument("--json", action="store_true", help="print one JSON object")
     bench.set_defaults(run=_bench)
     return parser
@@ -304,10 +304,14 @@ def _bench(args) -> int:
         from fot_jax import bench
 
         bench.train(as_json=args.json)
-    else:
+    elif args.name == "memory":
         from fot_jax import bench_memory
 
         bench_memory.memory(as_json=args.json)
+    else:
+        from fot_jax import bench_pytorch
+
+        bench_pytorch.pytorch(as_json=args.json)
     return 0
 
 

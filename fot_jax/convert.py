@@ -158,7 +158,11 @@ def _others(content: Reader, output: epath.Path) -> dict[str, Any]:
         tokenizers.write(vocabulary, output)
         marks = {"bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos}
     if not (output / "generation_config.json").exists():
-        generation = {"_from_model_config": True, **marks, "pad_token_id": marks.get("eos_token_id")}
+        generation = {
+            "_from_model_config": True,
+            **marks,
+            "pad_token_id": marks.get("eos_token_id"),
+        }
         (output / "generation_config.json").write_text(_json(generation))
     return marks
 

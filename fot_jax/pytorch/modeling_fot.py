@@ -411,14 +411,15 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module):
+        # (By these functions, which transformers 5.0 keeps away from weights that were loaded.)
         if isinstance(module, nn.Linear | nn.Embedding):
-            module.weight.data.normal_(0.0, self.config.initializer_range)
+            nn.init.normal_(module.weight, 0.0, self.config.initializer_range)
         elif isinstance(module, Norm):
-            module.weight.data.fill_(1.0)
+            nn.init.ones_(module.weight)
             if module.centred:
-                module.bias.data.zero_()
+                nn.init.zeros_(module.bias)
         elif isinstance(module, Attention) and module.log_scale is not None:
-            module.log_scale.data.fill_(math.log(10.0))
+            nn.init.constant_(module.log_scale, math.log(10.0))
 
     def get_input_embeddings(self):
         return self.model.embed_tokens

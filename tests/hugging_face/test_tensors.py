@@ -202,7 +202,10 @@ def test_no_weights(copy):
     ("fields", "message"),
     [
         ({"num_hidden_layers": 4}, "has no tensor model.layers.3.input_layernorm.weight"),
-        ({"num_hidden_layers": 2}, "self_attn.q_proj.weight is no tensor of a LLaMA: the model is of another"),
+        (
+            {"num_hidden_layers": 2},
+            "self_attn.q_proj.weight is no tensor of a LLaMA: the model is of another",
+        ),
         (
             {"intermediate_size": 50},
             "model.layers.0.mlp.gate_proj.weight is [48, 32], but [50, 32] by config.json: mend",
