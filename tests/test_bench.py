@@ -1,11 +1,13 @@
-"""`fot bench memory`: that it runs, and that its ratios are those of what it says."""
+"""`fot bench`: that it runs, and that its ratios are those of what it says."""
 
 import dataclasses
+import importlib.util
 import json
 
 import pytest
 
-from fot_jax import bench_memory
+from fot_jax import bench_memory, bench_pytorch
+from fot_jax.errors import UserError
 
 
 @pytest.mark.slow
@@ -43,3 +45,24 @@ def test_memory(monkeypatch, capsys):
     bench_memory.memory(**small)
     titles = [line for line in capsys.readouterr().out.splitlines() if line in found]
     assert titles == list(found)[2:]
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_pytorch(capsys):
+    """Each of the two in a process of its own; the ratios are those of the columns."""
+    bench_pytorch.pytorch(as_json=True, lengths=(600,))
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["tokens"] == 600
+    assert row["times_faster_read"] == pytest.approx(row["llama_read_s"] / row["read_s"])
+    written = row["tokens_per_s"] / row["llama_tokens_per_s"]
+    assert row["times_faster_write"] == pytest.approx(written)
+    # 66 tokens more; keys and values of 8 layers of 512 dimensions, in the LLaMA of all of them.
+    assert row["llama_mb"] > 600 * 8 * 2 * 512 * 4 / 1e6
+    assert row["mb"] > 512 * 8 * 2 * 512 * 4 / 1e6
+
+
+def test_pytorch_is_needed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"torch and transformers are needed: pip install"):
+        bench_pytorch.pytorch()
