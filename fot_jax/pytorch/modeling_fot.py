@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .configuration_fot import FotConfig, FotLlamaConfig
 
 TILE = 256  # queries at a time, times G: masks are made for a tile
+SCORES = 2**26  # of queries and keys that are held at a time to find the best
 
 # --- What has been read --------------------------------------------------------------------------
 
@@ -208,11 +209,12 @@ def attend(q, k, v, visible, scale, topk=None, memory=0):
     return _all(q, k, v, visible, scale)
 
 
-def _tiles(q, k, visible):
+def _tiles(q, k, visible, most=TILE):
     """Queries a tile at a time: (q [B, K, G * t, D], keys they see, mask [B or 1, 1, t, keys])."""
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
-    G, step = H // K, max(1, TILE // (H // K))
+    G = H // K
+    step = max(1, min(most, TILE) // G)
     for start in range(0, T, step):
         stop = min(start + step, T)
         keys = S - T + stop
@@ -242,9 +244,10 @@ def _all(q, k, v, visible, scale):
 
 def _best(q, k, v, visible, scale, topk, memory):
     """Attention to the best keys of memory for each query and head, and to the window."""
-    out = []
-    for tile, keys, mask in _tiles(q, k, visible):
-        scores = torch.matmul(tile.float(), k[:, :, :keys].float().mT) * scale
+    k, out = k.float(), []
+    most = SCORES // (k.shape[0] * k.shape[1] * k.shape[2])
+    for tile, keys, mask in _tiles(q, k, visible, most):
+        scores = torch.matmul(tile.float(), k[:, :, :keys].mT) * scale
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf)
         best, where = scores[..., :memory].topk(topk, -1)

@@ -23,6 +23,7 @@ from fot_jax import convert  # noqa: E402
 from fot_jax.generate import LanguageModel  # noqa: E402
 from fot_jax.model.lookup import TopK  # noqa: E402
 from fot_jax.model.transformer import RopeScaling, Transformer  # noqa: E402
+from fot_jax.pytorch import modeling_fot  # noqa: E402
 from fot_jax.pytorch.configuration_fot import FotConfig, FotLlamaConfig  # noqa: E402
 from fot_jax.pytorch.modeling_fot import (  # noqa: E402
     FotCache,
@@ -146,8 +147,9 @@ def test_left_padding(load, name, length):
 
 
 @EVERY_MODEL
-@pytest.mark.parametrize("k", [1, 8, 1000])
-def test_the_best_keys_of_memory(load, name, k):
+@pytest.mark.parametrize(("k", "scores"), [(1, 2**26), (8, 2**26), (8, 5000), (1000, 2**26)])
+def test_the_best_keys_of_memory(load, name, k, scores, monkeypatch):
+    monkeypatch.setattr(modeling_fot, "SCORES", scores)  # held at a time
     text = random_text(2, 150)
     mask = np.arange(150) >= np.array([0, 40])[:, None]
     got = logits(load(name, mem_topk=k), text, mask)
