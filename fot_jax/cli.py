@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         direction = kinds.add_parser(name, help=help_)
         direction.add_argument("source", metavar=source)
-        direction.add_argument("output", metavar="OUT_DIR", help="new")
+        direction.add_argument("output", metavar="OUT_DIR", help="new, or an empty directory")
         direction.add_argument("--dtype", help="float32, float16 or bfloat16; default: as it is")
         direction.set_defaults(run=_convert, direction=name)
         if name == "from-hf":
@@ -258,7 +258,10 @@ def _generate(args) -> int:
 
 def _numbers(text: str) -> tuple[int, ...]:
     """Of layers: "6,12,18"."""
-    return tuple(int(number) for number in text.split(",") if number.strip())
+    try:
+        return tuple(int(number) for number in text.split(",") if number.strip())
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers of layers, 6,12,18") from error
 
 
 def _convert(args) -> int:

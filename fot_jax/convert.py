@@ -1,7 +1,8 @@
 """`fot convert`: checkpoints from and to the directories of the `transformers` library.
 
-Parameters are copied one layer of one matrix at a time, so that a model of any size can be
-converted on any machine. What is written takes its name when all of it is there.
+Parameters are copied one layer of one matrix at a time (of a checkpoint that training wrote: one of
+all layers), so that large models can be converted on small machines. What is written takes its name
+when all of it is there.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import ml_dtypes
 import numpy as np
 from etils import epath
 
@@ -28,13 +28,7 @@ from fot_jax.paths import new_directory, path_of
 from fot_jax.progress import bar
 from fot_jax.training import checkpoint_stream
 
-DTYPES = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
-# Beside weights and config.json, what belongs to a model; kept in a workdir under this name.
-KEPT = "hugging_face"
+DTYPES = {dtype.name: dtype for dtype in tensors.DTYPES.values()}
 _MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -55,7 +49,7 @@ def reader(
     local_context: int | None = None,
 ) -> Reader:
     """Opens a checkpoint of either kind; the arguments after the path are for Hugging Face ones."""
-    path = path_of(path)
+    path = _local(path)
     if configs.is_directory(path):
         return tensors.Reader(path, configs.read(path, memory_layers, local_context))
     return checkpoint_stream.Reader(path)
@@ -84,19 +78,15 @@ def from_hugging_face(
     Raises:
       UserError: the directory is not complete, or of another architecture; the output is there.
     """
-    source, output = path_of(source), _output(output)
+    source, output = _local(source), _output(output)
     config = configs.read(source, memory_layers, local_context)
     content = tensors.Reader(source, config)
     dtype_of = _dtypes(content, dtype)
     arrays = content.arrays
-    total = sum(math.prod(shape) * dtype_of(path).itemsize for path, (shape, _) in arrays.items())
-    with new_directory(output) as half, bar(total, "byte") as progress:
+    with new_directory(output) as half, bar(_bytes(content, dtype_of), "byte") as progress:
         if (vocabulary := tokenizers.vocabulary_of(source)) is not None:
             vocabulary.save(half / "vocabulary")
-        (half / KEPT).mkdir()
-        for name in (configs.CONFIG, "generation_config.json", *tokenizers.FILES):
-            if (source / name).exists():
-                (source / name).copy(half / KEPT / name)
+        loading.keep_files(source, half)
         streams = {
             path: checkpoint_stream.Stream(
                 *(shape, dtype_of(path), path.startswith("layers/")),
@@ -105,6 +95,7 @@ def from_hugging_face(
             for path, (shape, _) in arrays.items()
         }
         checkpoint_stream.save(half, config, streams)
+    _say_done(output, config, dtype_of)
 
 
 def to_hugging_face(
@@ -126,17 +117,23 @@ def to_hugging_face(
     output = _output(output)
     content = reader(checkpoint)
     c, dtype_of = content.config, _dtypes(content, dtype)
-    total = sum(
-        math.prod(shape) * dtype_of(path).itemsize for path, (shape, _) in content.arrays.items()
-    )
-    with new_directory(output) as half, bar(total, "byte") as progress:
+    with new_directory(output) as half, bar(_bytes(content, dtype_of), "byte") as progress:
         tensors.write(half, c, dtype_of, functools.partial(_read, content, dtype_of), progress)
         marks = _others(content, half)
         if configs.needs_our_code(c):
             for file in (Path(__file__).parent / "pytorch").glob("*_fot.py"):
-                (half / file.name).write_text(file.read_text())
+                (half / file.name).write_bytes(file.read_bytes())
         name = dtype_of("embedding").name
         (half / configs.CONFIG).write_text(_json(configs.content(c, name, marks)))
+    _say_done(output, c, dtype_of)
+
+
+def _say_done(output: epath.Path, c: ModelConfig, dtype_of: Callable[[str], np.dtype]) -> None:
+    layers = ", ".join(map(str, c.memory_layers)) or "none"
+    print(
+        f"{output}: {c.num_layers} layers, with memory: {layers}; windows of {c.local_context} "
+        f"tokens; {dtype_of('embedding').name}"
+    )
 
 
 def _others(content: Reader, output: epath.Path) -> dict[str, Any]:
@@ -146,7 +143,7 @@ def _others(content: Reader, output: epath.Path) -> dict[str, Any]:
       The marks of a document, as config.json names them.
     """
     workdir, marks = content.directory, {}
-    kept = workdir if configs.is_directory(workdir) else workdir / KEPT
+    kept = workdir if configs.is_directory(workdir) else workdir / loading.KEPT
     if configs.is_directory(kept):
         values = json.loads((kept / configs.CONFIG).read_text())
         marks = {name: values[name] for name in _MARKS if name in values}
@@ -194,12 +191,31 @@ def _dtypes(content: Reader, dtype: str | None) -> Callable[[str], np.dtype]:
     """The type that each parameter is written as."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype = {dtype!r}: choose one of {', '.join(DTYPES)}")
-    return lambda path: DTYPES[dtype] if dtype else content.arrays[path][1]
+
+    def of(path: str) -> np.dtype:
+        # A logarithm, of which a thousandth is as much of the temperature of a softmax.
+        wanted = "float32" if path.endswith("/log_scale") else dtype
+        return DTYPES[wanted] if wanted else content.arrays[path][1]
+
+    return of
+
+
+def _bytes(content: Reader, dtype_of: Callable[[str], np.dtype]) -> int:
+    """That are written."""
+    arrays = content.arrays.items()
+    return sum(math.prod(shape) * dtype_of(path).itemsize for path, (shape, _) in arrays)
+
+
+def _local(path: epath.PathLike) -> epath.Path:
+    path = path_of(path)
+    if str(path).startswith("gs://"):
+        raise UserError(f"{path}: give a path of this machine, and copy from or to there")
+    return path
 
 
 def _output(path: epath.PathLike) -> epath.Path:
     """A place for a new directory: nothing, or an empty one."""
-    path = path_of(path)
+    path = _local(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path}: exists and is not empty: give a new directory")
     return path
@@ -235,10 +251,11 @@ def difference(a: np.ndarray, b: np.ndarray) -> Difference:
 def check(a: epath.PathLike, b: epath.PathLike) -> bool:
     """Compares two checkpoints, of either kind each, and prints where they differ most.
 
-    Tensors one by one; then logits of a text that is read with memory, in float32.
+    Their configurations, then tensors one by one; then logits of a text that is read with memory,
+    in float32, for which both models are held, one after the other.
 
     Returns:
-      Whether all tensors are the same, up to their type.
+      Whether they are the same, but for the rounding where their types differ.
 
     Raises:
       UserError: one of them cannot be read.
@@ -246,10 +263,12 @@ def check(a: epath.PathLike, b: epath.PathLike) -> bool:
     ours, theirs = reader(a), reader(b)
     fields = [field.name for field in dataclasses.fields(ModelConfig)]
     values = [(name, getattr(ours.config, name), getattr(theirs.config, name)) for name in fields]
+    same = True
     for name, one, other in values:
         if one != other:
             print(f"{name}: {one} in {a}, {other} in {b}")
-    same = _check_tensors(ours, theirs)
+            same = False
+    same = _check_tensors(ours, theirs) and same
     if ours.config.vocab_size == theirs.config.vocab_size:
         _check_logits(a, b, ours.config)
     return same
@@ -258,13 +277,12 @@ def check(a: epath.PathLike, b: epath.PathLike) -> bool:
 def _check_tensors(ours: Reader, theirs: Reader) -> bool:
     """Prints the largest difference between tensors. Returns whether there is none."""
     there = {(each.path, each.layer): each for each in tensors.of_model(theirs.config)}
-    compared = identical = 0
+    compared = identical = rounded = 0
     worst, worst_of = Difference(0.0, 0.0, ()), None
     same = True
-    listed = list(tensors.of_model(ours.config))
-    order = {path: i for i, path in enumerate(dict.fromkeys(each.path for each in listed))}
+    listed = tensors.by_parameter(ours.config)
     with bar(len(listed), "tensor") as progress:
-        for each in sorted(listed, key=lambda each: order[each.path]):
+        for each in listed:
             progress(1)
             other = there.pop((each.path, each.layer), None)
             if other is None or other.shape != each.shape:
@@ -275,18 +293,22 @@ def _check_tensors(ours: Reader, theirs: Reader) -> bool:
             x, y = (r.read(each.path, each.layer) for r in (ours, theirs))
             found = difference(*((v.T if each.transposed else v) for v in (x, y)))
             compared, identical = compared + 1, identical + (found.size == 0)
+            narrower = min(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize)
+            if found.size and x.dtype != y.dtype:
+                rounded += difference(x.astype(narrower), y.astype(narrower)).size == 0
             if found.size > worst.size:
                 worst, worst_of = found, each.name
     for each in there.values():
         print(f"{each.name}: missing and {list(each.shape)}")
         same = False
-    print(f"{compared} tensors compared, {identical} the same")
+    after = f", {rounded} after rounding" if rounded else ""
+    print(f"{compared} tensors compared, {identical} the same{after}")
     if worst_of is not None:
         print(
             f"largest difference: {worst.size:.3g} (values up to {worst.largest:.3g}) in "
             f"{worst_of} at {list(worst.where)}"
         )
-    return same and identical == compared
+    return same and identical + rounded == compared
 
 
 def _check_logits(a: epath.PathLike, b: epath.PathLike, c: ModelConfig) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 
@@ -57,8 +58,15 @@ def new_directory(directory: epath.PathLike) -> Iterator[epath.Path]:
 
 
 def remove_half_written(directory: epath.PathLike) -> None:
-    """Removes what this process has half-written there, when it cannot go on."""
+    """Removes what this process has half-written there, when it cannot go on.
+
+    Its threads may still be writing, until they find that the files are gone.
+    """
     path = epath.Path(directory)
-    with contextlib.suppress(OSError):
-        for half in path.parent.glob(f"{path.name}.half-written-{os.getpid()}-*"):
+    gone, deadline = 0, time.monotonic() + 10
+    while gone < 3 and time.monotonic() < deadline:
+        halves = list(path.parent.glob(f"{path.name}.half-written-{os.getpid()}-*"))
+        for half in halves:
             shutil.rmtree(half, ignore_errors=True)
+        gone = 0 if halves else gone + 1
+        time.sleep(0.01)

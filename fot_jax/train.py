@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 
 from fot_jax.data.lanes import DocumentSource, Lanes, Prefetch
 from fot_jax.data.vocabulary import load_vocabulary
@@ -266,6 +267,7 @@ def train(
             state = state._replace(params=loading.params_of(initialize_from, target.params))
             if (vocabulary := loading.vocabulary_of(initialize_from)) is not None:
                 source = source.with_vocabulary(vocabulary)
+            _compare_functions(initialize_from, model)
     _check_vocabulary(source, model)
     first_step = int(state.step)
     if first_step > steps:
@@ -298,6 +300,8 @@ def train(
     checkpointer.open()
     if jax.process_index() == 0:
         (workdir / "config.gin").write_text(config_text())
+        if restored is None and initialize_from is not None:
+            loading.keep_files(initialize_from, workdir)
         source.vocabulary.save(workdir / "vocabulary")
 
     # --- Loop ------------------------------------------------------------------------------------
@@ -440,6 +444,17 @@ def _microbatch(rows: int, accumulation: int) -> int:
             "change it or Data.lanes"
         )
     return rows // accumulation
+
+
+def _compare_functions(initialize_from: str, model: ModelConfig) -> None:
+    """Warns where a checkpoint's parameters were those of another function than they will be."""
+    there = loading.config_of(initialize_from)
+    for name in ("norm_epsilon", "qk_norm", "rope_theta", "rope_scaling", "norm", "mlp"):
+        before, now = getattr(there, name), getattr(model, name)
+        if before != now and jax.process_index() == 0:
+            logging.warning(
+                "%s was trained with %s = %s, this run has %s", initialize_from, name, before, now
+            )
 
 
 def _check_vocabulary(source: DocumentSource, model: ModelConfig) -> None:

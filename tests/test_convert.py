@@ -34,12 +34,17 @@ def fot(*argv):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("shape", llamas.SHAPES)
-def test_there_and_back(tmp_path, shape, dtype):
+def test_there_and_back(tmp_path, shape, dtype, capsys):
     theirs = llamas.save(
         tmp_path / "a", dtype=getattr(torch, dtype), shards="20KB", **llamas.SHAPES[shape]
     )
     assert fot("from-hf", tmp_path / "a", tmp_path / "b", "--memory_layers", "1,2") == 0
     assert fot("to-hf", tmp_path / "b", tmp_path / "c") == 0
+    said = capsys.readouterr().out.splitlines()
+    window = llamas.SHAPES[shape].get("local_context", 16)
+    assert said[-1] == (
+        f"{tmp_path / 'c'}: 3 layers, with memory: 1, 2; windows of {window} tokens; {dtype}"
+    )
     assert llamas.contents(tmp_path / "c") == llamas.contents(tmp_path / "a")
 
     tokens = llamas.random_tokens(2, 16)
@@ -139,6 +144,20 @@ def test_training_starts_from_either(here, one_device, kind):
     binding = f'train.initialize_from = "{start}"'
     assert runs.train("experiment.gin", "run", binding, "train.steps = 1", *bindings) == 0
     runs.assert_same_parameters("run", "b")
+    # What came with the model is there for to-hf.
+    assert runs.files("run/hugging_face") == runs.files("b/hugging_face")
+
+
+def test_training_of_another_function_is_warned_of(here, one_device, caplog):
+    tiny = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    llamas.save(here / "a", vocab_size=64, rms_norm_eps=1e-3, **tiny)
+    binding = 'train.initialize_from = "a"'
+    assert runs.train("experiment.gin", "run", binding, "train.steps = 1") == 0
+    assert "a was trained with norm_epsilon = 0.001, this run has 1e-06" in caplog.text
+    caplog.clear()
+    binding = "ModelConfig.norm_epsilon = 1e-3", 'train.initialize_from = "a"'
+    assert runs.train("experiment.gin", "other", *binding, "train.steps = 1") == 0
+    assert "was trained with" not in caplog.text
 
 
 def test_training_from_another_shape(here, one_device, capsys):
@@ -190,15 +209,29 @@ def two(tmp_path, monkeypatch):
 def test_checking_the_same(two, capsys):
     fot("to-hf", "b", "c")
     assert fot("check", "b", "c") == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()[-2:]
     assert lines[0] == "30 tensors compared, 30 the same"
     assert lines[1].startswith(
         "logits of 200 tokens in windows of 16, with memory: largest difference 0 (values up to"
     )
-    assert fot("check", "a", "b") == 0  # the same tensors, read otherwise
+    assert fot("check", "a", "b") == 1  # the same tensors, read otherwise
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["memory_layers: () in a, (1,) in b", "30 tensors compared, 30 the same"]
     assert float(re.search("difference ([^ ]+)", lines[2])[1]) > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_checking_what_was_rounded(two, capsys, dtype):
+    fot("to-hf", "b", "c", "--dtype", dtype)
+    capsys.readouterr()
+    for pair in (("b", "c"), ("c", "b")):
+        assert fot("check", *pair) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == "30 tensors compared, 0 the same, 30 after rounding"
+        assert lines[1].startswith("largest difference: ")
+    llamas.edit(two / "c", rope_theta=7.0)
+    assert fot("check", "b", "c") == 1
+    assert "rope_theta: 10000.0 in b, 7.0 in c" in capsys.readouterr().out
 
 
 def test_checking_what_differs(two, capsys):
@@ -210,6 +243,7 @@ def test_checking_what_differs(two, capsys):
     from safetensors.numpy import save_file
 
     save_file(content, path)
+    capsys.readouterr()
     assert fot("check", "b", "c") == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "30 tensors compared, 28 the same"
@@ -331,12 +365,18 @@ def test_what_is_refused(two, capsys):
     assert "dtype = 'int8': choose one of float32, float16, bfloat16" in refused(
         capsys, "from-hf", "a", "out", "--dtype", "int8"
     )
-    assert "model.memory_layers has 3, but layers are numbered 0 … 2" in refused(
-        capsys, "from-hf", "a", "out", "--memory_layers", "1,3"
+    assert refused(capsys, "from-hf", "a", "out", "--memory_layers", "1,3") == (
+        "model.memory_layers has 3, but layers are numbered 0 … 2"
     )
-    assert "model.local_context = 0" in refused(
-        capsys, "from-hf", "a", "out", "--local_context", "0"
+    assert refused(capsys, "from-hf", "a", "out", "--local_context", "0") == (
+        "model.local_context = 0: give a whole number, 1 or more"
     )
+    for argv in (
+        ("from-hf", "gs://a/b", "out"),
+        ("to-hf", "b", "gs://a/b"),
+        ("check", "b", "gs://a"),
+    ):
+        assert "give a path of this machine, and copy from or to there" in refused(capsys, *argv)
     assert "out: cannot be written" in refused(capsys, "from-hf", "a", "file/out")
     llamas.edit(two / "a", model_type="gpt2")
     assert 'model_type = "gpt2" is not supported: have "llama", "mistral"' in refused(

@@ -7,6 +7,7 @@ LLaMA code passes over; of the paper's family, which no LLaMA code can run, mode
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -38,6 +39,7 @@ def read(
     """The model of a Hugging Face directory.
 
     Args:
+      directory: on this machine.
       memory_layers: None: mem_layers of config.json, or none.
       local_context: None: that of config.json, or max_position_embeddings or, where rope scaling
         stretches another, that.
@@ -45,7 +47,17 @@ def read(
     Raises:
       UserError: no config.json, or of a model that is no LLaMA; a field is missing or of no use.
     """
-    return _read(Fields(directory), memory_layers, local_context)
+    fields = Fields(directory)
+    try:
+        config = _read(fields)
+    except UserError as error:
+        place = "" if str(error).startswith(str(fields.path)) else f"{fields.path}: "
+        raise UserError(f"{place}{error}") from error
+    if memory_layers is not None:
+        config = dataclasses.replace(config, memory_layers=tuple(memory_layers))
+    if local_context is not None:
+        config = dataclasses.replace(config, local_context=local_context)
+    return config
 
 
 class Fields:
@@ -70,10 +82,10 @@ class Fields:
         where = f"{self.path}: {name if within is None else f'{within}.{name}'}"
         if value is None:
             raise UserError(f"{where} is missing: add it")
-        whole = isinstance(value, int | float) and value == value and value == int(value)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value < 2**63:
             raise UserError(f"{where} = {json.dumps(value)}: give a number above 0")
-        if kind is int and not whole:
+        if kind is int and value != int(value):
             raise UserError(f"{where} = {json.dumps(value)}: give a whole number")
         return kind(value)
 
@@ -86,7 +98,9 @@ class Fields:
     def only(self, name: str, allowed: Sequence[Any], default: Any):
         """A field that has one of a few values."""
         value = self.values.get(name, default)
-        if value not in allowed:
+        if not any(
+            value is each or type(value) is type(each) and value == each for each in allowed
+        ):
             raise UserError(
                 f"{self.path}: {name} = {json.dumps(value)} is not supported: have "
                 f"{', '.join(map(json.dumps, allowed))}"
@@ -94,17 +108,18 @@ class Fields:
         return value
 
 
-def _read(fields: Fields, memory_layers, local_context) -> ModelConfig:
+def _read(fields: Fields) -> ModelConfig:
     model_type = fields.only("model_type", MODEL_TYPES, None)
-    for name in fields.values.get("architectures") or ():
+    names = fields.values.get("architectures")
+    for name in names if isinstance(names, list) else ():
         if str(name).endswith(_NOT_CAUSAL):
             raise UserError(
                 f"{fields.path}: architectures has {name}, which is no language model: give the "
                 "directory of a LlamaForCausalLM"
             )
     for name in ("attention_bias", "mlp_bias"):
-        fields.only(name, (False,), False)
-    fields.only("partial_rotary_factor", (1, None), None)
+        fields.only(name, (False, None), False)
+    fields.only("partial_rotary_factor", (1, 1.0, None), None)
     if model_type == "mistral":
         # The default of its configuration class, for files that leave it out.
         fields.only("sliding_window", (None,), 4096)
@@ -124,33 +139,26 @@ def _read(fields: Fields, memory_layers, local_context) -> ModelConfig:
             f"{heads}: add head_dim"
         )
     theta, scaling = _rope(fields)
-    if local_context is None:
-        default = fields.number("max_position_embeddings", 2048)
-        if scaling is not None:
-            default = scaling.original_max_position
-        local_context = fields.number("local_context", default)
-    if memory_layers is None:
-        memory_layers = _memory_layers(fields)
-    try:
-        return ModelConfig(
-            vocab_size=fields.number("vocab_size"),
-            hidden_size=hidden,
-            num_layers=fields.number("num_hidden_layers"),
-            num_heads=heads,
-            num_kv_heads=fields.number("num_key_value_heads", heads),
-            head_dim=fields.number("head_dim", hidden // heads),
-            mlp_dim=fields.number("intermediate_size"),
-            memory_layers=tuple(memory_layers),
-            local_context=local_context,
-            norm_epsilon=fields.number("rms_norm_eps", 1e-6, float),
-            memory_positions=fields.flag("mem_positionals", True),
-            tie_embeddings=fields.flag("tie_word_embeddings", False),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            **family,
-        )
-    except UserError as error:
-        raise UserError(f"{fields.path}: {error}") from error
+    window = fields.number("max_position_embeddings", 2048)
+    if scaling is not None:
+        window = scaling.original_max_position
+    return ModelConfig(
+        vocab_size=fields.number("vocab_size"),
+        hidden_size=hidden,
+        num_layers=fields.number("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=fields.number("num_key_value_heads", heads),
+        head_dim=fields.number("head_dim", hidden // heads),
+        mlp_dim=fields.number("intermediate_size"),
+        memory_layers=tuple(_memory_layers(fields)),
+        local_context=fields.number("local_context", window),
+        norm_epsilon=fields.number("rms_norm_eps", 1e-6, float),
+        memory_positions=fields.flag("mem_positionals", True),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        **family,
+    )
 
 
 def _memory_layers(fields: Fields) -> list[int]:
@@ -207,7 +215,7 @@ def content(c: ModelConfig, dtype: str, marks: dict[str, int | None]) -> dict[st
 
     Args:
       dtype: of the tensors.
-      marks: bos_token_id, eos_token_id.
+      marks: bos_token_id, eos_token_id, pad_token_id, as far as they are known.
     """
     longest, scaling = c.local_context, c.rope_scaling
     if scaling is not None:

@@ -1,4 +1,4 @@
-"""Parameters and vocabulary of a checkpoint, ours or Hugging Face, straight into a model."""
+"""Checkpoints of either kind, ours or Hugging Face, straight into a model."""
 
 from __future__ import annotations
 
@@ -16,23 +16,46 @@ from fot_jax.hugging_face import tokenizers
 from fot_jax.hugging_face.tensors import Reader
 from fot_jax.model import inference
 from fot_jax.model.transformer import ModelConfig
-from fot_jax.training import checkpoint
+from fot_jax.training import checkpoint, checkpoint_stream
 from fot_jax.training.checkpoint_items import names, tree_of
+
+KEPT = "hugging_face"  # of a workdir: what came with a model beside its weights
 
 
 def vocabulary_of(path: epath.PathLike) -> Vocabulary | None:
     """What text is tokenized with for a checkpoint; None where it does not say."""
     if configs.is_directory(path):
         return tokenizers.vocabulary_of(path)
-    saved = checkpoint.locate(path)[0].parent / "vocabulary"
-    return load_vocabulary(saved) if saved.exists() else None
+    workdir = checkpoint.locate(path)[0].parent
+    if configs.is_directory(workdir / KEPT) and not (workdir / "vocabulary").exists():
+        return None  # converted from a directory that had none
+    return load_vocabulary(workdir / "vocabulary")
+
+
+def config_of(path: epath.PathLike) -> ModelConfig:
+    """The model that a checkpoint is of."""
+    if configs.is_directory(path):
+        return configs.read(path)
+    return checkpoint_stream.Reader(path).config
+
+
+def keep_files(path: epath.PathLike, workdir: epath.Path) -> None:
+    """Copies into a workdir what came with a model beside its weights, for `fot convert to-hf`."""
+    source = epath.Path(path)
+    if not configs.is_directory(source):
+        source = checkpoint.locate(path)[0].parent / KEPT
+    if configs.is_directory(source):
+        (workdir / KEPT).mkdir(exist_ok=True)
+        for name in (configs.CONFIG, "generation_config.json", *tokenizers.FILES):
+            if (source / name).exists():
+                (source / name).copy(workdir / KEPT / name, overwrite=True)
 
 
 def model_of(path: epath.PathLike, dtype) -> tuple[ModelConfig, Any]:
     """Configuration and parameters, as of `inference.parameters_by_layer`, none held twice.
 
     Args:
-      dtype: of matrices; vectors stay as they are.
+      dtype: of matrices; vectors are float32.
 
     Raises:
       UserError: nothing there, or nothing whole.
@@ -62,7 +85,7 @@ def _by_layer(content: Reader, dtype) -> Any:
 
     def read(path: str, layer: int | None = None) -> jax.Array:
         x = content.read(path, layer)
-        return jnp.asarray(x, dtype if x.ndim > 1 else None)
+        return jnp.asarray(x, dtype if x.ndim > 1 else jnp.float32)
 
     whole, of_layers = (
         [path for path in content.arrays if path.startswith("layers/") == layers]

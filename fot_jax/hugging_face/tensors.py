@@ -76,6 +76,13 @@ def of_model(c: ModelConfig) -> Iterator[Tensor]:
         yield Tensor("lm_head.weight", (V, E), "head", None, True)
 
 
+def by_parameter(c: ModelConfig) -> list[Tensor]:
+    """The same in our order: all layers of a parameter one after the other."""
+    tensors = list(of_model(c))
+    order = {path: i for i, path in enumerate(dict.fromkeys(each.path for each in tensors))}
+    return sorted(tensors, key=lambda each: order[each.path])
+
+
 # --- Reading -------------------------------------------------------------------------------------
 
 
@@ -275,7 +282,7 @@ class _Pickles:
 # --- Writing -------------------------------------------------------------------------------------
 
 
-class Written(NamedTuple):
+class _Place(NamedTuple):
     """Where a tensor goes."""
 
     file: str
@@ -306,8 +313,7 @@ def write(
         files = {name: stack.enter_context((directory / name).open("wb")) for name in headers}
         for name, header in headers.items():
             files[name].write(header)
-        order = {path: i for i, path in enumerate(dict.fromkeys(t.path for t in tensors))}
-        for tensor in sorted(tensors, key=lambda each: order[each.path]):
+        for tensor in by_parameter(c):
             x = read(tensor.path, tensor.layer)
             x = np.ascontiguousarray(x.T if tensor.transposed else x)
             place = places[tensor.name]
@@ -323,7 +329,7 @@ def write(
 
 def _layout(
     tensors: list[Tensor], dtype_of: Callable[[str], np.dtype]
-) -> tuple[dict[str, Written], dict[str, bytes]]:
+) -> tuple[dict[str, _Place], dict[str, bytes]]:
     """Where each tensor goes, in which file, and the beginning of each file.
 
     https://github.com/huggingface/safetensors#format; ours because the library's own writer wants
@@ -353,5 +359,5 @@ def _layout(
         headers[file] = len(text).to_bytes(8, "little") + text.encode()
         for name, entry in shard.items():
             start = len(headers[file]) + entry["data_offsets"][0]
-            places[name] = Written(file, start, DTYPES[entry["dtype"]])
+            places[name] = _Place(file, start, DTYPES[entry["dtype"]])
     return places, headers

@@ -41,6 +41,9 @@ def vocabulary_of(directory: epath.PathLike) -> Vocabulary | None:
 def write(vocabulary: Vocabulary, directory: epath.Path) -> None:
     """Writes what `transformers.AutoTokenizer` makes the same tokens with.
 
+    But for a text in which the name of a mark stands, which is then that mark, or SPACE, which is
+    then a space.
+
     Raises:
       UserError: the vocabulary is one that its library cannot follow.
     """
@@ -89,11 +92,12 @@ def _bytes(vocabulary: Bytes) -> tuple[Tokenizer, str | None, str]:
     unseen = [byte for byte in range(256) if byte not in seen]
     names = {byte: chr(byte) for byte in seen} | {b: chr(256 + i) for i, b in enumerate(unseen)}
     ids = {name: byte for byte, name in names.items()}
-    ids |= {"<s>": vocabulary.bos, "</s>": vocabulary.eos}
+    bos, eos = "<|begin_of_text|>", "<|end_of_text|>"
+    ids |= {bos: vocabulary.bos, eos: vocabulary.eos}
     tokenizer = Tokenizer(models.BPE(ids, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer, "<s>", "</s>"
+    return tokenizer, bos, eos
 
 
 def _symbols(vocabulary: Symbols) -> tuple[Tokenizer, str | None, str]:

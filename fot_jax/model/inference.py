@@ -54,7 +54,7 @@ def parameters_by_layer(params, dtype=jnp.float32, use_up: bool = False):
     (Slices of stacked parameters would be copied for every token.)
 
     Args:
-      dtype: of matrices; vectors stay as they are.
+      dtype: of matrices; vectors are float32.
       use_up: delete each array of `params` once it is split, so that none is held twice.
     """
 
@@ -73,7 +73,7 @@ def parameters_by_layer(params, dtype=jnp.float32, use_up: bool = False):
 
 
 def _cast(x, dtype):
-    return jnp.asarray(x, dtype if x.ndim > 1 else None)
+    return jnp.asarray(x, dtype if x.ndim > 1 else jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -18,7 +18,7 @@ class FotConfig(PretrainedConfig):
       mem_layers: numbers of the layers with memory.
       mem_positionals: rotary positions on queries and keys of the window in memory layers; memory
         keys have none.
-      mem_dtype: type that memory is kept in.
+      mem_dtype: type that memory is kept in: "float32", "bfloat16" or "float16".
       mem_topk: memory keys that each query attends to, the best of each head; None: all.
       last_context_length: tokens of a longer input that stay in the window at its end.
       norm: "rmsnorm" or "layernorm".
@@ -75,6 +75,15 @@ class FotConfig(PretrainedConfig):
         rope["rope_type"] = rope.get("rope_type") or rope.pop("type", "default")
         if rope["rope_type"] not in ("default", "llama3"):
             raise ValueError(f"rope scaling of type {rope['rope_type']!r} is not supported")
+        mem_dtype = str(mem_dtype).removeprefix("torch.")
+        if mem_dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"mem_dtype = {mem_dtype!r}: choose float32, bfloat16 or float16")
+        if mem_topk is not None and mem_topk < 1:
+            raise ValueError(f"mem_topk = {mem_topk}: give 1 or more, or None for all")
+        if any(not 0 <= layer < num_hidden_layers for layer in mem_layers):
+            raise ValueError(
+                f"mem_layers = {mem_layers}: give numbers of {num_hidden_layers} layers"
+            )
         self.rope_parameters = rope
         self.local_context = local_context or max_position_embeddings
         self.mem_layers = list(mem_layers)
@@ -100,5 +109,6 @@ class FotLlamaConfig(FotConfig):
 
     model_type = "llama"
 
+    # (Said again, or transformers 5 would make one of its own.)
     def __init__(self, **kwargs):
         super().__init__(**kwargs)

@@ -1,9 +1,9 @@
 """A Focused Transformer for `transformers`: a decoder whose memory layers read all of a long text.
 
-Input longer than the local window is cut into windows, as LongLLaMA does
-it. Layers without memory see their window alone; memory layers also, in the same softmax, the keys
-and values of all windows before it. Positions start again at 0 in every window; keys in memory have
-none. This file is for reading and writing text; training is done with fot_jax.
+Input longer than the local window is cut into windows, as LongLLaMA does it. Layers without memory
+see their window alone; memory layers also, in the same softmax, the keys and values of all windows
+before it. Positions start again at 0 in every window; keys in memory have none. This file is for
+reading and writing text; training is done with fot_jax.
 
 Letters: B rows, T new tokens, S keys, M tokens in memory, W tokens in the window, H heads, K key
 and value heads, G = H / K, D head dim.
@@ -29,8 +29,9 @@ SCORES = 2**26  # of queries and keys that are held at a time to find the best
 class LayerCache:
     """Keys and values of one layer: of the window and, in memory layers, of the memory.
 
-    Memory is a buffer with room to spare. If it is of the type computed in, the window's keys stand
-    behind it in the same buffer, so that both are attended to without being copied.
+    How much of the buffers is in use (`memory`, and `places` of the window) is FotCache's to know,
+    as is how many tokens are `expected` in memory. If memory is of the type computed in, the
+    window's keys stand behind it in the same buffer, so that both are attended to uncopied.
     """
 
     def __init__(self, remembers, dtype):
@@ -65,7 +66,7 @@ class LayerCache:
             news = (x[:, :, :places].to(self.dtype) for x in (self.plain, self.window[1]))
             self.memory = _put(self.memory, tuple(news), memory, memory + places, expected)
 
-    def map(self, change):
+    def change(self, change):
         """Changes every tensor."""
         self.window = tuple(None if x is None else change(x) for x in self.window)
         self.memory = tuple(None if x is None else change(x) for x in self.memory)
@@ -89,6 +90,8 @@ def _put_one(buffer, new, start, stop, expected):
         if buffer is not None:
             larger[:, :, :start] = buffer[:, :, :start]
         buffer = larger
+    elif buffer.is_inference() and not torch.is_inference_mode_enabled():
+        buffer = buffer.clone()  # or torch would not let it be written to
     buffer[:, :, start:stop] = new
     return buffer
 
@@ -100,7 +103,7 @@ class FotCache(Cache):
     """
 
     def __init__(self, config):
-        dtype = getattr(torch, str(config.mem_dtype).removeprefix("torch."))
+        dtype = getattr(torch, config.mem_dtype)
         self.layers = [
             LayerCache(i in config.mem_layers, dtype) for i in range(config.num_hidden_layers)
         ]
@@ -161,6 +164,11 @@ class FotCache(Cache):
     def __repr__(self):
         return f"FotCache({self.memory} tokens in memory, {self.places} in the window)"
 
+    def rows(self):
+        """Texts side by side; None: nothing was read."""
+        keys = self.layers[0].window[0]
+        return None if keys is None else keys.shape[0]
+
     def get_seq_length(self, layer_idx=0):
         return self.forgotten + self.places
 
@@ -171,20 +179,20 @@ class FotCache(Cache):
         return -1
 
     def reorder_cache(self, beam_idx):
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self._change(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_select_indices(self, indices):
-        self._map(lambda x: x[indices])
+        self._change(lambda x: x[indices])
 
     def batch_repeat_interleave(self, repeats):
-        self._map(lambda x: x.repeat_interleave(repeats, 0))
+        self._change(lambda x: x.repeat_interleave(repeats, 0))
 
     def crop(self, max_length):
         raise NotImplementedError("what has been read into memory cannot be taken back")
 
-    def _map(self, change):
+    def _change(self, change):
         for layer in self.layers:
-            layer.map(change)
+            layer.change(change)
         if self.visible is not None:
             self.visible = change(self.visible)
 
@@ -323,7 +331,7 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
         if self.log_scale is not None:
-            q = _unit(q) * self.log_scale.exp()[:, None, None].to(q.dtype)
+            q = _unit(q) * self.log_scale.float().exp()[:, None, None].to(q.dtype)
             k = _unit(k)
         plain = k
         if self.rotates:
@@ -332,7 +340,9 @@ class Attention(nn.Module):
         layer = cache.layers[self.layer]
         layer.add(k, v, plain, memory, cache.places, expected)
         k, v = layer.seen(memory, cache.places + T)
-        visible = None if cache.visible is None else cache.visible[:, -k.shape[2] :]
+        visible = cache.visible
+        if visible is not None:
+            visible = visible[:, -k.shape[2] :].to(k.device)
         attended = attend(q, k, v, visible, self.scale, self.topk, memory)
         return self.o_proj(attended.transpose(1, 2).reshape(B, T, -1))
 
@@ -404,6 +414,7 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
     _no_split_modules = ["Layer"]
     _supports_sdpa = True
     _is_stateful = True  # what is read into memory cannot be taken back
+    _keep_in_fp32_modules_strict = ["log_scale"]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config):
@@ -450,7 +461,7 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict=None,
         **kwargs,
     ):
-        """Reads T tokens, window by window.
+        """Reads T tokens, window by window; nothing of it can be differentiated.
 
         Args:
           input_ids: [B, T], of any length; or inputs_embeds [B, T, hidden].
@@ -472,6 +483,10 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         B, T, _ = x.shape
         cache = self._cache(past_key_values)
+        if not T:
+            raise ValueError("no tokens: give at least one")
+        if cache.rows() not in (None, B):
+            raise ValueError(f"{B} rows for a cache of {cache.rows()}: batch_repeat_interleave it")
         visible = self._visible(attention_mask, cache, T)
         window = self.config.local_context
         last = last_context_length or min(window, self.config.last_context_length)
@@ -528,9 +543,14 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
         self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs
     ):
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        # The whole text, or what is new of it with the mask of the whole.
         tokens = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
-        if seen < tokens:  # else input_ids are the new ones alone
-            input_ids = input_ids[:, seen - tokens :]
+        if not 0 < tokens - seen <= max(input_ids.shape[1], inputs_embeds is not None):
+            raise ValueError(
+                f"{input_ids.shape[1]} tokens (attention_mask: {tokens}) where {seen} have been "
+                "read: give the whole text, what was read and at least one token more"
+            )
+        input_ids = input_ids[:, seen - tokens :]
         inputs = {"input_ids": input_ids}
         if inputs_embeds is not None and seen == 0:
             inputs = {"inputs_embeds": inputs_embeds}

@@ -57,7 +57,7 @@ class Stream:
 
 
 class _StreamHandler(ocp.type_handlers.NumpyHandler):
-    """How Orbax writes a Stream: as a NumPy array of its shape."""
+    """How Orbax (0.12, where the method below has this name) writes it: as a NumPy array."""
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
@@ -68,14 +68,16 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
         async with self._one_at_a_time:
             if self._failed:  # nobody waits for the others any more
                 return
-            self._failed = True
-            array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-            for index in range(value.shape[0]) if value.sliced else (None,):
-                x = value.read(index)
-                first = 0 if index is None else index * x.size
-                value.checksum = (value.checksum + items.checksum_of_slice(x, first)) % 2**32
-                await (array if index is None else array[index]).write(x)
-            self._failed = False
+            try:
+                array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+                for index in range(value.shape[0]) if value.sliced else (None,):
+                    x = value.read(index)
+                    first = 0 if index is None else index * x.size
+                    value.checksum = (value.checksum + items.checksum_of_slice(x, first)) % 2**32
+                    await (array if index is None else array[index]).write(x)
+            except BaseException:
+                self._failed = True
+                raise
 
 
 def save(workdir: epath.Path, c: ModelConfig, arrays: Mapping[str, Stream]) -> None:

@@ -40,6 +40,7 @@ def read(tmp_path, values, **how):
     [
         ({}, {}),
         ({"hidden_act": "silu", "attention_bias": False, "pretraining_tp": 1}, {}),
+        ({"mlp_bias": None, "architectures": None, "partial_rotary_factor": 1.0}, {}),
         ({"num_key_value_heads": 2, "head_dim": 6}, {"num_kv_heads": 2, "head_dim": 6}),
         ({"head_dim": None, "rope_scaling": None}, {}),
         (
@@ -116,6 +117,9 @@ def test_memory_layers_and_window_are_the_callers(tmp_path):
         ({"rope_scaling": 3}, "rope_scaling = 3: give an object"),
         ({"mem_layers": [7]}, "model.memory_layers has 7, but layers are numbered 0 … 2"),
         ({"mem_layers": "1,2"}, "mem_layers = 1,2: give a list"),
+        ({"rope_theta": float("inf")}, "rope_theta = Infinity: give a number above 0"),
+        ({"hidden_size": 2**70}, "give a number above 0"),
+        ({"attention_bias": 0}, "attention_bias = 0 is not supported: have false"),
         ({"max_position_embeddings": float("nan")}, "max_position_embeddings = NaN: give"),
     ],
 )

@@ -90,11 +90,14 @@ def converted(tmp_path_factory):
 @pytest.fixture(scope="module")
 def load(converted):
     def of(name, **changes):
-        llama = name.startswith("llama") and "without" not in name
-        model = FotLlamaForCausalLM if llama else FotForCausalLM
-        return model.from_pretrained(converted(name), **changes)
+        return type_of(name).from_pretrained(converted(name), **changes)
 
     return functools.cache(of)
+
+
+def type_of(name):
+    llama = name.startswith("llama") and "without" not in name
+    return FotLlamaForCausalLM if llama else FotForCausalLM
 
 
 def random_text(rows, length, seed=0):
@@ -307,12 +310,51 @@ def test_what_is_refused(load, how, message):
         load("llama")(torch.tensor(random_text(1, 9)), **how)
 
 
+@EVERY_MODEL
+def test_vectors_of_a_bfloat16_directory_are_computed_with_in_float32(converted, tmp_path, name):
+    run = converted(name).parent / "run"
+    convert.to_hugging_face(run, tmp_path / "out", "bfloat16")
+    kind = type_of(name)
+    model = kind.from_pretrained(tmp_path / "out", dtype=torch.float32, mem_dtype="float32")
+    text = random_text(2, 100)
+    want = LanguageModel.load(tmp_path / "out").logits(text)
+    np.testing.assert_allclose(logits(model, text), want, atol=1e-4)
+    half = kind.from_pretrained(tmp_path / "out")
+    assert {x.dtype for n, x in half.named_parameters() if "log_scale" not in n} == {torch.bfloat16}
+    assert all(x.dtype == torch.float32 for n, x in half.named_parameters() if "log_scale" in n)
+
+
+def test_generating_from_what_was_read(load):
+    """Given the whole text, or what is new with the whole mask; else nobody can tell what is new."""
+    model, book, more = load("llama"), *map(torch.tensor, (random_text(1, 75), random_text(1, 9)))
+    with torch.inference_mode():
+        cache = model(book).past_key_values
+    text = torch.cat((book, more), 1)
+    how = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=V)
+    state = ours("llama").read(book.numpy())
+    want = torch.tensor(ours("llama").generate(more.numpy(), 20, temperature=0, state=state))
+    mask = torch.ones_like(text)
+    for new in (text, more):
+        got = model.generate(new, attention_mask=mask, past_key_values=copy.deepcopy(cache), **how)
+        assert torch.equal(got[:, new.shape[1] :], want)
+    for new in (book, more):
+        with pytest.raises(ValueError, match="where 75 have been read: give the whole text"):
+            model.generate(new, past_key_values=copy.deepcopy(cache), **how)
+    # A cache filled in inference mode can be read on from outside of it.
+    assert torch.equal(model.generate(text, past_key_values=cache, **how)[:, 84:], want)
+
+
 def test_a_cache_of_another_kind_and_training_are_refused(load):
     model, text = load("llama"), torch.tensor(random_text(1, 9))
     cache = transformers.DynamicCache()
     cache.update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), 0)
     with pytest.raises(ValueError, match="past_key_values is a DynamicCache: give a FotCache"):
         model(text, past_key_values=cache)
+    cache = model(text).past_key_values
+    with pytest.raises(ValueError, match="2 rows for a cache of 1: batch_repeat_interleave it"):
+        model(torch.cat((text, text)), past_key_values=cache)
+    with pytest.raises(ValueError, match="no tokens: give at least one"):
+        model(text[:, :0])
     with pytest.raises(NotImplementedError, match="cannot be taken back"):
         FotCache(model.config).crop(3)
     with pytest.raises(ValueError, match="this model only reads and writes: call eval"):
@@ -438,5 +480,12 @@ def test_configurations_come_back(tmp_path, kind):
         assert getattr(again, name) == getattr(config, name)
     assert again.rope_parameters == {"rope_theta": 7.0, "rope_type": "default"}
     assert again.local_context == 20 and again.tie_word_embeddings and again.head_dim == 8
-    with pytest.raises(ValueError, match="rope scaling of type 'yarn' is not supported"):
-        kind(rope_scaling={"rope_type": "yarn", "factor": 2.0})
+    assert kind(mem_dtype=torch.float16).mem_dtype == "float16"
+    for wrong, message in (
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope scaling of type 'yarn' is not supported"),
+        ({"mem_dtype": "int8"}, "mem_dtype = 'int8': choose float32, bfloat16 or float16"),
+        ({"mem_topk": 0}, "mem_topk = 0: give 1 or more"),
+        ({"mem_layers": [32]}, "give numbers of 32 layers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kind(**wrong)
