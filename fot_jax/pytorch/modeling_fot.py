@@ -414,7 +414,7 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
     _no_split_modules = ["Layer"]
     _supports_sdpa = True
     _is_stateful = True  # what is read into memory cannot be taken back
-    _keep_in_fp32_modules_strict = ["log_scale"]
+    _supports_cache_class = True  # asked by transformers before 4.56
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config):
@@ -422,6 +422,8 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._rope = {}  # by device
+        if config.qk_norm:
+            self._keep_in_fp32_modules_strict = {"log_scale"}
         self.post_init()
 
     def _init_weights(self, module):
@@ -543,17 +545,21 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
         self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs
     ):
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        # The whole text, or what is new of it with the mask of the whole.
-        tokens = input_ids.shape[1] if attention_mask is None else attention_mask.shape[1]
-        if not 0 < tokens - seen <= max(input_ids.shape[1], inputs_embeds is not None):
-            raise ValueError(
-                f"{input_ids.shape[1]} tokens (attention_mask: {tokens}) where {seen} have been "
-                "read: give the whole text, what was read and at least one token more"
-            )
-        input_ids = input_ids[:, seen - tokens :]
-        inputs = {"input_ids": input_ids}
         if inputs_embeds is not None and seen == 0:
             inputs = {"inputs_embeds": inputs_embeds}
+        else:
+            given = input_ids.shape[1]
+            if "next_sequence_length" in kwargs:  # transformers 5; None: all of them
+                new = kwargs["next_sequence_length"]
+                new = given if new is None else new
+            else:
+                new = (given if attention_mask is None else attention_mask.shape[1]) - seen
+            if not 0 < new <= given:
+                raise ValueError(
+                    f"{given} tokens where {seen} have been read: give the whole text, what was "
+                    "read and at least one token more, or what is new with attention_mask of all"
+                )
+            inputs = {"input_ids": input_ids[:, -new:]}
         for name in ("use_cache", "logits_to_keep", "last_context_length"):
             if name in kwargs:
                 inputs[name] = kwargs[name]

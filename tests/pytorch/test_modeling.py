@@ -325,7 +325,7 @@ def test_vectors_of_a_bfloat16_directory_are_computed_with_in_float32(converted,
 
 
 def test_generating_from_what_was_read(load):
-    """Given the whole text, or what is new with the whole mask; else nobody can tell what is new."""
+    """Given the whole text, or what is new with the whole mask; else nobody knows what is new."""
     model, book, more = load("llama"), *map(torch.tensor, (random_text(1, 75), random_text(1, 9)))
     with torch.inference_mode():
         cache = model(book).past_key_values
@@ -338,7 +338,7 @@ def test_generating_from_what_was_read(load):
         got = model.generate(new, attention_mask=mask, past_key_values=copy.deepcopy(cache), **how)
         assert torch.equal(got[:, new.shape[1] :], want)
     for new in (book, more):
-        with pytest.raises(ValueError, match="where 75 have been read: give the whole text"):
+        with pytest.raises(ValueError, match="tokens where 75 have been read: give the whole"):
             model.generate(new, past_key_values=copy.deepcopy(cache), **how)
     # A cache filled in inference mode can be read on from outside of it.
     assert torch.equal(model.generate(text, past_key_values=cache, **how)[:, 84:], want)
