@@ -268,7 +268,7 @@ def _convert(args) -> int:
     from fot_jax import convert
 
     stop = functools.partial(_interrupted_saving, args.output)
-    with _on(signal.SIGTERM, stop), _on(signal.SIGINT, stop):
+    with _on(signal.SIGTERM, stop), _on(signal.SIGINT, stop), _on(signal.SIGHUP, stop):
         if args.direction == "from-hf":
             convert.from_hugging_face(
                 args.source, args.output, args.memory_layers, args.local_context, args.dtype

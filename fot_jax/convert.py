@@ -11,6 +11,8 @@ import dataclasses
 import functools
 import json
 import math
+import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -29,7 +31,6 @@ from fot_jax.progress import bar
 from fot_jax.training import checkpoint_stream
 
 DTYPES = {dtype.name: dtype for dtype in tensors.DTYPES.values()}
-_MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class Reader(Protocol):
@@ -95,6 +96,7 @@ def from_hugging_face(
             for path, (shape, _) in arrays.items()
         }
         checkpoint_stream.save(half, config, streams)
+        _output(output)  # or what has come there since would be lost
     _say_done(output, config, dtype_of)
 
 
@@ -125,6 +127,7 @@ def to_hugging_face(
                 (half / file.name).write_bytes(file.read_bytes())
         name = dtype_of("embedding").name
         (half / configs.CONFIG).write_text(_json(configs.content(c, name, marks)))
+        _output(output)  # or what has come there since would be lost
     _say_done(output, c, dtype_of)
 
 
@@ -145,8 +148,7 @@ def _others(content: Reader, output: epath.Path) -> dict[str, Any]:
     workdir, marks = content.directory, {}
     kept = workdir if configs.is_directory(workdir) else workdir / loading.KEPT
     if configs.is_directory(kept):
-        values = json.loads((kept / configs.CONFIG).read_text())
-        marks = {name: values[name] for name in _MARKS if name in values}
+        marks = configs.Fields(kept).marks()
         for name in ("generation_config.json", *tokenizers.FILES):
             if (kept / name).exists():
                 (kept / name).copy(output / name)
@@ -175,8 +177,9 @@ def _read(
     x = content.read(path, layer)
     dtype = dtype_of(path)
     if dtype == np.float16 and x.dtype != dtype:
-        largest = float(np.abs(x.astype(np.float32)).max())
-        if np.isfinite(largest) and largest > float(np.finfo(np.float16).max):
+        values = x.astype(np.float32)
+        largest = float(np.abs(values, out=values)[np.isfinite(values)].max(initial=0))
+        if largest > float(np.finfo(np.float16).max):
             where = path if layer is None else f"{path} of layer {layer}"
             raise UserError(
                 f"{where} has values up to {largest:.3g}, beyond float16: choose bfloat16"
@@ -216,9 +219,14 @@ def _local(path: epath.PathLike) -> epath.Path:
 def _output(path: epath.PathLike) -> epath.Path:
     """A place for a new directory: nothing, or an empty one."""
     path = _local(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    there = os.path.realpath(path)  # where a link leads
+    if os.path.lexists(there) and not (os.path.isdir(there) and not os.listdir(there)):
         raise UserError(f"{path}: exists and is not empty: give a new directory")
-    return path
+    if os.path.ismount(there) or there == os.path.realpath("."):
+        raise UserError(f"{path}: cannot be replaced when all is written: give a new directory")
+    if odd := re.search(r"[][*?\\\udc80-\udcff]", there):  # Orbax takes them for patterns
+        raise UserError(f"{path}: {odd[0]!a} in the path: give one without it")
+    return epath.Path(there)
 
 
 def _json(value: Any) -> str:
@@ -318,7 +326,7 @@ def _check_logits(a: epath.PathLike, b: epath.PathLike, c: ModelConfig) -> None:
     def logits(path):
         lm = LanguageModel.load(path)
         lm = dataclasses.replace(lm, config=dataclasses.replace(lm.config, local_context=window))
-        return lm.logits(tokens, last_context_length=window // 2)
+        return lm.logits(tokens, last_context_length=max(1, window // 2))
 
     vocabulary = loading.vocabulary_of(a)
     tokens = np.arange(_PROBE) * 7919 % c.vocab_size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import re
 import shutil
@@ -65,7 +66,7 @@ def remove_half_written(directory: epath.PathLike) -> None:
     path = epath.Path(directory)
     gone, deadline = 0, time.monotonic() + 10
     while gone < 3 and time.monotonic() < deadline:
-        halves = list(path.parent.glob(f"{path.name}.half-written-{os.getpid()}-*"))
+        halves = list(path.parent.glob(f"{glob.escape(path.name)}.half-written-{os.getpid()}-*"))
         for half in halves:
             shutil.rmtree(half, ignore_errors=True)
         gone = 0 if halves else gone + 1

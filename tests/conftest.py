@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, set before JAX starts."""
 
+import gc
 import os
 
 os.environ["XLA_FLAGS"] = (
@@ -7,8 +8,17 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 import runs  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_go_with_their_module():
+    """All compiled programs together are more mappings of memory than Linux gives a process."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

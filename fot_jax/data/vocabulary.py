@@ -323,7 +323,10 @@ class HuggingFaceTokenizer:
         return self._processor.token_to_id(self.eos_token)
 
     def encode(self, text: str) -> list[int]:
-        return self._processor.encode(text, add_special_tokens=False).ids
+        try:
+            return self._processor.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises nothing more specific
+            raise UserError(f"the text cannot be tokenized: {error}") from error
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(i) for i in ids if 0 <= i < self.size])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from etils import epath
 
 from fot_jax.errors import UserError
 from fot_jax.model.transformer import ModelConfig, RopeScaling
+from fot_jax.paths import path_of
 
 CONFIG = "config.json"
 MODEL_TYPES = ("llama", "mistral", "longllama", "fot")
@@ -25,7 +27,7 @@ _NOT_CAUSAL = ("ForSequenceClassification", "ForTokenClassification", "ForQuesti
 
 def is_directory(path: epath.PathLike) -> bool:
     """Whether a path is a directory as `transformers` writes them."""
-    return (epath.Path(path) / CONFIG).exists()
+    return (path_of(path) / CONFIG).exists()
 
 
 # --- Reading -------------------------------------------------------------------------------------
@@ -65,11 +67,11 @@ class Fields:
 
     def __init__(self, directory: epath.PathLike):
         self.path = epath.Path(directory) / CONFIG
-        if not self.path.exists():
+        if not os.path.isfile(self.path):
             raise UserError(f"{directory}: no config.json: give a Hugging Face model directory")
         try:
             self.values = json.loads(self.path.read_text())
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
             raise UserError(f"{self.path}: not JSON ({error}): restore it from a copy") from error
         if not isinstance(self.values, dict):
             raise UserError(f"{self.path}: not a JSON object: restore it from a copy")
@@ -95,6 +97,17 @@ class Fields:
             raise UserError(f"{self.path}: {name} = {json.dumps(value)}: give true or false")
         return value
 
+    def marks(self) -> dict[str, int | list[int] | None]:
+        """The tokens that begin and end a document, as far as they are told."""
+        found = {}
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if name in self.values:
+                value = found[name] = self.values[name]
+                each = value if isinstance(value, list) else [value]
+                if not all(one is None or type(one) is int for one in each):
+                    raise UserError(f"{self.path}: {name} = {json.dumps(value)}: give a token id")
+        return found
+
     def only(self, name: str, allowed: Sequence[Any], default: Any):
         """A field that has one of a few values."""
         value = self.values.get(name, default)
@@ -111,7 +124,7 @@ class Fields:
 def _read(fields: Fields) -> ModelConfig:
     model_type = fields.only("model_type", MODEL_TYPES, None)
     names = fields.values.get("architectures")
-    for name in names if isinstance(names, list) else ():
+    for name in names if isinstance(names, list) else [names]:
         if str(name).endswith(_NOT_CAUSAL):
             raise UserError(
                 f"{fields.path}: architectures has {name}, which is no language model: give the "

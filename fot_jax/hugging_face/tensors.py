@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -111,6 +113,7 @@ class Reader:
         self.directory, self.config = epath.Path(directory), config
         self._files = _files(self.directory)
         self._entries = self._files.entries
+        self._check_layers()
         self._tensors = {(each.path, each.layer): each for each in of_model(config)}
         self._check()
         self.arrays: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
@@ -126,6 +129,15 @@ class Reader:
         tensor = self._tensors[path, layer]
         x = self._files.read(tensor.name).astype(self.arrays[path][1], copy=False)
         return np.ascontiguousarray(x.T) if tensor.transposed else x
+
+    def _check_layers(self) -> None:
+        """Before all tensors of as many layers as config.json likes are listed."""
+        last = f"model.layers.{self.config.num_layers - 1}."
+        if not any(name.startswith(last) for name in self._entries):
+            raise UserError(
+                f"{self.directory}: has no tensor {last}input_layernorm.weight, which config.json "
+                "needs: restore the files from a copy"
+            )
 
     def _check(self) -> None:
         wanted = {each.name: each.shape for each in self._tensors.values()}
@@ -159,9 +171,9 @@ def _files(directory: epath.Path):
     """The files of tensors there: safetensors if there are any, else pickles."""
     for name, kind in ((_SAFETENSORS, _Safetensors), (_PICKLE, _Pickles)):
         index = directory / f"{name}.index.json"
-        if index.exists():
+        if os.path.isfile(index):
             return kind(*_indexed(index))
-        if (directory / name).exists():
+        if os.path.isfile(directory / name):
             return kind([directory / name], None)
     raise UserError(
         f"{directory}: no {_SAFETENSORS} (or index, or pytorch_model.bin): the directory has no "
@@ -185,7 +197,7 @@ def _indexed(index: epath.Path) -> tuple[list[epath.Path], dict[str, epath.Path]
     where = {tensor: index.parent / name for tensor, name in where.items()}
     files = sorted(set(where.values()))
     for file in files:
-        if not file.exists():
+        if not os.path.isfile(file):
             raise UserError(f"{file}: missing, though {index.name} names it: get it again")
     return files, where
 
@@ -260,23 +272,28 @@ class _Pickles:
         if self._held[0] != file:
             mapped = zipfile.is_zipfile(file)  # files of 2019 and before are not
             try:
-                tensors = self._torch.load(
-                    str(file), map_location="cpu", weights_only=True, mmap=mapped
-                )
-            except Exception as error:  # torch raises many kinds
-                reason = " ".join(str(error).split())[:200]
-                raise UserError(f"{file}: damaged or not only tensors ({reason})") from error
-            if not isinstance(tensors, dict):
+                with warnings.catch_warnings(action="ignore"):
+                    tensors = self._torch.load(
+                        str(file), map_location="cpu", weights_only=True, mmap=mapped
+                    )
+            except Exception as error:  # torch raises many kinds, and advice that is none
+                raise UserError(
+                    f"{file}: damaged, or holds more than tensors: get it again"
+                ) from error
+            if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
                 raise UserError(f"{file}: holds a {type(tensors).__name__}, not named tensors")
             self._held = file, tensors
         return self._held[1]
 
     def read(self, name: str) -> np.ndarray:
         entry = self.entries[name]
-        tensor = self._load(entry.file)[name].contiguous()
-        if entry.dtype == DTYPES["BF16"]:
-            return tensor.view(self._torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.numpy()
+        try:
+            tensor = self._load(entry.file)[name].detach().resolve_neg().contiguous()
+            if entry.dtype == DTYPES["BF16"]:
+                return tensor.view(self._torch.int16).numpy().view(ml_dtypes.bfloat16)
+            return tensor.numpy()
+        except (RuntimeError, TypeError) as error:  # sparse ones and their like
+            raise UserError(f"{entry.file}: {name} is no plain tensor: save it as one") from error
 
 
 # --- Writing -------------------------------------------------------------------------------------

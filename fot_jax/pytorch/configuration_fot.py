@@ -75,6 +75,7 @@ class FotConfig(PretrainedConfig):
         rope["rope_type"] = rope.get("rope_type") or rope.pop("type", "default")
         if rope["rope_type"] not in ("default", "llama3"):
             raise ValueError(f"rope scaling of type {rope['rope_type']!r} is not supported")
+        mem_layers = mem_layers or ()
         mem_dtype = str(mem_dtype).removeprefix("torch.")
         if mem_dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"mem_dtype = {mem_dtype!r}: choose float32, bfloat16 or float16")

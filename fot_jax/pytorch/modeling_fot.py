@@ -491,7 +491,9 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"{B} rows for a cache of {cache.rows()}: batch_repeat_interleave it")
         visible = self._visible(attention_mask, cache, T)
         window = self.config.local_context
-        last = last_context_length or min(window, self.config.last_context_length)
+        last = last_context_length
+        if last is None:
+            last = min(window, self.config.last_context_length)
         if not 1 <= last <= window:
             raise ValueError(f"last_context_length = {last}: give 1 to {window}, the local window")
         rope = self._rope_on(x.device)
@@ -520,11 +522,11 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
         return out.to_tuple() if return_dict is False else out
 
     def _cache(self, cache):
-        if isinstance(cache, FotCache):
-            return cache
-        if cache is not None and cache.get_seq_length() > 0:
+        if cache is None:
+            return FotCache(self.config)
+        if not isinstance(cache, FotCache):
             raise ValueError(f"past_key_values is a {type(cache).__name__}: give a FotCache")
-        return FotCache(self.config)
+        return cache
 
     def _visible(self, mask, cache, tokens):
         """Which of the new tokens are none of padding, [B, T]; None: all."""
@@ -533,6 +535,8 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
             return None
         if mask.dim() != 2:
             raise ValueError(f"attention_mask of shape {tuple(mask.shape)}: give [rows, tokens]")
+        if mask.shape[1] < tokens:
+            raise ValueError(f"attention_mask of {mask.shape[1]} tokens for {tokens}: give all")
         visible = mask[:, -tokens:].bool()
         return None if visible.all() else visible
 
@@ -545,6 +549,8 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
         self, input_ids, past_key_values=None, attention_mask=None, inputs_embeds=None, **kwargs
     ):
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if seen == 0 and past_key_values is not None and not isinstance(past_key_values, FotCache):
+            past_key_values = FotCache(self.config)  # in place of the one that generate made
         if inputs_embeds is not None and seen == 0:
             inputs = {"inputs_embeds": inputs_embeds}
         else:

@@ -101,8 +101,13 @@ def save(workdir: epath.Path, c: ModelConfig, arrays: Mapping[str, Stream]) -> N
         for name, x in arrays.items()
     }
     args = ocp.args.PyTreeSave(tree, save_args=items.tree_of(chunks))
-    handler.save(folder / "params", args=args)
-    handler.finalize(folder / "params")
+    try:
+        handler.save(folder / "params", args=args)
+        handler.finalize(folder / "params")
+    except UserError:
+        raise
+    except ValueError as error:  # TensorStore's, of a full disk for one
+        raise UserError(f"{workdir}: cannot be written: {str(error).splitlines()[0]}") from error
     handler.close()
     data = folder / "data"
     data.mkdir()
@@ -176,13 +181,12 @@ class Reader:
     def _array(self, path: str) -> ts.TensorStore | np.ndarray:
         """A parameter's array, as Orbax lays them out; in memory if chunks have several layers."""
         folder = absolute(self._step / "params")
-        root = str(folder) if str(folder).startswith("gs://") else f"file://{folder}"
         tree = json.loads((folder / "_METADATA").read_text())
         spec = {
             "driver": "zarr3" if tree.get("use_zarr3") else "zarr",
             "kvstore": {
                 "driver": "ocdbt",
-                "base": f"{root}/",
+                "base": {"driver": "file", "path": f"{folder}/"},
                 "path": f"{path.replace('/', '.')}/",
             },
         }
