@@ -63,7 +63,7 @@ def remove_half_written(directory: epath.PathLike) -> None:
 
     Its threads may still be writing, until they find that the files are gone.
     """
-    path = epath.Path(directory)
+    path = epath.Path(os.path.realpath(directory))  # where a link leads
     gone, deadline = 0, time.monotonic() + 10
     while gone < 3 and time.monotonic() < deadline:
         halves = list(path.parent.glob(f"{glob.escape(path.name)}.half-written-{os.getpid()}-*"))

@@ -421,3 +421,77 @@ def test_a_damaged_tokenizer(two, capsys):
 def test_generating_without_a_tokenizer(two, capsys):
     line = runs.refused(capsys, "generate", "--checkpoint", "b", "--prompt", "x")
     assert line.startswith("b: has no tokenizer: put tokenizer.json or tokenizer.model into")
+
+
+def test_paths_with_odd_characters(two, capsys):
+    for name in ("a b#1", "per%41cent", "ünï'c\"ode"):
+        assert fot("from-hf", "a", name) == 0
+        assert fot("to-hf", name, f"{name} back") == 0
+        assert llamas.contents(two / f"{name} back") == llamas.contents(two / "a")
+    capsys.readouterr()
+    for name in ("x[1]", "what?", "all*", "back\\slash"):
+        line = refused(capsys, "from-hf", "a", name)
+        assert line.startswith(f"{name}: ") and line.endswith("in the path: give one without it")
+
+
+def test_outputs_that_cannot_be_replaced_are_refused_at_once(two, capsys, monkeypatch):
+    (two / "empty").mkdir()
+    (two / "link").symlink_to("empty")
+    assert fot("to-hf", "b", "link") == 0
+    assert (two / "link").is_symlink() and (two / "empty" / "config.json").exists()
+    assert refused(capsys, "to-hf", "b", "link").startswith("link: exists and is not empty")
+    (two / "here").mkdir()
+    monkeypatch.chdir(two / "here")
+    assert refused(capsys, "to-hf", "../b", ".") == (
+        ".: cannot be replaced when all is written: give a new directory"
+    )
+
+
+@pytest.mark.parametrize("direction", ["from-hf", "to-hf"])
+def test_what_has_come_there_meanwhile_stays(two, capsys, monkeypatch, direction):
+    say, written = convert._read, []
+
+    def read(*args, **how):
+        if not written:
+            (two / "out").mkdir()
+            (two / "out" / "precious").write_text("x")
+        written.append(args)
+        return say(*args, **how)
+
+    monkeypatch.setattr(convert, "_read", read)
+    source = "a" if direction == "from-hf" else "b"
+    line = runs.refused(capsys, "convert", direction, source, "out")
+    assert line.endswith("out: exists and is not empty: give a new directory")
+    assert runs.files(two / "out") == {"precious": b"x"}
+    assert not list(two.glob("out.*"))
+
+
+def test_infinite_values_do_not_hide_those_beyond_float16(two, capsys):
+    path = two / "a" / "model.safetensors"
+    content = llamas.load(path)
+    content["model.norm.weight"][:3] = np.inf, np.nan, 1e30
+    from safetensors.numpy import save_file
+
+    save_file(content, path)
+    assert "final_norm/scale has values up to 1e+30, beyond float16" in refused(
+        capsys, "from-hf", "a", "out", "--dtype", "float16"
+    )
+
+
+@pytest.mark.parametrize("text", ["", "{", "3", '{"eos_token_id": "x"}'])
+def test_a_damaged_configuration_beside_the_weights(two, capsys, text):
+    (two / "b" / "hugging_face" / "config.json").write_text(text)
+    line = refused(capsys, "to-hf", "b", "out")
+    assert line.startswith("b/hugging_face/config.json: ") or "config.json" in line
+
+
+def test_checking_a_window_of_one_token(two, capsys):
+    fot("from-hf", "a", "one", "--memory_layers", "1", "--local_context", "1")
+    assert fot("check", "one", "one") == 0
+    assert "in windows of 1, with memory: largest difference 0" in capsys.readouterr().out
+
+
+def test_more_layers_than_there_are(two, capsys):
+    llamas.edit(two / "a", num_hidden_layers=10**9)
+    line = refused(capsys, "from-hf", "a", "out")
+    assert "has no tensor model.layers.999999999.input_layernorm.weight, which config.json" in line

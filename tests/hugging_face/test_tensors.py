@@ -1,6 +1,7 @@
 """Files of tensors, read and written, against safetensors, torch and transformers."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -269,3 +270,18 @@ def test_a_damaged_pickle(tmp_path):
     for cut in (0, 10, 200):
         path.write_bytes(path.read_bytes()[: cut or None][:-1] if cut else b"")
         assert refused(tmp_path).startswith(f"{path}: damaged, or holds more than tensors")
+
+
+def test_a_pickle_of_parameters(tmp_path):
+    model = llamas.save(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    state = {name: torch.nn.Parameter(x) for name, x in model.state_dict().items()}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    assert_same(parameters(tmp_path), expected(model))
+
+
+def test_a_pipe_in_the_place_of_a_file(tmp_path):
+    llamas.save(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert refused(tmp_path).startswith(f"{tmp_path}: no model.safetensors (or index")

@@ -302,6 +302,8 @@ def test_embeddings_in_the_place_of_tokens(load):
     [
         ({"last_context_length": 33}, "last_context_length = 33: give 1 to 32"),
         ({"output_attentions": True}, "attentions and hidden states"),
+        ({"last_context_length": 0}, "last_context_length = 0: give 1 to 32"),
+        ({"attention_mask": torch.zeros(1, 5)}, "attention_mask of 5 tokens for 9: give all"),
         ({"attention_mask": torch.ones(1, 1, 9, 9)}, r"attention_mask of shape \(1, 1, 9, 9\)"),
     ],
 )
@@ -347,7 +349,6 @@ def test_generating_from_what_was_read(load):
 def test_a_cache_of_another_kind_and_training_are_refused(load):
     model, text = load("llama"), torch.tensor(random_text(1, 9))
     cache = transformers.DynamicCache()
-    cache.update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), 0)
     with pytest.raises(ValueError, match="past_key_values is a DynamicCache: give a FotCache"):
         model(text, past_key_values=cache)
     cache = model(text).past_key_values
