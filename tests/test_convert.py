@@ -8,19 +8,17 @@ import subprocess
 import sys
 import time
 
+import llamas
 import numpy as np
 import pytest
 import runs
+import torch
+import transformers
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
-import llamas  # noqa: E402
-
-from fot_jax import convert  # noqa: E402
-from fot_jax.cli import main  # noqa: E402
-from fot_jax.data.vocabulary import SentencePiece, TrainedSentencePiece  # noqa: E402
-from fot_jax.generate import LanguageModel  # noqa: E402
+from fot_jax import convert
+from fot_jax.cli import main
+from fot_jax.data.vocabulary import SentencePiece, TrainedSentencePiece
+from fot_jax.generate import LanguageModel
 
 pytestmark = pytest.mark.torch
 

@@ -5,19 +5,16 @@ import os
 import shutil
 import sys
 
+import llamas
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
+from safetensors.numpy import save_file
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-import llamas  # noqa: E402
-from safetensors.numpy import save_file  # noqa: E402
-
-from fot_jax.errors import UserError  # noqa: E402
-from fot_jax.hugging_face import config as configs  # noqa: E402
-from fot_jax.hugging_face import tensors  # noqa: E402
+from fot_jax.errors import UserError
+from fot_jax.hugging_face import config as configs
+from fot_jax.hugging_face import tensors
 
 pytestmark = pytest.mark.torch
 

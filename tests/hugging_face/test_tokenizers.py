@@ -5,14 +5,12 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import sentencepiece
+import transformers
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-transformers = pytest.importorskip("transformers")
-
-import sentencepiece  # noqa: E402
-
-from fot_jax.data.vocabulary import (  # noqa: E402
+from fot_jax.data.vocabulary import (
     Bytes,
     HuggingFaceTokenizer,
     SentencePiece,
@@ -20,7 +18,7 @@ from fot_jax.data.vocabulary import (  # noqa: E402
     TrainedSentencePiece,
     frame,
 )
-from fot_jax.hugging_face import tokenizers  # noqa: E402
+from fot_jax.hugging_face import tokenizers
 
 pytestmark = pytest.mark.torch
 TEXT = "".join(

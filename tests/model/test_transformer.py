@@ -88,8 +88,9 @@ def logits_of(config, tokens, segments=None, scheme=None, **how):
 
 def to_transformers(c, params=None):
     """The same model in PyTorch: kernels there are [out, in], layers are separate."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     rope = {"rope_type": "default", "rope_theta": c.rope_theta}
     if c.rope_scaling is not None:
         rope |= {
@@ -150,7 +151,8 @@ LLAMAS = {
 @pytest.mark.parametrize("name", LLAMAS)
 def test_equals_transformers(name):
     """Also with memory layers: while nothing is in memory, they are a LLaMA's."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     config = dataclasses.replace(LLAMA, local_context=96, **LLAMAS[name])
     tokens = random_tokens(config, 2, 96)
     model = to_transformers(config, random_params(config))

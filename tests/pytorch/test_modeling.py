@@ -9,34 +9,32 @@ import subprocess
 import sys
 from pathlib import Path
 
+import llamas
 import numpy as np
 import pytest
+import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
-import llamas  # noqa: E402
-
-from fot_jax import convert  # noqa: E402
-from fot_jax.generate import LanguageModel  # noqa: E402
-from fot_jax.model.lookup import TopK  # noqa: E402
-from fot_jax.model.transformer import RopeScaling, Transformer  # noqa: E402
-from fot_jax.pytorch import modeling_fot  # noqa: E402
-from fot_jax.pytorch.configuration_fot import FotConfig, FotLlamaConfig  # noqa: E402
-from fot_jax.pytorch.modeling_fot import (  # noqa: E402
+from fot_jax import convert
+from fot_jax.generate import LanguageModel
+from fot_jax.model.lookup import TopK
+from fot_jax.model.transformer import RopeScaling, Transformer
+from fot_jax.pytorch import modeling_fot
+from fot_jax.pytorch.configuration_fot import FotConfig, FotLlamaConfig
+from fot_jax.pytorch.modeling_fot import (
     FotCache,
     FotForCausalLM,
     FotLlamaForCausalLM,
 )
-from fot_jax.reading import MemoryConfig  # noqa: E402
-from fot_jax.training import checkpoint_items as items  # noqa: E402
-from fot_jax.training import checkpoint_stream as stream  # noqa: E402
+from fot_jax.reading import MemoryConfig
+from fot_jax.training import checkpoint_items as items
+from fot_jax.training import checkpoint_stream as stream
 
 sys.path.append(str(Path(__file__).parents[1] / "model"))
-import rules  # noqa: E402
-from test_transformer import LLAMA, PAPER, random_params  # noqa: E402
+import rules
+from test_transformer import LLAMA, PAPER, random_params
 
 pytestmark = pytest.mark.torch
 
