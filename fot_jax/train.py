@@ -264,10 +264,11 @@ def train(
     else:
         state = jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
         if initialize_from is not None:
-            state = state._replace(params=loading.params_of(initialize_from, target.params))
+            there, params = loading.params_of(initialize_from, target.params)
+            state = state._replace(params=params)
             if (vocabulary := loading.vocabulary_of(initialize_from)) is not None:
                 source = source.with_vocabulary(vocabulary)
-            _compare_functions(initialize_from, model)
+            _compare_functions(initialize_from, there, model)
     _check_vocabulary(source, model)
     first_step = int(state.step)
     if first_step > steps:
@@ -446,9 +447,8 @@ def _microbatch(rows: int, accumulation: int) -> int:
     return rows // accumulation
 
 
-def _compare_functions(initialize_from: str, model: ModelConfig) -> None:
+def _compare_functions(initialize_from: str, there: ModelConfig, model: ModelConfig) -> None:
     """Warns where a checkpoint's parameters were those of another function than they will be."""
-    there = loading.config_of(initialize_from)
     for name in ("norm_epsilon", "qk_norm", "rope_theta", "rope_scaling", "norm", "mlp"):
         before, now = getattr(there, name), getattr(model, name)
         if before != now and jax.process_index() == 0:

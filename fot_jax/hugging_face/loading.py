@@ -16,7 +16,7 @@ from fot_jax.hugging_face import tokenizers
 from fot_jax.hugging_face.tensors import Reader
 from fot_jax.model import inference
 from fot_jax.model.transformer import ModelConfig
-from fot_jax.training import checkpoint, checkpoint_stream
+from fot_jax.training import checkpoint
 from fot_jax.training.checkpoint_items import names, tree_of
 
 KEPT = "hugging_face"  # of a workdir: what came with a model beside its weights
@@ -30,13 +30,6 @@ def vocabulary_of(path: epath.PathLike) -> Vocabulary | None:
     if configs.is_directory(workdir / KEPT) and not (workdir / "vocabulary").exists():
         return None  # converted from a directory that had none
     return load_vocabulary(workdir / "vocabulary")
-
-
-def config_of(path: epath.PathLike) -> ModelConfig:
-    """The model that a checkpoint is of."""
-    if configs.is_directory(path):
-        return configs.read(path)
-    return checkpoint_stream.Reader(path).config
 
 
 def keep_files(path: epath.PathLike, workdir: epath.Path) -> None:
@@ -67,8 +60,8 @@ def model_of(path: epath.PathLike, dtype) -> tuple[ModelConfig, Any]:
     return config, inference.parameters_by_layer(params, dtype, use_up=True)
 
 
-def params_of(path: epath.PathLike, target: Any) -> Any:
-    """Parameters of training, where the target wants them.
+def params_of(path: epath.PathLike, target: Any) -> tuple[ModelConfig, Any]:
+    """The model that a checkpoint is of, and parameters of training, where the target wants them.
 
     Args:
       target: tree of `jax.ShapeDtypeStruct` with shardings, cast to on the way.
@@ -77,8 +70,10 @@ def params_of(path: epath.PathLike, target: Any) -> Any:
       UserError: nothing there, nothing readable, or parameters of other shapes.
     """
     if configs.is_directory(path):
-        return _stacked(Reader(path, configs.read(path)), target)
-    return checkpoint.load_params(path, target).params
+        content = Reader(path, configs.read(path))
+        return content.config, _stacked(content, target)
+    restored = checkpoint.load_params(path, target)
+    return checkpoint.model_of(path, restored.meta), restored.params
 
 
 def _by_layer(content: Reader, dtype) -> Any:
