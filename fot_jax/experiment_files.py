@@ -52,6 +52,16 @@ def load(files: list[str], bindings: list[str]) -> None:
         logging.disable(logging.NOTSET)
 
 
+def value_of(name: str) -> Any:
+    """What loaded experiment files bind to a name, "Compute.topology"; None where nothing."""
+    import gin
+
+    try:
+        return gin.query_parameter(name)
+    except ValueError:
+        return None
+
+
 def _register(gin) -> None:
     from fot_jax import evaluate, train
     from fot_jax.data import synthetic, tasks

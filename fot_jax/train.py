@@ -24,6 +24,7 @@ from fot_jax.hugging_face import loading
 from fot_jax.model import crossbatch
 from fot_jax.model.transformer import ModelConfig, Transformer
 from fot_jax.paths import path_of
+from fot_jax.topologies import topology_of
 from fot_jax.training import partitioning
 from fot_jax.training.checkpoint import Checkpointer
 from fot_jax.training.checkpoint_items import names
@@ -80,18 +81,25 @@ class Compute:
       dtype: of activations and matrix products: "float32" or "bfloat16".
       remat: what is recomputed in the backward pass: "none", "dots" or "full".
       accumulation: microbatches a step, each of whole crossbatch groups.
-      mesh: devices along the axes data, fsdp, tensor.
+      mesh: devices along the axes replica, data, fsdp, tensor.
+      topology: the TPU slice that the mesh is for, "v4-128": what `fot compile` compiles for and
+        `python -m tpu` asks for. Training takes the devices that there are.
+      slices: how many of them, connected by the data-centre network.
     """
 
     dtype: str = "float32"
     remat: str = "none"
     accumulation: int = 1
     mesh: MeshShape = MeshShape()
+    topology: str | None = None
+    slices: int = 1
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"Compute.dtype = {self.dtype!r}: choose one of float32, bfloat16")
-        check_range("Compute", 1, accumulation=self.accumulation)
+        check_range("Compute", 1, accumulation=self.accumulation, slices=self.slices)
+        if self.topology is not None:
+            topology_of(self.topology)
 
 
 @dataclasses.dataclass(frozen=True)
