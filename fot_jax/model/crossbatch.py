@@ -27,7 +27,7 @@ from fot_jax.errors import UserError, check_range
 from fot_jax.model import attention as parts_of
 from fot_jax.model.attention import ANY_DOCUMENT, SAME_DOCUMENT, Pairs, Parts
 
-ROW_AXES = ("data", "fsdp")  # mesh axes that rows are sharded over
+ROW_AXES = ("replica", "data", "fsdp")  # mesh axes that rows are sharded over
 HEAD_AXIS = "tensor"  # mesh axis that heads are sharded over
 
 

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from fot_jax.errors import UserError
 from fot_jax.model.crossbatch import ROW_AXES
 
-AXES = ("data", "fsdp", "tensor")
+AXES = (*ROW_AXES, "tensor")
 
 # Mesh axes of each parameter's dimensions, by the last names of its path. What is not listed
 # (norms, temperatures) is small and lives on every device.
@@ -34,14 +34,21 @@ PARAMETERS: dict[tuple[str, ...], tuple[str | None, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Devices along each mesh axis: rows over data and fsdp, parameters over fsdp and tensor.
+    """Devices along each mesh axis.
 
-    `data` = -1 takes all devices that the other axes leave.
+    Rows are sharded over replica, data and fsdp; parameters over fsdp and tensor, so that what
+    crosses replica and data in a step is gradients alone (and keys and values, where crossbatch
+    groups span them).
+
+    Attributes:
+      data: -1 takes all devices that the other axes leave.
+      replica: a multiple of the number of TPU slices, each of which holds whole replicas.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    replica: int = 1
 
     def __post_init__(self):
         for axis in AXES:
@@ -51,13 +58,22 @@ class MeshShape:
                 raise UserError(f"MeshShape.{axis} = {size!r}: give 1 or more devices{rest}")
 
     def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-        """The mesh over the given devices (default: all), those of a process next to each other.
+        """The mesh over the given devices (default: all).
+
+        Those of a process are next to each other, those of a slice even more so.
 
         Raises:
-          UserError: the axes do not multiply to the number of devices.
+          UserError: the axes do not multiply to the number of devices, or a replica would span
+            slices.
         """
         devices = jax.devices() if devices is None else devices
-        devices = sorted(devices, key=lambda device: device.process_index)
+        devices = sorted(devices, key=lambda device: (_slice_of(device), device.process_index))
+        slices = len(set(map(_slice_of, devices)))
+        if self.replica % slices:
+            raise UserError(
+                f"MeshShape.replica = {self.replica} is not a multiple of the {slices} TPU slices "
+                "here: parameters would be gathered over the network between them"
+            )
         return Mesh(np.asarray(devices).reshape(self._sizes(len(devices))), AXES)
 
     def make_abstract(self) -> AbstractMesh:
@@ -68,17 +84,24 @@ class MeshShape:
         """
         if self.data == -1:
             return AbstractMesh(self._sizes(jax.device_count()), AXES)
-        return AbstractMesh((self.data, self.fsdp, self.tensor), AXES)
+        return AbstractMesh((self.replica, self.data, self.fsdp, self.tensor), AXES)
 
-    def _sizes(self, devices: int) -> tuple[int, int, int]:
-        rest = self.fsdp * self.tensor
+    def _sizes(self, devices: int) -> tuple[int, int, int, int]:
+        rest = self.replica * self.fsdp * self.tensor
         data = devices // rest if self.data == -1 else self.data
         if data * rest != devices:
             raise UserError(
-                f"mesh data={self.data} x fsdp={self.fsdp} x tensor={self.tensor} does not use "
-                f"the {devices} devices here exactly: change the MeshShape values"
+                f"mesh replica={self.replica} x data={self.data} x fsdp={self.fsdp} x "
+                f"tensor={self.tensor} does not use the {devices} devices here exactly: change "
+                "the MeshShape values"
             )
-        return data, self.fsdp, self.tensor
+        return self.replica, data, self.fsdp, self.tensor
+
+
+def _slice_of(device: jax.Device) -> int:
+    """The TPU slice of a device; what is no TPU is in one."""
+    of_tpu = device.platform == "tpu"
+    return (getattr(device, "slice_index", None) or 0) if of_tpu else 0
 
 
 def path_name(path) -> str:
@@ -113,7 +136,7 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def rows(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Sharding of a batch: rows over data and fsdp."""
+    """Sharding of a batch: rows over replica, data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 

@@ -17,6 +17,11 @@ from fot_jax.model.crossbatch import NoCrossbatch, Packed, PackedTable, Previous
 # --- The oracle: which rows a row sees, written from the paper and not from the code -------------
 
 
+def mesh_of(*sizes):
+    """A mesh of the eight devices."""
+    return Mesh(np.asarray(jax.devices()[:8]).reshape(sizes), crossbatch.ROW_AXES + ("tensor",))
+
+
 def visible_rows(scheme, row, group):
     """[(row, own document only)] of one row within its group, by the rules of the paper."""
     if isinstance(scheme, PreviousContext):
@@ -157,7 +162,9 @@ def test_any_tiling_gives_the_same(monkeypatch, tile, budget):
         check(scheme, 6, 3, 16, 4, 2, 4, seed=tile + budget)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2), (1, 8, 1)])
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2), (2, 1, 4, 1), (1, 1, 8, 1)]
+)
 @pytest.mark.parametrize(
     "scheme, lanes, group_lanes",
     [
@@ -173,9 +180,7 @@ def test_any_tiling_gives_the_same(monkeypatch, tile, budget):
     ],
 )
 def test_on_eight_devices(shape, scheme, lanes, group_lanes):
-    devices = np.asarray(jax.devices()[:8]).reshape(shape)
-    mesh = Mesh(devices, ("data", "fsdp", "tensor"))
-    check(scheme, lanes, group_lanes, 4, 4, 2, 4, seed=1, mesh=mesh)
+    check(scheme, lanes, group_lanes, 4, 4, 2, 4, seed=1, mesh=mesh_of(*shape))
 
 
 @settings(max_examples=15, deadline=None)
@@ -184,10 +189,7 @@ def test_positive_mass(scheme, seed, tensor):
     lanes = 8
     rows = lanes * scheme.windows
     q, _, k_context, v, _, segments = random_inputs(seed, rows, 4, 4, 2, 4)
-    mesh = None
-    if tensor:
-        devices = np.asarray(jax.devices()[:8]).reshape(8 // tensor, 1, tensor)
-        mesh = Mesh(devices, ("data", "fsdp", "tensor"))
+    mesh = mesh_of(1, 8 // tensor, 1, tensor) if tensor else None
     plan = crossbatch.make_plan(scheme, rows, mesh=mesh, heads=4, window=4)
     got = jax.jit(lambda *a: crossbatch.positive_mass(*a, plan))(q, k_context, v, segments)
 
@@ -202,7 +204,7 @@ def test_positive_mass(scheme, seed, tensor):
 
 
 def test_gradients_reach_the_contexts_of_other_devices():
-    mesh = Mesh(np.asarray(jax.devices()[:8]).reshape(8, 1, 1), ("data", "fsdp", "tensor"))
+    mesh = mesh_of(1, 8, 1, 1)
     plan = crossbatch.make_plan(PreviousContext(d=2), 16, mesh=mesh, heads=1, window=2)
     inputs = random_inputs(0, 16, 2, 1, 1, 2, padding=False)
     _, (_, _, d_context, _) = ours(plan, *inputs)
@@ -247,7 +249,7 @@ def test_bad_schemes(make, message):
 
 
 def test_rows_that_do_not_fit_the_mesh():
-    mesh = Mesh(np.asarray(jax.devices()[:8]).reshape(8, 1, 1), ("data", "fsdp", "tensor"))
+    mesh = mesh_of(1, 8, 1, 1)
     with pytest.raises(UserError, match="12 rows of a microbatch do not divide over 8 devices"):
         crossbatch.make_plan(Packed(4), 12, mesh=mesh, heads=1, window=4)
     with pytest.raises(UserError, match="a device has 6 rows, a crossbatch group 4"):

@@ -55,7 +55,9 @@ def test_every_size_traces_in_training(name):
     config = name()
     scheme = PreviousContext(d=2) if config.qk_norm else PackedTable()
     rows = 8 * scheme.windows
-    mesh = Mesh(np.asarray(jax.devices()[:8]).reshape(4, 1, 2), ("data", "fsdp", "tensor"))
+    mesh = Mesh(
+        np.asarray(jax.devices()[:8]).reshape(1, 4, 1, 2), ("replica", "data", "fsdp", "tensor")
+    )
     plan = crossbatch.make_plan(
         scheme, rows, mesh=mesh, heads=config.num_heads, window=config.local_context
     )

@@ -29,22 +29,27 @@ EVEN = dataclasses.replace(LLAMA, vocab_size=64)
 @pytest.mark.parametrize(
     "shape, sizes",
     [
-        (MeshShape(), (8, 1, 1)),
-        (MeshShape(fsdp=2, tensor=2), (2, 2, 2)),
-        (MeshShape(2, 1, 4), (2, 1, 4)),
-        (MeshShape(-1, 8, 1), (1, 8, 1)),
+        (MeshShape(), (1, 8, 1, 1)),
+        (MeshShape(fsdp=2, tensor=2), (1, 2, 2, 2)),
+        (MeshShape(2, 1, 4), (1, 2, 1, 4)),
+        (MeshShape(-1, 8, 1), (1, 1, 8, 1)),
+        (MeshShape(replica=2, tensor=2), (2, 2, 1, 2)),
     ],
 )
 def test_mesh_uses_every_device_once(shape, sizes):
     mesh = shape.make()
-    assert mesh.devices.shape == sizes and mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.devices.shape == sizes
+    assert mesh.axis_names == ("replica", "data", "fsdp", "tensor")
     assert list(mesh.devices.flat) == jax.devices()
     assert dict(shape.make_abstract().shape) == dict(mesh.shape)
 
 
 def test_mesh_of_some_devices():
     mesh = MeshShape(tensor=3).make(jax.devices()[2:8])
-    assert [[device.id for device in row] for row in mesh.devices[:, 0]] == [[2, 3, 4], [5, 6, 7]]
+    assert [[device.id for device in row] for row in mesh.devices[0, :, 0]] == [
+        [2, 3, 4],
+        [5, 6, 7],
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Chip:
     process_index: int
     platform: str = "tpu"
     device_kind: str = "TPU v3"
+    slice_index: int | None = None
 
 
 def test_devices_of_a_process_are_neighbours():
@@ -67,6 +73,19 @@ def test_devices_of_a_process_are_neighbours():
     ]
 
 
+def test_a_replica_lies_in_one_slice():
+    """Whatever order the devices of two slices of two hosts come in."""
+    order = np.random.default_rng(0).permutation(16)
+    chips = [Chip(int(i), int(i) // 4 ^ 2, slice_index=int(i) // 8) for i in order]
+    mesh = MeshShape(replica=4, fsdp=2, tensor=2).make(chips)
+    slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+    assert slices.reshape(4, -1).tolist() == [[0] * 4, [0] * 4, [1] * 4, [1] * 4]
+    with pytest.raises(UserError, match="replica = 1 is not a multiple of the 2 TPU slices"):
+        MeshShape(fsdp=2).make(chips)
+    with pytest.raises(UserError, match="replica=4 x data=-1 x fsdp=3 x tensor=1 does not use"):
+        MeshShape(fsdp=3, replica=4).make(chips)
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
@@ -75,7 +94,10 @@ def test_devices_of_a_process_are_neighbours():
         (lambda: MeshShape(fsdp=2.0), r"MeshShape\.fsdp = 2\.0: give 1 or more devices$"),
         (lambda: MeshShape(data=0), r"MeshShape\.data = 0: give 1 or more devices \(-1: all"),
         (lambda: MeshShape(data=-2), r"MeshShape\.data = -2: give 1 or more devices \(-1: all"),
-        (lambda: MeshShape(data=4).make(), "data=4 x fsdp=1 x tensor=1 does not use the 8 devices"),
+        (
+            lambda: MeshShape(data=4).make(),
+            "replica=1 x data=4 x fsdp=1 x tensor=1 does not use the 8 devices",
+        ),
         (lambda: MeshShape(data=16).make(), "data=16 x fsdp=1 x tensor=1 does not use the 8"),
         (lambda: MeshShape(fsdp=3).make(), "data=-1 x fsdp=3 x tensor=1 does not use the 8"),
         (lambda: MeshShape(tensor=16).make(), "data=-1 x fsdp=1 x tensor=16 does not use the 8"),
@@ -242,13 +264,13 @@ def test_a_state_that_does_not_divide_names_its_parameter():
 # --- Rows ----------------------------------------------------------------------------------------
 
 
-def test_rows_go_over_data_and_fsdp():
-    mesh = MeshShape(2, 2, 2).make()
+def test_rows_go_over_replica_data_and_fsdp():
+    mesh = MeshShape(1, 2, 2, replica=2).make()
     batch = jax.device_put(np.arange(24).reshape(8, 3), partitioning.rows(mesh))
     for place, device in np.ndenumerate(mesh.devices):
         (shard,) = (s for s in batch.addressable_shards if s.device == device)
-        data, fsdp, _ = place
-        first = 2 * (2 * data + fsdp)
+        replica, _, fsdp, _ = place
+        first = 2 * (2 * replica + fsdp)
         np.testing.assert_array_equal(shard.data, batch[first : first + 2])
 
 
@@ -288,6 +310,6 @@ def test_rows_that_do_not_divide():
 
 
 def test_a_mesh_that_deals_rows_is_refused():
-    chips = np.array([Chip(i, i % 2) for i in range(4)]).reshape(4, 1, 1)
+    chips = np.array([Chip(i, i % 2) for i in range(4)]).reshape(1, 4, 1, 1)
     with pytest.raises(ValueError, match="rows of process 1 lie apart"):
         partitioning.owned_rows(Mesh(chips, partitioning.AXES), 8, process=1)
