@@ -22,8 +22,8 @@ _CHECKPOINT = "a workdir, a step inside it, or a Hugging Face directory"
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb.
 
-    Returns the exit code: 0; 1 where checkpoints differ; 2 for bad input; 130 after ^C; 143 after
-    SIGTERM; 141 where nobody reads what it prints any more.
+    Returns the exit code: 0; 1 where checkpoints differ or nothing fits; 2 for bad input; 130 after
+    ^C; 143 after SIGTERM; 141 where nobody reads what it prints any more.
     """
     args = _parser().parse_args(argv)
     try:
@@ -86,6 +86,19 @@ def _parser() -> argparse.ArgumentParser:
         "--dry_run", action="store_true", help="trace one step, print what would run, write nothing"
     )
     train.set_defaults(run=_train)
+
+    compile_ = verbs.add_parser(
+        "compile", help="compile an experiment for a TPU slice: does it fit?"
+    )
+    _experiment_arguments(compile_)
+    compile_.add_argument(
+        "--topology", metavar="v4-128", help="default: the experiment's Compute.topology"
+    )
+    compile_.add_argument(
+        "--suggest", action="store_true", help="try other meshes, remat policies and microbatches"
+    )
+    compile_.add_argument("--json", action="store_true", help="print one JSON object")
+    compile_.set_defaults(run=_compile)
 
     evaluate = verbs.add_parser("evaluate", help="run an experiment's evaluations on a checkpoint")
     _experiment_arguments(evaluate)
@@ -205,6 +218,22 @@ def _train(args) -> int:
             dry_run=args.dry_run,
         )
     return 128 + stopped if stopped else 0
+
+
+def _compile(args) -> int:
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    experiment_files.load(args.experiment, args.gin)
+    experiment_files.without_documents()
+    experiment_files.take_over("train", "compile_experiment")
+    import gin
+
+    with experiment_files.gin_errors():
+        fits = gin.get_configurable("compile_experiment")(
+            topology=args.topology, suggest=args.suggest, as_json=args.json
+        )
+    return 0 if fits else 1
 
 
 def _evaluate(args) -> int:

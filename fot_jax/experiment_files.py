@@ -24,6 +24,7 @@ from fot_jax.errors import UserError
 
 _FLAGS_OF_TRAIN = ["workdir", "config_text", "dry_run"]  # not for experiment files to set
 _FLAGS_OF_EVALUATE = ["checkpoint", "output"]
+_FLAGS_OF_COMPILE = ["topology", "suggest", "as_json"]
 
 
 def load(files: list[str], bindings: list[str]) -> None:
@@ -62,16 +63,36 @@ def value_of(name: str) -> Any:
         return None
 
 
+def without_documents() -> None:
+    """Loaded experiment files need no corpus and no tokenizer from now on."""
+    import gin
+
+    from fot_jax.data.lanes import DocumentSource
+
+    names = (name for name in vars(DocumentSource) if name[0] != "_")
+    gin.bind_parameter("Data.source", types.SimpleNamespace(**dict.fromkeys(names)))
+
+
+def take_over(of: str, to: str) -> None:
+    """What loaded experiment files bind to parameters of one function, another gets as well."""
+    import gin
+
+    for parameter in set(_parameters_of(of)) & set(_parameters_of(to)):
+        with contextlib.suppress(ValueError):  # not bound
+            gin.bind_parameter(f"{to}.{parameter}", gin.query_parameter(f"{of}.{parameter}"))
+
+
 def _register(gin) -> None:
-    from fot_jax import evaluate, train
+    from fot_jax import compile, evaluate, experiment, train
     from fot_jax.data import synthetic, tasks
     from fot_jax.evals import perplexity, sample
     from fot_jax.model import crossbatch, lookup, sizes, transformer
     from fot_jax.training import optim, partitioning, step
 
     names = [
-        *(train.train, train.Data, train.Compute, train.Checkpoints),
+        *(train.train, experiment.Data, experiment.Compute, experiment.Checkpoints),
         *(evaluate.evaluate, evaluate.Evaluation),
+        compile.compile_experiment,
         *(perplexity.PerplexityByContext, sample.Sample),
         *(lookup.Dense, lookup.TopK, lookup.ApproximateTopK),
         *(crossbatch.NoCrossbatch, crossbatch.PreviousContext),
@@ -85,7 +106,11 @@ def _register(gin) -> None:
         *tasks.CONFIGURABLE,
         *synthetic.CONFIGURABLE,
     ]
-    flags = {train.train: _FLAGS_OF_TRAIN, evaluate.evaluate: _FLAGS_OF_EVALUATE}
+    flags = {
+        train.train: _FLAGS_OF_TRAIN,
+        evaluate.evaluate: _FLAGS_OF_EVALUATE,
+        compile.compile_experiment: _FLAGS_OF_COMPILE,
+    }
     for thing in names:
         name = thing.__name__
         if f"fot_jax.{name}" not in gin.config._REGISTRY:

@@ -10,7 +10,6 @@ import signal
 from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
@@ -19,105 +18,22 @@ from fot_jax.data.lanes import DocumentSource, Lanes, Prefetch
 from fot_jax.data.vocabulary import load_vocabulary
 from fot_jax.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.evaluate import Evaluation, run_evals
+from fot_jax.experiment import Checkpoints, Compute, Data, make_program
 from fot_jax.generate import LanguageModel
 from fot_jax.hugging_face import loading
 from fot_jax.model import crossbatch
-from fot_jax.model.transformer import ModelConfig, Transformer
+from fot_jax.model.transformer import ModelConfig
 from fot_jax.paths import path_of
-from fot_jax.topologies import topology_of
 from fot_jax.training import partitioning
 from fot_jax.training.checkpoint import Checkpointer
 from fot_jax.training.checkpoint_items import names
-from fot_jax.training.flops import training_flops
 from fot_jax.training.metrics import Counts, Metrics, matmul_rate
-from fot_jax.training.partitioning import MeshShape
 from fot_jax.training.step import (
     ScheduleOfD,
     StepInfo,
     TrainState,
     make_positive_mass,
-    make_train_step,
 )
-
-MOST_ROWS = 2**20  # of a step; what hosts know of every row would not fit in their memory
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Documents and how they are laid out in a batch (data/lanes.py).
-
-    Attributes:
-      source: yields documents.
-      lanes: documents read side by side; the batch has lanes * windows-of-the-scheme rows of
-        the model's local context.
-      lane_groups: shards of the document stream; any number of hosts that divides it sees the same
-        data.
-      group_lanes: lanes of a crossbatch group, within which negatives are drawn; None: all.
-      seed: of the order of documents.
-    """
-
-    source: DocumentSource
-    lanes: int
-    lane_groups: int = 1
-    group_lanes: int | None = None
-    seed: int = 0
-
-    def __post_init__(self):
-        counts = {"lanes": self.lanes, "lane_groups": self.lane_groups}
-        check_range("Data", 1, **counts, group_lanes=self.group_lanes)
-        check_range("Data", 0, LARGEST_SEED, seed=self.seed)
-        if self.lanes % self.lane_groups:
-            raise UserError(
-                f"Data.lanes = {self.lanes} is not a multiple of Data.lane_groups = "
-                f"{self.lane_groups}: change one of them"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class Compute:
-    """How a step is computed; none of it changes the objective.
-
-    Attributes:
-      dtype: of activations and matrix products: "float32" or "bfloat16".
-      remat: what is recomputed in the backward pass: "none", "dots" or "full".
-      accumulation: microbatches a step, each of whole crossbatch groups.
-      mesh: devices along the axes replica, data, fsdp, tensor.
-      topology: the TPU slice that the mesh is for, "v4-128": what `fot compile` compiles for and
-        `python -m tpu` asks for. Training takes the devices that there are.
-      slices: how many of them, connected by the data-centre network.
-    """
-
-    dtype: str = "float32"
-    remat: str = "none"
-    accumulation: int = 1
-    mesh: MeshShape = MeshShape()
-    topology: str | None = None
-    slices: int = 1
-
-    def __post_init__(self):
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"Compute.dtype = {self.dtype!r}: choose one of float32, bfloat16")
-        check_range("Compute", 1, accumulation=self.accumulation, slices=self.slices)
-        if self.topology is not None:
-            topology_of(self.topology)
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoints:
-    """When checkpoints are written and which are kept. The last step is always written.
-
-    Attributes:
-      every: steps between checkpoints.
-      keep_last: how many of the newest stay.
-      keep_every: steps whose multiples stay forever; None: none do.
-    """
-
-    every: int = 1000
-    keep_last: int = 2
-    keep_every: int | None = None
-
-    def __post_init__(self):
-        check_range("Checkpoints", 1, **dataclasses.asdict(self))
 
 
 def train(
@@ -172,7 +88,7 @@ def train(
       UserError: parts of the experiment that do not fit each other, bad data, or a loss or gradient
         that was not finite more than max_skipped steps in a row.
     """
-    # --- Layout ----------------------------------------------------------------------------------
+    # --- Program ---------------------------------------------------------------------------------
     check_range("train", 1, steps=steps, log_every=log_every)
     check_range("train", 1, positive_mass_every=positive_mass_every)
     check_range("train", 0, z_loss=z_loss, max_skipped=max_skipped)
@@ -188,91 +104,38 @@ def train(
             f"train.log_every = {log_every}: change one of them"
         )
     mesh = compute.mesh.make_abstract() if dry_run else compute.mesh.make()
-    for name in ("num_heads", "num_kv_heads"):
-        if getattr(model, name) % mesh.shape["tensor"]:
-            raise UserError(
-                f"model.{name} = {getattr(model, name)} does not divide over mesh axis tensor of "
-                f"{mesh.shape['tensor']}: change MeshShape.tensor"
-            )
-    rows = data.lanes * scheme.windows
-    if rows > MOST_ROWS:
-        raise UserError(
-            f"Data.lanes = {data.lanes} makes {rows} rows a step ({scheme.windows} a lane), more "
-            f"than {MOST_ROWS}: lower it"
-        )
-    group_rows = (data.group_lanes or data.lanes) * scheme.windows
-    schemes = {None: scheme} if d is None else {value: scheme.with_d(value) for value in d.values}
-    for each in schemes.values():  # a d that does not fit shows now, not at step 450,000
-        each.contexts(group_rows)
-
-    @functools.cache
-    def plan_of(d: int | None) -> crossbatch.Plan:
-        return crossbatch.make_plan(
-            schemes[d],
-            _microbatch(rows, compute.accumulation),
-            group_rows=group_rows,
-            mesh=mesh,
-            heads=model.num_heads,
-            window=model.local_context,
-        )
-
-    plan_of(next(iter(schemes)))  # what does not divide shows before anything is written
-
-    # --- Model -----------------------------------------------------------------------------------
-    transformer = Transformer(model, dtype=jnp.dtype(compute.dtype), remat=compute.remat)
-    tx = optimizer(learning_rate)
-
-    def init(key) -> TrainState:
-        tokens = jnp.zeros((1, model.local_context), jnp.int32)
-        params = transformer.init(key, tokens, tokens, crossbatch.Plan())["params"]
-        return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params))
-
-    abstract = jax.eval_shape(init, jax.random.key(seed))
-
-    @functools.cache
-    def step_of(d: int | None):
-        return make_train_step(
-            *(transformer, tx, schemes[d], plan_of(d), compute.accumulation, z_loss)
-        )
-
-    flops_of = functools.cache(lambda d: training_flops(model, schemes[d], rows, group_rows))
-    tokens_per_step = data.lanes * scheme.advance * model.local_context
+    program = make_program(
+        *(mesh, model, data, optimizer, learning_rate, scheme, d, compute, z_loss)
+    )
     if dry_run:
         _check_vocabulary(data.source, model)
-        first_d = None if d is None else d(0, None, 0.0)
-        jax.eval_shape(step_of(first_d), abstract, _abstract_batch(rows, model.local_context))
-        parameters = sum(x.size for x in jax.tree.leaves(abstract.params))
+        jax.eval_shape(program.step_of(program.ds[0]), program.state, program.batch)
         print(
-            f"{parameters:,} parameters, mesh {dict(mesh.shape)}, {rows} rows of "
-            f"{model.local_context} tokens ({tokens_per_step:,} new tokens a step), "
-            f"{flops_of(first_d):.3g} FLOPs a step, {steps:,} steps: nothing written"
+            f"{program.parameters:,} parameters, mesh {dict(mesh.shape)}, {program.rows} rows of "
+            f"{model.local_context} tokens ({program.tokens_per_step:,} new tokens a step), "
+            f"{program.flops_of(program.ds[0]):.3g} FLOPs a step, {steps:,} steps: nothing written"
         )
         return None
 
     # --- State: the workdir's newest whole checkpoint, else initialize_from, else fresh ----------
     workdir = path_of(workdir)
-    shardings = partitioning.shardings(abstract, mesh)
-    target = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        abstract,
-        shardings,
-    )
     checkpointer = Checkpointer(
         workdir / "checkpoints", keep_last=checkpoints.keep_last, keep_every=checkpoints.keep_every
     )
-    owned = _owned_groups(partitioning.owned_rows(mesh, rows), data, rows)
-    restored = checkpointer.restore_latest(target.params, target.opt_state, owned)
+    owned = _owned_groups(partitioning.owned_rows(mesh, program.rows), data, program.rows)
+    restored = checkpointer.restore_latest(program.state.params, program.state.opt_state, owned)
     history = History()
     source = data.source
     if restored is not None:
-        step = jax.device_put(np.int32(restored.step), shardings.step)
+        step = jax.device_put(np.int32(restored.step), program.state.step.sharding)
         state = TrainState(step, restored.params, restored.opt_state)
         history = History(**restored.meta["history"])
         source = source.with_vocabulary(load_vocabulary(workdir / "vocabulary"))
     else:
-        state = jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+        shardings = jax.tree.map(lambda x: x.sharding, program.state)
+        state = jax.jit(program.init, out_shardings=shardings)(jax.random.key(seed))
         if initialize_from is not None:
-            there, params = loading.params_of(initialize_from, target.params)
+            there, params = loading.params_of(initialize_from, program.state.params)
             state = state._replace(params=params)
             if (vocabulary := loading.vocabulary_of(initialize_from)) is not None:
                 source = source.with_vocabulary(vocabulary)
@@ -315,13 +178,19 @@ def train(
 
     # --- Loop ------------------------------------------------------------------------------------
     metrics = Metrics(
-        *(workdir, first_step, steps, tokens_per_step, matmul_rate(compute.dtype) * mesh.size)
+        *(
+            workdir,
+            first_step,
+            steps,
+            program.tokens_per_step,
+            matmul_rate(compute.dtype) * mesh.size,
+        )
     )
     if restored is not None:
         metrics.say(f"resuming {workdir} after step {first_step}")
-    gradients = list(names(abstract.params))
+    gradients = list(names(program.state.params))
     positive_mass = functools.cache(
-        lambda d: make_positive_mass(transformer, plan_of(d), compute.accumulation)
+        lambda d: make_positive_mass(program.transformer, program.plan_of(d), compute.accumulation)
     )
     batches, waited = Prefetch(lanes, place), 0.0
 
@@ -355,7 +224,7 @@ def train(
         }
         waited = batches.waited
         history = dataclasses.replace(history, counts=(0.0, 0.0, 0.0))
-        metrics.training(step, values, flops_of(d))
+        metrics.training(step, values, program.flops_of(d))
 
     def save(step: int) -> None:
         meta = {"model": dataclasses.asdict(model), "history": dataclasses.asdict(history)}
@@ -364,7 +233,7 @@ def train(
 
     def run(evals, step: int) -> None:
         with metrics.untimed():
-            lm = LanguageModel.of(transformer, state.params, source.vocabulary)
+            lm = LanguageModel.of(program.transformer, state.params, source.vocabulary)
             results = run_evals(lm, evals, evaluation.source or source, workdir / "plots")
         values = {k: x for e in evals for k, x in e.scalars(results[e.name]).items()}
         if values:
@@ -382,7 +251,7 @@ def train(
                 jax.profiler.start_trace(workdir / "profile")
             now_d = None if d is None else d(step - 1, now_d, history.accuracy(step - 2))
             batch, snapshot = ready.pop() if ready else next(batches)
-            state, info = step_of(now_d)(state, batch)
+            state, info = program.step_of(now_d)(state, batch)
             if pending is not None:
                 finish(*pending)
             more = {}
@@ -446,15 +315,6 @@ class History:
         return History(d, accuracies, total, 0 if applied else self.skipped + 1)
 
 
-def _microbatch(rows: int, accumulation: int) -> int:
-    if rows % accumulation:
-        raise UserError(
-            f"{rows} rows do not divide into Compute.accumulation = {accumulation} microbatches: "
-            "change it or Data.lanes"
-        )
-    return rows // accumulation
-
-
 def _compare_functions(initialize_from: str, there: ModelConfig, model: ModelConfig) -> None:
     """Warns where a checkpoint's parameters were those of another function than they will be."""
     for name in ("norm_epsilon", "qk_norm", "rope_theta", "rope_scaling", "norm", "mlp"):
@@ -471,12 +331,6 @@ def _check_vocabulary(source: DocumentSource, model: ModelConfig) -> None:
             f"the tokenizer has {source.vocabulary.size} tokens, the model a vocabulary of "
             f"{model.vocab_size}: raise the model's vocab_size or use a smaller tokenizer"
         )
-
-
-def _abstract_batch(rows: int, window: int) -> dict[str, jax.ShapeDtypeStruct]:
-    integers = jax.ShapeDtypeStruct((rows, window), jnp.int32)
-    batch = dict.fromkeys(("inputs", "targets", "segment_ids"), integers)
-    return {**batch, "weights": jax.ShapeDtypeStruct((rows, window), jnp.float32)}
 
 
 def _owned_groups(owned: range, data: Data, rows: int) -> list[int]:

@@ -300,11 +300,11 @@ def test_values_of_the_wrong_type(here, capsys, binding, message):
         ),
         (
             ["MeshShape.data = 3", "--dry_run"],
-            "8 rows of a microbatch do not divide over 3 devices (mesh axes data x fsdp): change",
+            "8 rows of a microbatch do not divide over 3 devices (mesh axes replica x data x fsdp)",
         ),
         (
             ["MeshShape.data = 2"],
-            "mesh data=2 x fsdp=1 x tensor=1 does not use the 1 devices here exactly: change the",
+            "mesh replica=1 x data=2 x fsdp=1 x tensor=1 does not use the 1 devices here exactly",
         ),
         (
             ["MeshShape.data = 1", "MeshShape.tensor = 4", "--dry_run"],
@@ -338,7 +338,7 @@ def test_later_files_and_bindings_win(here, capsys):
     before = runs.files(here)
     assert cli.main(argv) == 0
     assert capsys.readouterr().out.startswith(
-        f"{runs.PARAMETERS:,} parameters, mesh {{'data': 8, 'fsdp': 1, 'tensor': 1}}, 16 rows of "
-        "16 tokens (256 new tokens a step), "
+        f"{runs.PARAMETERS:,} parameters, mesh {{'replica': 1, 'data': 8, 'fsdp': 1, 'tensor': 1}},"
+        " 16 rows of 16 tokens (256 new tokens a step), "
     )
     assert runs.files(here) == before

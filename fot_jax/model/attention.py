@@ -32,6 +32,8 @@ ANY_DOCUMENT = 2  # every key that is not padding
 
 MAX_TILE = 512
 
+LOOP_SCOPE = "at_most_{}_times"  # names the bound of a loop for training/costs.py
+
 
 class Pairs(NamedTuple):
     """Which query row attends to which key row, in steps of at most P pairs.
@@ -180,7 +182,8 @@ def attend(q, k, v, q_segments, k_segments, pairs: Pairs, parts: Parts, causal: 
         after = absorb(before, *walk.scores(at), walk.take_k(v, at))
         return Parts(*(walk.put_q(x, at, new) for x, new in zip(parts, after, strict=True)))
 
-    return lax.fori_loop(0, walk.steps, step, parts)
+    with walk.bounded():
+        return lax.fori_loop(0, walk.steps, step, parts)
 
 
 def attend_backward(q, k, v, q_segments, k_segments, pairs, lse, d_out, delta, grads, causal):
@@ -206,7 +209,8 @@ def attend_backward(q, k, v, q_segments, k_segments, pairs, lse, d_out, delta, g
         dq_b = _dot("pkts,pksd->pktd", ds, walk.take_k(k, at))
         return walk.add_q(dq, at, dq_b), walk.add_k(dk, at, dk_b), walk.add_k(dv, at, dv_b)
 
-    return lax.fori_loop(0, walk.steps, step, grads)
+    with walk.bounded():
+        return lax.fori_loop(0, walk.steps, step, grads)
 
 
 def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -234,6 +238,10 @@ class _Walk:
         self.tiles = jnp.asarray(tiles[tiles[:, 0] >= tiles[:, 1]] if causal else tiles)
         self.steps = pairs.count * len(self.tiles)
 
+    def bounded(self):
+        """Scope of a loop over the steps: the compiled program does not say how many there are."""
+        return jax.named_scope(LOOP_SCOPE.format(self.pairs.q_row.shape[0] * len(self.tiles)))
+
     def at(self, i) -> _At:
         step, tile = i // len(self.tiles), self.tiles[i % len(self.tiles)]
         return _At(
@@ -244,7 +252,7 @@ class _Walk:
         )
 
     def scores(self, at: _At) -> tuple[jax.Array, jax.Array]:
-        """Scores and visibility of a step, both [P, K, G * tile, tile]."""
+        """Scores [P, K, G * tile, tile] of a step, and visibility [P, 1, G * tile, tile]."""
         scores = _dot("pktd,pksd->pkts", self.take_q(self.q, at), self.take_k(self.k, at))
         q_seg, k_seg = self.take_q(self.q_segments, at), self.take_k(self.k_segments, at)
         q_seg, k_seg, sees = q_seg[:, :, None], k_seg[:, None, :], at.sees[:, None, None]
@@ -255,10 +263,10 @@ class _Walk:
         else:
             wanted = ((q_seg == k_seg) & (sees == SAME_DOCUMENT)) | (sees == ANY_DOCUMENT)
             visible = wanted & (k_seg > 0)
-        P, K, GT, S = scores.shape
+        P, _, GT, S = scores.shape
         T = q_seg.shape[1]
-        visible = jnp.broadcast_to(visible[:, None, None], (P, K, GT // T, T, S))
-        return scores, visible.reshape(scores.shape)
+        visible = jnp.broadcast_to(visible[:, None], (P, GT // T, T, S))
+        return scores, visible.reshape(P, 1, GT, S)
 
     def take_q(self, x, at):
         return _take(x, at.q)

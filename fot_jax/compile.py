@@ -1,0 +1,344 @@
+"""`fot compile`: an experiment's training step compiled for a TPU slice that is not there.
+
+libtpu compiles for any slice on any machine. What comes out says whether the step fits into the
+memory of the devices, what it computes and moves, and so how fast it can be at most.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import optax
+from jax.experimental import topologies
+
+from fot_jax.errors import UserError
+from fot_jax.experiment import Compute, Data, Program, make_program
+from fot_jax.model import crossbatch
+from fot_jax.model.transformer import REMAT_POLICIES, ModelConfig
+from fot_jax.topologies import Topology, topology_of
+from fot_jax.training import costs
+from fot_jax.training.partitioning import MeshShape
+from fot_jax.training.step import ScheduleOfD
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What compiling a training step for a slice has shown. Memory is in bytes of one device.
+
+    Attributes:
+      fits: into the memory of a device.
+      used, available: of that memory; `used` is what the compiler reports.
+      parameters, optimizer, batch, temporaries, code: parts of `used`; None where it did not fit.
+      model_flops, flops: of a step over all devices; the second as computed, with what is computed
+        again in the backward pass.
+      memory_traffic: bytes a device reads from and writes to its memory in a step.
+      messages, collectives: bytes a device sends in a step, and how many, by kind of collective.
+      compute_seconds, memory_seconds, message_seconds: what these take at the chip's published
+        rates.
+      compile_seconds: on this machine.
+    """
+
+    topology: str
+    slices: int
+    mesh: dict[str, int]
+    remat: str
+    accumulation: int
+    d: int | None
+    fits: bool
+    used: int
+    available: int
+    model_flops: int
+    compile_seconds: float
+    parameters: int | None = None
+    optimizer: int | None = None
+    batch: int | None = None
+    temporaries: int | None = None
+    code: int | None = None
+    flops: int | None = None
+    memory_traffic: int | None = None
+    messages: dict[str, int] | None = None
+    collectives: dict[str, int] | None = None
+    compute_seconds: float | None = None
+    memory_seconds: float | None = None
+    message_seconds: float | None = None
+    tokens_per_step: int = 0
+
+    @property
+    def step_seconds(self) -> float:
+        """The least that a step takes: everything that can overlap does."""
+        return max(self.compute_seconds, self.memory_seconds, self.message_seconds)
+
+    @property
+    def utilisation(self) -> float:
+        """Model FLOPs of such a step as a share of the chips' rate."""
+        topology = topology_of(self.topology)
+        rate = topology.chip.flops * topology.chips * self.slices
+        return self.model_flops / rate / self.step_seconds
+
+
+def compile_experiment(
+    model: ModelConfig,
+    data: Data,
+    optimizer: Callable[[optax.Schedule], optax.GradientTransformation],
+    learning_rate: optax.Schedule,
+    scheme: crossbatch.Scheme = crossbatch.NoCrossbatch(),  # noqa: B008 (frozen)
+    d: ScheduleOfD | None = None,
+    compute: Compute = Compute(),  # noqa: B008
+    z_loss: float = 0.0,
+    topology: str | None = None,
+    suggest: bool = False,
+    as_json: bool = False,
+) -> bool:
+    """Compiles the training step of an experiment for a TPU slice and prints what that shows.
+
+    Args:
+      model … z_loss: as for `train`; documents are not read. Of several d the largest is taken.
+      topology: "v4-128"; None: compute.topology.
+      suggest: compile with other meshes, remat policies and microbatches too, and print the one
+        with the lowest estimate among those that fit.
+      as_json: print one JSON object.
+
+    Returns:
+      Whether it fits; with `suggest`, whether anything does.
+
+    Raises:
+      UserError: no or an unknown topology, no libtpu, parts of the experiment that do not fit each
+        other or the slice.
+    """
+    name = topology or compute.topology
+    if name is None:
+        raise UserError(
+            "the experiment names no TPU slice: add --topology v4-128, or set Compute.topology"
+        )
+    devices = devices_of(topology_of(name), compute.slices)
+
+    def report(compute: Compute) -> Report:
+        mesh = compute.mesh.make(devices)
+        program = make_program(
+            *(mesh, model, data, optimizer, learning_rate, scheme, d, compute, z_loss)
+        )
+        return compile_program(program, compute, name)
+
+    if not suggest:
+        result = report(compute)
+        print(json.dumps(_as_json(result)) if as_json else table(result))
+        return result.fits
+    results = []
+    for result in suggestions(compute, len(devices), report):
+        results.append(result)
+        if not as_json:
+            print(_line(result), flush=True)
+    fitting = sorted((each for each in results if each.fits), key=lambda each: each.step_seconds)
+    if as_json:
+        print(json.dumps([_as_json(each) for each in fitting]))
+    elif fitting:
+        print(f"\n{table(fitting[0])}\n\n{_bindings(fitting[0])}")
+    else:
+        print("nothing fits: take a larger slice, or fewer tokens a step")
+    return bool(fitting)
+
+
+def devices_of(topology: Topology, slices: int = 1) -> list[jax.Device]:
+    """Descriptions of a slice's devices, to compile for.
+
+    Raises:
+      UserError: libtpu is not installed.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("compiling for TPUs needs libtpu: pip install -e '.[tpu]'")
+    # Or libtpu looks for a cloud around it, and complains when there is none.
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    for name, value in {**quiet, "TPU_ACCELERATOR_TYPE": topology.accelerator_type}.items():
+        os.environ.setdefault(name, value)
+    megacore = topology.chip.cores == 2 and topology.chip.devices == 1
+    options = {"chip_config_name": "megacore"} if megacore else {}
+    if slices > 1:
+        options["num_slices"] = slices
+    return list(
+        topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{topology.generation}:{topology.shape}", **options
+        ).devices
+    )
+
+
+def compile_program(program: Program, compute: Compute, name: str) -> Report:
+    """Compiles a program whose mesh is of devices of the slice `name`.
+
+    Raises:
+      jax.errors.JaxRuntimeError: what the compiler cannot do, other than find enough memory.
+    """
+    topology = topology_of(name)
+    d = max(program.ds, key=lambda d: d or 0)
+    start = time.perf_counter()
+    traced = program.step_of(d).trace(program.state, program.batch)
+    known = dict(
+        topology=name,
+        slices=compute.slices,
+        mesh=dict(program.mesh.shape),
+        remat=compute.remat,
+        accumulation=compute.accumulation,
+        d=d,
+        model_flops=program.flops_of(d),
+        tokens_per_step=program.tokens_per_step,
+    )
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        seconds = time.perf_counter() - start
+        used, available = _out_of_memory(error)
+        return Report(**known, fits=False, used=used, available=available, compile_seconds=seconds)
+    seconds = time.perf_counter() - start
+    memory, traffic = compiled.memory_analysis(), costs.traffic(compiled.as_text())
+    devices = program.mesh.size
+    flops = costs.product_flops(traced.jaxpr.jaxpr, devices)
+    chip = topology.chip
+    parameters, optimizer, batch = (
+        _bytes_on_a_device(tree)
+        for tree in (program.state.params, program.state.opt_state, program.batch)
+    )
+    return Report(
+        **known,
+        fits=True,
+        used=memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
+        available=chip.hbm_bytes // chip.devices,
+        parameters=parameters,
+        optimizer=optimizer,
+        batch=batch,
+        temporaries=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        flops=flops,
+        memory_traffic=traffic.memory,
+        messages=traffic.messages,
+        collectives=traffic.counts,
+        compute_seconds=flops / devices / (chip.flops / chip.devices),
+        memory_seconds=traffic.memory / (chip.hbm_rate / chip.devices),
+        message_seconds=sum(traffic.messages.values()) / (chip.ici_rate / chip.devices),
+        compile_seconds=seconds,
+    )
+
+
+def _bytes_on_a_device(tree) -> int:
+    return sum(
+        x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)
+    )
+
+
+def _out_of_memory(error: Exception) -> tuple[int, int]:
+    """Bytes needed and available, as the compiler says them; or raises its error."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    found = re.search(r"\(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG])\)", str(error))
+    found = found or re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", str(error))
+    if not found:
+        raise error
+    used, used_unit, available, unit = found.groups()
+    return round(float(used) * units[used_unit]), round(float(available) * units[unit])
+
+
+# --- Suggestions ---------------------------------------------------------------------------------
+
+
+def suggestions(
+    compute: Compute, devices: int, report: Callable[[Compute], Report]
+) -> Iterator[Report]:
+    """Reports of other meshes, each with the least recomputation and fewest microbatches that fit.
+
+    A mesh or number of microbatches that rows or heads do not divide over is left out.
+    """
+    rest = devices // compute.slices
+    meshes = [
+        MeshShape(rest // (fsdp * tensor), fsdp, tensor, compute.slices)
+        for tensor in (1, 2, 4)
+        for fsdp in sorted({rest // tensor // n for n in (1, 4, 16) if rest // tensor >= n})
+        if rest % (fsdp * tensor) == 0
+    ]
+    for mesh in dict.fromkeys((compute.mesh, *meshes)):
+        for accumulation, remat in itertools.product((1, 2, 4), ("none", *REMAT_POLICIES)):
+            try:
+                result = report(
+                    dataclasses.replace(compute, mesh=mesh, accumulation=accumulation, remat=remat)
+                )
+            except UserError:
+                continue
+            yield result
+            if result.fits:
+                break
+
+
+# --- In words ------------------------------------------------------------------------------------
+
+
+def table(report: Report) -> str:
+    """A report for people."""
+    mesh = " x ".join(f"{axis} {n}" for axis, n in report.mesh.items() if n > 1) or "one device"
+    several = f"{report.slices} x " if report.slices > 1 else ""
+    verdict = "fits" if report.fits else "DOES NOT FIT"
+    lines = [
+        f"{several}{report.topology}: {verdict}: {_gib(report.used)} of "
+        f"{_gib(report.available)} GiB of a device's memory",
+        f"  mesh {mesh}; remat {report.remat}; {report.accumulation} microbatches"
+        + ("" if report.d is None else f"; d = {report.d}"),
+    ]
+    if report.fits:
+        parts = ("parameters", "optimizer", "batch", "temporaries", "code")
+        memory = ", ".join(f"{name} {_gib(getattr(report, name))}" for name in parts)
+        messages = ", ".join(
+            f"{report.collectives[kind]:,} {kind} {_gib(size)}"
+            for kind, size in sorted(report.messages.items(), key=lambda each: -each[1])
+        )
+        seconds = {
+            "products": report.compute_seconds,
+            "memory": report.memory_seconds,
+            "messages": report.message_seconds,
+        }
+        times = ", ".join(f"{name} {value:.3f} s" for name, value in seconds.items())
+        lines += [
+            f"  memory of a device (GiB): {memory}",
+            f"  a step: {report.tokens_per_step:,} tokens, {report.model_flops:.3g} model FLOPs, "
+            f"{report.flops:.3g} computed",
+            f"  a device reads and writes {_gib(report.memory_traffic)} GiB",
+            f"  a device sends (GiB): {messages or 'nothing'}",
+            f"  at the chip's published rates: {times}",
+            f"  so a step takes {report.step_seconds:.3f} s at least, "
+            f"{report.tokens_per_step / report.step_seconds:,.0f} tokens/s, utilisation "
+            f"{report.utilisation:.0%} at most",
+        ]
+    return "\n".join([*lines, f"  compiled in {report.compile_seconds:.0f} s"])
+
+
+def _line(report: Report) -> str:
+    mesh = " ".join(f"{axis}={n}" for axis, n in report.mesh.items())
+    result = (
+        f"{report.step_seconds:.3f} s a step, {_gib(report.used)} GiB"
+        if report.fits
+        else f"does not fit: {_gib(report.used)} of {_gib(report.available)} GiB"
+    )
+    return f"{mesh} remat={report.remat} accumulation={report.accumulation}: {result}"
+
+
+def _bindings(report: Report) -> str:
+    """What to write into the experiment file."""
+    mesh = [f"MeshShape.{axis} = {n}" for axis, n in report.mesh.items()]
+    compute = {"remat": f'"{report.remat}"', "accumulation": report.accumulation}
+    return "\n".join([*mesh, *(f"Compute.{name} = {value}" for name, value in compute.items())])
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"
+
+
+def _as_json(report: Report) -> dict:
+    more = {}
+    if report.fits:
+        more = {"step_seconds": report.step_seconds, "utilisation": report.utilisation}
+    return {**dataclasses.asdict(report), **more}
