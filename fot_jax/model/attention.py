@@ -85,7 +85,7 @@ def score_budget(platform: str | None = None) -> int:
     Args:
       platform: cpu, gpu or tpu; None for the default one of this process.
     """
-    return 2**20 if (platform or jax.default_backend()) == "cpu" else 2**25
+    return {"cpu": 2**20, "tpu": 2**23}.get(platform or jax.default_backend(), 2**25)
 
 
 def slots_of(heads: int, queries: int, keys: int, platform: str) -> int:

@@ -6,16 +6,16 @@ layers attend to; a *plan* turns a scheme into lists of pairs for the devices of
 differentiably in all of them.
 
 A row is one window of tokens, mostly of one document; where that ends inside it and the next one
-begins, segment ids keep them apart. Nothing here holds the keys of more than one device's rows,
-or the scores of more than one step of pairs: over a mesh keys and values travel around a ring.
+begins, segment ids keep them apart. Nothing here holds the keys of more than two devices' rows, or
+the scores of more than one step of pairs: over a mesh keys and values travel around a ring.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,8 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from fot_jax.errors import UserError, check_range
 from fot_jax.model import attention as parts_of
-from fot_jax.model.attention import ANY_DOCUMENT, SAME_DOCUMENT, Pairs, Parts
+from fot_jax.model import kernels
+from fot_jax.model.attention import ANY_DOCUMENT, SAME_DOCUMENT, Pairs
 
 ROW_AXES = ("replica", "data", "fsdp")  # mesh axes that rows are sharded over
 HEAD_AXIS = "tensor"  # mesh axis that heads are sharded over
@@ -212,21 +213,40 @@ Scheme = NoCrossbatch | PreviousContext | Packed | PackedTable
 
 # --- Plan ----------------------------------------------------------------------------------------
 
+Pair = tuple[int, int, int]  # query row, key row, what it sees
+Lists = Pairs | kernels.Lists  # many of them, laid out for a device
+
+
+class Contexts(NamedTuple):
+    """The pairs of rows that each device computes, those around the ring in the order they come."""
+
+    own: Lists | None = None  # with its own rows; leaves [devices, ...]
+    ring: Lists | None = None  # with those of the devices before it; leaves [devices, hops, ...]
+    sent: tuple[int, ...] = ()  # rows of a device that go around; `ring` numbers them from 0
+    direction: int = 1  # +1: the device before comes first; -1: the one after
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """A scheme laid out for the devices of a mesh: static, made once per d by `make_plan`."""
+    """A scheme laid out for the devices of a mesh: static, made once per d by `make_plan`.
 
-    mesh: Mesh | AbstractMesh | None = None  # None: one device, no sharding
-    ring: int = 1  # devices that one crossbatch group spans
-    direction: int = 1  # +1: a device reads the rows of those before it first; -1: of those after
-    hops: tuple[Pairs, ...] = ()  # by distance around the ring; leaves have a leading device axis
-    positives: tuple[Pairs, ...] = ()  # the same, positives alone: for the positive attention mass
+    Attributes:
+      mesh: None for one device.
+      group_devices: devices that a crossbatch group spans, and its rows travel around.
+      contexts: all of them; positives: those alone, for the positive attention mass.
+      engine: the module that attends: attention.py, or kernels.py on TPU v4 and later.
+    """
+
+    mesh: Mesh | AbstractMesh | None = None
+    group_devices: int = 1
+    contexts: Contexts = Contexts()
+    positives: Contexts = Contexts()
+    engine: Any = parts_of
 
     @property
     def row_devices(self) -> int:
         """How many devices, or sets of them, share the rows."""
-        return 1 if self.mesh is None else _row_devices(self.mesh)
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in ROW_AXES)
 
     @property
     def platform(self) -> str:
@@ -240,17 +260,17 @@ def make_plan(
     rows: int,
     *,
     group_rows: int | None = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     heads: int,
     window: int,
 ) -> Plan:
-    """Lays out which pairs of rows each device computes at each hop.
+    """Lays out which pairs of rows each device computes, with which rows of others.
 
     Args:
       scheme: which contexts each row attends to.
       rows: rows of one microbatch over all devices.
       group_rows: rows of a crossbatch group, within which contexts are drawn; None: all rows.
-      mesh: devices; rows are sharded over the axes data and fsdp, heads over tensor.
+      mesh: devices; rows are sharded over ROW_AXES, heads over HEAD_AXIS.
       heads, window: attention heads and tokens of a row, for the size of a step.
 
     Raises:
@@ -275,36 +295,76 @@ def make_plan(
             f"a device has {local_rows} rows, a crossbatch group {group_rows}: "
             "one must be a multiple of the other; change Data.group_lanes or the mesh"
         )
-    ring = max(1, group_rows // local_rows)
-    contexts = scheme.contexts(group_rows)
+    group_devices = max(1, group_rows // local_rows)
+    engine = kernels if _has_kernels(mesh, window) else parts_of
+    slots = parts_of.slots_of(heads // head_shards, window, window, Plan(mesh).platform)
+
+    def lay_out(per_device: list[list[Pair]], keys: int) -> Lists:
+        if engine is kernels:
+            return kernels.list_pairs(per_device, local_rows, keys)
+        return _schedule(per_device, local_rows, slots)
+
     edges = [  # (query row, context) over all groups
         (start + row, context._replace(row=start + context.row))
         for start in range(0, rows, group_rows)
-        for row, of_row in enumerate(contexts)
+        for row, of_row in enumerate(scheme.contexts(group_rows))
         for context in of_row
     ]
-    slots = parts_of.slots_of(heads // head_shards, window, window, Plan(mesh).platform)
+    positives = [(row, context) for row, context in edges if context.positive]
+    return Plan(
+        *(mesh, group_devices),
+        *(
+            _contexts(each, devices, local_rows, group_devices, lay_out)
+            for each in (edges, positives)
+        ),
+        engine,
+    )
 
-    def hops_of(direction: int, edges) -> tuple[Pairs, ...]:
-        by_hop: list[list[list]] = [[[] for _ in range(devices)] for _ in range(ring)]
+
+def _contexts(edges, devices: int, local_rows: int, group_devices: int, lay_out) -> Contexts:
+    """Sorts (query row, context) pairs by device and by distance around the ring."""
+
+    def by_hop(direction: int) -> list[list[list[Pair]]]:
+        hops = [[[] for _ in range(devices)] for _ in range(group_devices)]
         for row, context in edges:
             device, source = row // local_rows, context.row // local_rows
             pair = (row % local_rows, context.row % local_rows, context.sees)
-            by_hop[direction * (device - source) % ring][device].append(pair)
-        while by_hop and not any(by_hop[-1]):
-            by_hop.pop()
-        return tuple(_stack(per_device, local_rows, slots) for per_device in by_hop)
+            hops[direction * (device - source) % group_devices][device].append(pair)
+        while hops and not any(hops[-1]):
+            hops.pop()
+        return hops
 
-    direction = min((1, -1), key=lambda sign: len(hops_of(sign, edges)))
-    positives = [(row, context) for row, context in edges if context.positive]
-    return Plan(mesh, ring, direction, hops_of(direction, edges), hops_of(direction, positives))
+    direction = min((1, -1), key=lambda direction: len(by_hop(direction)))
+    own, *ring = by_hop(direction) or [[]]
+    sent = sorted({k_row for hop in ring for pairs in hop for _, k_row, _ in pairs})
+    place = {row: i for i, row in enumerate(sent)}
+    # All hops of all devices are laid out alike, as if each were a device.
+    renumbered = [
+        [(q_row, place[k_row], sees) for q_row, k_row, sees in ring[hop][device]]
+        for device in range(devices)
+        for hop in range(len(ring))
+    ]
+
+    def by_device(x):
+        return x.reshape(devices, len(ring), *x.shape[1:])
+
+    return Contexts(
+        lay_out(own, local_rows) if any(own) else None,
+        jax.tree.map(by_device, lay_out(renumbered, len(sent))) if ring else None,
+        tuple(sent),
+        direction,
+    )
 
 
-def _row_devices(mesh: Mesh) -> int:
-    return int(np.prod([mesh.shape[axis] for axis in ROW_AXES]))
+def _has_kernels(mesh: Mesh | AbstractMesh | None, window: int) -> bool:
+    """Whether kernels.py runs on the devices of a mesh, in tiles that fill their registers."""
+    if not isinstance(mesh, Mesh) or parts_of.tile_of(window) % 128:
+        return False
+    device = mesh.devices.flat[0]
+    return device.platform == "tpu" and device.device_kind not in ("TPU v2", "TPU v3")
 
 
-def _stack(per_device: Sequence[list], rows: int, slots: int) -> Pairs:
+def _schedule(per_device: list[list[Pair]], rows: int, slots: int) -> Pairs:
     """Pair lists of all devices as one Pairs with a leading device axis, filled up alike."""
     queries = max(len({pair[0] for pair in pairs}) for pairs in per_device)
     slots = max(1, min(slots, queries))
@@ -338,104 +398,176 @@ def attention(q, k, v, segments, plan: Plan, k_context=None) -> jax.Array:
       [R, T, H, D] in q's dtype. Differentiable in q, k, v and k_context: contexts are the current
       parameters' keys, with gradients, wherever their rows live.
     """
-    hops = () if k_context is None else plan.hops
+    contexts = Contexts() if k_context is None else plan.contexts
     k_context = k if k_context is None else k_context
-    run = functools.partial(_attention, plan, len(hops))
+
+    def on_device(device, q, k, k_context, v, segments):
+        pairs = _of_device(contexts, device)
+        static = contexts._replace(own=None, ring=None)
+        return _attention(plan, static, q, k, k_context, v, segments, pairs)
+
+    return _over_devices(plan, on_device, q, k, k_context, v, segments)
+
+
+def _over_devices(plan: Plan, function, *arrays):
+    """Runs function(device, *arrays) on every device's rows and heads; the last has no heads."""
     if plan.mesh is None:
-        device = jnp.zeros([], jnp.int32)
-        return run(q, k, k_context, v, segments, _of_device(hops, device))
-    heads = PartitionSpec(ROW_AXES, None, HEAD_AXIS, None)
-    rows = PartitionSpec(ROW_AXES, None)
-
-    def on_device(q, k, k_context, v, segments):
-        pairs = _of_device(hops, lax.axis_index(ROW_AXES))
-        return run(q, k, k_context, v, segments, pairs)
-
+        return function(jnp.zeros([], jnp.int32), *arrays)
+    heads, rows = PartitionSpec(ROW_AXES, None, HEAD_AXIS, None), PartitionSpec(ROW_AXES, None)
     return jax.shard_map(
-        on_device,
+        lambda *arrays: function(lax.axis_index(ROW_AXES), *arrays),
         mesh=plan.mesh,
-        in_specs=(heads, heads, heads, heads, rows),
+        in_specs=(*[heads] * (len(arrays) - 1), rows),
         out_specs=heads,
         check_vma=False,
-    )(q, k, k_context, v, segments)
+    )(*arrays)
 
 
-def _of_device(hops: tuple[Pairs, ...], device) -> tuple[Pairs, ...]:
-    return jax.tree.map(lambda x: jnp.asarray(x)[device], hops)
+def _of_device(contexts: Contexts, device) -> tuple[Lists | None, Lists | None]:
+    return jax.tree.map(lambda x: jnp.asarray(x)[device], (contexts.own, contexts.ring))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(plan, n_hops, q, k, k_context, v, segments, hops):
-    return _forward(plan, n_hops, q, k, k_context, v, segments, hops)[0]
+def _attention(plan, contexts, q, k, k_context, v, segments, pairs):
+    return _forward(plan, contexts, q, k, k_context, v, segments, pairs)[0]
 
 
-def _forward(plan, n_hops, q, k, k_context, v, segments, hops):
+def _forward(plan, contexts, q, k, k_context, v, segments, pairs):
     R, T = q.shape[:2]
-    K = k.shape[2]
-    q_t, k_t, kc_t, v_t = (parts_of.to_tiles(x, K) for x in (q, k, k_context, v))
-    local = _local_pairs(plan, q)
-    parts = parts_of.no_parts(q_t)
-    parts = parts_of.attend(q_t, k_t, v_t, segments, segments, local, parts, causal=True)
+    q_t, k_t, kc_t, v_t = (parts_of.to_tiles(x, k.shape[2]) for x in (q, k, k_context, v))
+    attend = plan.engine.attend
+    local, parts = _local_pairs(plan, q), _no_parts(plan, q_t, T)
+    parts = attend(q_t, k_t, v_t, segments, segments, local, parts, causal=True)
 
-    travelling = (kc_t, v_t, segments)
-    for hop, pairs in enumerate(hops):
-        if hop:
-            travelling = _send(plan, travelling)
-        kc_t, v_t, k_segments = travelling
-        parts = parts_of.attend(q_t, kc_t, v_t, segments, k_segments, pairs, parts, causal=False)
+    def visit(parts, block, pairs):
+        return attend(q_t, *block[:2], segments, block[2], pairs, parts, causal=False)
+
+    parts = _around(plan, contexts, visit, parts, (kc_t, v_t, segments), pairs)
     out = parts_of.from_tiles(parts.attended().astype(q.dtype), R, T)
-    saved = (q, k, k_context, v, segments, out, parts.lse, hops)
-    return out, saved
+    return out, (q, k, k_context, v, segments, out, parts.lse, pairs)
 
 
-def _backward(plan, n_hops, saved, d_out):
-    q, k, k_context, v, segments, out, lse, hops = saved
+def _around(plan, contexts, visit, parts, block, pairs):
+    """visit(parts, block, pairs) of a device's own block, then of those that come to it.
+
+    The next block is on its way while one is visited; no more than these two are held.
+    """
+    own, ring = pairs
+    if own is not None:
+        parts = visit(parts, block, own)
+    if ring is None:
+        return parts
+
+    def hop(carry, pairs):
+        parts, block = carry
+        return (visit(parts, block, pairs), _send(plan, contexts, block)), None
+
+    first = _send(plan, contexts, _sent(contexts, block))
+    return lax.scan(hop, (parts, first), ring, unroll=_unroll(ring))[0][0]
+
+
+def _backward(plan, contexts, saved, d_out):
+    q, k, k_context, v, segments, out, lse, pairs = saved
     R, T = q.shape[:2]
-    K = k.shape[2]
-    q_t, k_t, kc_t, v_t = (parts_of.to_tiles(x, K) for x in (q, k, k_context, v))
-    d_out_t, out_t = (parts_of.to_tiles(x, K) for x in (d_out, out))
+    q_t, k_t, kc_t, v_t = (parts_of.to_tiles(x, k.shape[2]) for x in (q, k, k_context, v))
+    d_out_t, out_t = (parts_of.to_tiles(x, k.shape[2]) for x in (d_out, out))
     delta = (d_out_t.astype(jnp.float32) * out_t.astype(jnp.float32)).sum(-1)
 
-    def zeros(x):
-        return jnp.zeros(x.shape, jnp.float32)
-
-    dq, dk, dv_local = parts_of.attend_backward(
-        *(q_t, k_t, v_t, segments, segments, _local_pairs(plan, q), lse, d_out_t, delta),
-        (zeros(q_t), zeros(k_t), zeros(v_t)),
-        causal=True,
-    )
-    # Keys and values go around the ring once more, and their gradients travel with them.
-    travelling, d_kc, d_v = (kc_t, v_t, segments), zeros(kc_t), zeros(v_t)
-    for hop, pairs in enumerate(hops):
-        if hop:
-            travelling, d_kc, d_v = _send(plan, (travelling, d_kc, d_v))
-        kc_t, v_t, k_segments = travelling
-        dq, d_kc, d_v = parts_of.attend_backward(
-            *(q_t, kc_t, v_t, segments, k_segments, pairs, lse, d_out_t, delta),
-            (dq, d_kc, d_v),
-            causal=False,
+    def gradients(block, pairs, before, causal=False):
+        """Adds what the pairs give to (dq, dk, dv) of queries and block."""
+        k, v, k_segments = block
+        return plan.engine.attend_backward(
+            *(q_t, k, v, segments, k_segments, pairs, lse, d_out_t, delta, before), causal=causal
         )
-    if n_hops > 1:
-        d_kc, d_v = _send(plan, (d_kc, d_v), hops=1 - n_hops)
-    grads = (dq, dk, d_kc, dv_local + d_v)
-    grads = (parts_of.from_tiles(x, R, T).astype(q.dtype) for x in grads)
+
+    dq, dk, dv = gradients(
+        (k_t, v_t, segments), _local_pairs(plan, q), _zeros((q_t, k_t, v_t)), causal=True
+    )
+    block, d_kc = (kc_t, v_t, segments), _zeros(kc_t)
+    own, ring = pairs
+    if own is not None:
+        dq, d_kc, dv = gradients(block, own, (dq, d_kc, dv))
+    if ring is not None:
+        dq, *of_sent = _backward_around(plan, contexts, gradients, dq, block, ring)
+        d_kc, dv = (
+            _rows(x, R)
+            .at[np.asarray(contexts.sent)]
+            .add(_rows(y, len(contexts.sent)))
+            .reshape(x.shape)
+            for x, y in zip((d_kc, dv), of_sent, strict=True)
+        )
+    grads = (parts_of.from_tiles(x, R, T).astype(q.dtype) for x in (dq, dk, d_kc, dv))
     return (*grads, None, None)
+
+
+def _backward_around(plan, contexts, gradients, dq, block, ring):
+    """Gradients from the pairs around the ring: (dq, then those of a device's sent keys, values).
+
+    Blocks go around once more. The gradients of each follow a hop behind, so that they too are on
+    their way while the next ones are computed, and go home at the end.
+    """
+    send = functools.partial(_send, plan, contexts)
+    block = send(_sent(contexts, block))
+    nothing = _zeros(block[:2])
+
+    def hop(carry, pairs):
+        dq, block, before = carry
+        next_block, before = send(block), send(before)
+        dq, *here = gradients(block, pairs, (dq, *nothing))
+        return (dq, next_block, jax.tree.map(jnp.add, before, tuple(here))), None
+
+    first, others = jax.tree.map(lambda x: x[0], ring), jax.tree.map(lambda x: x[1:], ring)
+    dq, *here = gradients(block, first, (dq, *nothing))
+    carry, hops = (dq, send(block), tuple(here)), jax.tree.leaves(ring)[0].shape[0]
+    if hops > 1:
+        carry, _ = lax.scan(hop, carry, others, unroll=_unroll(others))
+    return carry[0], *send(carry[2], -hops)
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _local_pairs(plan: Plan, q: jax.Array) -> Pairs:
+def _no_parts(plan: Plan, q_t: jax.Array, window: int):
+    if plan.engine is kernels:
+        return kernels.no_parts(q_t, parts_of.tile_of(window))
+    return parts_of.no_parts(q_t)
+
+
+def _local_pairs(plan: Plan, q: jax.Array) -> Lists:
     R, T, H, _ = q.shape
+    if plan.engine is kernels:
+        return kernels.every_row(R)
     return parts_of.every_row(R, SAME_DOCUMENT, parts_of.slots_of(H, T, T, plan.platform))
 
 
-def _send(plan: Plan, block, hops: int = 1):
+def _zeros(tree):
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree)
+
+
+def _rows(x, rows: int):
+    """[rows * tiles, ...] -> [rows, tiles, ...]."""
+    return x.reshape(rows, -1, *x.shape[1:])
+
+
+def _sent(contexts: Contexts, block):
+    """Of a device's keys, values and segments, those of the rows that others need."""
+    *tiled, segments = block
+    rows, sent = segments.shape[0], np.asarray(contexts.sent)
+    if len(sent) == rows:
+        return block
+    return (*(_rows(x, rows)[sent].reshape(-1, *x.shape[1:]) for x in tiled), segments[sent])
+
+
+def _send(plan: Plan, contexts: Contexts, block, hops: int = 1):
     """Moves every device's block `hops` devices on around its group's ring."""
-    devices = _row_devices(plan.mesh)
-    step = plan.direction * hops
-    to = [(i, i - i % plan.ring + (i + step) % plan.ring) for i in range(devices)]
+    n, step = plan.group_devices, contexts.direction * hops
+    to = [(i, i - i % n + (i + step) % n) for i in range(plan.row_devices)]
     return jax.tree.map(lambda x: lax.ppermute(x, ROW_AXES, to), block)
+
+
+def _unroll(ring: Lists) -> bool:
+    """Whether to write a ring's hops out: what the last one would send on then falls away."""
+    return jax.tree.leaves(ring)[0].shape[0] <= 4
 
 
 def positive_mass(q, k_context, v, segments, plan: Plan) -> jax.Array:
@@ -444,36 +576,30 @@ def positive_mass(q, k_context, v, segments, plan: Plan) -> jax.Array:
     Same arguments as `attention`; not for differentiation. Returns a float32 scalar, the mean over
     queries, heads and rows that see any positive; NaN where no row does.
     """
-    logsumexp = functools.partial(_context_logsumexp, plan, q, k_context, v, segments)
-    positive, everything = logsumexp(plan.positives), logsumexp(plan.hops)
+    positive, everything = (
+        _context_logsumexp(plan, contexts, q, k_context, segments)
+        for contexts in (plan.positives, plan.contexts)
+    )
     sees = (positive > parts_of.MASKED / 2) & (segments > 0)[:, :, None]
     share = jnp.where(sees, jnp.exp(positive - everything), 0.0)
     return share.sum() / sees.sum()
 
 
-def _context_logsumexp(plan, q, k_context, v, segments, hops) -> jax.Array:
+def _context_logsumexp(plan, contexts, q, k_context, segments) -> jax.Array:
     """Logsumexp of the scores of the given contexts alone: [R, T, H] float32."""
 
-    def on_device(q, k_context, v, segments, device):
+    def on_device(device, q, k_context, segments):
         R, T = q.shape[:2]
-        K = k_context.shape[2]
-        q_t, travelling = parts_of.to_tiles(q, K), (parts_of.to_tiles(k_context, K), segments)
-        v_t = parts_of.to_tiles(v, K)
-        parts: Parts = parts_of.no_parts(q_t)
-        for hop, pairs in enumerate(_of_device(hops, device)):
-            if hop:
-                travelling = _send(plan, travelling)
-            k_t, k_seg = travelling
-            parts = parts_of.attend(q_t, k_t, v_t, segments, k_seg, pairs, parts, causal=False)
-        return parts_of.from_tiles(parts.lse[..., None], R, T)[..., 0]
+        q_t, k_t = (parts_of.to_tiles(x, k_context.shape[2]) for x in (q, k_context))
 
-    if plan.mesh is None:
-        return on_device(q, k_context, v, segments, jnp.zeros([], jnp.int32))
-    heads, rows = PartitionSpec(ROW_AXES, None, HEAD_AXIS, None), PartitionSpec(ROW_AXES, None)
-    return jax.shard_map(
-        lambda *args: on_device(*args, lax.axis_index(ROW_AXES)),
-        mesh=plan.mesh,
-        in_specs=(heads, heads, heads, rows),
-        out_specs=PartitionSpec(ROW_AXES, None, HEAD_AXIS),
-        check_vma=False,
-    )(q, k_context, v, segments)
+        def visit(parts, block, pairs):
+            k, k_segments = block  # what is attended to does not matter: keys will do for values
+            return plan.engine.attend(
+                *(q_t, k, k, segments, k_segments, pairs, parts), causal=False
+            )
+
+        pairs, parts = _of_device(contexts, device), _no_parts(plan, q_t, T)
+        parts = _around(plan, contexts, visit, parts, (k_t, segments), pairs)
+        return parts_of.from_tiles(parts.lse[..., None], R, T)
+
+    return _over_devices(plan, on_device, q, k_context, segments)[..., 0]

@@ -31,6 +31,9 @@ def product_flops(jaxpr: Any, devices: int = 1) -> int:
         if eqn.primitive.name == "dot_general":
             total += _dot_flops(eqn)
             continue
+        if eqn.primitive.name == "pallas_call":
+            total += eqn.params["cost_estimate"].flops
+            continue
         inner = [product_flops(each, devices) for each in _jaxprs_in(eqn.params)]
         if eqn.primitive.name == "cond":
             total += max(inner)
@@ -126,13 +129,14 @@ _FREE = {
     *("async-update", "opt-barrier"),
 }
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _BYTES |= {f"{sign}{bits}": max(1, bits // 8) for sign in "su" for bits in (2, 4, 8, 16, 32, 64)}
 
 
 def _size(type_: str, everywhere: bool = False) -> int:
     """Bytes of a type, or of all parts of a tuple's; what is placed in faster memory is free."""
     total = 0
-    for kind, shape, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", type_):
+    for kind, shape, layout in _SHAPE.findall(type_):
         if kind in _BYTES and (everywhere or "S(" not in layout):
             total += _BYTES[kind] * math.prod(int(n) for n in shape.split(",") if n)
     return total
@@ -215,8 +219,14 @@ class _Program:
             return 2 * result
         if op.code == "dynamic-update-slice":
             return 2 * operands[1]
-        if op.code == "copy-start":
-            return sum(operands) if "S(" in op.type else 2 * sum(operands)
+        if op.code in ("copy-start", "slice-start"):
+            to, source, *_ = _SHAPE.findall(op.type)
+            if op.code == "slice-start":
+                to, source = source, to
+            moved = _size("{}[{}]{}".format(*to), everywhere=True)
+            return moved * sum("S(" not in layout for *_, layout in (to, source))
+        if op.code == "custom-call" and (told := re.search(r'bytes_accessed":"(\d+)"', op.rest)):
+            return int(told[1]) + result  # a kernel knows how often it reads its operands
         if op.code == "fusion" and (called := _called(op)):
             return self._fused_bytes(self.computations[called[0]], operands, result)
         return sum(operands) + result

@@ -1,0 +1,78 @@
+"""Attention by the TPU kernels, interpreted here, against brute force in float64."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from test_crossbatch import brute_force, check, mesh_of, ours, random_inputs, visibility
+
+from fot_jax.model import crossbatch, kernels
+from fot_jax.model.crossbatch import NoCrossbatch, Packed, PackedTable, PreviousContext
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Plans choose the kernels whatever the device, which then are interpreted."""
+
+    def with_tile(tile: int):
+        monkeypatch.setattr(crossbatch, "_has_kernels", lambda mesh, window: True)
+        monkeypatch.setattr(crossbatch.parts_of, "tile_of", lambda length: min(tile, length))
+        interpreted = functools.partial(pl.pallas_call, interpret=True)
+        monkeypatch.setattr(kernels.pl, "pallas_call", interpreted)
+
+    return with_tile
+
+
+@pytest.mark.parametrize(
+    "scheme, lanes, group_lanes, window, tile, heads, kv_heads",
+    [
+        (NoCrossbatch(), 2, 2, 8, 4, 2, 2),
+        (PreviousContext(d=3, w=2), 4, 4, 8, 4, 4, 2),  # two tiles a row, grouped queries
+        (PreviousContext(d=2), 4, 2, 6, 6, 4, 1),  # two crossbatch groups
+        (Packed(pack=3, range=7), 3, 3, 8, 4, 2, 1),
+        (PackedTable(((0, 0), (1, 2), (2, 5), (3, 4))), 3, 3, 4, 2, 2, 2),
+    ],
+)
+def test_forward_and_gradients(
+    interpreted, scheme, lanes, group_lanes, window, tile, heads, kv_heads
+):
+    interpreted(tile)
+    check(scheme, lanes, group_lanes, window, heads, kv_heads, 4, seed=window)
+
+
+@pytest.mark.parametrize("scheme", [PreviousContext(d=5), Packed(pack=4, range=9)])
+def test_around_a_ring_of_devices(interpreted, scheme):
+    interpreted(2)
+    check(scheme, 8, 8, 4, 4, 2, 4, seed=1, mesh=mesh_of(1, 2, 2, 2))
+
+
+def test_bfloat16(interpreted):
+    """To the precision of its products, which is what the blocks of XLA have too."""
+    interpreted(8)
+    scheme = PreviousContext(d=2)
+    inputs = random_inputs(3, 8, 16, 2, 2, 8)
+    plan = crossbatch.make_plan(scheme, 8, heads=2, window=16)
+    assert plan.engine is kernels
+    half = [x.astype(jax.numpy.bfloat16) for x in inputs[:5]]
+    out, grads = ours(plan, *half, inputs[5])
+    want, want_grads, _ = brute_force(*half, visibility(scheme, 8, 8, inputs[5]))
+    for got, wanted in zip((out, *grads), (want, *want_grads), strict=True):
+        error = np.abs(np.asarray(got, np.float64) - wanted)
+        assert error.max() < 0.03 * np.abs(wanted).max()
+
+
+def test_positive_mass(interpreted):
+    scheme, inputs = PreviousContext(d=4, w=2), random_inputs(5, 12, 8, 4, 2, 4)
+    q, _, k_context, v, _, segments = inputs
+
+    def mass():
+        plan = crossbatch.make_plan(scheme, 12, heads=4, window=8)
+        return crossbatch.positive_mass(q, k_context, v, segments, plan), plan.engine
+
+    blocks, engine = mass()
+    interpreted(4)
+    got, kernel_engine = mass()
+    assert (engine, kernel_engine) == (crossbatch.parts_of, kernels)
+    np.testing.assert_allclose(got, blocks, rtol=1e-5)
