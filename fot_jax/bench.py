@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fot_jax.model import crossbatch
+from fot_jax.model import crossbatch, schemes
 from fot_jax.model.transformer import ModelConfig, Transformer
 from fot_jax.training.flops import training_flops
 from fot_jax.training.metrics import matmul_rate
@@ -39,7 +39,7 @@ def train(as_json: bool = False, ranges: tuple[int, ...] = (1, 3, 7, 15), runs: 
     """
     rows = []
     for reach in ranges:
-        scheme = crossbatch.Packed(pack=2, range=reach)
+        scheme = schemes.Packed(pack=2, range=reach)
         step, state, batch = _training_step(scheme)
         compiled = step.lower(state, batch).compile()
         temporaries = compiled.memory_analysis().temp_size_in_bytes

@@ -22,7 +22,7 @@ from jax.experimental import topologies
 
 from fot_jax.errors import UserError
 from fot_jax.experiment import Compute, Data, Program, make_program
-from fot_jax.model import crossbatch
+from fot_jax.model import schemes
 from fot_jax.model.transformer import REMAT_POLICIES, ModelConfig
 from fot_jax.topologies import Topology, topology_of
 from fot_jax.training import costs
@@ -92,7 +92,7 @@ def compile_experiment(
     data: Data,
     optimizer: Callable[[optax.Schedule], optax.GradientTransformation],
     learning_rate: optax.Schedule,
-    scheme: crossbatch.Scheme = crossbatch.NoCrossbatch(),  # noqa: B008 (frozen)
+    scheme: schemes.Scheme = schemes.NoCrossbatch(),  # noqa: B008 (frozen)
     d: ScheduleOfD | None = None,
     compute: Compute = Compute(),  # noqa: B008
     z_loss: float = 0.0,

@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from fot_jax.data.lanes import FIELDS, DocumentSource
 from fot_jax.errors import LARGEST_SEED, UserError, check_range
-from fot_jax.model import crossbatch
+from fot_jax.model import crossbatch, schemes
 from fot_jax.model.transformer import ModelConfig, Transformer
 from fot_jax.topologies import topology_of
 from fot_jax.training import partitioning
@@ -148,7 +148,7 @@ def make_program(
     data: Data,
     optimizer: Callable[[optax.Schedule], optax.GradientTransformation],
     learning_rate: optax.Schedule,
-    scheme: crossbatch.Scheme,
+    scheme: schemes.Scheme,
     d: ScheduleOfD | None,
     compute: Compute,
     z_loss: float,
@@ -171,14 +171,14 @@ def make_program(
             f"than {MOST_ROWS}: lower it"
         )
     group_rows = (data.group_lanes or data.lanes) * scheme.windows
-    schemes = {None: scheme} if d is None else {value: scheme.with_d(value) for value in d.values}
-    for each in schemes.values():  # a d that does not fit shows now, not at step 450,000
+    by_d = {None: scheme} if d is None else {value: scheme.with_d(value) for value in d.values}
+    for each in by_d.values():  # a d that does not fit shows now, not at step 450,000
         each.contexts(group_rows)
 
     @functools.cache
     def plan_of(d: int | None) -> crossbatch.Plan:
         return crossbatch.make_plan(
-            schemes[d],
+            by_d[d],
             _microbatch(rows, compute.accumulation),
             group_rows=group_rows,
             mesh=mesh,
@@ -186,7 +186,7 @@ def make_program(
             window=model.local_context,
         )
 
-    plan_of(next(iter(schemes)))  # what does not divide shows before anything is written
+    plan_of(next(iter(by_d)))  # what does not divide shows before anything is written
     transformer = Transformer(model, dtype=jnp.dtype(compute.dtype), remat=compute.remat)
     tx = optimizer(learning_rate)
 
@@ -198,7 +198,7 @@ def make_program(
     @functools.cache
     def step_of(d: int | None):
         return make_train_step(
-            *(transformer, tx, schemes[d], plan_of(d), compute.accumulation, z_loss)
+            *(transformer, tx, by_d[d], plan_of(d), compute.accumulation, z_loss)
         )
 
     abstract = jax.eval_shape(init, jax.random.key(0))
@@ -211,10 +211,10 @@ def make_program(
         init=init,
         state=jax.tree.map(_placed, abstract, partitioning.shardings(abstract, mesh)),
         batch=_batch(rows, model.local_context, mesh),
-        ds=tuple(schemes),
+        ds=tuple(by_d),
         plan_of=plan_of,
         step_of=step_of,
-        flops_of=functools.cache(lambda d: training_flops(model, schemes[d], rows, group_rows)),
+        flops_of=functools.cache(lambda d: training_flops(model, by_d[d], rows, group_rows)),
     )
 
 

@@ -86,7 +86,7 @@ def _register(gin) -> None:
     from fot_jax import compile, evaluate, experiment, train
     from fot_jax.data import synthetic, tasks
     from fot_jax.evals import perplexity, sample
-    from fot_jax.model import crossbatch, lookup, sizes, transformer
+    from fot_jax.model import lookup, schemes, sizes, transformer
     from fot_jax.training import optim, partitioning, step
 
     names = [
@@ -95,8 +95,8 @@ def _register(gin) -> None:
         compile.compile_experiment,
         *(perplexity.PerplexityByContext, sample.Sample),
         *(lookup.Dense, lookup.TopK, lookup.ApproximateTopK),
-        *(crossbatch.NoCrossbatch, crossbatch.PreviousContext),
-        *(crossbatch.Packed, crossbatch.PackedTable),
+        *(schemes.NoCrossbatch, schemes.PreviousContext),
+        *(schemes.Packed, schemes.PackedTable),
         *(step.SwitchAtStep, step.SwitchAtAccuracy, step.DrawnEachStep),
         *(optim.adamw, optim.adafactor),
         *(optim.constant_rate, optim.inverse_square_root, optim.cosine),

@@ -21,7 +21,7 @@ from fot_jax.evaluate import Evaluation, run_evals
 from fot_jax.experiment import Checkpoints, Compute, Data, make_program
 from fot_jax.generate import LanguageModel
 from fot_jax.hugging_face import loading
-from fot_jax.model import crossbatch
+from fot_jax.model import schemes
 from fot_jax.model.transformer import ModelConfig
 from fot_jax.paths import path_of
 from fot_jax.training import partitioning
@@ -43,7 +43,7 @@ def train(
     optimizer: Callable[[optax.Schedule], optax.GradientTransformation],
     learning_rate: optax.Schedule,
     steps: int,
-    scheme: crossbatch.Scheme = crossbatch.NoCrossbatch(),  # noqa: B008 (frozen)
+    scheme: schemes.Scheme = schemes.NoCrossbatch(),  # noqa: B008 (frozen)
     d: ScheduleOfD | None = None,
     compute: Compute = Compute(),  # noqa: B008
     checkpoints: Checkpoints = Checkpoints(),  # noqa: B008

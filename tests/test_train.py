@@ -27,7 +27,7 @@ from fot_jax.data.tasks import Text
 from fot_jax.data.vocabulary import TrainedSentencePiece
 from fot_jax.evals.perplexity import PerplexityByContext
 from fot_jax.evaluate import Evaluation
-from fot_jax.model.crossbatch import PreviousContext
+from fot_jax.model.schemes import PreviousContext
 from fot_jax.model.transformer import ModelConfig
 from fot_jax.training.optim import adamw, constant_rate
 

@@ -1,9 +1,8 @@
-"""Crossbatch: which contexts each row attends to, and the attention over them (paper §3.2).
+"""Crossbatch: attention of the rows of a batch to each other, over many devices (paper §3.2).
 
-Three things, top to bottom: *schemes* say, for every row of a batch, which other rows its memory
-layers attend to; a *plan* turns a scheme into lists of pairs for the devices of a mesh;
-`attention` computes local causal attention and all additional contexts as one softmax,
-differentiably in all of them.
+Schemes (schemes.py) say, for every row of a batch, which other rows its memory layers attend to. A
+*plan* turns a scheme into lists of pairs for the devices of a mesh; `attention` computes local
+causal attention and all additional contexts as one softmax, differentiably in all of them.
 
 A row is one window of tokens, mostly of one document; where that ends inside it and the next one
 begins, segment ids keep them apart. Nothing here holds the keys of more than two devices' rows, or
@@ -23,192 +22,14 @@ import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from fot_jax.errors import UserError, check_range
+from fot_jax.errors import UserError
 from fot_jax.model import attention as parts_of
 from fot_jax.model import kernels
-from fot_jax.model.attention import ANY_DOCUMENT, SAME_DOCUMENT, Pairs
+from fot_jax.model.attention import SAME_DOCUMENT, Pairs
+from fot_jax.model.schemes import Scheme
 
 ROW_AXES = ("replica", "data", "fsdp")  # mesh axes that rows are sharded over
 HEAD_AXIS = "tensor"  # mesh axis that heads are sharded over
-
-
-# --- Schemes -------------------------------------------------------------------------------------
-
-
-class Context(NamedTuple):
-    """One additional context of a row."""
-
-    row: int  # its row in the group
-    positive: bool  # of the same document, as far as the scheme knows
-    sees: int = ANY_DOCUMENT  # SAME_DOCUMENT hides the keys of other documents in it
-
-
-@dataclasses.dataclass(frozen=True)
-class NoCrossbatch:
-    """Plain transformer: a lane gives one window a step, and no row sees another one."""
-
-    windows = 1  # rows that a lane gives each step: consecutive windows of its document
-    advance = 1  # windows that a lane moves on per step
-
-    def contexts(self, rows: int) -> list[list[Context]]:
-        """For each of `rows` rows of a group, the contexts its memory layers attend to."""
-        return [[] for _ in range(rows)]
-
-    def output_place(self) -> slice:
-        """The windows of a lane, by place, that the loss is taken on."""
-        return slice(0, self.windows)
-
-    def with_d(self, d: int) -> NoCrossbatch:
-        raise UserError(f"the scheme NoCrossbatch has no d (asked for d={d}): drop train.d")
-
-
-@dataclasses.dataclass(frozen=True)
-class PreviousContext:
-    """Scheme A: the previous context of this document and of d - 1 others (paper §3.2).
-
-    A lane gives its last `w` windows and its current one. The current window of lane i attends to
-    the w previous windows of lane i (positives; keys of another document in them are hidden) and
-    to the last previous window of lanes i+1 … i+d-1, modulo the group (negatives). With two lanes,
-    w = 1 and d = 2, rows 0 and 2 are the previous windows, 1 and 3 the current ones: row 1 attends
-    to row 0 (positive) and row 2 (negative), row 3 to row 2 and row 0.
-
-    Lanes move on by `advance` windows: 1, so that every window is the current one once; or w + 1
-    where only every (w+1)-th window has a loss, as the questions of the dictionary lookup.
-    """
-
-    d: int = 1
-    w: int = 1
-    advance: int = 1
-
-    def __post_init__(self):
-        check_range("PreviousContext", 1, **dataclasses.asdict(self))
-        if self.advance > self.w + 1:
-            raise UserError(
-                f"PreviousContext.advance = {self.advance} skips windows: give at most w + 1 = "
-                f"{self.w + 1}"
-            )
-
-    @property
-    def windows(self) -> int:
-        return self.w + 1
-
-    def contexts(self, rows: int) -> list[list[Context]]:
-        lanes = rows // self.windows
-        if self.d > lanes:
-            raise UserError(
-                f"PreviousContext.d = {self.d} is larger than the crossbatch group of {lanes} "
-                "lanes: lower d, or raise Data.lanes (and Data.group_lanes)"
-            )
-        table = []
-        for lane in range(lanes):
-            own = [
-                Context(lane * self.windows + place, True, SAME_DOCUMENT) for place in range(self.w)
-            ]
-            others = ((lane + j) % lanes for j in range(1, self.d))
-            negatives = [Context(other * self.windows + self.w - 1, False) for other in others]
-            table += [[] for _ in range(self.w)] + [own + negatives]
-        return table
-
-    def output_place(self) -> slice:
-        return slice(self.w, self.windows)
-
-    def with_d(self, d: int) -> PreviousContext:
-        return dataclasses.replace(self, d=d)
-
-
-@dataclasses.dataclass(frozen=True)
-class Packed:
-    """Scheme B, stepping rule: `pack` consecutive windows of a lane in a step (paper §4).
-
-    The row at place r of its pack attends to min(r * step + 1, n) contexts, its own among them,
-    with n = range + 1 and step = ceil(n / (pack - 1)): the earlier windows of its document and,
-    beyond those, the rows of the documents before it. Never around the group's start.
-    """
-
-    pack: int = 4
-    range: int = 3
-
-    def __post_init__(self):
-        check_range("Packed", 1, pack=self.pack)
-        check_range("Packed", 0, range=self.range)
-
-    @property
-    def windows(self) -> int:
-        return self.pack
-
-    @property
-    def advance(self) -> int:
-        return self.pack
-
-    def contexts(self, rows: int) -> list[list[Context]]:
-        n = self.range + 1
-        step = -(-n // max(self.pack - 1, 1))
-        table = []
-        for row in range(rows):
-            place = row % self.pack
-            reach = min(min(place * step + 1, n) - 1, row)
-            table.append([Context(row - j, j <= place) for j in range(1, reach + 1)])
-        return table
-
-    output_place = NoCrossbatch.output_place
-
-    def with_d(self, d: int) -> Packed:
-        return dataclasses.replace(self, range=d)
-
-
-@dataclasses.dataclass(frozen=True)
-class PackedTable:
-    """Scheme B, fixed table: (positives, negatives) for every place in the pack (paper §4).
-
-    LongLLaMA 3B: ((0, 0), (1, 1), (2, 1), (3, 0)); 7B: ((0, 0), (1, 2), (2, 5), (3, 4)). Positives
-    are the nearest earlier windows of the pack, negatives the nearest rows before the pack.
-    """
-
-    table: tuple[tuple[int, int], ...] = ((0, 0), (1, 1), (2, 1), (3, 0))
-
-    def __post_init__(self):
-        object.__setattr__(self, "table", tuple(tuple(pair) for pair in self.table))
-        for place, (positives, negatives) in enumerate(self.table):
-            if not 0 <= positives <= place or negatives < 0:
-                raise UserError(
-                    f"PackedTable.table[{place}] = {(positives, negatives)}: place {place} of a "
-                    f"pack has {place} earlier windows; positives must be 0 … {place}, "
-                    "negatives 0 or more"
-                )
-
-    @property
-    def windows(self) -> int:
-        return len(self.table)
-
-    @property
-    def advance(self) -> int:
-        return len(self.table)
-
-    def contexts(self, rows: int) -> list[list[Context]]:
-        table = []
-        for row in range(rows):
-            place = row % self.windows
-            start = row - place
-            positives, negatives = self.table[place]
-            table.append(
-                [Context(row - j, True) for j in range(1, positives + 1)]
-                + [Context(start - j, False) for j in range(1, min(negatives, start) + 1)]
-            )
-        return table
-
-    output_place = NoCrossbatch.output_place
-
-    def with_d(self, d: int) -> PackedTable:
-        raise UserError(f"PackedTable has no d (asked for d={d}): use Packed, or drop train.d")
-
-
-def output_rows(scheme: Scheme, x: jax.Array) -> jax.Array:
-    """Of an array of rows, those with a loss: [lanes * windows, ...] -> [lanes * n, ...]."""
-    by_lane = x.reshape(-1, scheme.windows, *x.shape[1:])[:, scheme.output_place()]
-    return by_lane.reshape(-1, *x.shape[1:])
-
-
-Scheme = NoCrossbatch | PreviousContext | Packed | PackedTable
 
 
 # --- Plan ----------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from fot_jax.errors import UserError, check_range
-from fot_jax.model import crossbatch
+from fot_jax.model import crossbatch, schemes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Transformer(nn.Module):
         segments: Int[Array, "R T"],
         plan: crossbatch.Plan,
         *,
-        keep: crossbatch.Scheme | None = None,
+        keep: schemes.Scheme | None = None,
         measure_positive_mass: bool = False,
     ) -> Output:
         """Runs all layers over windows of tokens.
@@ -186,11 +186,11 @@ class Transformer(nn.Module):
             mass.append(of_layer)
             start = layer + 1
             if layer == c.memory_layers[-1] and keep is not None:
-                kept = crossbatch.output_rows(keep, segments)
+                kept = schemes.output_rows(keep, segments)
                 if len(kept) % plan.row_devices == 0:  # otherwise they leave at the end
-                    x, segments = crossbatch.output_rows(keep, x), kept
+                    x, segments = schemes.output_rows(keep, x), kept
         if keep is not None and len(x) == len(tokens):
-            x = crossbatch.output_rows(keep, x)
+            x = schemes.output_rows(keep, x)
         hidden = normalise(c, self.final_norm, x)
         return Output(hidden, jnp.stack(mass) if measure_positive_mass else None)
 

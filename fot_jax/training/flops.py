@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fot_jax.model.crossbatch import Scheme
+from fot_jax.model.schemes import Scheme
 from fot_jax.model.transformer import ModelConfig
 
 

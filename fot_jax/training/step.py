@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fot_jax.errors import LARGEST_SEED, UserError, check_range
-from fot_jax.model import crossbatch
+from fot_jax.model import crossbatch, schemes
 from fot_jax.model.transformer import Transformer
 from fot_jax.training.partitioning import shardings
 
@@ -90,7 +90,7 @@ def token_sums(model: Transformer, params, hidden, targets, weights, devices: in
 def batch_sums(model: Transformer, params, batch: Batch, scheme, plan: crossbatch.Plan) -> Sums:
     """Loss of the output rows of a (micro)batch under a crossbatch scheme."""
     out = model.apply({"params": params}, batch["inputs"], batch["segment_ids"], plan, keep=scheme)
-    targets, weights = (crossbatch.output_rows(scheme, batch[x]) for x in ("targets", "weights"))
+    targets, weights = (schemes.output_rows(scheme, batch[x]) for x in ("targets", "weights"))
     devices = 1 if plan.mesh is None else plan.mesh.size
     return token_sums(model, params, out.hidden, targets, weights, devices)
 
@@ -101,7 +101,7 @@ def batch_sums(model: Transformer, params, batch: Batch, scheme, plan: crossbatc
 def make_train_step(
     model: Transformer,
     optimizer: optax.GradientTransformation,
-    scheme: crossbatch.Scheme,
+    scheme: schemes.Scheme,
     plan: crossbatch.Plan,
     accumulation: int = 1,
     z_loss: float = 0.0,
@@ -118,7 +118,7 @@ def make_train_step(
         return (sums.loss + z_loss * sums.z_loss) / total_weight, sums
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepInfo]:
-        weights = crossbatch.output_rows(scheme, batch["weights"])
+        weights = schemes.output_rows(scheme, batch["weights"])
         gradient = jax.grad(objective, has_aux=True)
         total = jnp.maximum(weights.sum(), 1.0)
         if accumulation == 1:

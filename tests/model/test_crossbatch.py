@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from fot_jax.errors import UserError
 from fot_jax.model import crossbatch
-from fot_jax.model.crossbatch import NoCrossbatch, Packed, PackedTable, PreviousContext
+from fot_jax.model.schemes import NoCrossbatch, Packed, PackedTable, PreviousContext
 
 # --- The oracle: which rows a row sees, written from the paper and not from the code -------------
 

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from test_crossbatch import brute_force, check, mesh_of, ours, random_inputs, visibility
 
 from fot_jax.model import crossbatch, kernels
-from fot_jax.model.crossbatch import NoCrossbatch, Packed, PackedTable, PreviousContext
+from fot_jax.model.schemes import NoCrossbatch, Packed, PackedTable, PreviousContext
 
 
 @pytest.fixture

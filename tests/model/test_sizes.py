@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from fot_jax.errors import UserError
 from fot_jax.model import crossbatch, inference, memory, sizes
-from fot_jax.model.crossbatch import PackedTable, PreviousContext
 from fot_jax.model.lookup import TopK
+from fot_jax.model.schemes import PackedTable, PreviousContext
 from fot_jax.model.transformer import Transformer
 
 

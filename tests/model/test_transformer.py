@@ -12,7 +12,7 @@ from test_crossbatch import visibility
 from fot_jax.errors import UserError
 from fot_jax.generate import LanguageModel
 from fot_jax.model import crossbatch
-from fot_jax.model.crossbatch import NoCrossbatch, Packed, PackedTable, PreviousContext
+from fot_jax.model.schemes import NoCrossbatch, Packed, PackedTable, PreviousContext
 from fot_jax.model.transformer import ModelConfig, RopeScaling, Transformer, rope_frequencies
 
 LLAMA = ModelConfig(

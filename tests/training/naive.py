@@ -14,7 +14,7 @@ import torch.nn.functional as F
 sys.path.append(str(Path(__file__).parents[1] / "model"))
 from test_crossbatch import visibility  # noqa: E402
 
-from fot_jax.model.crossbatch import PreviousContext  # noqa: E402
+from fot_jax.model.schemes import PreviousContext  # noqa: E402
 
 
 def objective(c, scheme, params, batch, group_rows, z_loss=0.0):

@@ -11,7 +11,7 @@ from rules import places, visibility
 from test_transformer import LLAMA, random_params, random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
-from fot_jax.model.crossbatch import NoCrossbatch, Packed, PackedTable, PreviousContext
+from fot_jax.model.schemes import NoCrossbatch, Packed, PackedTable, PreviousContext
 from fot_jax.model.transformer import ModelConfig
 from fot_jax.training.flops import layer_parameters, reading_flops, training_flops
 

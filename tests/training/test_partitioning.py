@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from test_transformer import LLAMA, PAPER, shapes_of
 
 from fot_jax.errors import UserError
-from fot_jax.model import crossbatch
+from fot_jax.model import crossbatch, schemes
 from fot_jax.model.transformer import Transformer
 from fot_jax.training import optim, partitioning
 from fot_jax.training.partitioning import MeshShape
@@ -114,7 +114,7 @@ def test_bad_meshes(make, message):
 def test_a_step_on_more_devices_than_are_here_can_be_traced(accumulation):
     mesh = MeshShape(data=32, fsdp=2, tensor=2).make_abstract()
     assert mesh.size == 128 > jax.device_count()
-    scheme = crossbatch.PreviousContext(d=4)
+    scheme = schemes.PreviousContext(d=4)
     plan = crossbatch.make_plan(
         *(scheme, 256 // accumulation), group_rows=32, mesh=mesh, heads=EVEN.num_heads, window=8
     )

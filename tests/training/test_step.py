@@ -15,7 +15,7 @@ from test_transformer import LLAMA, PAPER, lane_segments, random_params, random_
 
 from fot_jax.errors import UserError
 from fot_jax.model import crossbatch
-from fot_jax.model.crossbatch import NoCrossbatch, Packed, PackedTable, PreviousContext
+from fot_jax.model.schemes import NoCrossbatch, Packed, PackedTable, PreviousContext
 from fot_jax.model.transformer import Transformer
 from fot_jax.training import partitioning
 from fot_jax.training import step as steps
