@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -25,6 +26,7 @@ from fot_jax.model import schemes
 from fot_jax.model.transformer import ModelConfig
 from fot_jax.paths import path_of
 from fot_jax.training import partitioning
+from fot_jax.training.agreement import Agreement
 from fot_jax.training.checkpoint import Checkpointer
 from fot_jax.training.checkpoint_items import names
 from fot_jax.training.metrics import Counts, Metrics, matmul_rate
@@ -119,6 +121,8 @@ def train(
 
     # --- State: the workdir's newest whole checkpoint, else initialize_from, else fresh ----------
     workdir = path_of(workdir)
+    if jax.default_backend() != "cpu" and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
     checkpointer = Checkpointer(
         workdir / "checkpoints", keep_last=checkpoints.keep_last, keep_every=checkpoints.keep_every
     )
@@ -218,6 +222,7 @@ def train(
             "learning_rate": float(learning_rate(step - 1)),
             "grad_norm": float(info.grad_norm),
             "skipped": history.skipped,
+            "goodput": history.goodput(),
             "data_wait_seconds": batches.waited - waited,
             **({} if d is None else {"d": d}),
             **more,
@@ -239,21 +244,32 @@ def train(
         if values:
             metrics.write(step, values)
 
+    def stop(step: int) -> int | None:
+        """The signal that stops all processes after this step."""
+        if asked.to_stop:
+            agreement.ask("stop", step, asked.to_stop)
+        return agreement.due("stop", step)
+
     def evaluates(step: int) -> bool:
         return bool(evaluation.every) and step % evaluation.every == 0 and step < steps
 
     with _stop_signals() as asked, contextlib.closing(batches), contextlib.closing(metrics):
-        pending, now_d = None, history.d
+        pending, now_d, compiled = None, history.d, set()
+        stopped, again, agreement = None, 0, Agreement()
         if restored is not None and evaluates(first_step):  # it may have been stopped before that
             run(evaluation.during, first_step)
         for step in range(first_step + 1, steps + 1):
             if profile_steps and step == max(profile_steps[0], first_step + 1) <= profile_steps[1]:
                 jax.profiler.start_trace(workdir / "profile")
             now_d = None if d is None else d(step - 1, now_d, history.accuracy(step - 2))
+            began, compiles = time.perf_counter(), now_d not in compiled
+            compiled.add(now_d)
             batch, snapshot = ready.pop() if ready else next(batches)
             state, info = program.step_of(now_d)(state, batch)
             if pending is not None:
                 finish(*pending)
+            if not compiles:
+                history = history.after_seconds(time.perf_counter() - began)
             more = {}
             if positive_mass_every and step % positive_mass_every == 0:
                 mass = np.asarray(positive_mass(now_d)(state.params, batch))
@@ -263,9 +279,13 @@ def train(
             if profile_steps and step == profile_steps[1]:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
-            stopped = asked.to_stop  # once: what comes later in this step is for the next
+            stopped = stop(step)
+            if checkpointer.failed():
+                agreement.ask(f"save again, {again}", step)
+            saves_again = agreement.due(f"save again, {again}", step) is not None
+            again += saves_again
             ends = stopped or step == steps
-            saves = step % checkpoints.every == 0
+            saves = step % checkpoints.every == 0 or saves_again
             if evaluates(step) or ends or saves:
                 finish(*pending)
                 pending = None
@@ -276,10 +296,10 @@ def train(
             if stopped:
                 break
         checkpointer.close()
-        if asked.to_stop:
-            step = int(state.step)
-            metrics.say(f"stopped by {asked.to_stop.name} after step {step}, which is saved")
-            return asked.to_stop
+        if stopped := stopped or stop(steps):
+            by = signal.Signals(stopped)
+            metrics.say(f"stopped by {by.name} after step {int(state.step)}, which is saved")
+            return by
         asked.at_once = True  # nothing is left to be saved
 
         # --- Evaluation --------------------------------------------------------------------------
@@ -296,12 +316,28 @@ class History:
       accuracies: (step, accuracy) of the last two steps.
       counts: loss, correct, weights since metrics were last written.
       skipped: updates skipped in a row up to now.
+      started: when the run was started for the first time, in seconds since 1970.
+      productive: seconds of the steps that led here, compiling not among them.
     """
 
     d: int | None = None
     accuracies: tuple[tuple[int, float], ...] = ()
     counts: tuple[float, float, float] = (0.0, 0.0, 0.0)
     skipped: int = 0
+    started: float = dataclasses.field(default_factory=time.time)
+    productive: float = 0.0
+
+    def goodput(self) -> float:
+        """Share of the time since the run was first started that is in its steps.
+
+        Not in them are setting up, compiling, evaluating, standing still after a preemption, and
+        steps that were done and lost.
+        """
+        return self.productive / max(time.time() - self.started, 1e-9)
+
+    def after_seconds(self, seconds: float) -> History:
+        """The history with more productive seconds in it."""
+        return dataclasses.replace(self, productive=self.productive + seconds)
 
     def accuracy(self, step: int) -> float:
         """Of a step; 0 before the first."""
@@ -312,7 +348,8 @@ class History:
         accuracy = counts.correct / counts.weights if counts.weights else 0.0
         accuracies = (*self.accuracies, (step, accuracy))[-2:]
         total = dataclasses.astuple(Counts(*self.counts) + counts)
-        return History(d, accuracies, total, 0 if applied else self.skipped + 1)
+        skipped = 0 if applied else self.skipped + 1
+        return dataclasses.replace(self, d=d, accuracies=accuracies, counts=total, skipped=skipped)
 
 
 def _compare_functions(initialize_from: str, there: ModelConfig, model: ModelConfig) -> None:

@@ -121,7 +121,14 @@ def start(argv, cache, program=("-m", "fot_jax"), **options):
 # --- What a run left -----------------------------------------------------------------------------
 
 OF_THE_CLOCK = {
-    *("time", "data_wait_seconds", "tokens_per_second", "seconds_per_step", "utilisation"),
+    *(
+        "time",
+        "data_wait_seconds",
+        "tokens_per_second",
+        "seconds_per_step",
+        "utilisation",
+        "goodput",
+    ),
 }
 
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from fot_jax.errors import UserError
@@ -265,7 +266,9 @@ def _forward(plan, contexts, q, k, k_context, v, segments, pairs):
 
     parts = _around(plan, contexts, visit, parts, (kc_t, v_t, segments), pairs)
     out = parts_of.from_tiles(parts.attended().astype(q.dtype), R, T)
-    return out, (q, k, k_context, v, segments, out, parts.lse, pairs)
+    # Named here, where remat policies see both: with either gone, all of it is computed again.
+    out, lse = checkpoint_name(out, "attention"), checkpoint_name(parts.lse, "attention")
+    return out, (q, k, k_context, v, segments, out, lse, pairs)
 
 
 def _around(plan, contexts, visit, parts, block, pairs):

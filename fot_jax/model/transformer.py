@@ -233,9 +233,8 @@ def _block(c, plan, remembers, measure, params, x, segments, rope):
     attended = crossbatch.attention(
         q_local, k_local, v, segments, plan, k_context=k if remembers else None
     )
-    attended = checkpoint_name(attended, "attention").reshape(R, T, -1)
     mass = crossbatch.positive_mass(q_local, k, v, segments, plan) if measure else ()
-    return add_outputs(c, params, x, attended), mass
+    return add_outputs(c, params, x, attended.reshape(R, T, -1)), mass
 
 
 def queries_keys_values(c: ModelConfig, params, x: Float[Array, "R T E"]):

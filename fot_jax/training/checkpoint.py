@@ -34,6 +34,9 @@ from fot_jax.training import checkpoint_items as items
 
 T = TypeVar("T")
 
+BARRIER_SECONDS = 300  # for the last process to have written its part after the first has
+MOST_FAILURES = 3  # saves in a row, before the run ends
+
 
 class Restored(NamedTuple):
     """A checkpoint read back."""
@@ -287,6 +290,9 @@ class Checkpointer:
         self._keep = keep_last, keep_every
         self._damaged: list[int] = []  # newer than what was restored
         self._needed = 0  # bytes of the last save
+        self._saving: int | None = None  # the step that is being written
+        self._failures = 0  # saves in a row that did not get there
+        self._error: Exception = UserError(f"{self.directory}: another process cannot write here")
 
     def open(self) -> None:
         """Makes the directory and removes what unfinished saves left; else the first save does.
@@ -317,6 +323,7 @@ class Checkpointer:
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
                     cleanup_tmp_directories=True,
+                    async_options=ocp.options.AsyncOptions(timeout_secs=BARRIER_SECONDS),
                 ),
             )
         except OSError as error:
@@ -332,17 +339,24 @@ class Checkpointer:
     def save(self, step: int, params: Any, opt_state: Any, data: items.Data, meta: Mapping) -> None:
         """Starts saving a step; the arrays may be donated or changed as soon as this returns.
 
-        Waits for the save before it, if that is still going on, and raises its error. Saving a step
-        that is already there does nothing.
+        Waits for the save before it, if that is still going on. If that one failed, so be it: it is
+        named in a warning, and this one takes its place. Saving a step that is already there does
+        nothing.
 
         Args:
           data: state of the lane groups that this process owns.
           meta: anything JSON can hold; tuples come back as lists.
 
         Raises:
-          UserError: no space left, or no permission to write; now or at the save before.
+          UserError: no space left.
+          Exception: the last MOST_FAILURES saves have failed; what the last of them met.
         """
-        self.wait()
+        try:
+            self.wait()
+        except Exception as error:
+            self._failed(error)
+        if not _all_agree(self._failures < MOST_FAILURES):
+            raise self._error
         self._set_damaged_aside()
         if step in self._manager.all_steps():
             return
@@ -357,8 +371,27 @@ class Checkpointer:
         }
         if arrays["opt_state"]:  # Orbax saves no empty item
             args["opt_state"] = ocp.args.StandardSave(opt_state)
+        self._saving = step
         with self._disk_errors():
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+
+    def failed(self) -> bool:
+        """Whether the save that was going on has turned out to fail, which a warning then says."""
+        if self._saving is None or self._manager.is_saving_in_progress():
+            return False
+        try:
+            self.wait()
+        except Exception as error:
+            self._failed(error)
+            return True
+        return False
+
+    def _failed(self, error: Exception) -> None:
+        self._failures += 1
+        self._error = error
+        line = " ".join(str(error).split())
+        logging.warning("the checkpoint of step %d was not written: %s", self._saving, line)
+        self._saving = None
 
     def wait(self) -> None:
         """Returns when the last save is on disk.
@@ -368,6 +401,8 @@ class Checkpointer:
         """
         with self._disk_errors():
             self._manager.wait_until_finished()
+        if self._saving is not None:
+            self._saving, self._failures = None, 0
 
     def close(self) -> None:
         """Waits, then lets go of threads and files."""
