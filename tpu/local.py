@@ -211,18 +211,17 @@ def _stop(workers: list[_Worker]) -> None:
 # --- Failures ------------------------------------------------------------------------------------
 
 
-def _first_failure(workers: list[_Worker], stopped: bool) -> tuple[int, str, Iterable[str]] | None:
-    """Which worker failed first, what became of it, and its last lines; None where none did."""
+def _first_failure(workers: list[_Worker], stopped: bool) -> tuple[str, Iterable[str]] | None:
+    """What became of the worker that failed first, and its last lines; None where none did."""
     for worker in workers:
         state = _state(worker)
         if state.get("failed") is not None:
-            failed = state["failed"]
-            return failed, state["why"], workers[failed].lines
+            return state["why"], workers[state["failed"]].lines
     if stopped:  # some before others had met them
         return None
     for index, (worker, code) in enumerate(zip(workers, _codes(workers), strict=True)):
         if code not in (0, STOPPED):
-            return index, f"worker {index} ended with exit code {code}", worker.lines
+            return f"worker {index} ended with exit code {code}", worker.lines
     return None
 
 
@@ -232,12 +231,12 @@ def _state(worker: _Worker) -> dict:
     return {}
 
 
-def _show(failed: int, why: str, lines: Iterable[str]) -> None:
-    """Says who failed first, with its traceback."""
+def _show(why: str, lines: Iterable[str]) -> None:
+    """Says which worker failed first, with its traceback."""
     lines = list(lines)
     starts = [i for i, line in enumerate(lines) if line == TRACEBACK]
     shown = lines[starts[-1] :] if starts else lines[-LINES_SHOWN:]
-    _say("\n".join([f"worker {failed} failed first: {why}", *(f"  {line}" for line in shown)]))
+    _say("\n".join([f"tpu local: failed first: {why}", *(f"  {line}" for line in shown)]))
 
 
 def _say(text: str) -> None:

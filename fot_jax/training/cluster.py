@@ -176,12 +176,11 @@ def _has_metadata() -> bool:
 
 def _place_in_metadata() -> Place:
     endpoints = _metadata("worker-network-endpoints")
-    index = _metadata("agent-worker-number")
-    if not endpoints or index is None:
+    if not endpoints:
         return ALONE
     # An entry is an address, or name:id:address.
     hosts = tuple(entry.strip().split(":")[-1] for entry in endpoints.split(","))
-    return _place("agent-worker-number", index, hosts)
+    return _place("agent-worker-number", _metadata("agent-worker-number") or "", hosts)
 
 
 def _metadata(attribute: str) -> str | None:
