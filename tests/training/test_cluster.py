@@ -192,7 +192,8 @@ from fot_jax.training import cluster
 cluster.join()
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
-print(process_allgather(np.array(int(os.environ["FOT_PROCESS_ID"]))).tolist(), flush=True)
+gathered = process_allgather(np.array(int(os.environ["FOT_PROCESS_ID"]))).tolist()
+print(gathered, file=sys.stderr, flush=True)  # where JAX's collectives say nothing of their own
 """
 # Process 1 fails; process 0 would be waited for.
 ONE_FAILS = f"""{GATHERS}
@@ -240,17 +241,17 @@ def two():
 
 def test_processes_join(two):
     for process in two(GATHERS):
-        out, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
-        assert "[0, 1]" in out.splitlines()
+        assert "[0, 1]" in err.splitlines()
 
 
 @pytest.mark.parametrize(("program", "code"), [(RAISES, 1), (RETURNS, 2)])
 def test_one_that_fails_does_not_wait_for_the_others(two, program, code):
     waiting, failing = two(program)
-    out, err = failing.communicate(timeout=120)  # JAX would wait for 300 s
+    _, err = failing.communicate(timeout=120)  # JAX would wait for 300 s
     assert failing.returncode == code
-    assert "[0, 1]" in out.splitlines()
+    assert "[0, 1]" in err.splitlines()
     assert ("RuntimeError: broken" in err) == (program == RAISES)
     assert waiting.poll() is None
 
