@@ -207,6 +207,8 @@ def _train(args) -> int:
             config_text=gin.operative_config_str,
             dry_run=args.dry_run,
         )
+    if not args.dry_run:
+        cluster.finish()
     return 128 + stopped if stopped else 0
 
 

@@ -85,6 +85,26 @@ def join() -> None:
         _initialize(*_membership(os.environ))
 
 
+def finish() -> None:
+    """Waits until the devices have done all they were given; one of several calls it at its end.
+
+    A result is there when one device has it. The others may still be meeting those of another
+    process, and wait for ever if that one has ended.
+    """
+    import jax
+    import numpy as np
+
+    if jax.process_count() == 1:
+        return
+    mesh = jax.sharding.Mesh(jax.devices(), "all")
+    sharded, whole = (
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        for axes in (("all",), ())
+    )
+    ones = jax.make_array_from_callback((mesh.size,), sharded, lambda index: np.ones(1, np.float32))
+    jax.jit(jax.numpy.sum, out_shardings=whole)(ones).block_until_ready()  # after all else, on all
+
+
 def failed(code: int) -> int:
     """The exit code of a process that fails; one of several ends with it here and now.
 

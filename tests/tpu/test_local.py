@@ -77,15 +77,19 @@ def commands(process, count):
 
     def found():
         pids = [pid for worker in children(process.pid) for pid in children(worker)]
-        return pids if len(pids) == count else None
+        by_worker = {worker_of(pid): pid for pid in pids}
+        return by_worker if set(by_worker) == set(range(count)) else None
 
-    pids = wait_until(found, "the start of training")
-    return dict(sorted((worker_of(pid), pid) for pid in pids))
+    return wait_until(found, "the start of training")
 
 
 def worker_of(pid):
-    variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    return next(int(v.split(b"=")[1]) for v in variables if v.startswith(b"FOT_WORKER="))
+    """From the environment of a process; None while it is just becoming its program."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        found = [v.partition(b"=")[2] for v in variables if v.startswith(b"FOT_WORKER=")]
+        return int(found[0]) if found else None
+    return None
 
 
 @pytest.fixture(scope="module")

@@ -240,7 +240,7 @@ def two():
 
 
 def test_processes_join(two):
-    for process in two(GATHERS):
+    for process in two(f"{GATHERS}cluster.finish()"):
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
         assert "[0, 1]" in err.splitlines()
