@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fot_jax import experiment_files
 from fot_jax.errors import UserError
+from fot_jax.training import cluster
 
 _CHECKPOINT = "a workdir, a step inside it, or a Hugging Face directory"
 
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{error.filename or 'writing'}: {error.strerror}: mend that, or choose another place"
         )
     print(f"fot: error: {' '.join(line.split())}", file=sys.stderr)
-    return 2
+    return cluster.failed(2)
 
 
 @contextlib.contextmanager
@@ -206,6 +207,8 @@ def _experiment_arguments(parser: argparse.ArgumentParser) -> None:
 def _train(args) -> int:
     _keep_freed_memory()
     experiment_files.load(args.experiment, args.gin)
+    if not args.dry_run:
+        cluster.join()
     import gin
 
     name = Path(args.experiment[0]).stem
@@ -217,6 +220,8 @@ def _train(args) -> int:
             config_text=gin.operative_config_str,
             dry_run=args.dry_run,
         )
+    if not args.dry_run:
+        cluster.finish()
     return 128 + stopped if stopped else 0
 
 

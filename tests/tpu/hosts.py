@@ -1,0 +1,79 @@
+"""Workers as real processes on this machine, each with a small Python program as its command."""
+
+import contextlib
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 60  # seconds, for what should take one or two
+
+
+def verb(name):
+    """The command line of a verb."""
+    return [sys.executable, "-m", f"tpu.{name}"]
+
+
+def free_port():
+    """One with the next one free as well, where the kernel takes none for connections."""
+    while True:
+        port = random.randrange(10_000, 30_000)
+        with contextlib.suppress(OSError), socket.socket() as a, socket.socket() as b:
+            a.bind(("127.0.0.1", port))
+            b.bind(("127.0.0.1", port + 1))
+            return port
+
+
+class Pod:
+    """Workers started one by one; what is left of them is killed at the end."""
+
+    def __init__(self, directory, count):
+        self.directory, self.count, self.port = directory, count, free_port()
+        self.workers = {}
+
+    def start(self, worker, program, *flags, **environment):
+        command = [*verb("worker"), "--run_dir", str(self.directory / str(worker)), *flags]
+        addresses = ",".join(f"127.0.0.1:{self.port}" for _ in range(self.count))
+        own = {"FOT_WORKERS": addresses, "FOT_WORKER": str(worker), **environment}
+        self.workers[worker] = subprocess.Popen(
+            [*command, "--", sys.executable, "-c", program],
+            cwd=ROOT,
+            env={**os.environ, **own},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def end(self, worker):
+        """Waits for a worker; its exit code, standard output and last line of standard error."""
+        out, err = self.workers[worker].communicate(timeout=LIMIT)
+        return self.workers[worker].returncode, out, ([""] + err.splitlines())[-1]
+
+    def state(self, worker):
+        return json.loads((self.directory / str(worker) / "state.json").read_text())
+
+    def close(self):
+        for process in self.workers.values():
+            process.kill()
+            process.communicate(timeout=LIMIT)
+
+
+def wait_until(true, what="it"):
+    """Waits until a function gives something true, and gives that."""
+    deadline = time.monotonic() + LIMIT
+    while not (value := true()):
+        assert time.monotonic() < deadline, f"{what} did not happen"
+        time.sleep(0.02)
+    return value
+
+
+def alive(pid):
+    """Whether a process runs: a zombie does not."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False

@@ -1,0 +1,200 @@
+"""A pod made of processes trains as one process does, and goes on when one of them is killed."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import hosts
+import numpy as np
+import pytest
+import runs
+from hosts import alive, wait_until
+
+EXPERIMENT = f"""{runs.DICTIONARY}
+train.steps = 60
+train.compute = @Compute()
+Compute.mesh = @MeshShape()
+MeshShape.data = 4
+MeshShape.fsdp = 2
+Data.lane_groups = 4
+Checkpoints.every = 20
+"""
+FAILED = "tpu local: failed first: worker 2 (127.0.0.1) ended with signal 9\n"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Where compiled programs are kept."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    path = tmp_path_factory.mktemp("experiment") / "experiment.gin"
+    path.write_text(EXPERIMENT)
+    return path
+
+
+@contextlib.contextmanager
+def local(experiment, workdir, cache, *flags, processes=4):
+    """The command as a process that has started; whatever comes, it does not outlive the test."""
+    numbers = ["--processes", str(processes), "--devices", "2"]
+    quick = {name.upper(): str(value) for name, value in runs.QUICK.items()}
+    process = subprocess.Popen(
+        [*hosts.verb("local"), str(experiment), *numbers, "--workdir", str(workdir), *flags],
+        cwd=hosts.ROOT,
+        env={**os.environ, **quick, "JAX_COMPILATION_CACHE_DIR": str(cache)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=hosts.LIMIT)
+
+
+def end(process):
+    """Exit code, standard output and standard error."""
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def children(pid):
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return [
+            int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        ]
+    return []
+
+
+def commands(process, count):
+    """Training processes by worker, once there are so many."""
+
+    def found():
+        pids = [pid for worker in children(process.pid) for pid in children(worker)]
+        by_worker = {worker_of(pid): pid for pid in pids}
+        return by_worker if set(by_worker) == set(range(count)) else None
+
+    return wait_until(found, "the start of training")
+
+
+def worker_of(pid):
+    """From the environment of a process; None while it is just becoming its program."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        found = [v.partition(b"=")[2] for v in variables if v.startswith(b"FOT_WORKER=")]
+        return int(found[0]) if found else None
+    return None
+
+
+@pytest.fixture(scope="module")
+def unbroken(experiment, cache, tmp_path_factory):
+    """A run on four processes that nothing disturbs: its workdir, and what it said."""
+    workdir = tmp_path_factory.mktemp("unbroken") / "run"
+    with local(experiment, workdir, cache) as process:
+        code, out, err = end(process)
+    assert (code, err) == (0, ""), out
+    return workdir, out
+
+
+# --- Training ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one(unbroken, experiment, cache, tmp_path):
+    with runs.quick_compilation(cache):
+        assert runs.train(experiment, tmp_path / "run") == 0
+    one, four = runs.training_curve(tmp_path / "run"), runs.training_curve(unbroken[0])
+    assert len(one) == 60
+    assert [row["step"] for row in four] == [row["step"] for row in one]
+    for name in ("loss", "accuracy", "grad_norm"):
+        of_one, of_four = ([row[name] for row in rows] for rows in (one, four))
+        np.testing.assert_allclose(of_four, of_one, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_whole_lines_say_whose_they_are(unbroken):
+    lines = unbroken[1].splitlines()
+    assert all(re.match(r"\[worker [0-3]\] ", line) for line in lines)
+    steps = [re.match(r"\[worker 0\] step (\d+)/60  loss ", line) for line in lines]
+    assert [int(step[1]) for step in steps if step] == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_ends_as_if_unbroken(unbroken, experiment, cache, tmp_path):
+    workdir = tmp_path / "run"
+    with local(experiment, workdir, cache, "--restarts", "1") as process:
+        before = commands(process, 4)
+        wait_until(lambda: runs.steps_saved(workdir), "a checkpoint")
+        os.kill(before[2], signal.SIGKILL)
+        code, out, err = end(process)
+    assert code == 0, out + err
+    assert err.startswith(FAILED)
+    assert err.endswith("tpu local: starting again, 1 of 1 times\n")
+    for worker in (0, 1, 3):
+        line = f"tpu worker {worker}: stopped because worker 2 (127.0.0.1) ended with signal 9"
+        assert f"[worker {worker}] {line}\n" in out
+    assert re.search(r"\[worker 0\] resuming .* after step [24]0\n", out)
+    assert runs.curve(workdir) == runs.curve(unbroken[0])
+    runs.assert_same_parameters(workdir, unbroken[0])
+
+
+# --- Ending --------------------------------------------------------------------------------------
+
+
+def test_a_failure_without_restarts(experiment, cache, tmp_path):
+    with local(experiment, tmp_path / "run", cache) as process:
+        started = commands(process, 4)
+        os.kill(started[2], signal.SIGKILL)
+        code, _, err = end(process)
+    assert code == 1 and err.startswith(FAILED) and "again" not in err
+    assert not any(map(alive, started.values()))
+
+
+def test_stopped_early_it_leaves_nothing(experiment, cache, tmp_path):
+    with local(experiment, tmp_path / "run", cache, processes=2) as process:
+        started = commands(process, 2)
+        process.send_signal(signal.SIGTERM)
+        code, _, err = end(process)
+    assert (code, err) == (143, "")
+    assert not any(map(alive, started.values()))
+
+
+def test_killed_it_leaves_no_processes(experiment, cache, tmp_path):
+    with local(experiment, tmp_path / "run", cache, processes=2) as process:
+        workers = children(process.pid)
+        started = commands(process, 2)
+        process.kill()
+        everyone = [*workers, *started.values()]
+        wait_until(lambda: not any(map(alive, everyone)), "the end of all processes")
+
+
+def test_what_is_wrong_with_an_experiment_is_shown(experiment, cache, tmp_path):
+    binding = ("--gin", "train.stepz = 3")
+    with local(experiment, tmp_path / "run", cache, *binding, processes=2) as process:
+        code, out, err = end(process)
+    assert code == 1
+    line = (
+        "fot: error: train has no parameter 'stepz' (--gin 'train.stepz = 3'); did you mean steps?"
+    )
+    assert re.search(rf"^\[worker \d\] {re.escape(line)}$", out, re.MULTILINE)
+    assert re.match(
+        r"tpu local: failed first: worker \d \(127.0.0.1\) ended with exit code 2\n", err
+    )
+    assert f"  {line}\n" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "least"), [("--processes", 1), ("--devices", 1), ("--restarts", 0)]
+)
+def test_numbers_that_make_no_sense(experiment, cache, tmp_path, flag, least):
+    with local(experiment, tmp_path / "run", cache, flag, str(least - 1)) as process:
+        code, out, err = end(process)
+    assert (code, out) == (2, "")
+    assert err == f"tpu: error: {flag} {least - 1}: give {least} or more\n"

@@ -1,0 +1,260 @@
+"""Which host of how many this is, and processes that become one program."""
+
+import http.server
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import runs
+
+from fot_jax.errors import UserError
+from fot_jax.training import cluster
+
+NAMES = (
+    *("FOT_WORKERS", "FOT_WORKER", "FOT_COORDINATOR", "FOT_PROCESSES", "FOT_PROCESS_ID"),
+    *("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID", "MEGASCALE_NUM_SLICES", "GCE_METADATA_HOST"),
+    *("TPU_SKIP_MDS_QUERY", "JAX_PLATFORMS"),
+)
+ALONE = "this machine is worker 3 of 16 of a pod: started alone it would wait for the others"
+
+
+@pytest.fixture
+def surroundings(monkeypatch):
+    """Sets what is given, and nothing else that says which host this is."""
+
+    def set_(**values):
+        for name in NAMES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+
+    set_(TPU_SKIP_MDS_QUERY="1")
+    return set_
+
+
+@pytest.fixture
+def metadata():
+    """A metadata server: its address, and the attributes or HTTP errors it answers with."""
+    answers = {}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            folder, _, name = self.path.rpartition("/")
+            assert folder == "/computeMetadata/v1/instance/attributes"
+            assert self.headers["Metadata-Flavor"] == "Google"
+            answer = answers.get(name, 404)
+            self.send_response(answer if isinstance(answer, int) else 200)
+            self.end_headers()
+            if isinstance(answer, str):
+                self.wfile.write(answer.encode())
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}", answers
+        server.shutdown()
+
+
+# --- Where a host is -----------------------------------------------------------------------------
+
+
+def test_alone(surroundings):
+    assert cluster.place() == cluster.ALONE
+
+
+def test_of_our_own_variables(surroundings):
+    surroundings(FOT_WORKERS="a:1000, b ,c:3", FOT_WORKER="1", TPU_WORKER_HOSTNAMES="x,y")
+    assert cluster.place() == (1, ("a", "b", "c"), 1000)
+    surroundings(FOT_WORKERS="a,b", FOT_WORKER="0")
+    assert cluster.place() == (0, ("a", "b"), 8475)
+
+
+def test_of_the_variables_of_a_cluster(surroundings):
+    surroundings(TPU_WORKER_HOSTNAMES="a,b", TPU_WORKER_ID="1", MEGASCALE_NUM_SLICES="1")
+    assert cluster.place() == (1, ("a", "b"), 8475)
+    surroundings(TPU_WORKER_HOSTNAMES="localhost")
+    assert cluster.place() == cluster.ALONE
+
+
+@pytest.mark.parametrize("endpoints", ["10.0.0.1,10.0.0.2", "u:u:10.0.0.1,u:u:10.0.0.2"])
+def test_of_the_metadata_server(surroundings, metadata, endpoints):
+    address, answers = metadata
+    answers |= {"worker-network-endpoints": endpoints, "agent-worker-number": "1"}
+    surroundings(GCE_METADATA_HOST=address)
+    assert cluster.place() == (1, ("10.0.0.1", "10.0.0.2"), 8475)
+    surroundings(GCE_METADATA_HOST=address, TPU_SKIP_MDS_QUERY="1")
+    assert cluster.place() == cluster.ALONE
+
+
+def test_of_a_machine_that_is_no_host_of_a_pod(surroundings, metadata):
+    surroundings(GCE_METADATA_HOST=metadata[0])
+    assert cluster.place() == cluster.ALONE
+
+
+@pytest.mark.slow
+def test_without_a_metadata_server(surroundings):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        surroundings(GCE_METADATA_HOST=f"127.0.0.1:{closed.getsockname()[1]}")
+        assert cluster.place() == cluster.ALONE
+
+
+@pytest.mark.slow
+def test_a_metadata_server_that_fails_is_named(surroundings, metadata):
+    address, answers = metadata
+    answers["worker-network-endpoints"] = 503
+    surroundings(GCE_METADATA_HOST=address)
+    with pytest.raises(UserError, match="answers 503 when asked for worker-network-endpoints"):
+        cluster.place()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"FOT_WORKERS": "a,b"}, "FOT_WORKER = '', with 2 workers (a, b): give a number"),
+        ({"FOT_WORKERS": "a,b", "FOT_WORKER": "2"}, "FOT_WORKER = '2', with 2 workers"),
+        ({"FOT_WORKERS": "a,b", "FOT_WORKER": "-1"}, "FOT_WORKER = '-1'"),
+        ({"FOT_WORKERS": "a,,b", "FOT_WORKER": "0"}, "FOT_WORKERS: '' is no address"),
+        ({"FOT_WORKERS": "a:x", "FOT_WORKER": "0"}, "FOT_WORKERS: 'a:x' is no address"),
+        ({"FOT_WORKERS": "a:65535", "FOT_WORKER": "0"}, "FOT_WORKERS: 'a:65535' is no address"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_ID = ''"),
+        (
+            {
+                **{"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"},
+                "MEGASCALE_NUM_SLICES": "2",
+            },
+            "MEGASCALE_NUM_SLICES = 2: a slice knows the hosts of its own alone",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_named(surroundings, values, message):
+    surroundings(**values)
+    with pytest.raises(UserError) as raised:
+        cluster.place()
+    assert message in str(raised.value)
+
+
+# --- Joining -------------------------------------------------------------------------------------
+
+
+def on_a_pod():
+    return {"TPU_WORKER_HOSTNAMES": ",".join("abcdefghijklmnop"), "TPU_WORKER_ID": "3"}
+
+
+def test_one_host_of_a_pod_does_not_start_alone(surroundings):
+    surroundings(**on_a_pod())
+    with pytest.raises(UserError, match=ALONE):
+        cluster.join()
+    surroundings(**on_a_pod(), JAX_PLATFORMS="tpu,cpu")
+    with pytest.raises(UserError, match=ALONE):
+        cluster.join()
+
+
+def test_one_host_of_a_pod_uses_its_cpus_alone(surroundings):
+    surroundings(**on_a_pod(), JAX_PLATFORMS="cpu")
+    cluster.join()
+
+
+def test_train_refuses_and_a_dry_run_does_not(surroundings, here, capsys):
+    surroundings(**on_a_pod())
+    assert ALONE in runs.refused_untouched(capsys, "train", "experiment.gin", "--workdir", "run")
+    assert runs.cli.main(["train", "experiment.gin", "--dry_run"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"FOT_PROCESSES": "four"}, "FOT_PROCESSES = 'four'"),
+        ({"FOT_PROCESSES": "0"}, "FOT_PROCESSES = '0'"),
+        ({"FOT_PROCESS_ID": "4"}, "FOT_PROCESS_ID = '4': give a number from 0 to 3"),
+        ({"FOT_PROCESS_ID": ""}, "FOT_PROCESS_ID = ''"),
+        ({"FOT_COORDINATOR": "a"}, "FOT_COORDINATOR = 'a': give host:port"),
+        ({"FOT_COORDINATOR": ":1"}, "FOT_COORDINATOR = ':1'"),
+    ],
+)
+def test_a_membership_that_makes_no_sense_is_named(surroundings, values, message):
+    sound = {"FOT_COORDINATOR": "a:1", "FOT_PROCESSES": "4", "FOT_PROCESS_ID": "3"}
+    surroundings(**{**sound, **values})
+    with pytest.raises(UserError) as raised:
+        cluster.join()
+    assert message in str(raised.value)
+
+
+GATHERS = """
+import os, sys
+from fot_jax.training import cluster
+cluster.join()
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+gathered = process_allgather(np.array(int(os.environ["FOT_PROCESS_ID"]))).tolist()
+print(gathered, file=sys.stderr, flush=True)  # where JAX's collectives say nothing of their own
+"""
+# Process 1 fails; process 0 would be waited for.
+ONE_FAILS = f"""{GATHERS}
+import time
+if os.environ["FOT_PROCESS_ID"] == "0":
+    time.sleep(600)
+"""
+RAISES = f"""{ONE_FAILS}
+raise RuntimeError("broken")
+"""
+RETURNS = f"""{ONE_FAILS}
+sys.exit(cluster.failed(2))
+"""
+
+
+@pytest.fixture
+def two():
+    """Starts two processes that run a program; they do not outlive the test."""
+    started = []
+
+    def start(program):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+        own = {"FOT_COORDINATOR": coordinator, "FOT_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
+        for process in range(2):
+            environment = {**os.environ, **own, "FOT_PROCESS_ID": str(process)}
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", program],
+                    cwd=Path(__file__).parents[2],
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        return started
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate(timeout=60)
+
+
+def test_processes_join(two):
+    for process in two(f"{GATHERS}cluster.finish()"):
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert "[0, 1]" in err.splitlines()
+
+
+@pytest.mark.parametrize(("program", "code"), [(RAISES, 1), (RETURNS, 2)])
+def test_one_that_fails_does_not_wait_for_the_others(two, program, code):
+    waiting, failing = two(program)
+    _, err = failing.communicate(timeout=120)  # JAX would wait for 300 s
+    assert failing.returncode == code
+    assert "[0, 1]" in err.splitlines()
+    assert ("RuntimeError: broken" in err) == (program == RAISES)
+    assert waiting.poll() is None
+
+
+def test_a_failure_of_one_process_alone_is_an_exit_code():
+    assert cluster.failed(2) == 2
