@@ -39,9 +39,9 @@ def experiment(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def local(experiment, workdir, cache, *flags, processes=4):
+def local(experiment, workdir, cache, *flags, processes=4, devices=2):
     """The command as a process that has started; whatever comes, it does not outlive the test."""
-    numbers = ["--processes", str(processes), "--devices", "2"]
+    numbers = ["--processes", str(processes), "--devices", str(devices)]
     quick = {name.upper(): str(value) for name, value in runs.QUICK.items()}
     process = subprocess.Popen(
         [*hosts.verb("local"), str(experiment), *numbers, "--workdir", str(workdir), *flags],
@@ -142,6 +142,36 @@ def test_killed_and_started_again_it_ends_as_if_unbroken(unbroken, experiment, c
     assert re.search(r"\[worker 0\] resuming .* after step [24]0\n", out)
     assert runs.curve(workdir) == runs.curve(unbroken[0])
     runs.assert_same_parameters(workdir, unbroken[0])
+
+
+@pytest.mark.slow
+def test_stopped_on_one_host_all_stop_alike_and_fewer_go_on(unbroken, experiment, cache, tmp_path):
+    """4 processes, then 2, then 1: each time the same batches follow."""
+    workdir, step = tmp_path / "run", 0
+    for processes, devices in ((4, 2), (2, 4)):
+        with local(experiment, workdir, cache, processes=processes, devices=devices) as process:
+            started = commands(process, processes)
+            wait_until(lambda: steps_done(workdir) > step + 5, "a few steps")
+            os.kill(started[processes - 1], signal.SIGTERM)
+            code, out, err = end(process)
+        assert (code, err) == (143, ""), out
+        said = re.findall(r"^\[worker 0\] stopped by SIGTERM after step (\d+), which", out, re.M)
+        step = int(*said)
+        assert step < 60 and runs.steps_saved(workdir)[-1] == step
+    with runs.quick_compilation(cache):
+        assert runs.train(experiment, workdir) == 0
+    ours, theirs = runs.training_curve(workdir), runs.training_curve(unbroken[0])
+    assert [row["step"] for row in ours] == list(range(1, 61))
+    np.testing.assert_allclose(
+        *([row["loss"] for row in rows] for rows in (ours, theirs)), rtol=1e-4
+    )
+
+
+def steps_done(workdir):
+    """As far as metrics are written."""
+    with contextlib.suppress(FileNotFoundError):
+        return (workdir / "metrics.jsonl").read_text().count("\n")
+    return 0
 
 
 # --- Ending --------------------------------------------------------------------------------------
