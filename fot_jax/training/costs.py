@@ -309,7 +309,7 @@ def _called(op: _Op) -> list[str]:
 
 def _group_size(rest: str) -> int:
     """Devices that take part in one of a collective's groups."""
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest)
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? \{([^}]*)\}", rest)
     if named:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
