@@ -10,8 +10,8 @@ from fot_jax.errors import UserError
 from tpu import asked, ship, verbs
 
 _JOB_SET = """\
-# {count} x {topology}, {hosts} workers each. Before: a cluster with JobSet and, for each slice, a node
-# pool with --machine-type={machine_type} --tpu-topology={shape} --num-nodes={hosts}.
+# {count} x {topology}, {hosts} workers each. Before: a cluster with JobSet and, for each slice, a
+# node pool with --machine-type={machine_type} --tpu-topology={shape} --num-nodes={hosts}.
 # The image has the repository as its working directory, with its dependencies installed
 # (pip install -e '.[tpu]' -c .ci/constraints.txt). Then: kubectl apply -f FILE
 apiVersion: jobset.x-k8s.io/v1alpha2
