@@ -124,4 +124,4 @@ def _last_error(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [number for number, line in enumerate(lines) if line.startswith("ERROR:")]
     last = lines[errors[-1] :][:4] if errors else lines[-2:]
-    return " ".join(last).removeprefix("ERROR: ")
+    return re.sub(r"^ERROR: (\(gcloud[^)]*\) )?", "", " ".join(last))

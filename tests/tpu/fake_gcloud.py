@@ -93,7 +93,8 @@ def create(args):
         slices = int(args.node_count or 1)
         ids = [args.node_id] if args.node_id else [f"{args.name}-{i}" for i in range(slices)]
         life = lives[min(state["created"], len(lives)) - 1]
-        state["there"][args.name] = {"life": life, "nodes": ids, "workers": plan["workers"]}
+        made = {"life": life, "now": life[0], "nodes": ids, "workers": plan["workers"]}
+        state["there"][args.name] = made
         for home in homes(args.name, state):
             home.mkdir(parents=True)
     return 0
@@ -103,10 +104,14 @@ def describe(args):
     with changing() as (_, state):
         there = state["there"].get(args.name)
         now = there and there["life"][0]
+        if there:
+            there["now"] = now  # what listing the nodes shows, too
         if there and len(there["life"]) > 1 and may_pass(now):
             there["life"] = there["life"][1:]
         if now == "gone" or not there:
-            state["there"].pop(args.name, None)
+            if state["there"].pop(args.name, None):
+                power_off(args.name)
+                shutil.rmtree(ROOT / args.name)
             resource = f"projects/p/locations/{args.zone}/queuedResources/{args.name}"
             return error("describe", f"NOT_FOUND: Resource '{resource}' was not found")
         if not now.startswith("ACTIVE") or now.endswith(("PREEMPTED", "gone")):
@@ -129,7 +134,7 @@ def list_nodes(args):
             {"name": f"projects/p/locations/z/nodes/{id_}", **node_of(there)}
             for there in state["there"].values()
             for id_ in there["nodes"]
-            if there["life"][0] != "ACTIVE gone"
+            if there["now"] != "ACTIVE gone"
         ]
         somebody_elses = {"name": "projects/p/locations/z/nodes/other", "state": "TERMINATED"}
         print(json.dumps([*shown, somebody_elses]))
@@ -137,7 +142,7 @@ def list_nodes(args):
 
 
 def node_of(there):
-    _, _, state = there["life"][0].partition(" ")
+    _, _, state = there["now"].partition(" ")
     state = "READY" if not state or state.startswith("until") else state
     endpoints = [{"ipAddress": f"10.0.0.{i}"} for i in range(there["workers"])]
     return {"state": state, "health": "HEALTHY", "networkEndpoints": endpoints}

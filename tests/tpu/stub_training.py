@@ -1,8 +1,8 @@
 """Takes the place of fot_jax/__main__.py on fake workers: training that does what a file says.
 
-`training.json` of the fake cloud: {"steps": 5, "hold": {"1": 3}, "fail": {"1": [2, 4]}}.
+`training.json` of the fake cloud: {"steps": 5, "hold": {"1": 3}, "fail": {"1": [2, 5]}}.
 Worker 0 writes a checkpoint each step into the fake bucket, from which all resume. hold: on the
-first queued resource, wait after step 3. fail: worker 1 ends at step 2, the first 4 times.
+first queued resource, wait after step 3. fail: worker 1 ends at step 2, when started again at 5.
 """
 
 import json
@@ -30,8 +30,7 @@ def main():
     for step in range(done + 1, plan["steps"] + 1):
         while plan.get("hold", {}).get(str(created)) == step - 1:
             time.sleep(0.1)
-        fails_at, fails_times = plan.get("fail", {}).get(worker, (None, 0))
-        if step == fails_at and times <= fails_times:
+        if step in plan.get("fail", {}).get(worker, [])[times - 1 : times]:
             raise RuntimeError(f"worker {worker} broke at step {step}")
         print(f"step {step}")
         if worker == "0":
