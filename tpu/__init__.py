@@ -1,1 +1,1 @@
-"""Runs on Cloud TPU, and rehearsals of them: `python -m tpu VERB` (README.md beside this file)."""
+"""`python -m tpu`: runs on the hosts of a TPU pod, or on this machine as if it were one."""

@@ -190,7 +190,7 @@ def _going_on(run: Path) -> bool:
 def status(name: str) -> None:
     """Tells how the run is: a state of state.json, or one of
 
-    none (never started), starting, lost (its process is gone and has not said why).
+    none (never started), starting, lost (it is gone and has not said why).
     """
     run = FOT / "runs" / name
     if not (run / "pid").exists():
@@ -201,14 +201,16 @@ def status(name: str) -> None:
         told = json.loads((run / "state.json").read_text())
     except (OSError, ValueError):
         told = {}
+    if not told and not going_on:
+        told = {"state": "failed", "why": "ended before it could count the workers"}
+        told["ended"] = os.path.getmtime(run / "log")
     state = told.get("state", "starting")
     if not going_on and state not in ("finished", "stopped", "failed"):
         state = "lost"
     log = _end_of_log(run)
-    shown = {key: told.get(key) for key in ("code", "why", "started", "ended")}
+    shown = {key: told.get(key) for key in ("code", "why", "failed", "started", "ended")}
     shown["last"] = next((line for line in reversed(log) if line.strip()), "")[:200]
-    if told.get("worker") is not None:
-        shown["worker"] = told["worker"]
+    shown["worker"] = _index(run)
     if state in ("failed", "lost"):
         shown["traceback"] = "\n".join(_first_traceback(log))
     answer(**shown, state=state)
@@ -220,11 +222,12 @@ def logs(name: str, lines: int, follow: bool) -> None:
     Args:
       follow: go on with what comes, until the connection ends.
     """
-    path, prefix, parent = FOT / "runs" / name / "log", f"[worker {_index()}] ", os.getppid()
-    if not path.exists():
+    run, parent = FOT / "runs" / name, os.getppid()
+    prefix = f"[worker {_index(run)}] "
+    if not (run / "log").exists():
         print(f"{prefix}has no log of {name}")
         return
-    with open(path, encoding="utf-8", errors="replace") as log:
+    with open(run / "log", encoding="utf-8", errors="replace") as log:
         for line in collections.deque(log, lines):
             print(prefix + line.rstrip("\n"), flush=True)
         part = ""
@@ -256,9 +259,11 @@ def _first_traceback(log: list[str]) -> list[str]:
     return log[-15:]
 
 
-def _index() -> int | None:
-    """Of this worker in its slice: as told, or by the name of a TPU's virtual machine."""
-    name = re.search(r"-w-(\d+)$", socket.gethostname())
+def _index(run: Path | None = None) -> int | None:
+    """Of this worker: among all, if the run has counted them; in its slice; None: not known."""
+    if run is not None and (run / "state.json").exists():
+        return json.loads((run / "state.json").read_text())["worker"]
+    name = re.search(r"-w-(\d+)$", socket.gethostname())  # of a TPU's virtual machine
     index = os.environ.get("FOT_WORKER") or (name and name.group(1))
     return None if index is None else int(index)
 

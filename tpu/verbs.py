@@ -95,7 +95,9 @@ def logs(args: Namespace) -> int:
 def first_failed(answers: list[dict]) -> dict | None:
     """The worker whose failure ended the run; None where none failed."""
     failed = [each for each in answers if each["state"] == "failed"]
-    return min(failed, key=lambda each: each["ended"] or 0, default=None)
+    # By what the workers agreed on; their clocks are the next best.
+    key = lambda each: (each.get("failed") != each["worker"], each["ended"] or 0)  # noqa: E731
+    return min(failed, key=key, default=None)
 
 
 def failure(answer: dict) -> str:

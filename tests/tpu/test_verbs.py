@@ -298,8 +298,20 @@ def test_answers_stay_short(cloud):
     run = cloud.home(0) / "fot" / "runs" / "pod"
     run.mkdir(parents=True)
     (run / "pid").write_text("4999999")  # nobody
-    (run / "state.json").write_text(json.dumps({"state": "failed", "why": "ü" * 10_000}))
+    told = {"state": "failed", "worker": 0, "why": "ü" * 10_000}
+    (run / "state.json").write_text(json.dumps(told))
     (run / "log").write_text("Traceback (most recent call last)\n" + "  'ü\\'\n" * 10_000)
     status = cloud.works("status", *POD)
     assert "failed" in status
     assert max(map(len, status.splitlines())) < 4096
+
+
+def test_a_run_that_cannot_begin_has_failed(cloud):
+    _created_and_set_up(cloud)
+    for worker in (0, 1):
+        (code,) = (x for x in (cloud.home(worker) / "fot" / "code").iterdir() if x.is_dir())
+        (code / "tpu" / "worker.py").write_text("import no_such_module\n")
+    cloud.works("run", cloud.experiment, *POD, *WORKDIR)
+    status = _until(cloud, "failed")
+    assert status.count("ended before it could count the workers") >= 1
+    assert "No module named 'no_such_module'" in cloud.works("logs", *POD)
