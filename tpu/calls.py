@@ -15,7 +15,8 @@ from tpu.gcloud import Argv
 DROPPED = 255  # exit code of ssh, and so of gcloud, when a connection fails
 TRIES = 4
 PAUSE = 2.0  # seconds before the next try; gcloud has itself tried for 50 seconds by then
-LIMIT = 2 * 60 * 60.0  # seconds; making an environment on a slow worker is the longest
+LIMIT = 3600.0  # seconds; deleting a large pod, or making an environment, is the longest
+SHORT = 300.0  # for what workers, or Google's servers, answer at once; ssh may hang for ever
 
 
 class CallFailed(UserError):

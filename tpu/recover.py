@@ -117,7 +117,7 @@ def _look(pod: Pod, slices: asked.Slices) -> Step:
         return Step("wait", f"unknown: {error}")
     try:
         status = workers.status_command(pod)
-        answers = workers.ask(status, slices.workers, verbs.STATUS_LIMIT)
+        answers = workers.ask(status, slices.workers, calls.SHORT)
     except calls.CallFailed as error:
         return Step("start", f"ACTIVE, no worker answers: {error}", if_still=True)
     return step_of_runs(answers, slices.workers)
@@ -199,7 +199,7 @@ def _newest_checkpoint(pod: Pod, workdir: str) -> int:
     if not workdir.startswith("gs://"):
         return -1
     try:
-        listed = calls.call(gcloud.list_checkpoints(pod, workdir), verbs.STATUS_LIMIT)
+        listed = calls.call(gcloud.list_checkpoints(pod, workdir), calls.SHORT)
     except calls.CallFailed:
         return -1
     steps = re.findall(r"/checkpoints/(\d+)/?$", listed, re.MULTILINE)

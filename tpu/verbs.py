@@ -11,8 +11,6 @@ from fot_jax.errors import UserError
 from tpu import asked, calls, gcloud, ship, workers
 from tpu.gcloud import Pod
 
-STATUS_LIMIT = 300.0  # seconds that workers have to answer
-
 
 def create(args: Namespace) -> int:
     """Asks for the queued resource that the experiment names."""
@@ -86,7 +84,7 @@ def logs(args: Namespace) -> int:
     if args.dry_run:
         calls.print_commands([ask, show])
         return 0
-    failed = first_failed(workers.ask(ask, 1, STATUS_LIMIT))
+    failed = first_failed(workers.ask(ask, 1, calls.SHORT))
     if failed:
         print(failure(failed))
     return min(calls.show(show), 1)
@@ -124,7 +122,7 @@ def status(args: Namespace) -> int:
         rows.append(("node", node_id(node), node.get("state", ""), more))
     if state_of(found) == "ACTIVE":
         expected = sum(len(node.get("networkEndpoints", ())) for node in nodes)
-        answers = workers.ask(workers.status_command(pod), expected, STATUS_LIMIT)
+        answers = workers.ask(workers.status_command(pod), expected, calls.SHORT)
         rows += [_row(answer) for answer in answers]
         silent = expected - len(answers)
         rows += [("workers", f"{silent} more", "silent", "did not answer")] if silent > 0 else []
@@ -165,7 +163,7 @@ def look(pod: Pod) -> dict | None:
       UserError: gcloud fails.
     """
     try:
-        return json.loads(calls.call(gcloud.describe(pod), STATUS_LIMIT))
+        return json.loads(calls.call(gcloud.describe(pod), calls.SHORT))
     except calls.CallFailed as error:
         if "NOT_FOUND" in error.text:
             return None
@@ -178,7 +176,7 @@ def nodes_of(pod: Pod) -> list[dict]:
     Raises:
       UserError: gcloud fails.
     """
-    everything = json.loads(calls.call(gcloud.nodes(pod), STATUS_LIMIT))
+    everything = json.loads(calls.call(gcloud.nodes(pod), calls.SHORT))
     ours = re.compile(rf"{re.escape(pod.name)}(-\d+)?")
     return sorted((node for node in everything if _is_of(node, pod, ours)), key=node_id)
 

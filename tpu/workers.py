@@ -59,8 +59,8 @@ def set_up(pod: Pod, code: Code, expected: int) -> None:
     """
     make_directory, copy, make_environment = setup_commands(pod, code)
     code.save()
-    calls.call_again(make_directory)
-    calls.call_again(copy)
+    calls.call_again(make_directory, calls.SHORT)
+    calls.call_again(copy, calls.SHORT)
     _all(ask(make_environment, expected), expected)
 
 
@@ -70,7 +70,7 @@ def start(command: Argv, expected: int) -> list[dict]:
     Raises:
       UserError: as `set_up`.
     """
-    return _all(ask(command, expected), expected)
+    return _all(ask(command, expected, calls.SHORT), expected)
 
 
 def ask(command: Argv, expected: int, limit: float = calls.LIMIT) -> list[dict]:

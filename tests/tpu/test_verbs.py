@@ -10,6 +10,7 @@ from clouds import POD, WORKDIR
 from fot_jax.topologies import CHIPS
 
 
+@pytest.mark.slow
 def test_from_nothing_to_a_finished_run(cloud):
     cloud.plan(["WAITING_FOR_RESOURCES", "ACTIVE"])
     assert "2 more" not in cloud.works("create", cloud.experiment, *POD, "--spot")
@@ -46,6 +47,7 @@ def _until(cloud, state):
     raise AssertionError(f"never {state}: {status}")
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_left_alone(cloud):
     cloud.train(steps=5, hold={"1": 2})
     _created_and_set_up(cloud)
@@ -62,6 +64,7 @@ def _created_and_set_up(cloud):
     cloud.works("setup", cloud.experiment, *POD)
 
 
+@pytest.mark.slow
 def test_environments_are_made_once(cloud):
     _created_and_set_up(cloud)
     made = (cloud.directory / "uv.log").read_text().splitlines()
@@ -79,6 +82,7 @@ def test_environments_are_made_once(cloud):
     assert not (environment / "half").exists()
 
 
+@pytest.mark.slow
 def test_an_environment_that_cannot_be_made_is_told(cloud):
     cloud.works("create", cloud.experiment, *POD)
     (cloud.directory / "no_space").touch()
@@ -88,6 +92,7 @@ def test_an_environment_that_cannot_be_made_is_told(cloud):
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_run_without_setup_is_refused(cloud):
     cloud.works("create", cloud.experiment, *POD)
     code, _, err = cloud.tpu("run", cloud.experiment, *POD, *WORKDIR)
@@ -118,6 +123,7 @@ def test_dropped_connections_are_tried_again(cloud):
     assert "1 of 2 workers answered (0)" in err
 
 
+@pytest.mark.slow
 def test_the_first_failure_is_shown_first(cloud):
     cloud.train(steps=5, fail={"1": [2]})
     _created_and_set_up(cloud)
@@ -133,6 +139,7 @@ def test_the_first_failure_is_shown_first(cloud):
     assert rest.startswith("[worker 0] ")
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_lost_and_can_be_started_again(cloud):
     cloud.train(steps=5, hold={"1": 2})
     _created_and_set_up(cloud)
@@ -145,6 +152,7 @@ def test_a_killed_run_is_lost_and_can_be_started_again(cloud):
     _until(cloud, "finished")
 
 
+@pytest.mark.slow
 def test_logs_are_followed(cloud):
     cloud.train(steps=5, hold={"1": 2})
     _created_and_set_up(cloud)
@@ -160,6 +168,7 @@ def test_logs_are_followed(cloud):
     following.wait(60)
 
 
+@pytest.mark.slow
 def test_several_slices(cloud):
     cloud.plan(workers=1)
     with_slices = (cloud.experiment, *POD, "--gin", "Compute.slices = 2", "--topology", "v4-8")
@@ -172,6 +181,7 @@ def test_several_slices(cloud):
 HOSTILE = "-a \"b\" 'c' $(touch {0}/hacked) `touch {0}/hacked` \\ ; & | > * ~ ü \t %s {{}} !"
 
 
+@pytest.mark.slow
 def test_hostile_words_arrive_byte_for_byte(cloud):
     word = HOSTILE.format(cloud.directory)
     experiment = cloud.directory / f"{word.replace('/', ':')}.gin"
@@ -269,6 +279,7 @@ def test_dry_runs_print_commands_and_run_none(cloud, verb):
     assert not cloud.calls()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["create", "setup", "run", "status", "delete"])
 def test_dry_runs_print_what_runs(cloud, verb):
     experiment = () if verb in ("status", "delete") else (cloud.experiment,)
@@ -280,6 +291,7 @@ def test_dry_runs_print_what_runs(cloud, verb):
     assert [shlex.split(line)[1:] for line in printed.splitlines()] == cloud.calls()
 
 
+@pytest.mark.slow
 def test_tiers_and_chips(cloud):
     def flags(*more):
         return shlex.split(cloud.works("create", cloud.experiment, *POD, "--dry_run", *more))
@@ -291,6 +303,7 @@ def test_tiers_and_chips(cloud):
     assert "--accelerator-type=v5litepod-16" in flags("--topology", "v5e-16")
 
 
+@pytest.mark.slow
 def test_answers_stay_short(cloud):
     """Pipes take 4096 bytes at once: longer ones could be torn."""
     cloud.works("create", cloud.experiment, *POD)
@@ -306,6 +319,7 @@ def test_answers_stay_short(cloud):
     assert max(map(len, status.splitlines())) < 4096
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_begin_has_failed(cloud):
     _created_and_set_up(cloud)
     for worker in (0, 1):
