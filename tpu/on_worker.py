@@ -35,6 +35,7 @@ ANSWER = "fot_answer "
 FOT = Path.home() / "fot"
 PYTHON = "3.11"  # the version that .ci/constraints.txt was tested with
 LONGEST_ANSWER = 4000  # bytes: pipes take up to 4096 at once
+ENDS = ("finished", "stopped", "failed")  # states in which nothing changes any more
 STARTED = "--- started "  # begins what a run adds to the log
 
 
@@ -205,7 +206,9 @@ def status(name: str) -> None:
         told = {"state": "failed", "why": "ended before it could count the workers"}
         told["ended"] = os.path.getmtime(run / "log")
     state = told.get("state", "starting")
-    if not going_on and state not in ("finished", "stopped", "failed"):
+    if going_on and state in ENDS:
+        state = "running"  # until its process is gone and another can be started
+    if not going_on and state not in ENDS:
         state = "lost"
     log = _end_of_log(run)
     shown = {key: told.get(key) for key in ("code", "why", "failed", "started", "ended")}

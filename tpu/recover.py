@@ -37,8 +37,8 @@ class Step:
     Attributes:
       do: create, delete, start, wait or end.
       why: what was seen.
-      if_still: only when the turn before saw the same: it may be passing, or the first sign of
-        something else.
+      if_still: only when the turn before wanted it too: what was seen may be passing, or the first
+        sign of something else.
       failed: the answer of the worker that ended the run.
     """
 
@@ -63,18 +63,21 @@ def recover(args: Namespace) -> int:
         return 0
 
     verbs.look(pod)  # a missing login, say, does not go away by waiting
-    failures, before, said = _Failures(pod, args.workdir, args.max_failures), None, None
+    failures = _Failures(pod, args.workdir, args.max_failures)
+    before, said, shown = Step("wait", ""), None, None
     while True:
         step = _look(pod, slices)
-        acts = step == before or not step.if_still
+        acts = not step.if_still or before.if_still and before.do == step.do
         line = f"{step.why}: {step.do if acts else 'wait'}"
         if line != said:
             _say(pod, line)
         if step.do == "end":
             _say(pod, "is still there, and billed: python -m tpu delete ends that")
             return 0
-        if step.failed and step != before and failures.too_many(verbs.failure(step.failed)):
-            return 1
+        if step.failed and step.failed["ended"] != shown:
+            shown = step.failed["ended"]
+            if failures.too_many(verbs.failure(step.failed)):
+                return 1
         try:
             if acts and step.do == "create":
                 calls.call(create)

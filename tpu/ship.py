@@ -43,8 +43,10 @@ class Code:
         return Path(tempfile.gettempdir()) / f"fot-{os.getuid()}-{self.digest}.tar.gz"
 
     def save(self) -> None:
-        """Writes the archive, for scp to take."""
-        self.path.write_bytes(self.archive)
+        """Writes the archive, for scp to take: whole, while others may be taking it."""
+        half = self.path.with_suffix(f".{os.getpid()}")
+        half.write_bytes(self.archive)
+        half.replace(self.path)
 
 
 def pack(experiments: list[str]) -> Code:

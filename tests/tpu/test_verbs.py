@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import subprocess
+import sys
 import time
 
 import pytest
@@ -329,3 +331,20 @@ def test_a_run_that_cannot_begin_has_failed(cloud):
     status = _until(cloud, "failed")
     assert status.count("ended before it could count the workers") >= 1
     assert "No module named 'no_such_module'" in cloud.works("logs", *POD)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_until_its_process_is_gone(cloud):
+    """Or it would be started again while it still is there, and that would do nothing."""
+    _created_and_set_up(cloud)
+    run = cloud.home(0) / "fot" / "runs" / "pod"
+    run.mkdir(parents=True)
+    sleeps = [sys.executable, "-c", "import time; time.sleep(300)", "--run_dir", str(run)]
+    with subprocess.Popen(sleeps) as process:
+        (run / "pid").write_text(str(process.pid))
+        (run / "state.json").write_text(json.dumps({"state": "failed", "worker": 0}))
+        try:
+            assert " running" in cloud.works("status", *POD)
+        finally:
+            process.kill()
+    assert " failed" in cloud.works("status", *POD)
