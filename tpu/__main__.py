@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 from collections.abc import Callable
 
@@ -15,9 +16,10 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one verb.
 
     Returns the exit code: 0; 1 where a run failed; 2 for bad input, or where gcloud failed; 130
-    after ^C; `local` and `worker` have more.
+    after ^C, 143 after SIGTERM; `local` and `worker` have more.
     """
     argv = sys.argv[1:] if argv is None else argv
+    signal.signal(signal.SIGTERM, _stopped)
     try:
         args = _parser(argv).parse_args(argv)
         return args.run(args)
@@ -26,6 +28,11 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"tpu: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+def _stopped(signum, frame) -> None:
+    """Ends this process and, on the way out, what it has started."""
+    sys.exit(128 + signum)
 
 
 def _parser(argv: list[str]) -> argparse.ArgumentParser:

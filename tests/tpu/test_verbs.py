@@ -1,10 +1,12 @@
 """The verbs, one by one, as a person calls them, against a fake cloud with two workers."""
 
+import contextlib
 import json
 import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from clouds import POD, WORKDIR
@@ -167,7 +169,21 @@ def test_logs_are_followed(cloud):
     cloud.works("run", cloud.experiment, *POD, *WORKDIR)
     assert any(line == "[worker 0] step 5\n" for line in lines)
     following.terminate()
-    following.wait(60)
+    assert following.wait(60) == 143
+    for _ in range(100):
+        if not _who_names(cloud.directory):
+            break
+        time.sleep(0.1)
+    assert not _who_names(cloud.directory)
+
+
+def _who_names(directory):
+    """Command lines of processes that have something to do with a directory."""
+    lines = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            lines.append((process / "cmdline").read_bytes())
+    return [line for line in lines if bytes(directory) in line]
 
 
 @pytest.mark.slow
