@@ -1,0 +1,133 @@
+"""A fake Google Cloud in a directory, and `python -m tpu` against it, as processes of their own."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import power
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
+
+EXPERIMENT = """
+train.steps = 5
+Compute.topology = "v4-16"
+"""
+
+# Makes what `uv venv` and `uv pip install` are asked for, out of this Python.
+UV = f"""#!/bin/sh
+echo "$@" >> "$FAKE_GCLOUD/uv.log"
+case $1 in
+  venv) mkdir -p "$4/bin"; printf '#!/bin/sh\\nexec {sys.executable} "$@"\\n' > "$4/bin/python"
+        chmod +x "$4/bin/python" ;;
+  pip) if test -e "$FAKE_GCLOUD/no_space"; then echo "error: no space left"; exit 1; fi ;;
+esac
+"""
+
+
+def copy_repository(to):
+    """The repository, with stubs for what runs on workers."""
+    for part in ("fot_jax", "experiments", "tpu"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPOSITORY / part, to / part, ignore=ignored)
+    (to / ".ci").mkdir()
+    for file in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", ".ci/constraints.txt"):
+        shutil.copyfile(REPOSITORY / file, to / file)
+    shutil.copyfile(HERE / "stub_training.py", to / "fot_jax" / "__main__.py")
+    if not (to / "tpu" / "worker.py").exists():
+        shutil.copyfile(HERE / "stub_worker.py", to / "tpu" / "worker.py")
+    return to
+
+
+class Cloud:
+    """The fake cloud, what has become of it, and commands of the user's machine."""
+
+    def __init__(self, directory, repository):
+        self.directory, self.repository = directory, repository
+        self.bin = directory / "bin"
+        self.bin.mkdir(parents=True)
+        fake = f'#!/bin/sh\nexec {sys.executable} {HERE / "fake_gcloud.py"} "$@"\n'
+        for name, text in (("gcloud", fake), ("uv", UV)):
+            (self.bin / name).write_text(text)
+            (self.bin / name).chmod(0o755)
+        (directory / "addresses").write_text(",".join(_free_addresses(2)))
+        self.experiment = directory / "tiny.gin"
+        self.experiment.write_text(EXPERIMENT)
+        self.plan()
+        self.train(steps=5)
+
+    def plan(self, *lives, **more):
+        lives = lives or (["ACTIVE"],)
+        (self.directory / "plan.json").write_text(
+            json.dumps({"lives": lives, "workers": 2, **more})
+        )
+
+    def train(self, **plan):
+        (self.directory / "training.json").write_text(json.dumps(plan))
+
+    def start(self, *argv, **options):
+        """`python -m tpu` as a process."""
+        environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
+        environment |= {"PATH": f"{self.bin}:{os.environ['PATH']}", "JAX_PLATFORMS": "cpu"}
+        environment |= {"FAKE_GCLOUD": str(self.directory), "PYTHONUNBUFFERED": "1"}
+        return subprocess.Popen(
+            [sys.executable, "-m", "tpu", *map(str, argv)],
+            cwd=self.repository,
+            env=environment | options.pop("env", {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+
+    def tpu(self, *argv, **options):
+        """The same, to its end: (exit code, stdout, stderr)."""
+        process = self.start(*argv, **options)
+        out, err = process.communicate(timeout=300)
+        return process.returncode, out, err
+
+    def works(self, *argv, **options):
+        """The same, where all must be well; returns stdout."""
+        code, out, err = self.tpu(*argv, **options)
+        assert code == 0, out + err
+        return out
+
+    def calls(self, verb=None):
+        """Command lines that gcloud was given, those of a verb."""
+        path = self.directory / "calls.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [argv for argv in map(json.loads, lines) if verb is None or verb in argv[:5]]
+
+    def starts(self, worker):
+        """How often, and with what, training was started on a worker."""
+        path = self.directory / f"starts-{worker}.jsonl"
+        return list(map(json.loads, path.read_text().splitlines())) if path.exists() else []
+
+    def checkpoints(self):
+        directory = self.directory / "buckets" / "bucket" / "run" / "checkpoints"
+        return sorted(int(each.name) for each in directory.glob("*"))
+
+    def home(self, worker):
+        return self.directory / "pod" / "pod" / str(worker)
+
+    def end(self):
+        """Ends what goes on on workers."""
+        power.off(self.directory)
+
+
+POD = ("--name", "pod", "--zone", "us-central2-b", "--project", "project")
+WORKDIR = ("--workdir", "gs://bucket/run")
+
+
+def _free_addresses(count):
+    with_ports = [socket.socket() for _ in range(count)]
+    for each in with_ports:
+        each.bind(("127.0.0.1", 0))
+    addresses = [f"127.0.0.1:{each.getsockname()[1]}" for each in with_ports]
+    for each in with_ports:
+        each.close()
+    return addresses

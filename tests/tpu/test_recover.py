@@ -1,0 +1,152 @@
+"""`recover` against a fake cloud that delays, preempts, loses workers; and its decisions alone."""
+
+import pytest
+from clouds import POD, WORKDIR
+
+from tpu import recover
+
+RECOVER = (*POD, *WORKDIR, "--spot", "--poll", "0.3")
+
+
+@pytest.mark.slow
+def test_through_delays_and_preemption_to_the_end(cloud):
+    queue = ["ACCEPTED", "WAITING_FOR_RESOURCES", "SOMETHING_NEW", "PROVISIONING"]
+    cloud.plan(
+        [*queue, "ACTIVE until 2", "ACTIVE", "SUSPENDING", "SUSPENDED"],
+        ["WAITING_FOR_RESOURCES", "ACTIVE CREATING", "ACTIVE"],
+    )
+    cloud.train(steps=5, hold={"1": 2})
+    out = cloud.works("recover", cloud.experiment, *RECOVER)
+    told = [line.split(": ", 1)[1] for line in out.splitlines()]
+    told = [line for line in told if "starting" not in line]  # if it is seen
+    assert told[:8] == [
+        "no queued resource: create",
+        *(f"{state}: wait" for state in queue),
+        "ACTIVE, workers: 2 none: start",
+        "ACTIVE, workers: 2 running: wait",
+        "SUSPENDING: wait",
+    ]
+    assert told[8:13] == [
+        "SUSPENDED: delete",
+        "no queued resource: create",
+        "WAITING_FOR_RESOURCES: wait",
+        "ACTIVE, node pod CREATING: wait",
+        "ACTIVE, workers: 2 none: start",
+    ]
+    assert told[-2] == "ACTIVE, workers: 2 finished: end"
+    assert [len(cloud.calls(verb)) for verb in ("create", "delete")] == [2, 1]
+    assert cloud.calls("delete")[0][5:] == [
+        *("--force", "--zone=us-central2-b", "--project=project", "--quiet")
+    ]
+    assert [len(cloud.starts(worker)) for worker in (0, 1)] == [2, 2]
+    assert cloud.checkpoints() == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("life", ["ACTIVE PREEMPTED", "ACTIVE TERMINATED", "ACTIVE gone", "FAILED"])
+def test_nodes_that_are_gone_are_made_anew(cloud, life):
+    cloud.plan([life], ["DELETING", "gone"], ["ACTIVE"])
+    out = cloud.works("recover", cloud.experiment, *RECOVER)
+    assert len(cloud.calls("create")) == 3 and len(cloud.calls("delete")) == 1
+    assert ": DELETING: wait" in out
+    if life == "FAILED":
+        assert "FAILED, no more capacity: delete" in out
+    assert cloud.checkpoints() == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_picks_up_where_things_are(cloud):
+    cloud.plan(["PROVISIONING", "PROVISIONING", "ACTIVE"])
+    cloud.train(steps=5, hold={"1": 3})
+    for seen in ("PROVISIONING: wait", "workers: 2 none: start", "2 running: wait"):
+        recovering = cloud.start("recover", cloud.experiment, *RECOVER)
+        assert any(seen in line for line in recovering.stdout)
+        recovering.kill()
+        recovering.wait()
+    recovering = cloud.start("recover", cloud.experiment, *RECOVER)
+    assert any("2 running: wait" in line for line in recovering.stdout)
+    cloud.train(steps=5)
+    cloud.end()
+    rest = recovering.stdout.read()
+    assert recovering.wait() == 0
+    assert "2 lost: wait" in rest and "2 lost: start" in rest
+    assert len(cloud.calls("create")) == 1
+    assert [len(cloud.starts(worker)) for worker in (0, 1)] == [2, 2]
+
+
+@pytest.mark.slow
+def test_a_failure_is_shown_and_the_run_started_again(cloud):
+    cloud.train(steps=5, fail={"1": [3]})
+    out = cloud.works("recover", cloud.experiment, *RECOVER)
+    assert out.count("Traceback (most recent call last)") == 1
+    assert "RuntimeError: worker 1 broke at step 3" in out
+    assert len(cloud.starts(1)) == 2
+    assert cloud.checkpoints() == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.slow
+def test_too_many_failures_without_progress(cloud):
+    cloud.train(steps=5, fail={"0": [3] * 10})
+    code, out, _ = cloud.tpu("recover", cloud.experiment, *RECOVER)
+    assert code == 1
+    assert out.count("RuntimeError: worker 0 broke at step 3") == 3
+    assert out.splitlines()[-1].endswith("given up after 3 failures without a new checkpoint")
+    assert len(cloud.starts(0)) == 3
+    assert not cloud.calls("delete")
+
+
+@pytest.mark.slow
+def test_failures_with_progress_are_not_counted_together(cloud):
+    cloud.train(steps=5, fail={"0": [3, 3, 5, 5]})
+    out = cloud.works("recover", cloud.experiment, *RECOVER)
+    assert out.count("Traceback (most recent call last)") == 4
+    assert len(cloud.starts(0)) == 5
+
+
+@pytest.mark.slow
+def test_creating_that_fails_is_given_up(cloud):
+    cloud.plan(create="RESOURCE_EXHAUSTED: Quota limit exceeded")
+    code, out, _ = cloud.tpu("recover", cloud.experiment, *RECOVER, "--max_failures", "2")
+    assert code == 1
+    assert out.count("Quota limit exceeded") == 2
+
+
+STATES = {
+    "none": {},
+    "running": {},
+    "lost": {},
+    "finished": {},
+    "stopped": {},
+    "failed": {"ended": 2.0},
+    "first": {"state": "failed", "ended": 1.0},
+}
+
+
+@pytest.mark.parametrize(
+    "states, do, if_still, failed",
+    [
+        ("none none", "start", False, None),
+        ("running none", "start", False, None),
+        ("running running", "wait", False, None),
+        ("running failed", "wait", False, 1),
+        ("running lost", "wait", False, None),
+        ("running", "wait", False, None),
+        ("finished finished", "end", False, None),
+        ("finished", "end", False, None),
+        ("failed first", "start", False, 1),
+        ("first failed", "start", False, 0),
+        ("failed lost", "start", True, None),
+        ("failed", "start", True, None),
+        ("lost lost", "start", True, None),
+        ("stopped stopped", "start", True, None),
+        ("", "start", True, None),
+    ],
+)
+def test_steps_of_runs(states, do, if_still, failed):
+    answers = [
+        {"worker": i, "state": state, **STATES[state]} for i, state in enumerate(states.split())
+    ]
+    step = recover.step_of_runs(answers, 2)
+    assert (step.do, step.if_still) == (do, if_still)
+    if do == "start":
+        assert (step.failed and step.failed["worker"]) == failed

@@ -1,0 +1,102 @@
+"""What a command line asks for, checked: names, paths, the slices of an experiment."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from fot_jax.errors import UserError
+from fot_jax.topologies import Topology, topology_of
+from tpu.gcloud import Pod
+
+_NAME = r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?"
+
+
+@dataclasses.dataclass(frozen=True)
+class Slices:
+    """The hardware of an experiment.
+
+    Attributes:
+      topology: of each slice.
+      count: how many.
+    """
+
+    topology: Topology
+    count: int
+
+    @property
+    def workers(self) -> int:
+        """Hosts of all slices."""
+        return self.topology.hosts * self.count
+
+
+def pod_of(name: str, zone: str, project: str | None) -> Pod:
+    """The pod of --name, --zone and --project.
+
+    Raises:
+      UserError: one of them cannot be that.
+    """
+    check_name(name)
+    _check("--zone", zone, _NAME, "a zone of Google Cloud, us-central2-b")
+    if project is not None:
+        _check("--project", project, rf"([a-z0-9][-.a-z0-9]*:)?{_NAME}", "the ID of a project")
+    return Pod(name, zone, project)
+
+
+def check_name(name: str) -> None:
+    """Checks --name.
+
+    Raises:
+      UserError: it is none.
+    """
+    wanted = "small letters, digits and '-', at most 63, the first a letter, the last no '-'"
+    _check("--name", name, _NAME, wanted)
+
+
+def check_workdir(workdir: str) -> None:
+    """Checks --workdir: a bucket's path, or one that every worker has.
+
+    Raises:
+      UserError: it is none.
+    """
+    bucket_or_root = r"(gs://[a-z0-9][-_.a-z0-9]+(/[^\x00-\x1f]*)?|/[^\x00-\x1f]*)"
+    _check("--workdir", workdir, bucket_or_root, "gs://BUCKET/DIRECTORY, or a path from the root")
+
+
+def check_environment(assignments: list[str]) -> None:
+    """Checks what --env sets.
+
+    Raises:
+      UserError: one is no NAME=VALUE.
+    """
+    for assignment in assignments:
+        _check("--env", assignment, r"(?s)[A-Za-z_][A-Za-z0-9_]*=.*", "NAME=VALUE")
+
+
+def slices_of(files: list[str], bindings: list[str], topology: str | None) -> Slices:
+    """The slices that experiment files, or --topology, ask for.
+
+    Raises:
+      UserError: they ask for none, or for something that does not exist, or do not parse.
+    """
+    from fot_jax import experiment_files  # brings JAX: only where an experiment is read
+
+    experiment_files.load(files, bindings)
+    name = topology or experiment_files.value_of("Compute.topology")
+    if name is None:
+        raise UserError(
+            f'{files[0]} asks for no TPU: set Compute.topology = "v4-128", or add --topology'
+        )
+    if not isinstance(name, str):
+        raise UserError(f'Compute.topology = {name!r}: give a text in "quotes"')
+    count = experiment_files.value_of("Compute.slices")
+    if count is None:
+        count = 1
+    if type(count) is not int or count < 1:
+        raise UserError(f"Compute.slices = {count!r}: give a whole number, 1 or more")
+    return Slices(topology_of(name), count)
+
+
+def _check(flag: str, value: str, pattern: str, wanted: str) -> None:
+    if not re.fullmatch(pattern, value):
+        raise UserError(f"{flag} {value!r}: give {wanted}")

@@ -1,0 +1,213 @@
+"""`recover`: brings a run to its end, through preemptions, lost workers and dropped connections.
+
+A state machine whose state is in the cloud: each turn asks for the queued resource and for the
+runs of its workers, and takes one step. So it may be killed anywhere, and started again.
+
+    queued resource     nodes, runs                                   step
+    none                                                              create
+    SUSPENDED, FAILED                                                 delete
+    ACTIVE              a node is preempted, terminated, or gone      delete
+    ACTIVE              nodes ready, a worker without a run           set up and start
+    ACTIVE              nodes ready, all running                      wait
+    ACTIVE              nodes ready, the run failed                   show why, set up and start
+    ACTIVE              nodes ready, a worker lost, or run stopped    set up and start, if still so
+    ACTIVE              nodes ready, finished                         end          a turn later
+    all others                                                        wait
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from argparse import Namespace
+
+from fot_jax.errors import UserError
+from tpu import asked, calls, gcloud, ship, verbs, workers
+from tpu.gcloud import Argv, Pod
+
+_GONE = ("PREEMPTED", "TERMINATED", "STOPPED", "DELETING", "HIDDEN")
+_GOING_ON = ("starting", "waiting", "running")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What is to be done next.
+
+    Attributes:
+      do: create, delete, start, wait or end.
+      why: what was seen.
+      if_still: only when the turn before wanted it too: what was seen may be passing, or the first
+        sign of something else.
+      failed: the answer of the worker that ended the run.
+    """
+
+    do: str
+    why: str
+    if_still: bool = False
+    failed: dict | None = None
+
+
+def recover(args: Namespace) -> int:
+    """Creates, waits, sets up, starts, watches, deletes and creates again until the run is done.
+
+    Returns 0 when it has finished, 1 after --max_failures failures without a new checkpoint.
+    """
+    pod = asked.pod_of(args.name, args.zone, args.project)
+    slices = asked.slices_of(args.experiment, args.gin, args.topology)
+    code = ship.pack(args.experiment)
+    create = gcloud.create(pod, slices.topology, slices.count, args.tier)
+    start = verbs.start_command(pod, code, args)
+    if args.dry_run:
+        calls.print_commands(_without_trouble(pod, code, create, start))
+        return 0
+
+    verbs.look(pod)  # a missing login, say, does not go away by waiting
+    failures = _Failures(pod, args.workdir, args.max_failures)
+    before, said, shown = Step("wait", ""), None, None
+    while True:
+        step = _look(pod, slices)
+        acts = not step.if_still or before.if_still and before.do == step.do
+        line = f"{step.why}: {step.do if acts else 'wait'}"
+        if line != said:
+            _say(pod, line)
+        if step.do == "end":
+            _say(pod, "is still there, and billed: python -m tpu delete ends that")
+            return 0
+        if step.failed and step.failed["ended"] != shown:
+            shown = step.failed["ended"]
+            if failures.too_many(verbs.failure(step.failed)):
+                return 1
+        try:
+            if acts and step.do == "create":
+                calls.call(create)
+                failures.count = 0
+            elif acts and step.do == "delete":
+                calls.call(gcloud.delete(pod))
+            elif acts and step.do == "start":
+                workers.set_up(pod, code, slices.workers)
+                workers.start(start, slices.workers)
+        except UserError as error:
+            if failures.too_many(str(error)):
+                return 1
+        before, said = step, line
+        time.sleep(args.poll)
+
+
+def _without_trouble(pod: Pod, code: ship.Code, create: Argv, start: Argv) -> list[Argv]:
+    """The commands of a run that nothing happens to, but for how often it is asked for."""
+    look = [gcloud.describe(pod), gcloud.nodes(pod), workers.status_command(pod)]
+    return [
+        *(gcloud.describe(pod), create),
+        *(*look, *workers.setup_commands(pod, code), start),
+        *look,
+    ]
+
+
+# --- What is next --------------------------------------------------------------------------------
+
+
+def _look(pod: Pod, slices: asked.Slices) -> Step:
+    """The next step of a pod, from what Google Cloud and the workers say now."""
+    try:
+        found = verbs.look(pod)
+        if found is None or verbs.state_of(found) != "ACTIVE":
+            return step_of_request(found)
+        step = step_of_nodes(verbs.nodes_of(pod), slices.count)
+        if step is not None:
+            return step
+    except calls.CallFailed as error:  # the network, or Google's servers: they come back
+        return Step("wait", f"unknown: {error}")
+    try:
+        status = workers.status_command(pod)
+        answers = workers.ask(status, slices.workers, calls.SHORT)
+    except calls.CallFailed as error:
+        return Step("start", f"ACTIVE, no worker answers: {error}", if_still=True)
+    return step_of_runs(answers, slices.workers)
+
+
+def step_of_request(found: dict | None) -> Step:
+    """The step for a queued resource that is not ACTIVE; None: there is none."""
+    if found is None:
+        return Step("create", "no queued resource")
+    state = verbs.state_of(found)
+    why = f"{state}, {verbs.message_of(found)}" if verbs.message_of(found) else state
+    return Step("delete" if state in ("SUSPENDED", "FAILED") else "wait", why)
+
+
+def step_of_nodes(nodes: list[dict], slices: int) -> Step | None:
+    """The step for an ACTIVE queued resource by its nodes; None: all are ready."""
+    states = {verbs.node_id(node): node.get("state", "") for node in nodes}
+    gone = [f"{name} {state}" for name, state in states.items() if state in _GONE]
+    if gone:
+        return Step("delete", f"ACTIVE, node {', '.join(gone)}")
+    if len(nodes) < slices:
+        return Step("delete", f"ACTIVE, {len(nodes)} of {slices} nodes there", if_still=True)
+    unready = [f"{name} {state}" for name, state in states.items() if state != "READY"]
+    return Step("wait", f"ACTIVE, node {', '.join(unready)}") if unready else None
+
+
+def step_of_runs(answers: list[dict], expected: int) -> Step:
+    """The step for nodes that are ready, by the states of their workers' runs."""
+    by_state = {}
+    for answer in answers:
+        by_state.setdefault(answer["state"], []).append(str(answer["worker"]))
+    going_on = sum(len(by_state.get(state, ())) for state in _GOING_ON)
+    counts = ", ".join(f"{len(by_state[state])} {state}" for state in sorted(by_state))
+    why = f"ACTIVE, workers: {counts or 'no answer'}"
+    if len(answers) < expected:
+        why += f", {expected - len(answers)} silent"
+    failed = verbs.first_failed(answers)
+    lost = len(answers) < expected or "lost" in by_state or "stopped" in by_state
+    if going_on:
+        return Step("start" if "none" in by_state and not failed else "wait", why)
+    if "finished" in by_state and not failed and "lost" not in by_state:
+        return Step("end", why)  # workers finish together
+    if lost:
+        return Step("start", why, if_still=True)
+    return Step("start", why, failed=failed)
+
+
+# --- Failures ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Failures:
+    """Counts failures since the last checkpoint that was new, or the last new pod.
+
+    Attributes:
+      workdir: of the run; progress is only seen in a bucket.
+      most: when to give up.
+    """
+
+    pod: Pod
+    workdir: str
+    most: int
+    count: int = 0
+    checkpoint: int = -1
+
+    def too_many(self, what: str) -> bool:
+        """Says what failed, counts it, and whether to give up."""
+        _say(self.pod, what)
+        newest = _newest_checkpoint(self.pod, self.workdir)
+        self.count = 1 if newest > self.checkpoint else self.count + 1
+        self.checkpoint = newest
+        if self.count >= self.most:
+            _say(self.pod, f"given up after {self.count} failures without a new checkpoint")
+        return self.count >= self.most
+
+
+def _newest_checkpoint(pod: Pod, workdir: str) -> int:
+    """Its step; -1 where none is known."""
+    if not workdir.startswith("gs://"):
+        return -1
+    try:
+        listed = calls.call(gcloud.list_checkpoints(pod, workdir), calls.SHORT)
+    except calls.CallFailed:
+        return -1
+    steps = re.findall(r"/checkpoints/(\d+)/?$", listed, re.MULTILINE)
+    return max(map(int, steps), default=-1)
+
+
+def _say(pod: Pod, what: str) -> None:
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {pod.name}: {what}", flush=True)

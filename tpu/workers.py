@@ -1,0 +1,113 @@
+"""What is said to the workers of a pod, and what they answer."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+
+from fot_jax.errors import UserError
+from tpu import calls, gcloud
+from tpu.gcloud import Argv, Pod
+from tpu.on_worker import ANSWER
+from tpu.ship import Code
+
+_SCRIPT = "~/fot/on_worker.py"
+
+
+def setup_commands(pod: Pod, code: Code) -> list[Argv]:
+    """Ships the code and makes the environment. Again, they change nothing."""
+    digest = code.digest  # hexadecimal
+    half = f"{digest}.part"
+    unpack = (
+        f"cd ~/fot/code && {{ test -d {digest} || {{ rm -rf {half} && mkdir {half} && "
+        f"tar -xzf {digest}.tar.gz -C {half} && mv -T {half} {digest}; }}; }}"
+    )
+    return [
+        gcloud.ssh(pod, "mkdir -p ~/fot/code"),
+        gcloud.scp(pod, str(code.path), f"fot/code/{digest}.tar.gz"),
+        gcloud.ssh(pod, f"{unpack} && python3 {digest}/tpu/on_worker.py setup {digest}"),
+    ]
+
+
+def start_command(pod: Pod, code: Code, environment: list[str], arguments: list[str]) -> Argv:
+    """Starts `fot ARGUMENTS` on every worker, detached."""
+    given = [f"--env={assignment}" for assignment in environment]
+    words = ["start", pod.name, code.digest, *given, "--", *arguments]
+    return gcloud.ssh(pod, f"python3 {_SCRIPT} {shlex.join(words)}")
+
+
+def status_command(pod: Pod) -> Argv:
+    """Asks every worker for its run."""
+    none = shlex.quote(ANSWER + json.dumps({"worker": None, "host": "", "state": "none"}))
+    return gcloud.ssh(
+        pod, f"if test -e {_SCRIPT}; then python3 {_SCRIPT} status {pod.name}; else echo {none}; fi"
+    )
+
+
+def logs_command(pod: Pod, worker: str, lines: int, follow: bool) -> Argv:
+    """Prints the ends of logs; workers take turns unless they are followed."""
+    command = f"python3 {_SCRIPT} logs {pod.name} {lines}{' --follow' if follow else ''}"
+    return gcloud.ssh(pod, command, worker, in_turn=not follow)
+
+
+def set_up(pod: Pod, code: Code, expected: int) -> None:
+    """Runs the commands of `setup_commands`.
+
+    Raises:
+      UserError: gcloud fails, or a worker says that it could not be done, or nothing.
+    """
+    make_directory, copy, make_environment = setup_commands(pod, code)
+    code.save()
+    calls.call_again(make_directory, calls.SHORT)
+    calls.call_again(copy, calls.SHORT)
+    _all(ask(make_environment, expected), expected)
+
+
+def start(command: Argv, expected: int) -> list[dict]:
+    """Runs `start_command`; returns the answers.
+
+    Raises:
+      UserError: as `set_up`.
+    """
+    return _all(ask(command, expected, calls.SHORT), expected)
+
+
+def ask(command: Argv, expected: int, limit: float = calls.LIMIT) -> list[dict]:
+    """The answers of workers, in order; fewer than expected where some do not speak.
+
+    (Where gcloud cannot prepare a node for ssh, it warns and goes on without.)
+
+    Raises:
+      UserError: gcloud fails, and nobody has answered.
+    """
+    for tries_left in reversed(range(calls.TRIES)):
+        try:
+            answers = _answers(calls.call(command, limit))
+        except calls.CallFailed as error:
+            answers = _answers(error.out)
+            if error.code != calls.DROPPED or not (tries_left or answers):
+                raise
+        if len(answers) >= expected:
+            break
+        time.sleep(calls.PAUSE if tries_left else 0)
+    return sorted(answers, key=lambda each: (each["worker"] is None, each["worker"]))
+
+
+def _answers(printed: str) -> list[dict]:
+    lines = [line for line in printed.splitlines() if line.startswith(ANSWER)]
+    return [json.loads(line[len(ANSWER) :]) for line in lines]
+
+
+def _all(answers: list[dict], expected: int) -> list[dict]:
+    """The answers, if all are there and none of them is a failure."""
+    for each in answers:
+        if each["state"] == "failed":
+            raise UserError(f"worker {each['worker']} ({each['host']}): {each['why']}")
+    if len(answers) < expected:
+        spoke = ", ".join(str(each["worker"]) for each in answers) or "none"
+        raise UserError(
+            f"{len(answers)} of {expected} workers answered ({spoke}): see python -m tpu status, "
+            "and try again"
+        )
+    return answers
