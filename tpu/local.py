@@ -127,7 +127,7 @@ def _start(workers: list[_Worker], args: argparse.Namespace, directory: Path) ->
 def _command(args: argparse.Namespace, run_dir: Path) -> list[str]:
     train = [sys.executable, "-m", "fot_jax", "train", *args.experiment, "--workdir", args.workdir]
     train += [word for binding in args.gin for word in ("--gin", binding)]
-    return [sys.executable, "-m", "tpu.worker", "--run_dir", str(run_dir), "--", *train]
+    return [sys.executable, "-m", "tpu", "worker", "--run_dir", str(run_dir), "--", *train]
 
 
 def _environment(args: argparse.Namespace, index: int, port: int) -> dict[str, str]:
@@ -241,13 +241,3 @@ def _show(why: str, lines: Iterable[str]) -> None:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="tpu local")
-    add_arguments(parser)
-    try:
-        sys.exit(run(parser.parse_args()))
-    except UserError as error:
-        print(f"tpu: error: {error}", file=sys.stderr)
-        sys.exit(2)

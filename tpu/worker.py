@@ -272,13 +272,3 @@ def _kill_group(child: subprocess.Popen) -> None:
 def _code(returncode: int) -> int:
     """The exit code that a shell gives to what subprocess calls -signal."""
     return 128 - returncode if returncode < 0 else returncode
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="tpu worker")
-    add_arguments(parser)
-    try:
-        sys.exit(run(parser.parse_args()))
-    except UserError as error:
-        print(f"tpu: error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -38,8 +38,6 @@ def copy_repository(to):
     for file in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", ".ci/constraints.txt"):
         shutil.copyfile(REPOSITORY / file, to / file)
     shutil.copyfile(HERE / "stub_training.py", to / "fot_jax" / "__main__.py")
-    if not (to / "tpu" / "worker.py").exists():
-        shutil.copyfile(HERE / "stub_worker.py", to / "tpu" / "worker.py")
     return to
 
 

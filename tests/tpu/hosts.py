@@ -16,7 +16,7 @@ LIMIT = 60  # seconds, for what should take one or two
 
 def verb(name):
     """The command line of a verb."""
-    return [sys.executable, "-m", f"tpu.{name}"]
+    return [sys.executable, "-m", "tpu", name]
 
 
 def free_port():

@@ -151,7 +151,8 @@ def test_stopped_on_one_host_all_stop_alike_and_fewer_go_on(unbroken, experiment
     for processes, devices in ((4, 2), (2, 4)):
         with local(experiment, workdir, cache, processes=processes, devices=devices) as process:
             started = commands(process, processes)
-            wait_until(lambda: steps_done(workdir) > step + 5, "a few steps")
+            enough = step + 6
+            wait_until(lambda enough=enough: steps_done(workdir) >= enough, "a few steps")
             os.kill(started[processes - 1], signal.SIGTERM)
             code, out, err = end(process)
         assert (code, err) == (143, ""), out

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import naive  # noqa: F401 (finds the tests of the model)
 import numpy as np
 import pytest
 from jax import lax
