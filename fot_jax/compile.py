@@ -15,14 +15,17 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.experimental import topologies
 
 from fot_jax.errors import UserError
 from fot_jax.experiment import Compute, Data, Program, make_program
 from fot_jax.model import schemes
+from fot_jax.model.crossbatch import Plan
 from fot_jax.model.transformer import REMAT_POLICIES, ModelConfig
 from fot_jax.topologies import Topology, topology_of
 from fot_jax.training import costs
@@ -44,6 +47,8 @@ class Report:
         again in the backward pass.
       memory_traffic: bytes a device reads from and writes to its memory in a step.
       messages, collectives: bytes a device sends in a step, and how many, by kind of collective.
+      least_messages: bytes that it must send: parameters gathered once and their gradients reduced
+        once over the axis fsdp, keys and values of memory layers passed on as far as they are seen.
       compute_seconds, memory_seconds, message_seconds: what these take at the chip's published
         rates.
       compile_seconds: on this machine.
@@ -68,6 +73,7 @@ class Report:
     flops: int | None = None
     memory_traffic: int | None = None
     messages: dict[str, int] | None = None
+    least_messages: int | None = None
     collectives: dict[str, int] | None = None
     compute_seconds: float | None = None
     memory_seconds: float | None = None
@@ -157,12 +163,18 @@ def devices_of(topology: Topology, slices: int = 1) -> list[jax.Device]:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for TPUs needs libtpu: pip install -e '.[tpu]'")
-    # Or libtpu looks for a cloud around it, and complains when there is none.
-    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-    for name, value in {**quiet, "TPU_ACCELERATOR_TYPE": topology.accelerator_type}.items():
+    surroundings = {  # or libtpu looks for a cloud, and complains when there is none
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": topology.accelerator_type,
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chips are taken
+    }
+    for name, value in surroundings.items():
         os.environ.setdefault(name, value)
     megacore = topology.chip.cores == 2 and topology.chip.devices == 1
-    options = {"chip_config_name": "megacore"} if megacore else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if megacore else {}
+    if topology.chips == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
     if slices > 1:
         options["num_slices"] = slices
     return list(
@@ -220,6 +232,7 @@ def compile_program(program: Program, compute: Compute, name: str) -> Report:
         flops=flops,
         memory_traffic=traffic.memory,
         messages=traffic.messages,
+        least_messages=_least_messages(program, program.plan_of(d), compute),
         collectives=traffic.counts,
         compute_seconds=flops / devices / (chip.flops / chip.devices),
         memory_seconds=traffic.memory / (chip.hbm_rate / chip.devices),
@@ -232,6 +245,22 @@ def _bytes_on_a_device(tree) -> int:
     return sum(
         x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)
     )
+
+
+def _least_messages(program: Program, plan: Plan, compute: Compute) -> int:
+    """What Report.least_messages says."""
+    fsdp, tensor = (program.mesh.shape[axis] for axis in ("fsdp", "tensor"))
+    item = jnp.dtype(compute.dtype).itemsize
+    gathered = sum(
+        x.size // (tensor if "tensor" in x.sharding.spec else 1)
+        for x in jax.tree.leaves(program.state.params)
+        if "fsdp" in x.sharding.spec
+    )
+    c = program.transformer.config
+    keys = c.local_context * c.num_kv_heads // tensor * c.head_dim
+    hops = 0 if plan.contexts.ring is None else jax.tree.leaves(plan.contexts.ring)[0].shape[1]
+    passed_on = 2 * keys * len(plan.contexts.sent) * hops * len(c.memory_layers)
+    return item * (2 * gathered * (fsdp - 1) // fsdp + passed_on * compute.accumulation)
 
 
 def _out_of_memory(error: Exception) -> tuple[int, int]:
@@ -307,7 +336,8 @@ def table(report: Report) -> str:
             f"  a step: {report.tokens_per_step:,} tokens, {report.model_flops:.3g} model FLOPs, "
             f"{report.flops:.3g} computed",
             f"  a device reads and writes {_gib(report.memory_traffic)} GiB",
-            f"  a device sends (GiB): {messages or 'nothing'}",
+            f"  a device sends {_gib(sum(report.messages.values()))} GiB, at least "
+            f"{_gib(report.least_messages)} whatever the program: {messages or 'nothing'}",
             f"  at the chip's published rates: {times}",
             f"  so a step takes {report.step_seconds:.3f} s at least, "
             f"{report.tokens_per_step / report.step_seconds:,.0f} tokens/s, utilisation "

@@ -29,6 +29,7 @@ from fot_jax.evals.perplexity import PerplexityByContext
 from fot_jax.evaluate import Evaluation
 from fot_jax.model.schemes import PreviousContext
 from fot_jax.model.transformer import ModelConfig
+from fot_jax.training.checkpoint_items import DataHandler
 from fot_jax.training.optim import adamw, constant_rate
 
 EVALUATED = """
@@ -209,6 +210,50 @@ def test_a_second_sigterm_ends_the_process_at_once():
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (143, "SIGTERM\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_is_tried_again(tmp_path, one_device, monkeypatch, caplog):
+    """At the step that finds out; training goes on as if nothing had happened."""
+    experiment = tmp_path / "experiment.gin"
+    long = "Checkpoints.keep_last = 9\nCheckpoints.every = 500\ntrain.steps = 1500\n"
+    experiment.write_text(f"{DICTIONARY}\n{long}train.log_every = 50\n")
+    left = fail_saves(monkeypatch, 2)
+    assert runs.train(experiment, tmp_path / "run") == 0
+    assert not left
+    saved = steps_saved(tmp_path / "run")
+    assert 500 < saved[0] < 1000 and saved[1:] == [1000, 1500]
+    said = [
+        record.getMessage() for record in caplog.records if "not written" in record.getMessage()
+    ]
+    assert said[0] == "the checkpoint of step 500 was not written: the bucket sang"
+    assert len(said) == 2
+    assert runs.train(experiment, tmp_path / "unbroken") == 0
+    assert curve(tmp_path / "run") == curve(tmp_path / "unbroken")
+
+
+def test_saves_that_always_fail_end_the_run(tmp_path, one_device, monkeypatch):
+    experiment = tmp_path / "experiment.gin"
+    experiment.write_text(f"{DICTIONARY}\ntrain.steps = 9999\n")
+    fail_saves(monkeypatch, 99)
+    with pytest.raises(RuntimeError, match="the bucket sang"):
+        runs.train(experiment, tmp_path / "run")
+    assert steps_saved(tmp_path / "run") == []
+    assert 4 < len(curve(tmp_path / "run")) < 9999
+
+
+def fail_saves(monkeypatch, times):
+    """The first saves fail in the background; gives those that are still to fail."""
+    finalize, left = DataHandler.finalize, [None] * times
+
+    def fail_first(self, directory):
+        if left:
+            left.pop()
+            raise RuntimeError("the bucket sang")
+        finalize(self, directory)
+
+    monkeypatch.setattr(DataHandler, "finalize", fail_first)
+    return left
 
 
 def test_a_signal_while_the_last_step_is_saved_leaves_out_the_evaluation(tmp_path, one_device):

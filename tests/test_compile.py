@@ -1,0 +1,210 @@
+"""Compiling for TPU slices that are not there."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+
+import jax
+import pytest
+import runs
+
+from fot_jax import cli, compile, topologies
+from fot_jax.experiment import Compute
+from fot_jax.training.partitioning import MeshShape
+
+EXPERIMENT = f"""{runs.MODEL}
+train.data = @Data()
+train.optimizer = @adamw
+train.learning_rate = @constant_rate()
+train.steps = 12
+train.scheme = @PreviousContext()
+train.compute = @Compute()
+train.initialize_from = %gin.REQUIRED
+constant_rate.value = 0.01
+ModelConfig.local_context = 128
+ModelConfig.hidden_size = 256
+ModelConfig.head_dim = 128
+PreviousContext.d = 4
+Data.source = @Text()
+Data.lanes = 16
+Text.corpora = [@Corpus()]
+Corpus.path = %gin.REQUIRED
+Compute.topology = "v4-8"
+Compute.dtype = "bfloat16"
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    path = tmp_path / "experiment.gin"
+    path.write_text(EXPERIMENT)
+    return str(path)
+
+
+def bindings(*lines):
+    return [word for line in lines for word in ("--gin", line)]
+
+
+NAMES = [
+    f"{generation}-{chips * chip.cores}"
+    for generation, chip in topologies.CHIPS.items()
+    for chips in topologies.SHAPES[generation]
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_slice_has_the_devices_it_says(name):
+    topology = topologies.topology_of(name)
+    devices = compile.devices_of(topology)
+    assert len(devices) == topology.devices
+    assert math.prod(map(int, topology.shape.split("x"))) == topology.chips
+    assert (
+        {d.platform for d in devices} == {"tpu"}
+        and "lite" not in devices[0].device_kind
+        or (topology.generation in ("v5e", "v6e"))
+    )
+
+
+def test_several_slices():
+    devices = compile.devices_of(topologies.topology_of("v5e-16"), 3)
+    mesh = MeshShape(fsdp=4, replica=3).make(devices)
+    slices = [{d.slice_index for d in replica.flat} for replica in mesh.devices]
+    assert sorted(map(tuple, slices)) == [(0,), (1,), (2,)]
+
+
+# --- Verdicts ------------------------------------------------------------------------------------
+
+
+def report(capsys, *argv):
+    code = cli.main(["compile", *argv, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_what_fits(experiment, capsys):
+    """Without corpus, tokenizer or checkpoint; bytes of the state as they divide over devices."""
+    code, got = report(
+        capsys, experiment, *bindings("Compute.mesh = @MeshShape()", "MeshShape.fsdp = 2")
+    )
+    assert code == 0 and got["fits"]
+    assert got["mesh"] == {"replica": 1, "data": 2, "fsdp": 2, "tensor": 1}
+    E, F, HD, V = 256, 32, 2 * 128, 64
+    sharded = 2 * (4 * E * HD + 3 * E * F) + 2 * V * E
+    assert got["parameters"] == 4 * (sharded // 2 + 5 * E)
+    assert 2 * got["parameters"] <= got["optimizer"] <= 2 * got["parameters"] + 1024
+    assert got["batch"] == 32 * 128 * 4 * 4 // 4
+    assert got["parameters"] + got["optimizer"] < got["used"] < got["available"] == 32 * 2**30
+    assert got["tokens_per_step"] == 16 * 128
+    assert got["model_flops"] < 2 * got["flops"]
+    assert got["messages"].keys() >= {"collective-permute", "all-gather"}
+    assert got["step_seconds"] == max(got[f"{x}_seconds"] for x in ("compute", "memory", "message"))
+
+
+def test_what_does_not_fit(experiment, capsys):
+    argv = [
+        experiment,
+        "--topology",
+        "v2-8",
+        *bindings("Data.lanes = 8192", "Data.group_lanes = 8"),
+    ]
+    assert cli.main(["compile", *argv, *bindings("ModelConfig.hidden_size = 4096")]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("v2-8: DOES NOT FIT: ")
+    used, available = (float(out.split()[i]) for i in (4, 6))
+    assert used > available > 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v3-8", "v4-8"])
+def test_memory_does_not_grow_with_d(experiment, capsys, topology):
+    """By XLA's blocks, and by the kernels."""
+    temporaries = []
+    size = ("local_context = 512", "hidden_size = 1024", "num_heads = 8", "num_kv_heads = 8")
+    size = (*(f"ModelConfig.{each}" for each in size), "Data.lanes = 64")
+    for d in (16, 64):  # from 9 on, a device sends all that others can see
+        more = bindings(*size, f"PreviousContext.d = {d}")
+        code, got = report(capsys, experiment, "--topology", topology, *more)
+        assert code == 0
+        temporaries.append(got["temporaries"])
+    assert temporaries[1] < 1.1 * temporaries[0]
+
+
+def test_suggestions(experiment, capsys):
+    argv = [experiment, "--topology", "v5e-4", "--suggest"]
+    assert cli.main(["compile", *argv]) == 0
+    *tried, _, table, bindings_ = _paragraphs(capsys.readouterr().out)
+    assert "v5e-4: fits" in table and "MeshShape.data = " in bindings_
+    assert all("s a step" in line for line in tried[0].splitlines())
+
+
+def _paragraphs(text):
+    paragraphs = text.strip().split("\n\n")
+    return [paragraphs[0], *paragraphs]
+
+
+def test_the_fastest_that_fits_is_suggested():
+    """Less recomputation comes first; what does not divide or fit is passed over."""
+    asked = []
+
+    def of(compute):
+        asked.append(compute)
+        if compute.mesh.tensor > 1:
+            raise compile.UserError("does not divide")
+        fits = compute.remat != "none" and compute.accumulation > 1
+        return dataclasses.replace(SOME, fits=fits, remat=compute.remat)
+
+    got = list(compile.suggestions(Compute(), 8, of))
+    for mesh in {compute.mesh for compute in asked if compute.mesh.tensor == 1}:
+        of_mesh = [(c.accumulation, c.remat) for c in asked if c.mesh == mesh]
+        assert of_mesh == [(1, "none"), (1, "full"), (1, "dots"), (2, "none"), (2, "full")]
+    assert sum(each.fits for each in got) == len({c.mesh for c in asked if c.mesh.tensor == 1})
+
+
+SOME = compile.Report(
+    *("v4-8", 1, {"data": 8}, "none", 1, None),
+    fits=True,
+    used=1,
+    available=2,
+    model_flops=1,
+    compile_seconds=1.0,
+)
+
+
+# --- Bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--topology", "v4-7"], "there is no TPU slice 'v4-7': of v4 there are v4-8, v4-16,"),
+        (["--topology", "h100"], "there is no TPU slice 'h100': names are v2-…, v3-…,"),
+        (bindings("Compute.topology = None"), "the experiment names no TPU slice: add --topology"),
+        (bindings("Compute.topology = 'v9-8'"), "there is no TPU slice 'v9-8'"),
+        (bindings("Compute.slices = 0"), "Compute.slices = 0"),
+        (bindings("Compute.slices = 2"), "MeshShape.replica = 1 is not a multiple of the 2 TPU"),
+        (bindings("Data.lanes = 5"), "10 rows of a microbatch do not divide over 4 devices"),
+        (["--topology", "v5p-16"], "32 rows"),
+    ],
+)
+def test_bad_input(experiment, capsys, argv, message):
+    if message == "32 rows":  # another slice than the mesh is for
+        argv = [*argv, *bindings("Compute.mesh = @MeshShape()", "MeshShape.data = 4")]
+        message = "mesh replica=1 x data=4 x fsdp=1 x tensor=1 does not use the 8 devices here"
+    assert cli.main(["compile", experiment, *argv]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fot: error: ") and message in err and err.count("\n") == 1
+
+
+def test_without_libtpu(experiment, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "libtpu" else find(name, *a)
+    )
+    assert cli.main(["compile", experiment]) == 2
+    assert "needs libtpu: pip install -e '.[tpu]'" in capsys.readouterr().err
+
+
+def test_an_error_that_is_not_of_memory_is_raised():
+    error = jax.errors.JaxRuntimeError("INTERNAL: something else")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        compile._out_of_memory(error)
