@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+from pathlib import Path
 
 import jax
 import pytest
@@ -168,6 +169,19 @@ SOME = compile.Report(
     model_flops=1,
     compile_seconds=1.0,
 )
+
+
+EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.gin"))
+FOR_PODS = [path for path in EXPERIMENTS if path.stem not in ("quickstart", "dictionary_37m")]
+
+
+@pytest.mark.parametrize("path", FOR_PODS, ids=lambda path: path.stem)
+def test_experiments_divide_over_the_slice_they_name(path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        compile, "compile_program", lambda *a: dataclasses.replace(SOME, fits=False)
+    )
+    assert cli.main(["compile", str(path)]) == 1
+    assert "DOES NOT FIT" in capsys.readouterr().out
 
 
 # --- Bad input -----------------------------------------------------------------------------------
