@@ -92,11 +92,14 @@ def traffic(hlo: str) -> Traffic:
     counts: collections.Counter = collections.Counter()
     memory = 0
     for computation, times in program.executed():
+        found: dict[str, tuple[str, int]] = {}
         for op in computation.ops.values():
             memory += times * program.memory_bytes(computation, op)
-            for kind, size in program.collectives(computation, op):
-                messages[kind] += times * size
-                counts[kind] += times
+            for which, kind, size in program.collectives(computation, op):
+                found.setdefault(which, (kind, size))
+        for kind, size in found.values():
+            messages[kind] += times * size
+            counts[kind] += times
     return Traffic(dict(messages), dict(counts), memory)
 
 
@@ -194,20 +197,24 @@ class _Program:
     def _longest(self, names: list[str]) -> str:
         return max(names, key=lambda name: len(self.computations[name].ops))
 
-    def collectives(self, computation: _Computation, op: _Op) -> Iterator[tuple[str, int]]:
-        """Kinds and bytes of the collectives that an operation is, or has fused into it."""
-        if op.code == "fusion" or op.code == "async-start":
-            for called in map(self.computations.get, _called(op)):
-                for inner in called.ops.values() if called else ():
-                    for kind, size in self.collectives(called, inner):
-                        # XLA's TPU backend writes a reduce-scatter as a fusion of this name.
-                        scatters = kind == "all-reduce" and "all-reduce-scatter" in called.name
-                        yield ("reduce-scatter", size // 2) if scatters else (kind, size)
+    def collectives(self, computation: _Computation, op: _Op) -> Iterator[tuple[str, str, int]]:
+        """Collectives that an operation is or has fused into it: (which, kind, bytes)."""
         kind = op.code.removesuffix("-start")
         if kind in COLLECTIVES:
             before = sum(self._operand_sizes(computation, op, everywhere=True))
             after = _size(op.type, everywhere=True) - (before if op.code != kind else 0)
-            yield kind, COLLECTIVES[kind](before, max(after, 0), _group_size(op.rest))
+            yield op.name, kind, COLLECTIVES[kind](before, max(after, 0), _group_size(op.rest))
+        if op.code not in ("fusion", "async-start"):
+            return
+        for called in map(self.computations.get, _called(op)):
+            for inner in called.ops.values() if called else ():
+                for name, kind, size in self.collectives(called, inner):
+                    # One that goes on during several fusions is in each of them.
+                    channel = re.search(r"channel_id=\d+", inner.rest)
+                    which = channel[0] if channel else name
+                    # XLA's TPU backend writes a reduce-scatter as a fusion of this name.
+                    scatters = kind == "all-reduce" and "all-reduce-scatter" in called.name
+                    yield which, *(("reduce-scatter", size // 2) if scatters else (kind, size))
 
     def memory_bytes(self, computation: _Computation, op: _Op) -> int:
         """Traffic of one operation with the device's main memory."""
