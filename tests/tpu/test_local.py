@@ -20,6 +20,7 @@ Compute.mesh = @MeshShape()
 MeshShape.data = 4
 MeshShape.fsdp = 2
 Data.lane_groups = 4
+PreviousContext.d = 3
 Checkpoints.every = 20
 """
 FAILED = "tpu local: failed first: worker 2 (127.0.0.1) ended with signal 9\n"

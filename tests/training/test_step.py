@@ -3,6 +3,11 @@
 import collections
 import dataclasses
 import functools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.extend
@@ -17,7 +22,7 @@ from fot_jax.errors import UserError
 from fot_jax.model import crossbatch
 from fot_jax.model.schemes import NoCrossbatch, Packed, PackedTable, PreviousContext
 from fot_jax.model.transformer import Transformer
-from fot_jax.training import partitioning
+from fot_jax.training import checkpoint_items, partitioning
 from fot_jax.training import step as steps
 from fot_jax.training.partitioning import MeshShape
 from fot_jax.training.step import (
@@ -195,6 +200,64 @@ def test_how_it_is_computed_does_not_matter(how):
 
 def test_packed_rows_over_devices_with_accumulation():
     check(SMALL, Packed(pack=4, range=5), 8, 4, mesh=(4, 1, 2), accumulation=2)
+
+
+# Scheme, lanes, lanes of a crossbatch group, microbatches: on 8 devices, groups are of more than 2.
+ACROSS = [
+    (scheme, 16, 16 // accumulation, accumulation)
+    for scheme in (PreviousContext(d=3), Packed(pack=4, range=5))
+    for accumulation in (1, 2, 4)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case, mesh",  # each mesh and each number of microbatches with both schemes
+    [
+        *((0, (1, 4, 2)), (1, (4, 1, 2)), (2, (8, 1, 1))),
+        *((3, (8, 1, 1)), (4, (1, 4, 2)), (5, (4, 1, 2))),
+    ],
+    ids=str,
+)
+def test_any_mesh_and_any_microbatches(case, mesh):
+    *how, accumulation = ACROSS[case]
+    check(SMALL, *how, mesh=mesh, accumulation=accumulation)
+
+
+@pytest.mark.slow
+def test_four_processes(tmp_path):
+    """With negatives from one process to another."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = Path(__file__).with_name("step_of_processes.py")
+    together = {
+        "FOT_COORDINATOR": f"127.0.0.1:{port}",
+        "FOT_PROCESSES": "4",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, tmp_path],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **together, "FOT_PROCESS_ID": str(i)},
+        )
+        for i in range(4)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * 4, "\n".join(outputs)
+    for number, (scheme, lanes, group_lanes, _) in enumerate(ACROSS):
+        want, sums = expected(SMALL, scheme, lanes, group_lanes, 0.0)
+        with np.load(tmp_path / f"{number}.npz") as got:
+            np.testing.assert_allclose(got["loss"], sums["loss"], rtol=1e-5)
+            leaves = {name: got[name] for name in got if name != "loss"}
+            assert_gradient(checkpoint_items.tree_of(leaves), want)
 
 
 # --- Token weights and padding -------------------------------------------------------------------
