@@ -27,11 +27,8 @@ from fot_jax.errors import UserError
 from fot_jax.model import attention as parts_of
 from fot_jax.model import kernels
 from fot_jax.model.attention import SAME_DOCUMENT, Pairs
+from fot_jax.model.layout import HEAD_AXIS, ROW_AXES
 from fot_jax.model.schemes import Scheme
-
-ROW_AXES = ("replica", "data", "fsdp")  # mesh axes that rows are sharded over
-HEAD_AXIS = "tensor"  # mesh axis that heads are sharded over
-
 
 # --- Plan ----------------------------------------------------------------------------------------
 

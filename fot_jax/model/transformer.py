@@ -16,7 +16,9 @@ V vocabulary, L layers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -28,7 +30,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from fot_jax.errors import UserError, check_range
-from fot_jax.model import crossbatch, schemes
+from fot_jax.model import crossbatch, layout, schemes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,13 +220,18 @@ def logits(c: ModelConfig, params, hidden: Float[Array, "*rows E"]) -> Float[Arr
     return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
+Cuts = Mapping[str, layout.Cut]  # of a layer's kernels, by name
+NO_CUTS: Cuts = {}
+
+
 # --- One layer -----------------------------------------------------------------------------------
 
 
 def _block(c, plan, remembers, measure, params, x, segments, rope):
     """One layer in training: ([R, T, E], r_d of a memory layer where it is measured, else ())."""
     R, T, _ = x.shape
-    q, k, v = queries_keys_values(c, params, x)
+    cuts = layout.cuts(plan.mesh)
+    q, k, v = queries_keys_values(c, params, x, cuts)
     if remembers and not c.memory_positions:
         q_local, k_local = q, k
     else:
@@ -234,17 +241,17 @@ def _block(c, plan, remembers, measure, params, x, segments, rope):
         q_local, k_local, v, segments, plan, k_context=k if remembers else None
     )
     mass = crossbatch.positive_mass(q_local, k, v, segments, plan) if measure else ()
-    return add_outputs(c, params, x, attended.reshape(R, T, -1)), mass
+    return add_outputs(c, params, x, attended.reshape(R, T, -1), cuts), mass
 
 
-def queries_keys_values(c: ModelConfig, params, x: Float[Array, "R T E"]):
+def queries_keys_values(c: ModelConfig, params, x: Float[Array, "R T E"], cuts: Cuts = NO_CUTS):
     """Queries [R, T, H, D], scaled, keys and values [R, T, K, D] of a layer; none rotated."""
     R, T, _ = x.shape
     w = params["attention"]
     h = normalise(c, params["attention_norm"], x)
-    q = linear(h, w["query"]).reshape(R, T, c.num_heads, c.head_dim)
-    k = linear(h, w["key"]).reshape(R, T, c.num_kv_heads, c.head_dim)
-    v = linear(h, w["value"]).reshape(R, T, c.num_kv_heads, c.head_dim)
+    q = linear(h, w["query"], cuts.get("query")).reshape(R, T, c.num_heads, c.head_dim)
+    k = linear(h, w["key"], cuts.get("key")).reshape(R, T, c.num_kv_heads, c.head_dim)
+    v = linear(h, w["value"], cuts.get("value")).reshape(R, T, c.num_kv_heads, c.head_dim)
     if c.qk_norm:
         # scores = <q, k> / tau with 1 / tau = exp(log_scale): the exponential lets it move fast.
         q = _unit(q) * jnp.exp(w["log_scale"])[:, None].astype(x.dtype)
@@ -252,40 +259,52 @@ def queries_keys_values(c: ModelConfig, params, x: Float[Array, "R T E"]):
     return q * c.head_dim**-0.5, k, v
 
 
-def add_outputs(c: ModelConfig, params, x, attended: Float[Array, "R T HD"]):
+def add_outputs(c: ModelConfig, params, x, attended: Float[Array, "R T HD"], cuts: Cuts = NO_CUTS):
     """The rest of a layer: x + attention, then x + mlp(norm(x)): [R, T, E]."""
-    x = x + linear(attended, params["attention"]["out"])
+    x = x + linear(attended, params["attention"]["out"], cuts.get("out"))
     h = normalise(c, params["mlp_norm"], x)
     w = params["mlp"]
     if c.mlp == "swiglu":
-        inner = nn.silu(linear(h, w["gate"])) * linear(h, w["up"])
+        inner = nn.silu(linear(h, w["gate"], cuts.get("gate"))) * linear(h, w["up"], cuts.get("up"))
     else:
-        inner = nn.gelu(linear(h, w["up"]))
-    return x + linear(inner, w["down"])
+        inner = nn.gelu(linear(h, w["up"], cuts.get("up")))
+    return x + linear(inner, w["down"], cuts.get("down"))
 
 
-def linear(x: Float[Array, "R T E"], kernel: Float[Array, "E F"]) -> Float[Array, "R T F"]:
-    """x @ kernel in x's dtype."""
-    return checkpoint_name(_linear(x, kernel), "product")
+def linear(
+    x: Float[Array, "R T E"], kernel: Float[Array, "E F"], cut: layout.Cut | None = None
+) -> Float[Array, "R T F"]:
+    """x @ kernel in x's dtype; over a mesh, the kernel is gathered for it in that type."""
+    return checkpoint_name(_linear(cut, x, kernel), "product")
 
 
-@jax.custom_vjp
-def _linear(x, kernel):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(cut, x, kernel):
     """The product.
 
-    Its gradient is written out only to fix the order of its operands: autodiff's own asks XLA's CPU
-    backend for a transposed copy of the wider activation, which took a fifth of a training step.
+    Its gradient is written out for two reasons. Autodiff's own asks XLA's CPU backend for a
+    transposed copy of the wider activation, which took a fifth of a training step. And over a mesh
+    what is kept for the backward pass has to be the kernel as it is cut, and what leaves it a
+    gradient that is cut alike: left alone, XLA may reduce activations over all devices instead.
     """
-    return x @ kernel.astype(x.dtype)
+    return x @ _gathered(cut, x, kernel)
 
 
-def _linear_backward(saved, dy):
+def _gathered(cut, x, kernel):
+    kernel = kernel.astype(x.dtype)
+    return kernel if cut is None else lax.with_sharding_constraint(kernel, cut.gathered)
+
+
+def _linear_backward(cut, saved, dy):
     x, kernel = saved
-    dx = dy @ kernel.astype(x.dtype).T
-    return dx, jnp.einsum("rte,rtf->ef", x, dy).astype(kernel.dtype)
+    dx = dy @ _gathered(cut, x, kernel).T
+    d_kernel = jnp.einsum("rte,rtf->ef", x, dy)
+    if cut is not None:
+        d_kernel = lax.with_sharding_constraint(d_kernel, cut.sharded)
+    return dx, d_kernel.astype(kernel.dtype)
 
 
-_linear.defvjp(lambda x, kernel: (_linear(x, kernel), (x, kernel)), _linear_backward)
+_linear.defvjp(lambda cut, x, kernel: (_linear(cut, x, kernel), (x, kernel)), _linear_backward)
 
 
 def normalise(c: ModelConfig, params, x: Float[Array, "*rows E"]) -> Float[Array, "*rows E"]:

@@ -13,23 +13,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from fot_jax.errors import UserError
-from fot_jax.model.crossbatch import ROW_AXES
-
-AXES = (*ROW_AXES, "tensor")
-
-# Mesh axes of each parameter's dimensions, by the last names of its path. What is not listed
-# (norms, temperatures) is small and lives on every device.
-PARAMETERS: dict[tuple[str, ...], tuple[str | None, ...]] = {
-    ("embedding",): ("tensor", "fsdp"),
-    ("head",): ("fsdp", "tensor"),
-    ("attention", "query"): (None, "fsdp", "tensor"),
-    ("attention", "key"): (None, "fsdp", "tensor"),
-    ("attention", "value"): (None, "fsdp", "tensor"),
-    ("attention", "out"): (None, "tensor", "fsdp"),
-    ("mlp", "gate"): (None, "fsdp", "tensor"),
-    ("mlp", "up"): (None, "fsdp", "tensor"),
-    ("mlp", "down"): (None, "tensor", "fsdp"),
-}
+from fot_jax.model.layout import AXES, PARAMETERS, ROW_AXES
 
 
 @dataclasses.dataclass(frozen=True)

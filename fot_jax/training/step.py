@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fot_jax.errors import LARGEST_SEED, UserError, check_range
-from fot_jax.model import crossbatch, schemes
+from fot_jax.model import crossbatch, layout, schemes
 from fot_jax.model.transformer import Transformer
 from fot_jax.training.partitioning import shardings
 
@@ -163,7 +163,7 @@ def _microbatches(batch: Batch, accumulation: int, plan: crossbatch.Plan) -> Bat
         x = x.reshape(accumulation, x.shape[0] // accumulation, *x.shape[1:])
         if plan.mesh is None:
             return x
-        spec = PartitionSpec(None, crossbatch.ROW_AXES)
+        spec = PartitionSpec(None, layout.ROW_AXES)
         return lax.with_sharding_constraint(x, NamedSharding(plan.mesh, spec))
 
     return jax.tree.map(split, dict(batch))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 
 from fot_jax.errors import UserError
-from fot_jax.model import crossbatch
+from fot_jax.model import crossbatch, layout
 from fot_jax.model.schemes import NoCrossbatch, Packed, PackedTable, PreviousContext
 
 # --- The oracle: which rows a row sees, written from the paper and not from the code -------------
@@ -19,7 +19,7 @@ from fot_jax.model.schemes import NoCrossbatch, Packed, PackedTable, PreviousCon
 
 def mesh_of(*sizes):
     """A mesh of the eight devices."""
-    return Mesh(np.asarray(jax.devices()[:8]).reshape(sizes), crossbatch.ROW_AXES + ("tensor",))
+    return Mesh(np.asarray(jax.devices()[:8]).reshape(sizes), layout.AXES)
 
 
 def visible_rows(scheme, row, group):

@@ -1,0 +1,47 @@
+"""Mesh axes, and which of them every dimension of a parameter is cut over: one table for all."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+ROW_AXES = ("replica", "data", "fsdp")  # mesh axes that rows are sharded over
+HEAD_AXIS = "tensor"  # mesh axis that heads are sharded over
+GATHERED_AXIS = "fsdp"  # mesh axis that parameters are gathered over when they are used
+AXES = (*ROW_AXES, HEAD_AXIS)
+
+# Mesh axes of each parameter's dimensions, by the last names of its path. What is not listed
+# (norms, temperatures) is small and lives on every device.
+PARAMETERS: dict[tuple[str, ...], tuple[str | None, ...]] = {
+    ("embedding",): ("tensor", "fsdp"),
+    ("head",): ("fsdp", "tensor"),
+    ("attention", "query"): (None, "fsdp", "tensor"),
+    ("attention", "key"): (None, "fsdp", "tensor"),
+    ("attention", "value"): (None, "fsdp", "tensor"),
+    ("attention", "out"): (None, "tensor", "fsdp"),
+    ("mlp", "gate"): (None, "fsdp", "tensor"),
+    ("mlp", "up"): (None, "fsdp", "tensor"),
+    ("mlp", "down"): (None, "tensor", "fsdp"),
+}
+
+
+class Cut(NamedTuple):
+    """How a layer's kernel lies on the devices: at rest, and when it is used."""
+
+    sharded: NamedSharding
+    gathered: NamedSharding
+
+
+def cuts(mesh: Mesh | AbstractMesh | None) -> dict[str, Cut]:
+    """Of every kernel of a layer, by its own name; none where there is no mesh."""
+    if mesh is None:
+        return {}
+    found = {}
+    for (_, *name), (_, *axes) in PARAMETERS.items():
+        if name:  # of a layer: without the axis that layers are stacked on
+            gathered = [None if axis == GATHERED_AXIS else axis for axis in axes]
+            found[name[0]] = Cut(
+                *(NamedSharding(mesh, PartitionSpec(*each)) for each in (axes, gathered))
+            )
+    return found
