@@ -1,7 +1,5 @@
 """`python -m fot_jax` is `fot`."""
 
-import sys
+from fot_jax.cli import run
 
-from fot_jax.cli import main
-
-sys.exit(main())
+run()

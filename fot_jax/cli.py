@@ -10,6 +10,7 @@ import functools
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -43,6 +44,24 @@ def main(argv: list[str] | None = None) -> int:
         )
     print(f"fot: error: {' '.join(line.split())}", file=sys.stderr)
     return cluster.failed(2)
+
+
+def run() -> None:
+    """The process of `fot`. A failure ends it here and now.
+
+    The interpreter would wait for threads first, and Orbax's wait for ever once a save has failed.
+    """
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code in (1, 2):
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 @contextlib.contextmanager
@@ -211,6 +230,8 @@ def _train(args) -> int:
         cluster.join()
     import gin
 
+    if args.workdir == "":
+        raise UserError("--workdir is empty: give a directory")
     name = Path(args.experiment[0]).stem
     if name == "config":  # fot train WORKDIR/config.gin
         name = Path(args.experiment[0]).resolve().parent.name

@@ -42,7 +42,8 @@ class Report:
     Attributes:
       fits: into the memory of a device.
       used, available: of that memory; `used` is what the compiler reports.
-      parameters, optimizer, batch, temporaries, code: parts of `used`; None where it did not fit.
+      parameters, optimizer, batch, temporaries, code: what takes memory, None where it did not
+        fit; temporaries, as the compiler counts them, are not all there at once.
       model_flops, flops: of a step over all devices; the second as computed, with what is computed
         again in the backward pass.
       memory_traffic: bytes a device reads from and writes to its memory in a step.
@@ -122,7 +123,7 @@ def compile_experiment(
       UserError: no or an unknown topology, no libtpu, parts of the experiment that do not fit each
         other or the slice.
     """
-    name = topology or compute.topology
+    name = compute.topology if topology is None else topology
     if name is None:
         raise UserError(
             "the experiment names no TPU slice: add --topology v4-128, or set Compute.topology"
@@ -283,6 +284,9 @@ def suggestions(
     """Reports of other meshes, each with the least recomputation and fewest microbatches that fit.
 
     A mesh or number of microbatches that rows or heads do not divide over is left out.
+
+    Raises:
+      UserError: nothing divides; why the first did not.
     """
     rest = devices // compute.slices
     meshes = [
@@ -291,17 +295,24 @@ def suggestions(
         for fsdp in sorted({rest // tensor // n for n in (1, 4, 16) if rest // tensor >= n})
         if rest % (fsdp * tensor) == 0
     ]
-    for mesh in dict.fromkeys((compute.mesh, *meshes)):
-        for accumulation, remat in itertools.product((1, 2, 4), ("none", *REMAT_POLICIES)):
+    own = dataclasses.replace(compute.mesh, data=rest // (compute.mesh.fsdp * compute.mesh.tensor))
+    refused, tried = None, False
+    for mesh in dict.fromkeys((own, *meshes)):
+        microbatches = sorted({1, 2, 4, compute.accumulation})
+        for accumulation, remat in itertools.product(microbatches, ("none", *REMAT_POLICIES)):
             try:
                 result = report(
                     dataclasses.replace(compute, mesh=mesh, accumulation=accumulation, remat=remat)
                 )
-            except UserError:
+            except UserError as error:
+                refused = refused or error
                 continue
+            tried = True
             yield result
             if result.fits:
                 break
+    if not tried:
+        raise refused
 
 
 # --- In words ------------------------------------------------------------------------------------
@@ -359,8 +370,10 @@ def _line(report: Report) -> str:
 def _bindings(report: Report) -> str:
     """What to write into the experiment file."""
     mesh = [f"MeshShape.{axis} = {n}" for axis, n in report.mesh.items()]
-    compute = {"remat": f'"{report.remat}"', "accumulation": report.accumulation}
-    return "\n".join([*mesh, *(f"Compute.{name} = {value}" for name, value in compute.items())])
+    compute = {"mesh": "@MeshShape()", "topology": f'"{report.topology}"', "slices": report.slices}
+    compute |= {"remat": f'"{report.remat}"', "accumulation": report.accumulation}
+    lines = (f"Compute.{name} = {value}" for name, value in compute.items())
+    return "\n".join(["train.compute = @Compute()", *lines, *mesh])
 
 
 def _gib(size: int) -> str:

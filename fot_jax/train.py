@@ -37,6 +37,8 @@ from fot_jax.training.step import (
     make_positive_mass,
 )
 
+RETRY_SECONDS = 10  # from a save that failed to the next; then twice that, and so on
+
 
 def train(
     workdir: str,
@@ -255,7 +257,7 @@ def train(
 
     with _stop_signals() as asked, contextlib.closing(batches), contextlib.closing(metrics):
         pending, now_d, compiled = None, history.d, set()
-        stopped, again, agreement = None, 0, Agreement()
+        stopped, again, retry_at, agreement = None, 0, None, Agreement()
         if restored is not None and evaluates(first_step):  # it may have been stopped before that
             run(evaluation.during, first_step)
         for step in range(first_step + 1, steps + 1):
@@ -281,7 +283,10 @@ def train(
                 jax.profiler.stop_trace()
             stopped = stop(step)
             if checkpointer.failed():
+                retry_at = time.monotonic() + RETRY_SECONDS * 2 ** (checkpointer.failures - 1)
+            if retry_at is not None and time.monotonic() >= retry_at:
                 agreement.ask(f"save again, {again}", step)
+                retry_at = None
             saves_again = agreement.due(f"save again, {again}", step) is not None
             again += saves_again
             ends = stopped or step == steps

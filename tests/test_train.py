@@ -253,6 +253,7 @@ def fail_saves(monkeypatch, times):
         finalize(self, directory)
 
     monkeypatch.setattr(DataHandler, "finalize", fail_first)
+    monkeypatch.setattr(train_module, "RETRY_SECONDS", 0)
     return left
 
 

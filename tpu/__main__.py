@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import math
 import signal
 import sys
 from collections.abc import Callable
@@ -56,9 +58,13 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     add("run", verbs.run, "start training, detached", _experiment, _pod, _training)
 
     logs = add("logs", verbs.logs, "print the workers' logs", _pod)
-    logs.add_argument("--worker", type=int, metavar="I", help="of each slice; default: all")
+    logs.add_argument(
+        "--worker", type=_positive(int, least=0), metavar="I", help="of each slice; default: all"
+    )
     logs.add_argument("--follow", action="store_true", help="go on with what comes")
-    logs.add_argument("--lines", type=int, default=20, metavar="N", help="from the end of each")
+    logs.add_argument(
+        "--lines", type=_positive(int), default=20, metavar="N", help="from the end of each"
+    )
 
     add("status", verbs.status, "the pod, its nodes, its workers' runs", _pod)
 
@@ -66,10 +72,12 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
         *("recover", recover.recover, "create, set up, run, watch, recreate, until done"),
         *(_experiment, _pod, _tier, _training),
     )
-    again.add_argument("--poll", type=float, default=60.0, metavar="SECONDS", help="between looks")
+    again.add_argument(
+        "--poll", type=_positive(float), default=60.0, metavar="SECONDS", help="between looks"
+    )
     again.add_argument(
         "--max_failures",
-        type=int,
+        type=_positive(int),
         default=3,
         metavar="N",
         help="failures without a new checkpoint in the bucket after which to give up",
@@ -90,6 +98,19 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
             module.add_arguments(verb)
             verb.set_defaults(run=module.run)
     return parser
+
+
+def _positive(kind: Callable, least: float = 1e-9) -> Callable:
+    """A type for argparse: numbers from `least` on."""
+
+    def number(text: str):
+        with contextlib.suppress(ValueError):
+            if least <= (value := kind(text)) < math.inf:
+                return value
+        wanted = "above 0" if least else "from 0 on"
+        raise argparse.ArgumentTypeError(f"{text!r}: give a number {wanted}")
+
+    return number
 
 
 def _experiment(verb: argparse.ArgumentParser) -> None:

@@ -82,7 +82,8 @@ def slices_of(files: list[str], bindings: list[str], topology: str | None) -> Sl
     from fot_jax import experiment_files  # brings JAX: only where an experiment is read
 
     experiment_files.load(files, bindings)
-    name = topology or experiment_files.value_of("Compute.topology")
+    named = experiment_files.value_of("Compute.topology")
+    name = named if topology is None else topology
     if name is None:
         raise UserError(
             f'{files[0]} asks for no TPU: set Compute.topology = "v4-128", or add --topology'

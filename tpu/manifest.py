@@ -106,7 +106,7 @@ def job_set(args: Namespace) -> str:
 
 def _quoted(text: str) -> str:
     """As YAML: JSON's strings are YAML's too, and nothing in them is taken for anything else."""
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text).replace("\x7f", "\\u007f")
 
 
 def _literal(text: str) -> str:

@@ -163,11 +163,20 @@ def look(pod: Pod) -> dict | None:
       UserError: gcloud fails.
     """
     try:
-        return json.loads(calls.call(gcloud.describe(pod), calls.SHORT))
+        return _read(calls.call(gcloud.describe(pod), calls.SHORT), dict)
     except calls.CallFailed as error:
         if "NOT_FOUND" in error.text:
             return None
         raise
+
+
+def _read(printed: str, kind: type):
+    try:
+        if isinstance(found := json.loads(printed), kind):
+            return found
+    except ValueError:
+        pass
+    raise calls.CallFailed(f"gcloud printed no JSON {kind.__name__}", 0, printed, "")
 
 
 def nodes_of(pod: Pod) -> list[dict]:
@@ -176,7 +185,7 @@ def nodes_of(pod: Pod) -> list[dict]:
     Raises:
       UserError: gcloud fails.
     """
-    everything = json.loads(calls.call(gcloud.nodes(pod), calls.SHORT))
+    everything = _read(calls.call(gcloud.nodes(pod), calls.SHORT), list)
     ours = re.compile(rf"{re.escape(pod.name)}(-\d+)?")
     return sorted((node for node in everything if _is_of(node, pod, ours)), key=node_id)
 

@@ -77,7 +77,12 @@ def run(args: argparse.Namespace) -> int:
     """
     place = cluster.place()
     path = Path(args.run_dir) / "state.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if not args.run_dir:
+            raise FileNotFoundError
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--run_dir {args.run_dir!r} is no directory, nor can it be one") from error
     state = {"state": "waiting", "code": None, "worker": place.index, "workers": len(place.hosts)}
     state |= {"pid": os.getpid(), "started": time.time(), "ended": None, "why": None}
     state["failed"] = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import time
@@ -96,7 +97,13 @@ def ask(command: Argv, expected: int, limit: float = calls.LIMIT) -> list[dict]:
 
 def _answers(printed: str) -> list[dict]:
     lines = [line for line in printed.splitlines() if line.startswith(ANSWER)]
-    return [json.loads(line[len(ANSWER) :]) for line in lines]
+    answers = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # a connection cut in the middle: it did not answer
+            answer = json.loads(line[len(ANSWER) :])
+            if isinstance(answer, dict) and {"worker", "host", "state"} <= answer.keys():
+                answers.append(answer)
+    return answers
 
 
 def _all(answers: list[dict], expected: int) -> list[dict]:

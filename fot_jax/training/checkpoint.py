@@ -35,7 +35,7 @@ from fot_jax.training import checkpoint_items as items
 T = TypeVar("T")
 
 BARRIER_SECONDS = 300  # for the last process to have written its part after the first has
-MOST_FAILURES = 3  # saves in a row, before the run ends
+MOST_FAILURES = 5  # saves in a row, before the run ends
 
 
 class Restored(NamedTuple):
@@ -291,7 +291,7 @@ class Checkpointer:
         self._damaged: list[int] = []  # newer than what was restored
         self._needed = 0  # bytes of the last save
         self._saving: int | None = None  # the step that is being written
-        self._failures = 0  # saves in a row that did not get there
+        self.failures = 0  # saves in a row that did not get there
         self._error: Exception = UserError(f"{self.directory}: another process cannot write here")
 
     def open(self) -> None:
@@ -355,7 +355,7 @@ class Checkpointer:
             self.wait()
         except Exception as error:
             self._failed(error)
-        if not _all_agree(self._failures < MOST_FAILURES):
+        if not _all_agree(self.failures < MOST_FAILURES):
             raise self._error
         self._set_damaged_aside()
         if step in self._manager.all_steps():
@@ -387,7 +387,7 @@ class Checkpointer:
         return False
 
     def _failed(self, error: Exception) -> None:
-        self._failures += 1
+        self.failures += 1
         self._error = error
         line = " ".join(str(error).split())
         logging.warning("the checkpoint of step %d was not written: %s", self._saving, line)
@@ -402,7 +402,7 @@ class Checkpointer:
         with self._disk_errors():
             self._manager.wait_until_finished()
         if self._saving is not None:
-            self._saving, self._failures = None, 0
+            self._saving, self.failures = None, 0
 
     def close(self) -> None:
         """Waits, then lets go of threads and files."""

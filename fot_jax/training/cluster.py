@@ -134,7 +134,7 @@ def _membership(environment: Mapping[str, str]) -> tuple[str, int, int]:
     coordinator = environment.get("FOT_COORDINATOR", "")
     count, process = environment["FOT_PROCESSES"], environment.get("FOT_PROCESS_ID", "")
     host, _, port = coordinator.rpartition(":")
-    if not (host and port.isdecimal()):
+    if not (host and port.isdecimal() and 0 < int(port) < 65536):
         raise UserError(f"FOT_COORDINATOR = {coordinator!r}: give host:port of process 0")
     if not count.isdecimal() or int(count) < 1:
         raise UserError(f"FOT_PROCESSES = {count!r}: give the number of processes")
