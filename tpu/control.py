@@ -6,7 +6,8 @@ between workers are JSON objects, one a line:
     {"worker": 3, "workers": 16}                        to worker 0: here I am
     {"refused": why} {"missing": names} {"start": true} from worker 0, in answer
     {"alive": true}                                     both ways, every few seconds
-    {"ended": 0}                                        to worker 0; -9: by signal 9
+    {"ended": 0}                                        to worker 0; -9: by signal 9; and from it,
+                                                        where it was stopped before the start
     {"verdict": {"code": 0, "failed": 1, "why": why}}   from worker 0
 """
 
@@ -105,8 +106,8 @@ async def report(
     events: Events,
     timeout: float,
     silence: float,
-) -> None:
-    """Another worker connects to worker 0 and waits until it may start.
+) -> bool:
+    """Another worker connects to worker 0 and waits until it may start; False: it was stopped.
 
     Raises:
       UserError: worker 0 cannot be reached, goes away, refuses, or misses others.
@@ -117,12 +118,13 @@ async def report(
     _, message = await events.get()
     if "missing" in message:
         raise _missing(str(message["missing"]), timeout)
-    if "start" not in message:
+    if "start" not in message and "ended" not in message:
         what = message.get("refused", message.get("lost"))
         raise UserError(
             f"worker {place.index} cannot take part: {name_of(place, 0)}: {what}: see what it "
             "says, and start all workers again"
         )
+    return "start" in message
 
 
 async def _connect(

@@ -126,13 +126,13 @@ async def _work(
     stopped = False
     loop = asyncio.get_running_loop()
 
-    async def meet() -> None:
-        if len(place.hosts) == 1:
-            return
-        if place.index == 0:
+    async def meet() -> bool:
+        """Whether all start."""
+        if len(place.hosts) > 1 and place.index > 0:
+            return await control.report(place, links, events, args.timeout, args.silence)
+        if len(place.hosts) > 1:
             await control.count(place, links, events, args.timeout, args.silence)
-        else:
-            await control.report(place, links, events, args.timeout, args.silence)
+        return True
 
     def stop() -> None:
         """Either signal asks the command to save and stop: that is what it does after SIGTERM."""
@@ -156,9 +156,10 @@ async def _work(
     loop.add_signal_handler(signal.SIGCHLD, look)
     alive = asyncio.ensure_future(control.keep_alive(links, args.silence / 4))
     try:
+        starts = False
         with contextlib.suppress(asyncio.CancelledError):
-            await meeting
-        if stopped:
+            starts = await meeting
+        if stopped or not starts:
             control.send(links.values(), {"ended": STOPPED})  # the others may be starting
             return STOPPED, Verdict(STOPPED)
         child = _start(place, args.command)
@@ -196,7 +197,7 @@ async def _judge(place: Place, events: control.Events, timeout: float) -> Verdic
             return Verdict(1, late, f"did not stop within {timeout:g} s after another one had")
         if "lost" in message and worker not in codes:
             return Verdict(1, worker, message["lost"])
-        if isinstance(ended := message.get("ended"), int):
+        if type(ended := message.get("ended")) is int:
             if _code(ended) not in (0, STOPPED):
                 how = f"signal {-ended}" if ended < 0 else f"exit code {ended}"
                 return Verdict(1, worker, f"ended with {how}")
@@ -215,7 +216,10 @@ async def _obey(place: Place, links: control.Links, events: control.Events) -> V
         elif "lost" in message:
             return Verdict(1, worker, message["lost"])
         elif "verdict" in message:
-            return Verdict(**message["verdict"])
+            try:
+                return Verdict(**message["verdict"])
+            except TypeError:
+                return Verdict(1, worker, "sent what is no verdict")
 
 
 # --- The command ---------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Importing this loads no JAX: the supervisor of `python -m tpu worker` asks the s
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 import urllib.error
@@ -146,9 +147,24 @@ def _membership(environment: Mapping[str, str]) -> tuple[str, int, int]:
     return coordinator, int(count), int(process)
 
 
+def _check_free(port: int) -> None:
+    """Checks that process 0 can listen on a port; JAX would crash where it cannot."""
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            trial.bind(("", port))
+        except OSError as error:
+            raise UserError(
+                f"process 0 cannot listen on port {port} of FOT_COORDINATOR ({error.strerror}): is "
+                "another run still going on here?"
+            ) from error
+
+
 def _initialize(coordinator: str, count: int, process: int) -> None:
     import jax
 
+    if process == 0:
+        _check_free(int(coordinator.rpartition(":")[2]))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It takes SIGTERM for itself, and lets a process that is still starting live on.
     jax.config.update("jax_enable_preemption_service", False)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import hosts
 import pytest
@@ -160,6 +161,24 @@ def test_one_that_is_stopped_while_it_waits_starts_nothing(pod):
     two.workers[0].send_signal(signal.SIGTERM)
     assert two.end(0)[:2] == (143, "")
     assert two.state(0)["state"] == "stopped"
+
+
+def test_a_worker_0_that_is_stopped_while_it_waits_stops_the_others(pod):
+    three = pod(3)
+    three.start(0, SAYS)
+    wait_until(lambda: listens(three.port))
+    three.start(1, SAYS)
+    wait_until(lambda: connections(three.port))
+    three.workers[0].send_signal(signal.SIGTERM)
+    for worker in (0, 1):
+        assert three.end(worker) == (143, "", "")
+        assert three.state(worker)["state"] == "stopped"
+
+
+def connections(port):
+    """Whether a connection to a port of this machine is open at both ends."""
+    open_ = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any(int(x[1].split(":")[1], 16) == port and x[3] == "01" for x in open_)
 
 
 def listens(port):

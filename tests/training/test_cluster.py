@@ -176,6 +176,7 @@ def test_train_refuses_and_a_dry_run_does_not(surroundings, here, capsys):
         ({"FOT_PROCESS_ID": ""}, "FOT_PROCESS_ID = ''"),
         ({"FOT_COORDINATOR": "a"}, "FOT_COORDINATOR = 'a': give host:port"),
         ({"FOT_COORDINATOR": ":1"}, "FOT_COORDINATOR = ':1'"),
+        ({"FOT_COORDINATOR": "a:65536"}, "FOT_COORDINATOR = 'a:65536'"),
     ],
 )
 def test_a_membership_that_makes_no_sense_is_named(surroundings, values, message):
@@ -237,6 +238,16 @@ def two():
     for process in started:
         process.kill()
         process.communicate(timeout=60)
+
+
+def test_a_port_that_is_taken_is_named(surroundings):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        surroundings(FOT_COORDINATOR=f"a:{port}", FOT_PROCESSES="2", FOT_PROCESS_ID="0")
+        with pytest.raises(UserError, match=f"process 0 cannot listen on port {port} of FOT_COORD"):
+            cluster.join()
 
 
 def test_processes_join(two):
