@@ -82,11 +82,13 @@ def report(capsys, *argv):
     return code, json.loads(capsys.readouterr().out)
 
 
-def test_what_fits(experiment, capsys):
+@pytest.mark.parametrize(
+    "topology, memory", [("v4-8", 32), ("v5e-4", 16), ("v5p-8", 95), ("v6e-4", 32)]
+)
+def test_what_fits(experiment, capsys, topology, memory):
     """Without corpus, tokenizer or checkpoint; bytes of the state as they divide over devices."""
-    code, got = report(
-        capsys, experiment, *bindings("Compute.mesh = @MeshShape()", "MeshShape.fsdp = 2")
-    )
+    mesh = bindings("Compute.mesh = @MeshShape()", "MeshShape.fsdp = 2")
+    code, got = report(capsys, experiment, "--topology", topology, *mesh)
     assert code == 0 and got["fits"]
     assert got["mesh"] == {"replica": 1, "data": 2, "fsdp": 2, "tensor": 1}
     E, F, HD, V = 256, 32, 2 * 128, 64
@@ -94,7 +96,7 @@ def test_what_fits(experiment, capsys):
     assert got["parameters"] == 4 * (sharded // 2 + 5 * E)
     assert 2 * got["parameters"] <= got["optimizer"] <= 2 * got["parameters"] + 1024
     assert got["batch"] == 32 * 128 * 4 * 4 // 4
-    assert got["parameters"] + got["optimizer"] < got["used"] < got["available"] == 32 * 2**30
+    assert got["parameters"] + got["optimizer"] < got["used"] < got["available"] == memory * 2**30
     assert got["tokens_per_step"] == 16 * 128
     assert got["model_flops"] < 2 * got["flops"]
     assert got["messages"].keys() >= {"collective-permute", "all-gather"}
