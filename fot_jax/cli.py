@@ -267,21 +267,13 @@ def _evaluate(args) -> int:
     experiment_files.load(args.experiment, args.gin)
     import gin
 
-    _evaluates_what_training_would(gin)
+    for ours, of_training in (("evaluation", "train.evaluation"), ("source", "Data.source")):
+        value = experiment_files.value_of(of_training)  # where experiments say it
+        if value is not None and experiment_files.value_of(f"evaluate.{ours}") is None:
+            gin.bind_parameter(f"evaluate.{ours}", value)
     with experiment_files.gin_errors():
         gin.get_configurable("evaluate")(checkpoint=args.checkpoint, output=args.output)
     return 0
-
-
-def _evaluates_what_training_would(gin) -> None:
-    """Experiments say what is evaluated in train.evaluation and Data.source."""
-    for ours, of_training in (("evaluation", "train.evaluation"), ("source", "Data.source")):
-        with contextlib.suppress(ValueError):  # not bound: then it must be for evaluate
-            value = gin.query_parameter(of_training)
-            try:
-                gin.query_parameter(f"evaluate.{ours}")
-            except ValueError:
-                gin.bind_parameter(f"evaluate.{ours}", value)
 
 
 def _generate(args) -> int:

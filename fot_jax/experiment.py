@@ -112,8 +112,9 @@ class Program:
     """The training step of an experiment on a mesh.
 
     Attributes:
+      mesh: the devices.
       transformer: the model.
-      rows: of a step's batch, over all devices; group_rows: of a crossbatch group.
+      rows: of a step's batch, over all devices.
       tokens_per_step: new ones.
       init: key -> fresh state.
       state: shape, type and sharding of everything that training changes.
@@ -126,7 +127,6 @@ class Program:
     mesh: Mesh | AbstractMesh
     transformer: Transformer
     rows: int
-    group_rows: int
     tokens_per_step: int
     init: Callable[[jax.Array], TrainState]
     state: TrainState
@@ -206,7 +206,6 @@ def make_program(
         mesh=mesh,
         transformer=transformer,
         rows=rows,
-        group_rows=group_rows,
         tokens_per_step=data.lanes * scheme.advance * model.local_context,
         init=init,
         state=jax.tree.map(_placed, abstract, partitioning.shardings(abstract, mesh)),

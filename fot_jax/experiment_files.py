@@ -78,8 +78,8 @@ def take_over(of: str, to: str) -> None:
     import gin
 
     for parameter in set(_parameters_of(of)) & set(_parameters_of(to)):
-        with contextlib.suppress(ValueError):  # not bound
-            gin.bind_parameter(f"{to}.{parameter}", gin.query_parameter(f"{of}.{parameter}"))
+        if (value := value_of(f"{of}.{parameter}")) is not None:
+            gin.bind_parameter(f"{to}.{parameter}", value)
 
 
 def _register(gin) -> None:

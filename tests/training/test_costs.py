@@ -132,6 +132,16 @@ def test_messages(mesh, kind, of_one, sent, times):
     assert got.counts == {kind: times}
 
 
+def test_collectives_of_one_kind_are_counted_each(mesh):
+    sharding = NamedSharding(mesh, PartitionSpec(("a", "b")))
+    x = jax.ShapeDtypeStruct((8 * 24,), jnp.float32, sharding=sharding)
+    back = [(j, i) for i, j in RING]
+    both = around(mesh, lambda x: lax.ppermute(x, "b", RING) * jnp.sin(lax.ppermute(x, "b", back)))
+    got = traffic_of(both, x)
+    assert got.counts == {"collective-permute": 2}
+    assert got.messages == {"collective-permute": 2 * 24 * F32}
+
+
 def test_memory_is_read_and_written_once():
     x = np.zeros(1000, np.float32)
     assert traffic_of(lambda x: jnp.sin(x) + 1, x).memory == 2 * 1000 * F32
