@@ -43,13 +43,14 @@ def main(argv: list[str] | None = None) -> int:
             f"{error.filename or 'writing'}: {error.strerror}: mend that, or choose another place"
         )
     print(f"fot: error: {' '.join(line.split())}", file=sys.stderr)
-    return cluster.failed(2)
+    return 2
 
 
 def run() -> None:
     """The process of `fot`. A failure ends it here and now.
 
-    The interpreter would wait for threads first, and Orbax's wait for ever once a save has failed.
+    The interpreter would wait for threads first, and Orbax's wait for ever once a save has failed;
+    JAX would wait for the other processes of the run, which are waiting for this one.
     """
     try:
         code = main()

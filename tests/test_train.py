@@ -242,6 +242,31 @@ def test_saves_that_always_fail_end_the_run(tmp_path, one_device, monkeypatch):
     assert 4 < len(curve(tmp_path / "run")) < 9999
 
 
+RETRIES_AT_ONCE = """
+from fot_jax import cli, train
+train.RETRY_SECONDS = 0
+cli.run()
+"""
+
+
+def test_a_process_that_can_save_no_longer_ends(tmp_path, cache):
+    """Threads of Orbax would keep it: they wait for a save that never comes."""
+    experiment, checkpoints = tmp_path / "experiment.gin", tmp_path / "run" / "checkpoints"
+    experiment.write_text(f"{DICTIONARY}\ntrain.steps = 99_999\n")
+    argv = runs.arguments(experiment, tmp_path / "run")
+    process = runs.start(argv, cache, program=("-c", RETRIES_AT_ONCE))
+    try:
+        while last_step(tmp_path / "run") < 8 and process.poll() is None:  # one is saved
+            time.sleep(0.01)
+        checkpoints.rename(tmp_path / "taken_away")
+        checkpoints.write_text("")
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 2
+    assert err.splitlines()[-1].startswith(f"fot: error: {checkpoints}/")
+
+
 def fail_saves(monkeypatch, times):
     """The first saves fail in the background; gives those that are still to fail."""
     finalize, left = DataHandler.finalize, [None] * times

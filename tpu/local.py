@@ -103,7 +103,7 @@ class _Worker:
 def _start(workers: list[_Worker], args: argparse.Namespace, directory: Path) -> None:
     """Puts newly started workers in the place of those in the list."""
     workers.clear()
-    port = _free_port()
+    port = free_port()
     for index in range(args.processes):
         run_dir = directory / str(index)
         process = subprocess.Popen(
@@ -143,7 +143,7 @@ def _environment(args: argparse.Namespace, index: int, port: int) -> dict[str, s
     }
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """One with the next one free too, from a range that kernels take none of for connections."""
     while True:
         port = random.randrange(10_000, 30_000)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -106,19 +105,6 @@ def finish() -> None:
     jax.jit(jax.numpy.sum, out_shardings=whole)(ones).block_until_ready()  # after all else, on all
 
 
-def failed(code: int) -> int:
-    """The exit code of a process that fails; one of several ends with it here and now.
-
-    At its end JAX would wait for the other processes, and these are waiting for this one.
-    """
-    jax = sys.modules.get("jax")
-    if jax is not None and jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
-
-
 def _check_alone() -> None:
     platforms = os.environ.get("JAX_PLATFORMS", "tpu")
     if "tpu" not in platforms.split(","):  # other devices are used without the other hosts
@@ -175,13 +161,6 @@ def _initialize(coordinator: str, count: int, process: int) -> None:
         initialization_timeout=INITIALIZATION_SECONDS,
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     )
-    show = sys.excepthook
-
-    def show_and_end(*error):
-        show(*error)
-        failed(1)
-
-    sys.excepthook = show_and_end
 
 
 # --- Where a place is written ---------------------------------------------------------------------

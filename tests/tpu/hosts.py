@@ -3,12 +3,12 @@
 import contextlib
 import json
 import os
-import random
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from tpu.local import free_port
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 60  # seconds, for what should take one or two
@@ -17,16 +17,6 @@ LIMIT = 60  # seconds, for what should take one or two
 def verb(name):
     """The command line of a verb."""
     return [sys.executable, "-m", "tpu", name]
-
-
-def free_port():
-    """One with the next one free as well, where the kernel takes none for connections."""
-    while True:
-        port = random.randrange(10_000, 30_000)
-        with contextlib.suppress(OSError), socket.socket() as a, socket.socket() as b:
-            a.bind(("127.0.0.1", port))
-            b.bind(("127.0.0.1", port + 1))
-            return port
 
 
 class Pod:

@@ -199,15 +199,18 @@ print(gathered, file=sys.stderr, flush=True)  # where JAX's collectives say noth
 # Process 1 fails; process 0 would be waited for.
 ONE_FAILS = f"""{GATHERS}
 import time
-if os.environ["FOT_PROCESS_ID"] == "0":
-    time.sleep(600)
+from fot_jax import cli
+
+def main():
+    if os.environ["FOT_PROCESS_ID"] == "0":
+        time.sleep(600)
+    FAILURE
+
+cli.main = main
+cli.run()
 """
-RAISES = f"""{ONE_FAILS}
-raise RuntimeError("broken")
-"""
-RETURNS = f"""{ONE_FAILS}
-sys.exit(cluster.failed(2))
-"""
+RAISES = ONE_FAILS.replace("FAILURE", 'raise RuntimeError("broken")')
+RETURNS = ONE_FAILS.replace("FAILURE", "return 2")
 
 
 @pytest.fixture
@@ -265,7 +268,3 @@ def test_one_that_fails_does_not_wait_for_the_others(two, program, code):
     assert "[0, 1]" in err.splitlines()
     assert ("RuntimeError: broken" in err) == (program == RAISES)
     assert waiting.poll() is None
-
-
-def test_a_failure_of_one_process_alone_is_an_exit_code():
-    assert cluster.failed(2) == 2
