@@ -85,7 +85,7 @@ def take_over(of: str, to: str) -> None:
 def _register(gin) -> None:
     from fot_jax import compile, evaluate, experiment, train
     from fot_jax.data import synthetic, tasks
-    from fot_jax.evals import perplexity, sample
+    from fot_jax.evals import dictionary, perplexity, sample
     from fot_jax.model import lookup, schemes, sizes, transformer
     from fot_jax.training import optim, partitioning, step
 
@@ -93,7 +93,7 @@ def _register(gin) -> None:
         *(train.train, experiment.Data, experiment.Compute, experiment.Checkpoints),
         *(evaluate.evaluate, evaluate.Evaluation),
         compile.compile_experiment,
-        *(perplexity.PerplexityByContext, sample.Sample),
+        *(dictionary.DictionaryAccuracy, perplexity.PerplexityByContext, sample.Sample),
         *(lookup.Dense, lookup.TopK, lookup.ApproximateTopK),
         *(schemes.NoCrossbatch, schemes.PreviousContext),
         *(schemes.Packed, schemes.PackedTable),

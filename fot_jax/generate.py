@@ -29,7 +29,7 @@ from fot_jax.model import inference, sampling, transformer
 from fot_jax.model import memory as memories
 from fot_jax.model.lookup import Lookup
 from fot_jax.model.transformer import ModelConfig, Transformer
-from fot_jax.reading import EVERYTHING, MemoryConfig, State
+from fot_jax.reading import EVERYTHING, SHARED, MemoryConfig, State
 
 
 class Scores(NamedTuple):
@@ -126,6 +126,43 @@ class LanguageModel:
             self, state, tokens, valid, last=last_context_length, progress=progress
         ):
             pass
+        return state
+
+    def remember(
+        self,
+        windows: Int[np.ndarray, "N T"],
+        *,
+        rows: int = 1,
+        memory: MemoryConfig = SHARED,
+        state: State | None = None,
+        progress: Callable[[int], Any] | None = None,
+    ) -> State:
+        """Reads windows, each as if it were the only one, into a memory that all rows share.
+
+        That is how training reads the previous contexts of PreviousContext. It takes as long
+        whatever memory holds, as `read` does not, where each window looks into memory.
+
+        Args:
+          windows: of at most the local context.
+          rows: of the state: so many windows are read side by side, and so many texts can then
+            be read on from it.
+          memory, state, progress: as of `logits`.
+
+        Raises:
+          UserError: longer windows, or a memory that is not shared; as of `logits`.
+        """
+        windows, _ = self._text(windows, None)
+        check_range("remember", 1, rows=rows)
+        if windows.shape[1] > self.config.local_context:
+            raise UserError(
+                f"windows of {windows.shape[1]} tokens for a model with a local context of "
+                f"{self.config.local_context}: cut them shorter"
+            )
+        if state is None:
+            state = reading.begin(self, None, memory, rows)
+        if not state.config.shared:
+            raise UserError("a memory for each row: set MemoryConfig.shared to have one for all")
+        reading.remember(self, state, windows, progress)
         return state
 
     def logits(

@@ -68,6 +68,7 @@ class MemoryConfig:
 
 
 EVERYTHING = MemoryConfig()
+SHARED = MemoryConfig(shared=True)
 
 
 @dataclasses.dataclass
@@ -217,6 +218,38 @@ def pieces(
             progress(int(shown.sum()))
 
 
+def remember(
+    lm: Model,
+    state: State,
+    windows: Int[np.ndarray, "N T"],
+    progress: Callable[[int], Any] | None,
+) -> None:
+    """Reads windows, each as if it were the only one, into the memory that a state's rows share.
+
+    Raises:
+      UserError: there is no room in memory, and it is no ring.
+    """
+    stored = int(state.stored[0] + state.held.sum()) + windows.size
+    _check_room(state, stored)
+    _grow(lm, state, stored, stored)
+    _move(lm, state, state.places > 0)
+    nothing = memories.empty(lm.config, 1, 0, state.memory.storage, lm.mesh)
+    for start in range(0, len(windows), state.rows):
+        piece = windows[start : start + state.rows]
+        length = np.zeros(state.rows, int)
+        length[: len(piece)] = windows.shape[1]
+        piece = np.pad(piece, [(0, state.rows - len(piece)), (0, 0)])
+        _, state.cache = inference.read(
+            *(lm.config, state.config.lookup, lm.mesh, lm.params),
+            *(state.cache, nothing, piece, np.ones_like(piece, bool), length.astype(np.int32)),
+        )
+        state.places += length
+        state.held += length
+        _move(lm, state, length > 0)
+        if progress is not None:
+            progress(int(length.sum()))
+
+
 def make_room(lm: Model, state: State, rows: Bool[np.ndarray, " B"]) -> None:
     """A place for one more token of some rows: empties their windows where these are full."""
     _move(lm, state, rows & (state.places == lm.config.local_context))
@@ -271,15 +304,19 @@ def _reserve(lm: Model, state: State, plans, valid, new_tokens: int) -> None:
             later[row] = held - places + (1 + windows) * lm.config.local_context
     more = moved.sum() if state.config.shared else moved
     needed = int((state.stored + more + (later.sum() if state.config.shared else later)).max())
+    _check_room(state, needed)
+    # Writing may end early: room for a part of it, which grows as it is needed.
+    wanted = min(needed, int((state.stored + more).max()) + max(4096, int(more.max())))
+    _grow(lm, state, wanted, wanted)
+
+
+def _check_room(state: State, needed: int) -> None:
     size = state.config.size
     if size is not None and needed > size and not state.config.ring:
         raise UserError(
             f"the memory of {size} tokens is full before the end of the text, which needs "
             f"{needed}: raise MemoryConfig.size, or set MemoryConfig.ring to forget the oldest"
         )
-    # Writing may end early: room for a part of it, which grows as it is needed.
-    wanted = min(needed, int((state.stored + more).max()) + max(4096, int(more.max())))
-    _grow(lm, state, wanted, wanted)
 
 
 def widened(x: np.ndarray, width: int) -> np.ndarray:

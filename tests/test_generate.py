@@ -213,6 +213,50 @@ def test_documents_share_a_memory():
     np.testing.assert_allclose(got.reshape(want.shape), want, atol=1e-4)
 
 
+@EVERY_MODEL
+def test_windows_are_remembered_as_if_each_were_the_only_one(name):
+    """Three side by side in two rows, then one more; then two texts see all of them."""
+    lm, windows, texts = model_of(name), random_text(4, 40), random_text(2, C, seed=1)
+    state = lm.remember(windows[:3], rows=2)
+    state = lm.remember(windows[3:], state=state)
+    got = lm.logits(texts, last_context_length=C, state=state)
+
+    window = np.concatenate([np.repeat(np.arange(4), 40), np.repeat([4, 5], C)])
+    place = np.concatenate([np.tile(np.arange(40), 4), np.tile(np.arange(C), 2)])
+    local = (window[:, None] == window) & (place[:, None] >= place)
+    seen = np.stack([local, (window[:, None] >= 4) & (window < 4)])
+    config, tokens = config_of(name), np.concatenate([windows.reshape(-1), texts.reshape(-1)])
+    want = rules.logits(config, random_params(config), tokens, np.stack([window, place], 1), seen)
+    np.testing.assert_allclose(got.reshape(2 * C, -1), want[-2 * C :], atol=1e-4)
+
+
+def test_what_was_in_the_window_is_remembered_too():
+    """Texts, then windows: these come after those in memory, and do not see them."""
+    lm, windows, texts = model_of("llama"), random_text(3, 40), random_text(2, C, seed=1)
+    memory = MemoryConfig(2 * C + 40, shared=True)  # a ring: two windows overwrite what is oldest
+    state = lm.remember(windows[:1], rows=2, memory=memory)
+    lm.read(texts, last_context_length=C, state=state)
+    assert state.stored == 40
+    lm.remember(windows[1:], state=state)
+    assert state.stored == 40 + 2 * C + 80 and not state.places.any()
+    assert state.memory.visible == 2 * C + 40
+
+
+@pytest.mark.parametrize(
+    ("windows", "options", "message"),
+    [
+        (random_text(1, C + 1), {}, f"windows of {C + 1} tokens for a model with a local context"),
+        (random_text(1, C), {"memory": MemoryConfig()}, "set MemoryConfig.shared"),
+        (np.zeros(C, int), {}, "tokens of shape"),
+        (random_text(3, C), {"rows": 0}, "remember.rows = 0"),
+        (random_text(3, C), {"memory": MemoryConfig(C, False, shared=True)}, "is full before"),
+    ],
+)
+def test_windows_that_cannot_be_remembered(windows, options, message):
+    with pytest.raises(UserError, match=message):
+        model_of("llama").remember(windows, **options)
+
+
 # --- Writing -------------------------------------------------------------------------------------
 
 

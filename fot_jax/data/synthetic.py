@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import string
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -103,6 +104,11 @@ class DictionaryLookup(_Drawn):
             )
 
     @property
+    def half(self) -> int:
+        """Tokens of the definitions of a document, and of its questions, with separators."""
+        return self.document_tokens // 2
+
+    @property
     def record_tokens(self) -> int:
         """Tokens of a definition, and of a question."""
         return 2 + self.key_length + self.value_length
@@ -110,7 +116,7 @@ class DictionaryLookup(_Drawn):
     @property
     def records(self) -> int:
         """Definitions in a document, and questions."""
-        return self.document_tokens // 2 // self.record_tokens
+        return self.half // self.record_tokens
 
     def with_vocabulary(self, vocabulary: Vocabulary) -> DictionaryLookup:
         """Itself.
@@ -127,25 +133,60 @@ class DictionaryLookup(_Drawn):
         return self
 
     def draw(self, rng: np.random.Generator) -> Document:
-        n, half = self.records, self.document_tokens // 2
-        keys = rng.choice(SYMBOLS**self.key_length, n, replace=False)
-        keys = FIRST_SYMBOL + keys[:, None] // SYMBOLS ** np.arange(self.key_length) % SYMBOLS
-        values = rng.integers(FIRST_SYMBOL, FIRST_SYMBOL + SYMBOLS, (n, self.value_length))
-        asked = rng.permutation(n)
-
         tokens = np.full(self.document_tokens + 1, SEPARATOR, np.int32)
         weights = np.zeros(len(tokens), np.float32)
-        value = slice(2 + self.key_length, None)  # in a record
-        for start, mark, order in (0, KEY, slice(None)), (half, QUESTION, asked):
-            part = slice(start, start + n * self.record_tokens)
-            records = tokens[part].reshape(n, -1)  # a view
-            records[:, 0] = mark
-            records[:, 1 : 1 + self.key_length] = keys[order]
-            records[:, 1 + self.key_length] = VALUE
-            records[:, value] = values[order]
-            if mark == QUESTION:
-                weights[part].reshape(n, -1)[:, value] = 1.0
+        dictionary = self.dictionary(rng, self.records)
+        asked = rng.permutation(self.records)
+        tokens[: self.half] = self.written(KEY, dictionary)
+        questions = slice(self.half, 2 * self.half)
+        tokens[questions] = self.written(QUESTION, dictionary.of(asked))
+        weights[questions] = self.weights_of_questions()
         return Document(tokens, weights)
+
+    def dictionary(self, rng: np.random.Generator, records: int) -> Records:
+        """So many records whose keys differ.
+
+        Raises:
+          UserError: there are fewer keys.
+        """
+        possible = SYMBOLS**self.key_length
+        if records > possible:
+            raise UserError(
+                f"a dictionary of {records} records, but DictionaryLookup.key_length = "
+                f"{self.key_length} makes {possible} keys: raise it, or ask for fewer"
+            )
+        keys = rng.choice(possible, records, replace=False)
+        keys = FIRST_SYMBOL + keys[:, None] // SYMBOLS ** np.arange(self.key_length) % SYMBOLS
+        values = rng.integers(FIRST_SYMBOL, FIRST_SYMBOL + SYMBOLS, (records, self.value_length))
+        return Records(keys, values)
+
+    def written(self, mark: int, records: Records) -> np.ndarray:
+        """Tokens [..., half] of `self.records` definitions (KEY) or questions (QUESTION)."""
+        keys, values = records
+        first, second = (np.full((*keys.shape[:-1], 1), each) for each in (mark, VALUE))
+        of_records = np.concatenate([first, keys, second, values], -1)
+        n = self.records * self.record_tokens
+        tokens = np.full((*keys.shape[:-2], self.half), SEPARATOR, np.int32)
+        tokens[..., :n] = of_records.reshape(*keys.shape[:-2], n)
+        return tokens
+
+    def weights_of_questions(self) -> np.ndarray:
+        """1 on values, [half] float32."""
+        weights = np.zeros(self.half, np.float32)
+        of_records = weights[: self.records * self.record_tokens].reshape(self.records, -1)
+        of_records[:, 2 + self.key_length :] = 1.0  # a view
+        return weights
+
+
+class Records(NamedTuple):
+    """Keys and values of a dictionary, as ids: [..., records, symbols]."""
+
+    keys: np.ndarray
+    values: np.ndarray
+
+    def of(self, index) -> Records:
+        """Some of them, in another order or shape."""
+        return Records(self.keys[index], self.values[index])
 
 
 # --- Pass keys -----------------------------------------------------------------------------------

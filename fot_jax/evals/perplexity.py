@@ -12,6 +12,7 @@ from etils import epath
 
 from fot_jax.data.lanes import Document, DocumentSource
 from fot_jax.errors import UserError, check_range
+from fot_jax.evals import plots
 from fot_jax.generate import LanguageModel
 from fot_jax.model.lookup import Dense, Lookup
 from fot_jax.progress import bar
@@ -162,10 +163,7 @@ class PerplexityByContext:
 
     def plot(self, rows, path: epath.Path) -> None:
         """Perplexity against memory size, as a PNG."""
-        import matplotlib.figure
-
-        figure = matplotlib.figure.Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
-        axes = figure.subplots()
+        figure, axes = plots.new()
         sizes = [row["memory"] for row in rows]
         perplexities = [row["perplexity"] for row in rows]
         axes.plot(sizes, perplexities, "o-", linewidth=2.5, markersize=8)
@@ -179,25 +177,16 @@ class PerplexityByContext:
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # over a steep line
                 fontsize=11,
             )
-        # Linear up to the smallest memory, so that "no memory" has a place on a log axis.
-        axes.set_xscale("symlog", base=2, linthresh=max(1, sizes[1] if len(sizes) > 1 else 1))
-        axes.set_xticks(sizes, [_short(size) for size in sizes])
-        axes.minorticks_off()
+        # Linear up to the smallest memory, so that "no memory" has a place.
+        plots.sizes_along(axes, sizes, linear_to=max(1, sizes[1] if len(sizes) > 1 else 1))
         axes.margins(x=0.06, y=0.18)
         documents = ", shared by documents" if self.multi_doc else ""
-        axes.set_xlabel(f"memory beyond the local window (tokens{documents})", fontsize=12)
-        axes.set_ylabel(f"{self.split} perplexity per token", fontsize=12)
-        axes.tick_params(labelsize=11)
-        axes.grid(alpha=0.3)
-        with path.open("wb") as file:
-            figure.savefig(file, format="png")
+        axes.set_xlabel(f"memory beyond the local window (tokens{documents})")
+        axes.set_ylabel(f"{self.split} perplexity per token")
+        plots.save(figure, path)
 
 
 class _Scored(NamedTuple):
     document: Document
     start: int  # of the scored tokens, a multiple of the window
     stop: int
-
-
-def _short(size: int) -> str:
-    return f"{size // 1024}K" if size >= 1024 and size % 1024 == 0 else str(size)

@@ -1,0 +1,174 @@
+"""Dictionary lookup: is the right value found among all definitions in memory (paper §5)?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+from etils import epath
+
+from fot_jax.data.lanes import DocumentSource
+from fot_jax.data.synthetic import KEY, QUESTION, DictionaryLookup, Records
+from fot_jax.errors import LARGEST_SEED, UserError, check_range
+from fot_jax.evals import plots
+from fot_jax.generate import LanguageModel
+from fot_jax.model.lookup import Lookup, TopK
+from fot_jax.progress import bar
+from fot_jax.reading import MemoryConfig, State
+
+LONGEST_WINDOW = 2**16  # tokens of dictionary for a model without memory: attention is quadratic
+
+
+@dataclasses.dataclass(frozen=True)
+class DictionaryAccuracy:
+    """The share of value tokens that are the most likely ones, by size of the dictionary.
+
+    One dictionary is read window by window, as training reads definitions: each by itself, into
+    one memory. At every size, windows of questions are asked about all that has been read so far.
+
+    A model without memory layers has dictionary and questions in one window, as far as that goes:
+    no further than 64K tokens.
+
+    Attributes:
+      sizes: tokens of dictionary, separators among them.
+      windows: of questions, at every size; each of as many as a training document has.
+      rows: of windows that are read side by side.
+      lookup: as MemoryConfig.lookup; the paper has k = 32.
+      storage: of memory, as MemoryConfig.storage.
+      seed: of dictionary and questions.
+      name: of the plot, and in results.
+    """
+
+    sizes: tuple[int, ...] = (512, 4_096, 32_768, 262_144)
+    windows: int = 16
+    rows: int = 16
+    lookup: Lookup = TopK(32)
+    storage: str | None = "float16"
+    seed: int = 0
+    name: str = "dictionary_accuracy"
+
+    def __post_init__(self):
+        check_range("DictionaryAccuracy", 1, windows=self.windows, rows=self.rows)
+        check_range("DictionaryAccuracy", 0, LARGEST_SEED, seed=self.seed)
+        if not self.sizes:
+            raise UserError("DictionaryAccuracy.sizes = (): give one size or more")
+        for size in self.sizes:
+            check_range("DictionaryAccuracy", 1, 2**30, sizes=size)
+            self._memory(size)
+        if self.windows % self.rows:
+            raise UserError(
+                f"DictionaryAccuracy.windows = {self.windows} is not a multiple of "
+                f"DictionaryAccuracy.rows = {self.rows}: change one of them"
+            )
+
+    def _memory(self, size: int) -> MemoryConfig:
+        return MemoryConfig(size, storage=self.storage, lookup=self.lookup, shared=True)
+
+    def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, float]]:
+        """One row a size: tokens of dictionary, accuracy, value tokens asked for.
+
+        Raises:
+          UserError: the documents are no dictionary lookup, or there are fewer keys.
+        """
+        if not isinstance(source, DictionaryLookup):
+            raise UserError(
+                f"DictionaryAccuracy asks about a DictionaryLookup, not a {type(source).__name__}: "
+                "set Evaluation.source = @DictionaryLookup()"
+            )
+        sizes = sorted({size // source.half * source.half for size in self.sizes})
+        if sizes[0] == 0:
+            raise UserError(
+                f"DictionaryAccuracy.sizes has {min(self.sizes)}, less than a window of "
+                f"{source.half} tokens (half of DictionaryLookup.document_tokens): leave it out"
+            )
+        remembers = bool(lm.config.memory_layers)
+        if not remembers:
+            sizes = [size for size in sizes if size <= LONGEST_WINDOW]
+        dictionary = source.dictionary(
+            np.random.default_rng((self.seed, 0)), sizes[-1] // source.half * source.records
+        )
+        ask = self._with_memory if remembers else self._in_one_window
+        rows = []
+        for size, correct in ask(lm, source, dictionary, sizes):
+            weights = source.weights_of_questions()
+            asked = weights.sum() * self.windows
+            accuracy = float((correct * weights).sum() / asked)
+            rows.append({"dictionary": size, "accuracy": accuracy, "tokens": int(asked)})
+        return rows
+
+    def _with_memory(self, lm, source, dictionary, sizes) -> Iterator[tuple[int, np.ndarray]]:
+        """(size, correct [windows, half]) of each size."""
+        state, done = None, 0
+        with bar(sizes[-1]) as progress:
+            for size in sizes:
+                records = slice(*(n // source.half * source.records for n in (done, size)))
+                windows = source.written(KEY, _windows(dictionary.of(records), source.records))
+                memory = {"memory": self._memory(sizes[-1])} if state is None else {"state": state}
+                state = lm.remember(windows, rows=self.rows, progress=progress, **memory)
+                done = size
+                yield size, self._answers(lm, source, dictionary, size, state)
+
+    def _answers(self, lm, source, dictionary, size: int, state: State) -> np.ndarray:
+        questions = self._questions(source, dictionary, size)
+        return np.concatenate(
+            [
+                _correct(lm, rows, state=state.copy())
+                for rows in np.split(questions, self.windows // self.rows)
+            ]
+        )
+
+    def _in_one_window(self, lm, source, dictionary, sizes) -> Iterator[tuple[int, np.ndarray]]:
+        """The same, for a model without memory layers."""
+        for size in sizes:
+            config = dataclasses.replace(lm.config, local_context=size + source.half)
+            wide = dataclasses.replace(lm, config=config)
+            records = dictionary.of(slice(size // source.half * source.records))
+            read = source.written(KEY, _windows(records, source.records)).reshape(-1)
+            questions = self._questions(source, dictionary, size)
+            yield (
+                size,
+                np.concatenate(
+                    [_correct(wide, np.concatenate([read, row])[None]) for row in questions]
+                )[:, -source.half :],
+            )
+
+    def _questions(self, source, dictionary: Records, size: int) -> np.ndarray:
+        """Windows of questions about the first `size` tokens of the dictionary: [windows, half]."""
+        rng = np.random.default_rng((self.seed, size))
+        there = size // source.half * source.records
+        asked = [rng.choice(there, source.records, replace=False) for _ in range(self.windows)]
+        return source.written(QUESTION, dictionary.of(np.stack(asked)))
+
+    def scalars(self, rows) -> dict[str, float]:
+        """Accuracy of each size."""
+        return {f"dictionary_accuracy/{row['dictionary']}": row["accuracy"] for row in rows}
+
+    def table(self, rows) -> str:
+        """The rows as text."""
+        lines = [f"{'dictionary (tokens)':>20} {'accuracy':>9} {'asked':>8}"]
+        for row in rows:
+            lines.append(f"{row['dictionary']:20,d} {row['accuracy']:9.4f} {row['tokens']:8,d}")
+        return "\n".join(lines)
+
+    def plot(self, rows, path: epath.Path) -> None:
+        """Accuracy against size, as a PNG."""
+        figure, axes = plots.new()
+        sizes = [row["dictionary"] for row in rows]
+        axes.plot(sizes, [100 * row["accuracy"] for row in rows], "o-")
+        plots.sizes_along(axes, sizes)
+        axes.set_ylim(-3, 103)
+        axes.set_xlabel("dictionary in memory (tokens)")
+        axes.set_ylabel("value tokens found (%)")
+        plots.save(figure, path)
+
+
+def _windows(records: Records, each: int) -> Records:
+    """[windows * each, symbols] -> [windows, each, symbols]."""
+    return Records(*(x.reshape(-1, each, x.shape[-1]) for x in records))
+
+
+def _correct(lm: LanguageModel, tokens: np.ndarray, **options) -> np.ndarray:
+    """Whether every token [rows, T] but the first was the most likely one; False for that."""
+    scores = lm.score(tokens, last_context_length=lm.config.local_context, **options)
+    return np.pad(scores.correct, [(0, 0), (1, 0)])
