@@ -211,8 +211,8 @@ MODELS = " or ".join(f"@{name}()" for name in ("ModelConfig", *(f.__name__ for f
         ),
         (
             "Evaluation.evals = (@Corpus(),)",
-            "(@Corpus(),): give a tuple, each of it @DictionaryAccuracy() or @PerplexityByContext() "
-            "or @Sample()",
+            "(@Corpus(),): give a tuple, each of it @DictionaryAccuracy() or "
+            "@PerplexityByContext() or @Sample()",
         ),
         ("train.initialize_from = 3", '3: give a text in "quotes" or None'),
         ("train.profile_steps = 3", "3: give (a whole number, a whole number) or None"),
