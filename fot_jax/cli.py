@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import importlib.metadata
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from fot_jax import experiment_files
 from fot_jax.errors import UserError
 from fot_jax.training import cluster
 
+_GOOGLE = "0x1ae0"  # as a vendor of PCI devices
 _CHECKPOINT = "a workdir, a step inside it, or a Hugging Face directory"
 
 
@@ -42,8 +44,18 @@ def main(argv: list[str] | None = None) -> int:
         line = (
             f"{error.filename or 'writing'}: {error.strerror}: mend that, or choose another place"
         )
+    except Exception as error:
+        if not _is_of_storage(error):
+            raise
+        what = str(error).split("\n  In call to")[0]  # gin says where it was called from
+        line = f"{what}: log in (gcloud auth application-default login), or mend the path"
     print(f"fot: error: {' '.join(line.split())}", file=sys.stderr)
     return 2
+
+
+def _is_of_storage(error: Exception) -> bool:
+    """Whether TensorFlow, which reads buckets, could not read or write something there."""
+    return type(error).__module__.startswith("tensorflow.") and "gs://" in str(error)
 
 
 def run() -> None:
@@ -52,6 +64,7 @@ def run() -> None:
     The interpreter would wait for threads first, and Orbax's wait for ever once a save has failed;
     JAX would wait for the other processes of the run, which are waiting for this one.
     """
+    _leave_tpus_to_machines_that_have_some()
     try:
         code = main()
     except Exception:
@@ -63,6 +76,14 @@ def run() -> None:
             sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _leave_tpus_to_machines_that_have_some() -> None:
+    """Where libtpu is installed for `fot compile` alone, it would be looked to, and complain."""
+    vendors = (path.read_text().strip() for path in Path("/sys/bus/pci/devices").glob("*/vendor"))
+    others = importlib.metadata.entry_points(group="jax_plugins")  # GPUs
+    if not others and _GOOGLE not in vendors:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 @contextlib.contextmanager

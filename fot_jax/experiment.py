@@ -37,8 +37,8 @@ class Data:
       source: yields documents.
       lanes: documents read side by side; the batch has lanes * windows-of-the-scheme rows of
         the model's local context.
-      lane_groups: shards of the document stream; any number of hosts that divides it sees the same
-        data.
+      lane_groups: shards of the document stream. Any number of hosts sees the same data; where it
+        divides this number, no document is read by two of them.
       group_lanes: lanes of a crossbatch group, within which negatives are drawn; None: all.
       seed: of the order of documents.
     """

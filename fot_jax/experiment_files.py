@@ -40,7 +40,8 @@ def load(files: list[str], bindings: list[str]) -> None:
     for file in files:
         if not Path(file).is_file():
             raise UserError(f"no experiment file {file}: give the path of a .gin file")
-        gin.add_config_file_search_path(os.path.dirname(os.path.abspath(file)))
+        for directory in _directories(os.path.abspath(file), set()):
+            gin.add_config_file_search_path(directory)
     logging.disable(logging.ERROR)  # gin logs every place where it looks for an include in vain
     try:
         for file in files:
@@ -51,6 +52,18 @@ def load(files: list[str], bindings: list[str]) -> None:
                 gin.parse_config(binding)
     finally:
         logging.disable(logging.NOTSET)
+
+
+def _directories(file: str, seen: set[str]) -> Iterator[str]:
+    """Of an experiment file and the files it includes, whose own includes are relative to them."""
+    seen.add(file)
+    yield os.path.dirname(file)
+    text = Path(file).read_text(errors="replace")
+    for included in re.findall(r"""^include\s+['"](.+)['"]""", text, re.MULTILINE):
+        for start in (os.getcwd(), os.path.dirname(file)):
+            path = os.path.normpath(os.path.join(start, included))
+            if os.path.isfile(path) and path not in seen:
+                yield from _directories(path, seen)
 
 
 def value_of(name: str) -> Any:
@@ -240,6 +253,8 @@ def _checked(thing: Callable) -> Callable:
         for parameter, value in signature.bind_partial(*args, **kwargs).arguments.items():
             name = f"{thing.__name__}.{parameter}"
             if value is gin.REQUIRED:
+                scope = gin.config.current_scope_str()
+                name = f"{scope}/{name}" if scope else name
                 raise UserError(f"{name} is not set: add --gin '{name} = ...', or set it in a file")
             if parameter in hints and not _fits(value, hints[parameter]):
                 raise UserError(f"{name} = {_shown(value)}: give {_wanted(hints[parameter])}")

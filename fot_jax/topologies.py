@@ -130,8 +130,9 @@ def topology_of(name: str) -> Topology:
     """
     generation, _, count = name.partition("-")
     if generation not in CHIPS:
-        known = ", ".join(f"{each}-…" for each in CHIPS)
-        raise UserError(f"there is no TPU slice {name!r}: names are {known}")
+        ours = [f"{each}-{count}" for each in CHIPS if CHIPS[each].accelerator == generation]
+        names = ours or [f"{each}-…" for each in CHIPS]
+        raise UserError(f"there is no TPU slice {name!r}: names are {', '.join(names)}")
     chip = CHIPS[generation]
     by_name = {f"{generation}-{n * chip.cores}": n for n in SHAPES[generation]}
     if name not in by_name:

@@ -128,7 +128,8 @@ def train(
     checkpointer = Checkpointer(
         workdir / "checkpoints", keep_last=checkpoints.keep_last, keep_every=checkpoints.keep_every
     )
-    owned = _owned_groups(partitioning.owned_rows(mesh, program.rows), data, program.rows)
+    rows_here = partitioning.owned_rows(mesh, program.rows)
+    owned, mine = partitioning.groups_of(rows_here, program.rows // data.lane_groups)
     restored = checkpointer.restore_latest(program.state.params, program.state.opt_state, owned)
     history = History()
     source = data.source
@@ -171,7 +172,7 @@ def train(
     snapshot = lanes.snapshot()
 
     def place(batch):
-        return {k: jax.make_array_from_process_local_data(by_rows, batch[k]) for k in batch}
+        return {k: jax.make_array_from_process_local_data(by_rows, batch[k][mine]) for k in batch}
 
     # What is wrong with the data shows now, too.
     ready = [(place(next(lanes)), lanes.snapshot())] if first_step < steps else []
@@ -373,18 +374,6 @@ def _check_vocabulary(source: DocumentSource, model: ModelConfig) -> None:
             f"the tokenizer has {source.vocabulary.size} tokens, the model a vocabulary of "
             f"{model.vocab_size}: raise the model's vocab_size or use a smaller tokenizer"
         )
-
-
-def _owned_groups(owned: range, data: Data, rows: int) -> list[int]:
-    """The lane groups whose rows this process holds."""
-    of_group = rows // data.lane_groups
-    if owned.start % of_group or len(owned) % of_group:
-        raise UserError(
-            f"this process holds rows {owned.start} … {owned.stop - 1} of {rows}, which are not "
-            f"whole lane groups of {of_group} rows: make Data.lane_groups = {data.lane_groups} a "
-            f"multiple of the number of processes ({jax.process_count()})"
-        )
-    return list(range(owned.start // of_group, owned.stop // of_group))
 
 
 @dataclasses.dataclass

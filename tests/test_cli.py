@@ -313,6 +313,29 @@ def test_output_that_cannot_be_written(here, trained, capsys):
 # --- Signals -------------------------------------------------------------------------------------
 
 
+def test_buckets_that_cannot_be_read(here, capsys, monkeypatch):
+    """TensorFlow reads them, and has errors of its own."""
+    import tensorflow as tf
+
+    what = "Could not resolve host when reading metadata of gs://bucket/tokenizer.model"
+
+    def fail(args):
+        raise tf.errors.FailedPreconditionError(None, None, f"{what}\n  In call to configurable")
+
+    monkeypatch.setattr(cli, "_train", fail)
+    line = refused(capsys, "train", "experiment.gin")
+    assert line.startswith(f"{what}: log in (gcloud auth application-default login), or mend")
+
+
+def test_libtpu_is_silent_where_there_is_no_tpu(here):
+    """It is installed for `fot compile`."""
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    argv = [sys.executable, "-m", "fot_jax", "train", "experiment.gin", "--dry_run"]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "nothing written" in done.stdout
+    assert "TPU" not in done.stderr
+
+
 def test_interrupted_before_there_is_anything_to_save():
     code = """if True:
         import signal

@@ -193,6 +193,7 @@ def test_experiments_divide_over_the_slice_they_name(path, monkeypatch, capsys):
     "argv, message",
     [
         (["--topology", "v4-7"], "there is no TPU slice 'v4-7': of v4 there are v4-8, v4-16,"),
+        (["--topology", "v5litepod-256"], "no TPU slice 'v5litepod-256': names are v5e-256"),
         (["--topology", "h100"], "there is no TPU slice 'h100': names are v2-…, v3-…,"),
         (bindings("Compute.topology = None"), "the experiment names no TPU slice: add --topology"),
         (bindings("Compute.topology = 'v9-8'"), "there is no TPU slice 'v9-8'"),
@@ -205,7 +206,7 @@ def test_experiments_divide_over_the_slice_they_name(path, monkeypatch, capsys):
 def test_bad_input(experiment, capsys, argv, message):
     if message == "32 rows":  # another slice than the mesh is for
         argv = [*argv, *bindings("Compute.mesh = @MeshShape()", "MeshShape.data = 4")]
-        message = "mesh replica=1 x data=4 x fsdp=1 x tensor=1 does not use the 8 devices here"
+        message = "mesh replica=1 x data=4 x fsdp=1 x tensor=1 does not use 8 devices"
     assert cli.main(["compile", experiment, *argv]) == 2
     err = capsys.readouterr().err
     assert err.startswith("fot: error: ") and message in err and err.count("\n") == 1

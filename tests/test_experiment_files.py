@@ -4,7 +4,7 @@ import pytest
 import runs
 from runs import DICTIONARY, bind, refused_untouched
 
-from fot_jax import cli
+from fot_jax import cli, experiment_files
 from fot_jax.model import sizes
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -153,6 +153,26 @@ def test_values_that_are_not_for_experiment_files(here, capsys):
         line = refused_untouched(capsys, "train", "experiment.gin", *bind(f"{name} = 'x'"))
         place = f"--gin \"{name} = 'x'\""
         assert line == f"{name} is not for experiment files ({place}): see fot {verb} --help"
+
+
+def test_a_value_that_one_of_several_leaves_to_the_user(here, capsys):
+    """Its name is that of the one."""
+    more = bind("A = @arxiv/Passkey()", "Data.source = %A", "Passkey.document_tokens = 999")
+    more += bind("arxiv/Passkey.document_tokens = %gin.REQUIRED")
+    line = refused_untouched(capsys, "train", "experiment.gin", *more)
+    name = "arxiv/Passkey.document_tokens"
+    assert line == f"{name} is not set: add --gin '{name} = ...', or set it in a file"
+
+
+def test_included_files_include_others_beside_them(here, tmp_path_factory):
+    """From wherever: their paths are relative to the file that has them."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "parts").mkdir()
+    (elsewhere / "parts" / "steps.gin").write_text("train.steps = 7\n")
+    (elsewhere / "all.gin").write_text("include 'parts/steps.gin'\n")
+    (here / "mine.gin").write_text(f"include 'experiment.gin'\ninclude '{elsewhere}/all.gin'\n")
+    experiment_files.load(["mine.gin"], [])
+    assert experiment_files.value_of("train.steps") == 7
 
 
 def test_values_that_a_file_leaves_to_its_user(here, capsys):
@@ -305,7 +325,7 @@ def test_values_of_the_wrong_type(here, capsys, binding, message):
         ),
         (
             ["MeshShape.data = 2"],
-            "mesh replica=1 x data=2 x fsdp=1 x tensor=1 does not use the 1 devices here exactly",
+            "mesh replica=1 x data=2 x fsdp=1 x tensor=1 does not use 1 devices exactly",
         ),
         (
             ["MeshShape.data = 1", "MeshShape.tensor = 4", "--dry_run"],

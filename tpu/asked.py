@@ -77,25 +77,25 @@ def slices_of(files: list[str], bindings: list[str], topology: str | None) -> Sl
     """The slices that experiment files, or --topology, ask for.
 
     Raises:
-      UserError: they ask for none, or for something that does not exist, or do not parse.
+      UserError: they ask for none, or for something that does not exist, or whose devices the mesh
+        does not use exactly; or they do not parse.
     """
     from fot_jax import experiment_files  # brings JAX: only where an experiment is read
 
     experiment_files.load(files, bindings)
-    named = experiment_files.value_of("Compute.topology")
-    name = named if topology is None else topology
+    import gin
+
+    with experiment_files.gin_errors():
+        compute = gin.get_configurable("Compute")()
+    name = compute.topology if topology is None else topology
     if name is None:
         raise UserError(
             f'{files[0]} asks for no TPU: set Compute.topology = "v4-128", or add --topology'
         )
-    if not isinstance(name, str):
-        raise UserError(f'Compute.topology = {name!r}: give a text in "quotes"')
-    count = experiment_files.value_of("Compute.slices")
-    if count is None:
-        count = 1
-    if type(count) is not int or count < 1:
-        raise UserError(f"Compute.slices = {count!r}: give a whole number, 1 or more")
-    return Slices(topology_of(name), count)
+    slices = Slices(topology_of(name), compute.slices)
+    devices = slices.topology.devices * slices.count
+    compute.mesh.sizes(devices, slices.count)  # what does not divide shows before it costs anything
+    return slices
 
 
 def _check(flag: str, value: str, pattern: str, wanted: str) -> None:

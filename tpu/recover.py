@@ -10,8 +10,9 @@ runs of its workers, and takes one step. So it may be killed anywhere, and start
     ACTIVE              nodes ready, a worker without a run           set up and start
     ACTIVE              nodes ready, all running                      wait
     ACTIVE              nodes ready, the run failed                   show why, set up and start
-    ACTIVE              nodes ready, a worker lost, or run stopped    set up and start, if still so
-    ACTIVE              nodes ready, finished                         end          a turn later
+    ACTIVE              nodes ready, a worker lost, or run stopped    the same, if still so a turn
+                                                                      later
+    ACTIVE              nodes ready, finished                         end
     all others                                                        wait
 """
 
@@ -62,7 +63,22 @@ def recover(args: Namespace) -> int:
         calls.print_commands(_without_trouble(pod, code, create, start))
         return 0
 
+    if args.tier == "spot" and not args.workdir.startswith("gs://"):
+        _say(pod, f"{args.workdir} is lost with a spot pod, unless machines share it: use gs://…")
     verbs.look(pod)  # a missing login, say, does not go away by waiting
+    try:
+        return _until_done(pod, slices, code, create, start, args)
+    except KeyboardInterrupt:
+        _say(pod, "watched no more: the same command goes on where things are")
+        raise
+    finally:
+        _say_billed(pod)
+
+
+def _until_done(
+    pod: Pod, slices: asked.Slices, code: ship.Code, create: Argv, start: Argv, args: Namespace
+) -> int:
+    """Turn after turn; the exit code."""
     failures = _Failures(pod, args.workdir, args.max_failures)
     before, said, shown = Step("wait", ""), None, None
     while True:
@@ -72,9 +88,8 @@ def recover(args: Namespace) -> int:
         if line != said:
             _say(pod, line)
         if step.do == "end":
-            _say(pod, "is still there, and billed: python -m tpu delete ends that")
             return 0
-        if step.failed and step.failed["ended"] != shown:
+        if acts and step.failed and step.failed["ended"] != shown:
             shown = step.failed["ended"]
             if failures.too_many(verbs.failure(step.failed)):
                 return 1
@@ -163,9 +178,7 @@ def step_of_runs(answers: list[dict], expected: int) -> Step:
         return Step("start" if "none" in by_state and not failed else "wait", why)
     if "finished" in by_state and not failed and "lost" not in by_state:
         return Step("end", why)  # workers finish together
-    if lost:
-        return Step("start", why, if_still=True)
-    return Step("start", why, failed=failed)
+    return Step("start", why, if_still=lost, failed=failed)
 
 
 # --- Failures ------------------------------------------------------------------------------------
@@ -207,6 +220,12 @@ def _newest_checkpoint(pod: Pod, workdir: str) -> int:
         return -1
     steps = re.findall(r"/checkpoints/(\d+)/?$", listed, re.MULTILINE)
     return max(map(int, steps), default=-1)
+
+
+def _say_billed(pod: Pod) -> None:
+    where = f"--zone {pod.zone}" + (f" --project {pod.project}" if pod.project else "")
+    ends = f"python -m tpu delete --name {pod.name} {where}"
+    _say(pod, f"is billed for as long as it is there: {ends}")
 
 
 def _say(pod: Pod, what: str) -> None:

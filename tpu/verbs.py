@@ -21,9 +21,9 @@ def create(args: Namespace) -> int:
         calls.print_commands([command])
         return 0
     calls.call(command)
-    print(
-        f"{pod.name}: asked for {slices.count} x {slices.topology.name}; it is billed once ACTIVE"
-    )
+    tier = args.tier or "on demand"
+    what = f"{slices.count} x {slices.topology.name}, {tier}"
+    print(f"{pod.name}: asked for {what}; it is billed once ACTIVE")
     return 0
 
 

@@ -116,8 +116,8 @@ def _files(corpus: Corpus, split: str) -> list[epath.Path]:
     directory = path_of(corpus.path)
     if not directory.is_dir():
         raise UserError(
-            f"{directory}: no such directory: set Corpus.path to one with train.jsonl.gz, "
-            "valid.jsonl.gz and test.jsonl.gz, to tfds:NAME, or to standard_library"
+            f"{directory}: no such directory: set Corpus.path to one with train.jsonl.gz "
+            "and valid.jsonl.gz, to tfds:NAME, or to standard_library"
         )
     name = re.compile(rf"{re.escape(split)}(-[^.]*)?\.jsonl(\.gz)?")
     files = sorted((f for f in directory.iterdir() if name.fullmatch(f.name)), key=lambda f: f.name)

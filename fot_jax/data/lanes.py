@@ -5,8 +5,9 @@ Lane r of a batch reads one document from its start to its end, then the next. A
 calls previous and current contexts of a document stand in consecutive rows.
 
 Lanes are divided into a fixed number of groups; group g reads shard g of the document stream, and
-a host owns whole groups. So the batches do not depend on how many hosts there are, and neither does
-the state: per group its place in the stream, per lane what is left of its document.
+a host reads the groups that it has rows of. So the batches do not depend on how many hosts there
+are, and neither does the state: per group its place in the stream, per lane what is left of its
+document.
 
 Letters: R rows (lanes * windows), T tokens of a window, W windows, N tokens of a document.
 """

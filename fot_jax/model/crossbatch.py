@@ -225,19 +225,26 @@ def attention(q, k, v, segments, plan: Plan, k_context=None) -> jax.Array:
         static = contexts._replace(own=None, ring=None)
         return _attention(plan, static, q, k, k_context, v, segments, pairs)
 
-    return _over_devices(plan, on_device, q, k, k_context, v, segments)
+    return over_devices(plan, on_device, q, k, k_context, v, segments)
 
 
-def _over_devices(plan: Plan, function, *arrays):
-    """Runs function(device, *arrays) on every device's rows and heads; the last has no heads."""
+def over_devices(plan: Plan, function, *arrays) -> jax.Array:
+    """Runs function(device, *arrays) on every device's rows and heads.
+
+    Arrays are [rows, tokens, heads, dim], [rows, tokens] or [heads]; it gives a first one.
+    """
     if plan.mesh is None:
         return function(jnp.zeros([], jnp.int32), *arrays)
-    heads, rows = PartitionSpec(ROW_AXES, None, HEAD_AXIS, None), PartitionSpec(ROW_AXES, None)
+    specs = {
+        4: PartitionSpec(ROW_AXES, None, HEAD_AXIS, None),
+        2: PartitionSpec(ROW_AXES, None),
+        1: PartitionSpec(HEAD_AXIS),
+    }
     return jax.shard_map(
         lambda *arrays: function(lax.axis_index(ROW_AXES), *arrays),
         mesh=plan.mesh,
-        in_specs=(*[heads] * (len(arrays) - 1), rows),
-        out_specs=heads,
+        in_specs=tuple(specs[x.ndim] for x in arrays),
+        out_specs=specs[4],
         check_vma=False,
     )(*arrays)
 
@@ -423,4 +430,4 @@ def _context_logsumexp(plan, contexts, q, k_context, segments) -> jax.Array:
         parts = _around(plan, contexts, visit, parts, (k_t, segments), pairs)
         return parts_of.from_tiles(parts.lse[..., None], R, T)
 
-    return _over_devices(plan, on_device, q, k_context, segments)[..., 0]
+    return over_devices(plan, on_device, q, k_context, segments)[..., 0]

@@ -1,8 +1,8 @@
 """What a step directory holds, item by item, and how damage to it is noticed.
 
 params and opt_state are Orbax items; their shapes, types and checksums stand in meta. data has one
-file a lane group, so that any number of hosts can read back the groups it owns. meta is JSON with a
-CRC over itself.
+file a lane group, so that any number of hosts can read back what it needs. meta is JSON with a CRC
+over itself.
 """
 
 from __future__ import annotations

@@ -52,13 +52,8 @@ class MeshShape:
         """
         devices = jax.devices() if devices is None else devices
         devices = sorted(devices, key=lambda device: (_slice_of(device), device.process_index))
-        slices = len(set(map(_slice_of, devices)))
-        if self.replica % slices:
-            raise UserError(
-                f"MeshShape.replica = {self.replica} is not a multiple of the {slices} TPU slices "
-                "here: parameters would be gathered over the network between them"
-            )
-        return Mesh(np.asarray(devices).reshape(self._sizes(len(devices))), AXES)
+        sizes = self.sizes(len(devices), slices=len(set(map(_slice_of, devices))))
+        return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
     def make_abstract(self) -> AbstractMesh:
         """A mesh without devices, to trace with: any number of them when `data` is given.
@@ -67,16 +62,26 @@ class MeshShape:
           UserError: `data` is -1 and the other axes do not divide the number of devices here.
         """
         if self.data == -1:
-            return AbstractMesh(self._sizes(jax.device_count()), AXES)
+            return AbstractMesh(self.sizes(jax.device_count()), AXES)
         return AbstractMesh((self.replica, self.data, self.fsdp, self.tensor), AXES)
 
-    def _sizes(self, devices: int) -> tuple[int, int, int, int]:
+    def sizes(self, devices: int, slices: int = 1) -> tuple[int, int, int, int]:
+        """Of the axes, over so many devices in so many TPU slices.
+
+        Raises:
+          UserError: they do not multiply to the devices, or a replica would span slices.
+        """
+        if self.replica % slices:
+            raise UserError(
+                f"MeshShape.replica = {self.replica} is not a multiple of the {slices} TPU slices: "
+                "parameters would be gathered over the network between them"
+            )
         rest = self.replica * self.fsdp * self.tensor
         data = devices // rest if self.data == -1 else self.data
         if data * rest != devices:
             raise UserError(
                 f"mesh replica={self.replica} x data={self.data} x fsdp={self.fsdp} x "
-                f"tensor={self.tensor} does not use the {devices} devices here exactly: change "
+                f"tensor={self.tensor} does not use {devices} devices exactly: change "
                 "the MeshShape values"
             )
         return self.replica, data, self.fsdp, self.tensor
@@ -149,3 +154,13 @@ def owned_rows(mesh: Mesh, count: int, process: int | None = None) -> range:
     if any(stop != start for (_, stop), (start, _) in itertools.pairwise(held)):
         raise ValueError(f"rows of process {process} lie apart: make the mesh with MeshShape.make")
     return range(held[0][0], held[-1][1])
+
+
+def groups_of(rows: range, of_group: int) -> tuple[range, slice]:
+    """The lane groups that a process reads for its rows, and which of their rows these are.
+
+    A group whose rows lie on several processes is read by each of them.
+    """
+    groups = range(rows.start // of_group, -(-rows.stop // of_group))
+    first = groups.start * of_group
+    return groups, slice(rows.start - first, rows.stop - first)

@@ -19,7 +19,7 @@ train.compute = @Compute()
 Compute.mesh = @MeshShape()
 MeshShape.data = 4
 MeshShape.fsdp = 2
-Data.lane_groups = 4
+Data.lane_groups = 2
 PreviousContext.d = 3
 Checkpoints.every = 20
 """

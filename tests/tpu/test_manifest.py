@@ -15,7 +15,8 @@ def job_set(cloud, *argv):
 
 def test_containers_run_what_workers_run(cloud):
     bindings = ("--gin", "VOCABULARY = \"$(A) 'x' ü: - #\"", "--env", "A=$(B)\ntwo: lines")
-    more = ("--topology", "v5e-16", "--gin", "Compute.slices = 2", "--spot")
+    mesh = ("--gin", "MeshShape.replica = 2", "--gin", "MeshShape.fsdp = 4")
+    more = ("--topology", "v5e-16", "--gin", "Compute.slices = 2", *mesh, "--spot")
     made = job_set(cloud, "experiments/long_llama_3b.gin", *bindings, *more)
     assert (made["apiVersion"], made["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     (slices,) = made["spec"]["replicatedJobs"]
@@ -38,13 +39,16 @@ def test_containers_run_what_workers_run(cloud):
         "--workdir=gs://bucket/run",
         "--gin=VOCABULARY = \"$(A) 'x' ü: - #\"",
         "--gin=Compute.slices = 2",
+        "--gin=MeshShape.replica = 2",
+        "--gin=MeshShape.fsdp = 4",
     ]
     environment = {each["name"]: each["value"] for each in container["env"]}
     assert environment["A"].replace("$$", "$") == "$(B)\ntwo: lines"
 
 
 def test_one_host(cloud):
-    made = job_set(cloud, "experiments/long_llama_3b.gin", "--topology", "v6e-8")
+    fits = ("--gin", "MeshShape.fsdp = 2")
+    made = job_set(cloud, "experiments/long_llama_3b.gin", "--topology", "v6e-8", *fits)
     job = made["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert job["parallelism"] == 1
     pod = job["template"]["spec"]
@@ -55,7 +59,7 @@ def test_one_host(cloud):
 @pytest.mark.parametrize(
     "more, why",
     [
-        (("--topology", "v2-8"), "clusters have no nodes of it"),
+        (("--topology", "v2-8", "--gin", "MeshShape.fsdp = 2"), "clusters have no nodes of it"),
         (("--name", "A b"), "--name 'A b'"),
         (("--workdir", "relative"), "--workdir 'relative'"),
     ],

@@ -189,7 +189,9 @@ def _who_names(directory):
 @pytest.mark.slow
 def test_several_slices(cloud):
     cloud.plan(workers=1)
-    with_slices = (cloud.experiment, *POD, "--gin", "Compute.slices = 2", "--topology", "v4-8")
+    mesh = ("Compute.slices = 2", "Compute.mesh = @MeshShape()", "MeshShape.replica = 2")
+    gin = [word for binding in mesh for word in ("--gin", binding)]
+    with_slices = (cloud.experiment, *POD, *gin, "--topology", "v4-8")
     cloud.works("create", *with_slices)
     assert "2 workers are ready" in cloud.works("setup", *with_slices)
     status = cloud.works("status", *POD)
@@ -242,6 +244,10 @@ REFUSED = {
     "a variable with a command": ("--env", "$(id)=1"),
     "a topology that is not there": ("--topology", "v4-7"),
     "slices that are none": ("--gin", "Compute.slices = 0"),
+    "slices that replicas span": ("--gin", "Compute.slices = 2"),
+    "a mesh of other devices": (
+        *("--gin", "Compute.mesh = @MeshShape()", "--gin", "MeshShape.fsdp = 3"),
+    ),
     "a name nobody knows": ("--gin", "Nothing.at_all = 1"),
 }
 

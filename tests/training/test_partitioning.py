@@ -96,11 +96,11 @@ def test_a_replica_lies_in_one_slice():
         (lambda: MeshShape(data=-2), r"MeshShape\.data = -2: give 1 or more devices \(-1: all"),
         (
             lambda: MeshShape(data=4).make(),
-            "replica=1 x data=4 x fsdp=1 x tensor=1 does not use the 8 devices",
+            "replica=1 x data=4 x fsdp=1 x tensor=1 does not use 8 devices",
         ),
-        (lambda: MeshShape(data=16).make(), "data=16 x fsdp=1 x tensor=1 does not use the 8"),
-        (lambda: MeshShape(fsdp=3).make(), "data=-1 x fsdp=3 x tensor=1 does not use the 8"),
-        (lambda: MeshShape(tensor=16).make(), "data=-1 x fsdp=1 x tensor=16 does not use the 8"),
+        (lambda: MeshShape(data=16).make(), "data=16 x fsdp=1 x tensor=1 does not use 8"),
+        (lambda: MeshShape(fsdp=3).make(), "data=-1 x fsdp=3 x tensor=1 does not use 8"),
+        (lambda: MeshShape(tensor=16).make(), "data=-1 x fsdp=1 x tensor=16 does not use 8"),
         (lambda: MeshShape(fsdp=3).make_abstract(), "data=-1 x fsdp=3 x tensor=1 does not use"),
         (lambda: MeshShape(tensor=16).make_abstract(), "data=-1 x fsdp=1 x tensor=16 does not"),
     ],
@@ -307,6 +307,17 @@ def test_rows_that_do_not_divide():
         partitioning.owned_rows(MeshShape().make(), 12)
     with pytest.raises(UserError, match="6 rows of a batch do not divide over 4 devices"):
         partitioning.owned_rows(MeshShape(2, 2, 2).make(), 6)
+
+
+@pytest.mark.parametrize("of_group", [1, 2, 3, 4, 6, 8, 12, 24])
+@pytest.mark.parametrize("of_process", [1, 2, 3, 4, 6, 8, 12, 24])
+def test_groups_are_read_by_every_process_that_has_rows_of_them(of_process, of_group):
+    for start in range(0, 24, of_process):
+        rows = range(start, start + of_process)
+        groups, mine = partitioning.groups_of(rows, of_group)
+        assert list(groups) == sorted({row // of_group for row in rows})
+        read = [group * of_group + i for group in groups for i in range(of_group)]
+        assert read[mine] == list(rows)
 
 
 def test_a_mesh_that_deals_rows_is_refused():
