@@ -109,7 +109,7 @@ def _register(gin) -> None:
         *(dictionary.DictionaryAccuracy, perplexity.PerplexityByContext, sample.Sample),
         *(lookup.Dense, lookup.TopK, lookup.ApproximateTopK),
         *(schemes.NoCrossbatch, schemes.PreviousContext),
-        *(schemes.Packed, schemes.PackedTable),
+        *(schemes.Packed, schemes.PackedTable, schemes.CachedContext),
         *(step.SwitchAtStep, step.SwitchAtAccuracy, step.DrawnEachStep),
         *(optim.adamw, optim.adafactor),
         *(optim.constant_rate, optim.inverse_square_root, optim.cosine),

@@ -33,7 +33,6 @@ from fot_jax.training.metrics import Counts, Metrics, matmul_rate
 from fot_jax.training.step import (
     ScheduleOfD,
     StepInfo,
-    TrainState,
     make_positive_mass,
 )
 
@@ -130,12 +129,12 @@ def train(
     )
     rows_here = partitioning.owned_rows(mesh, program.rows)
     owned, mine = partitioning.groups_of(rows_here, program.rows // data.lane_groups)
-    restored = checkpointer.restore_latest(program.state.params, program.state.opt_state, owned)
+    restored = checkpointer.restore_latest(program.state.params, program.state.beside, owned)
     history = History()
     source = data.source
     if restored is not None:
         step = jax.device_put(np.int32(restored.step), program.state.step.sharding)
-        state = TrainState(step, restored.params, restored.opt_state)
+        state = program.state.restored(step, restored.params, restored.opt_state)
         history = History(**restored.meta["history"])
         source = source.with_vocabulary(load_vocabulary(workdir / "vocabulary"))
     else:
@@ -237,7 +236,7 @@ def train(
     def save(step: int) -> None:
         meta = {"model": dataclasses.asdict(model), "history": dataclasses.asdict(history)}
         place = lanes.state_of(snapshot)
-        checkpointer.save(step, state.params, state.opt_state, place, meta)
+        checkpointer.save(step, state.params, state.beside, place, meta)
 
     def run(evals, step: int) -> None:
         with metrics.untimed():

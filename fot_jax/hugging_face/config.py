@@ -229,7 +229,13 @@ def content(c: ModelConfig, dtype: str, marks: dict[str, int | None]) -> dict[st
     Args:
       dtype: of the tensors.
       marks: bos_token_id, eos_token_id, pad_token_id, as far as they are known.
+
+    Raises:
+      UserError: a model that our PyTorch code has not: a baseline of the paper.
     """
+    for name in ("memory_gate", "memory_before"):
+        if getattr(c, name):
+            raise UserError(f"model.{name} = True: there is no PyTorch code for such models")
     longest, scaling = c.local_context, c.rope_scaling
     if scaling is not None:
         longest = int(scaling.factor * scaling.original_max_position)

@@ -93,7 +93,7 @@ def empty_cache(c: ModelConfig, rows: int, dtype=jnp.float32, mesh: Mesh | None 
         return jnp.zeros(shape, dtype, device=place)
 
     def layer(i):
-        both = i in c.memory_layers and c.memory_positions
+        both = i in c.memory_layers and c.memory_positions  # then memory has other keys
         return LayerCache(zeros(), zeros(), zeros() if both else None)
 
     return Cache(
@@ -162,28 +162,33 @@ def read(
     place = cache.length[:, None] + jnp.arange(tokens.shape[1])
     seen = valid & (jnp.arange(tokens.shape[1]) < advance[:, None])
     places = cache.valid.shape[1]
-    rope = tuple(x[jnp.minimum(place, places - 1)] for x in transformer.rope_table(c, places))
+    rope, before = (
+        tuple(x[jnp.minimum(place, places - 1)] for x in transformer.rope_table(c, places, start))
+        for start in (0, -c.local_context)
+    )
     x = params["embedding"][tokens]
     valid = memories.put(cache.valid[:, None], seen[:, None], place)[:, 0]
     layers = []
     for i, (layer, of_layer) in enumerate(zip(params["layers"], cache.layers, strict=True)):
         remembers = i in c.memory_layers
         q, k, v = transformer.queries_keys_values(c, layer, x)
-        unrotated = k
+        k_memory = transformer.rotate(k, before) if c.memory_before else k
         if not remembers or c.memory_positions:
             q, k = transformer.rotate(q, rope), transformer.rotate(k, rope)
-        new = LayerCache(k, v, None if of_layer.k_memory is None else unrotated)
+        new = LayerCache(k, v, None if of_layer.k_memory is None else k_memory)
         new = jax.tree.map(lambda x: x.swapaxes(1, 2), new)
         of_layer = jax.tree.map(functools.partial(memories.put, at=place), of_layer, new)
         layers.append(of_layer)
         of_memory = memory.layers[c.memory_layers.index(i)] if remembers and memory.slots else None
 
-        def attend(q, place, of_layer=of_layer, of_memory=of_memory):
+        def attend(q, place, layer=layer, of_layer=of_layer, of_memory=of_memory):
             local = _attend_window(q, of_layer, valid, place)
             if of_memory is None:
                 return local.attended()
             beyond = _attend_memory(lookup, q, of_memory, memory.visible, mesh)
-            return parts_of.merge(local, beyond).attended()
+            if not c.memory_gate:
+                return parts_of.merge(local, beyond).attended()
+            return _gated(layer["attention"]["memory_gate"], local, beyond)
 
         attended = _by_tiles(attend, q, place, c.num_kv_heads)
         x = transformer.add_outputs(c, layer, x, attended.reshape(*x.shape[:2], -1))
@@ -233,6 +238,15 @@ def _attend_window(q, layer: LayerCache, valid, place):
 
     steps = jnp.minimum(place.max() // block + 1, W // block)
     return lax.fori_loop(0, steps, step, parts_of.no_parts(q))
+
+
+def _gated(gate: Float[Array, " H"], local, beyond):
+    """sigmoid(gate) of memory, and the rest of the window; all of it where memory is empty."""
+    K, N = local.top.shape[1:]
+    share = jnp.repeat(jax.nn.sigmoid(gate).reshape(K, -1), N * K // len(gate), axis=1)  # [K, N]
+    seen = (beyond.top > parts_of.MASKED / 2)[..., None]
+    merged = share[..., None] * beyond.attended() + (1 - share[..., None]) * local.attended()
+    return jnp.where(seen, merged, local.attended())
 
 
 def _attend_memory(lookup: Lookup, q, layer: LayerMemory, visible, mesh):

@@ -25,6 +25,13 @@ PARAMETERS: dict[tuple[str, ...], tuple[str | None, ...]] = {
     ("mlp", "down"): (None, "tensor", "fsdp"),
 }
 
+# The same for what lanes have cached in training (cached_context.py).
+CACHED = {
+    ("cached", "k"): (None, ROW_AXES, None, "tensor", None),
+    ("cached", "v"): (None, ROW_AXES, None, "tensor", None),
+    ("cached", "segments"): (ROW_AXES, None),
+}
+
 
 class Cut(NamedTuple):
     """How a layer's kernel lies on the devices: at rest, and when it is used."""

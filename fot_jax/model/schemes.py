@@ -13,6 +13,7 @@ import jax
 
 from fot_jax.errors import UserError, check_range
 from fot_jax.model.attention import ANY_DOCUMENT, SAME_DOCUMENT
+from fot_jax.model.lookup import Dense, Lookup
 
 
 class Context(NamedTuple):
@@ -182,10 +183,42 @@ class PackedTable:
         raise UserError(f"PackedTable has no d (asked for d={d}): use Packed, or drop train.d")
 
 
+@dataclasses.dataclass(frozen=True)
+class CachedContext:
+    """Not crossbatch: a row sees what memory layers have cached of its lane, without gradients.
+
+    A Transformer-XL has `memory_layers` = all of them, `tokens` = the local context, and
+    ModelConfig.memory_before; a Memorizing Transformer one memory layer, many tokens, TopK(k), and
+    ModelConfig.memory_gate (paper §5, and the works it compares with). See model/cached_context.py.
+
+    Attributes:
+      tokens: kept of a lane, a multiple of the local context.
+      lookup: Dense() attends to all of them, TopK(k) to the best k of each query and head.
+      multi_doc: whether the cache is kept when a document ends, and seen by the next one.
+    """
+
+    tokens: int
+    lookup: Lookup = Dense()
+    multi_doc: bool = False
+
+    windows = 1
+    advance = 1
+
+    def __post_init__(self):
+        check_range("CachedContext", 1, tokens=self.tokens)
+        self.lookup.check(self.tokens)
+
+    contexts = NoCrossbatch.contexts
+    output_place = NoCrossbatch.output_place
+
+    def with_d(self, d: int) -> CachedContext:
+        raise UserError(f"the scheme CachedContext has no d (asked for d={d}): drop train.d")
+
+
 def output_rows(scheme: Scheme, x: jax.Array) -> jax.Array:
     """Of an array of rows, those with a loss: [lanes * windows, ...] -> [lanes * n, ...]."""
     by_lane = x.reshape(-1, scheme.windows, *x.shape[1:])[:, scheme.output_place()]
     return by_lane.reshape(-1, *x.shape[1:])
 
 
-Scheme = NoCrossbatch | PreviousContext | Packed | PackedTable
+Scheme = NoCrossbatch | PreviousContext | Packed | PackedTable | CachedContext

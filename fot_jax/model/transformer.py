@@ -30,7 +30,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from fot_jax.errors import UserError, check_range
-from fot_jax.model import crossbatch, layout, schemes
+from fot_jax.model import cached_context, crossbatch, layout, schemes
+from fot_jax.model.cached_context import Cached
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,10 @@ class ModelConfig:
     mlp: str = "swiglu"  # or "gelu"
     qk_norm: bool = False  # L2-normalise q and k per head, with a learned temperature
     memory_positions: bool = True  # rotary on local q and k of memory layers
+    # Keys of memory stand where they were, a window before; else all at the window's first place.
+    memory_before: bool = False
+    # Memory layers merge memory and window through a learned gate per head; else in one softmax.
+    memory_gate: bool = False
     tie_embeddings: bool = False
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
@@ -96,6 +101,11 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"model.head_dim = {self.head_dim} is odd: rotary needs an even one")
+        if self.memory_before and not self.memory_positions:
+            raise UserError(
+                "model.memory_before gives keys of memory positions, model.memory_positions = "
+                "False takes them away: change one of them"
+            )
         for layer in self.memory_layers:
             if not 0 <= layer < self.num_layers:
                 raise UserError(
@@ -114,6 +124,7 @@ class Output(NamedTuple):
 
     hidden: Float[Array, "R T E"]  # normalised, ready for `Transformer.logits`
     positive_mass: Float[Array, " memory_layers"] | None
+    cached: Cached | None  # with this window in it
 
 
 # Activations that each remat policy keeps for the backward pass; "none" keeps all of them.
@@ -158,6 +169,7 @@ class Transformer(nn.Module):
         *,
         keep: schemes.Scheme | None = None,
         measure_positive_mass: bool = False,
+        cached: Cached | None = None,
     ) -> Output:
         """Runs all layers over windows of tokens.
 
@@ -169,6 +181,7 @@ class Transformer(nn.Module):
           keep: hidden states are wanted for this scheme's output rows only; the others leave after
             the last memory layer, where nobody needs them any more.
           measure_positive_mass: also return r_d of every memory layer.
+          cached: of the rows' earlier windows, with `keep` a CachedContext.
         """
         c = self.config
         x = self.embedding.astype(self.dtype)[tokens]
@@ -176,16 +189,20 @@ class Transformer(nn.Module):
         block = _block
         if self.remat != "none":
             policy = REMAT_POLICIES[self.remat]
-            block = jax.checkpoint(block, policy=policy, static_argnums=(0, 1, 2, 3))
-        mass = []
+            block = jax.checkpoint(block, policy=policy, static_argnums=(0, 1, 2))
+        role = _Role(True, measure_positive_mass, None if cached is None else keep)
+        found = []  # of memory layers
         start = 0
         for layer in (*c.memory_layers, c.num_layers):
             x = self._scan(block, x, segments, rope, plan, start, layer)
             if layer == c.num_layers:
                 break
             params = jax.tree.map(lambda p, layer=layer: p[layer], self.layers)
-            x, of_layer = block(c, plan, True, measure_positive_mass, params, x, segments, rope)
-            mass.append(of_layer)
+            before = None
+            if cached is not None:
+                before = (cached.k[len(found)], cached.v[len(found)], cached.segments)
+            x, of_layer = block(c, plan, role, params, x, segments, rope, before)
+            found.append(of_layer)
             start = layer + 1
             if layer == c.memory_layers[-1] and keep is not None:
                 kept = schemes.output_rows(keep, segments)
@@ -194,7 +211,11 @@ class Transformer(nn.Module):
         if keep is not None and len(x) == len(tokens):
             x = schemes.output_rows(keep, x)
         hidden = normalise(c, self.final_norm, x)
-        return Output(hidden, jnp.stack(mass) if measure_positive_mass else None)
+        mass = jnp.stack(found) if measure_positive_mass else None
+        if cached is not None:
+            k, v = (jnp.stack(of_layers) for of_layers in zip(*found, strict=True))
+            cached = cached_context.updated(cached, k, v, segments)
+        return Output(hidden, mass, cached)
 
     def _scan(self, block, x, segments, rope, plan, start, stop):
         """Layers start … stop - 1, none of them a memory layer."""
@@ -202,7 +223,7 @@ class Transformer(nn.Module):
             return x
 
         def body(x, params):
-            return block(self.config, plan, False, False, params, x, segments, rope)[0], None
+            return block(self.config, plan, _Role(), params, x, segments, rope)[0], None
 
         return lax.scan(body, x, jax.tree.map(lambda p: p[start:stop], self.layers))[0]
 
@@ -227,21 +248,50 @@ NO_CUTS: Cuts = {}
 # --- One layer -----------------------------------------------------------------------------------
 
 
-def _block(c, plan, remembers, measure, params, x, segments, rope):
-    """One layer in training: ([R, T, E], r_d of a memory layer where it is measured, else ())."""
+class _Role(NamedTuple):
+    """What a layer does."""
+
+    remembers: bool = False  # it is a memory layer
+    measures: bool = False  # r_d
+    cached: schemes.CachedContext | None = None  # what it sees in place of crossbatch contexts
+
+
+def _block(c, plan, role, params, x, segments, rope, cached=None):
+    """One layer in training: [R, T, E], and of a memory layer what its role asks for.
+
+    That is r_d where it is measured, keys and values where they are cached, else ().
+    """
     R, T, _ = x.shape
     cuts = layout.cuts(plan.mesh)
     q, k, v = queries_keys_values(c, params, x, cuts)
-    if remembers and not c.memory_positions:
+    if role.remembers and not c.memory_positions:
         q_local, k_local = q, k
     else:
         q_local, k_local = rotate(q, rope), rotate(k, rope)
-    # Other rows see this row's keys as if at position 0: not rotated (paper §3.1).
-    attended = crossbatch.attention(
-        q_local, k_local, v, segments, plan, k_context=k if remembers else None
-    )
-    mass = crossbatch.positive_mass(q_local, k, v, segments, plan) if measure else ()
-    return add_outputs(c, params, x, attended.reshape(R, T, -1), cuts), mass
+    k_memory = memory_keys(c, k) if role.remembers else None
+    if role.cached is None:
+        attended = crossbatch.attention(q_local, k_local, v, segments, plan, k_context=k_memory)
+    else:
+        gate = params["attention"].get("memory_gate")
+        attended = cached_context.attention(
+            q_local, k_local, v, segments, *cached, role.cached, plan, gate
+        )
+    found = ()
+    if role.measures:
+        found = crossbatch.positive_mass(q_local, k_memory, v, segments, plan)
+    elif role.cached is not None:
+        found = k_memory, v
+    return add_outputs(c, params, x, attended.reshape(R, T, -1), cuts), found
+
+
+def memory_keys(c: ModelConfig, k: Float[Array, "R T K D"]) -> Float[Array, "R T K D"]:
+    """Keys of a window as later windows and other rows see them.
+
+    As if at position 0, that is as projected (paper §3.1); with `memory_before` at their own places
+    in the window before, -T … -1.
+    """
+    T = k.shape[1]
+    return rotate(k, rope_table(c, T, start=-T)) if c.memory_before else k
 
 
 def queries_keys_values(c: ModelConfig, params, x: Float[Array, "R T E"], cuts: Cuts = NO_CUTS):
@@ -379,6 +429,8 @@ def _init_layers(key, c: ModelConfig):
         "value": _kernel(next(keys), (L, E, c.num_kv_heads * D)),
         "out": _kernel(next(keys), (L, c.num_heads * D, E), into_residual),
     }
+    if c.memory_gate:
+        attention["memory_gate"] = jnp.zeros((L, c.num_heads), jnp.float32)
     if c.qk_norm:
         attention["log_scale"] = jnp.full((L, c.num_heads), np.log(10.0), jnp.float32)
     mlp = {

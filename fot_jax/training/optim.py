@@ -79,15 +79,20 @@ def adamw(
     b2: float = 0.95,
     eps: float = 1e-8,
     clip_norm: float | None = 1.0,
+    temperature_rate: float = 1.0,
 ) -> optax.GradientTransformation:
     """AdamW after clipping by the norm of the whole gradient.
 
     Decay, times the learning rate, applies to matrices (kernels and embeddings) alone: never to
-    norm scales, biases or attention temperatures.
+    norm scales, biases or attention temperatures. The learning rate of these temperatures (of
+    models with qk_norm) is `temperature_rate` times that of the rest.
     """
     check_range("adamw", 0, weight_decay=weight_decay, eps=eps, clip_norm=clip_norm)
+    check_range("adamw", 0, temperature_rate=temperature_rate)
     check_range("adamw", 0, 1, b1=b1, b2=b2)
     update = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=matrices)
+    if temperature_rate != 1.0:
+        update = optax.chain(update, optax.masked(optax.scale(temperature_rate), _temperatures))
     return _in_float32(_clipped(update, clip_norm))
 
 
@@ -128,6 +133,11 @@ def matrices(params: Any) -> Any:
         return leaf.ndim - stacked >= 2
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def _temperatures(params: Any) -> Any:
+    """Which parameters are attention temperatures: a tree of booleans."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "log_scale", params)
 
 
 def _clipped(update, clip_norm):

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from fot_jax.errors import UserError
-from fot_jax.model.layout import AXES, PARAMETERS, ROW_AXES
+from fot_jax.model.layout import AXES, CACHED, PARAMETERS, ROW_AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ def path_name(path) -> str:
 
 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """Sharding of every leaf of a tree of arrays or shapes that holds parameters.
+    """Sharding of every leaf of a tree of arrays or shapes: parameters, or all of a TrainState.
 
     An optimizer's state holds trees shaped like the parameters: a leaf is sharded like the
     parameter its path ends with, if it has that parameter's number of dimensions.
@@ -110,10 +110,10 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 
     def of_leaf(path, leaf):
         names = tuple(path_name(path).split("/"))
-        for end, axes in PARAMETERS.items():
+        for end, axes in (PARAMETERS | CACHED).items():
             if names[-len(end) :] == end and leaf.ndim == len(axes):
                 for size, axis in zip(leaf.shape, axes, strict=True):
-                    if axis and size % mesh.shape[axis]:
+                    if isinstance(axis, str) and size % mesh.shape[axis]:
                         raise UserError(
                             f"{'/'.join(names)} {tuple(leaf.shape)}: {size} does not divide over "
                             f"mesh axis {axis} of {mesh.shape[axis]}: change the MeshShape"

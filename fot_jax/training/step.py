@@ -17,7 +17,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from fot_jax.errors import LARGEST_SEED, UserError, check_range
-from fot_jax.model import crossbatch, layout, schemes
+from fot_jax.model import cached_context, crossbatch, layout, schemes
+from fot_jax.model.cached_context import Cached
 from fot_jax.model.transformer import Transformer
 from fot_jax.training.partitioning import shardings
 
@@ -30,6 +31,17 @@ class TrainState(NamedTuple):
     step: jax.Array  # [] int32: updates tried so far
     params: Any
     opt_state: Any
+    cached: Cached | None = None  # of the lanes, where the scheme is a CachedContext
+
+    @property
+    def beside(self) -> Any:
+        """What a checkpoint keeps beside the parameters."""
+        return self.opt_state if self.cached is None else (self.opt_state, self.cached)
+
+    def restored(self, step: jax.Array, params: Any, beside: Any) -> TrainState:
+        """The state that a checkpoint kept, in the structure of this one."""
+        opt_state, cached = (beside, None) if self.cached is None else beside
+        return TrainState(step, params, opt_state, cached)
 
 
 class Sums(NamedTuple):
@@ -87,12 +99,19 @@ def token_sums(model: Transformer, params, hidden, targets, weights, devices: in
     return jax.tree.map(lambda x: x.sum(0), lax.map(lambda args: of_chunk(*args), tuple(parts)))
 
 
-def batch_sums(model: Transformer, params, batch: Batch, scheme, plan: crossbatch.Plan) -> Sums:
-    """Loss of the output rows of a (micro)batch under a crossbatch scheme."""
-    out = model.apply({"params": params}, batch["inputs"], batch["segment_ids"], plan, keep=scheme)
+def batch_sums(
+    model: Transformer, params, cached: Cached | None, batch: Batch, scheme, plan: crossbatch.Plan
+) -> tuple[Sums, Cached | None]:
+    """Loss of the output rows of a (micro)batch under a scheme; what is cached afterwards."""
+    out = model.apply(
+        {"params": params},
+        *(batch["inputs"], batch["segment_ids"], plan),
+        keep=scheme,
+        cached=cached,
+    )
     targets, weights = (schemes.output_rows(scheme, batch[x]) for x in ("targets", "weights"))
     devices = 1 if plan.mesh is None else plan.mesh.size
-    return token_sums(model, params, out.hidden, targets, weights, devices)
+    return token_sums(model, params, out.hidden, targets, weights, devices), out.cached
 
 
 # --- Step ----------------------------------------------------------------------------------------
@@ -113,18 +132,18 @@ def make_train_step(
     skipped: the state comes back with only its step counter moved.
     """
 
-    def objective(params, batch, total_weight):
-        sums = batch_sums(model, params, batch, scheme, plan)
-        return (sums.loss + z_loss * sums.z_loss) / total_weight, sums
+    def objective(params, cached, batch, total_weight):
+        sums, cached = batch_sums(model, params, cached, batch, scheme, plan)
+        return (sums.loss + z_loss * sums.z_loss) / total_weight, (sums, cached)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepInfo]:
         weights = schemes.output_rows(scheme, batch["weights"])
         gradient = jax.grad(objective, has_aux=True)
         total = jnp.maximum(weights.sum(), 1.0)
         if accumulation == 1:
-            grads, sums = gradient(state.params, batch, total)
+            grads, (sums, cached) = gradient(state.params, state.cached, batch, total)
         else:
-            grads, sums = _accumulate(gradient, state.params, batch, total, accumulation, plan)
+            grads, sums, cached = _accumulate(gradient, state, batch, total, accumulation, plan)
         squares = jnp.stack([jnp.square(g).sum() for g in jax.tree.leaves(grads)])
         finite = jnp.isfinite(squares.sum()) & jnp.isfinite(sums.loss)
 
@@ -133,8 +152,9 @@ def make_train_step(
             return optax.apply_updates(state.params, updates), opt_state
 
         params, opt_state = lax.cond(finite, update, lambda: (state.params, state.opt_state))
+        cached = jax.tree.map(lambda new, old: jnp.where(finite, new, old), cached, state.cached)
         info = StepInfo(sums, jnp.sqrt(squares.sum()), squares, finite)
-        after = TrainState(state.step + 1, params, opt_state)
+        after = TrainState(state.step + 1, params, opt_state, cached)
         if plan.mesh is not None:  # or the compiler may choose others, and the next step recompile
             after = lax.with_sharding_constraint(after, shardings(after, plan.mesh))
         return after, info
@@ -142,18 +162,23 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0)
 
 
-def _accumulate(gradient, params, batch, total_weight, accumulation, plan):
+def _accumulate(gradient, state: TrainState, batch, total_weight, accumulation, plan):
     """Sums gradients over microbatches of whole crossbatch groups, one after the other."""
 
-    def add(carry, microbatch):
-        return jax.tree.map(jnp.add, carry, gradient(params, microbatch, total_weight)), None
+    def of_micro(cached, microbatch):
+        grads, (sums, cached) = gradient(state.params, cached, microbatch, total_weight)
+        return (grads, sums), cached
 
-    micro = _microbatches(batch, accumulation, plan)
-    zero = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype),
-        jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micro), total_weight),
-    )
-    return lax.scan(add, zero, micro)[0]
+    def add(carry, micro):
+        new, cached = of_micro(*micro)
+        return jax.tree.map(jnp.add, carry, new), cached
+
+    split = cached_context.split(state.cached, accumulation)
+    micro = split, _microbatches(batch, accumulation, plan)
+    shapes = jax.eval_shape(of_micro, *jax.tree.map(lambda x: x[0], micro))[0]
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (grads, sums), cached = lax.scan(add, zero, micro)
+    return grads, sums, cached_context.joined(cached)
 
 
 def _microbatches(batch: Batch, accumulation: int, plan: crossbatch.Plan) -> Batch:

@@ -46,6 +46,8 @@ def random_params(config):
     def random(path, leaf):
         noise = rng.normal(size=leaf.shape).astype(np.float32)
         name = path[-1].key
+        if name == "memory_gate":
+            return noise
         if name in ("scale", "bias", "log_scale"):
             return {"scale": 1.0, "bias": 0.0, "log_scale": 2.3}[name] + 0.3 * noise
         return noise * (leaf.shape[-1 if name == "embedding" else -2] ** -0.5)
