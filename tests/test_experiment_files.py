@@ -227,7 +227,8 @@ MODELS = " or ".join(f"@{name}()" for name in ("ModelConfig", *(f.__name__ for f
         ("train.optimizer = @Corpus", "@Corpus: give @adamw or @adafactor"),
         (
             "train.scheme = @Corpus()",
-            "@Corpus(): give @NoCrossbatch() or @PreviousContext() or @Packed() or @PackedTable()",
+            "@Corpus(): give @NoCrossbatch() or @PreviousContext() or @Packed() or @PackedTable() "
+            "or @CachedContext()",
         ),
         (
             "Evaluation.evals = (@Corpus(),)",

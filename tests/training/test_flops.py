@@ -11,7 +11,7 @@ from rules import places, visibility
 from test_transformer import LLAMA, random_params, random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
-from fot_jax.model.schemes import NoCrossbatch, Packed, PackedTable, PreviousContext
+from fot_jax.model.schemes import CachedContext, NoCrossbatch, Packed, PackedTable, PreviousContext
 from fot_jax.model.transformer import ModelConfig
 from fot_jax.training.flops import layer_parameters, reading_flops, training_flops
 
@@ -59,6 +59,17 @@ def test_counts_what_the_objective_multiplies(
         gradient(config, scheme, random_params(config), batch, group_rows)
     counted = counter.get_total_flops()
     assert training_flops(config, scheme, len(tokens), group_rows) == counted
+
+
+@pytest.mark.parametrize("memory_layers", [(1,), (0, 1, 2)])
+def test_what_is_cached_counts_as_so_many_keys(memory_layers):
+    """Each of a row's T queries meets each of them, in every head, forward and twice backward."""
+    config = dataclasses.replace(LLAMA, memory_layers=memory_layers)
+    T, H, D = config.local_context, config.num_heads, config.head_dim
+    without, cached = (
+        training_flops(config, scheme, 6, 6) for scheme in (NoCrossbatch(), CachedContext(5 * T))
+    )
+    assert cached - without == 3 * len(memory_layers) * 6 * H * T * 5 * T * 2 * (2 * D)
 
 
 @given(
