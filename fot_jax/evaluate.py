@@ -16,6 +16,7 @@ from fot_jax.data.lanes import DocumentSource
 from fot_jax.errors import UserError, check_range
 from fot_jax.generate import LanguageModel
 from fot_jax.paths import absolute, path_of
+from fot_jax.provenance import provenance
 
 
 class Eval(Protocol):
@@ -85,7 +86,7 @@ def evaluate(
       checkpoint: a workdir, a step inside it, or a Hugging Face directory.
       evaluation: what to run; its own source, if it has one, comes before `source`.
       dtype, devices: as of LanguageModel.load.
-      output: a JSON file for {evaluation: rows}; plots go beside it.
+      output: a JSON file for {evaluation: rows}, and for what made it; plots go beside it.
     """
     lm = LanguageModel.load(checkpoint, dtype=dtype, devices=devices)
     plots = None if output is None else _directory_of(output)
@@ -95,7 +96,8 @@ def evaluate(
     results = run_evals(lm, evaluation.evals, source, plots)
     if output is not None:
         whole = epath.Path(f"{output}.partial")
-        whole.write_text(json.dumps({"checkpoint": checkpoint, **results}, indent=1) + "\n")
+        content = {"checkpoint": checkpoint, "made": provenance(), **results}
+        whole.write_text(json.dumps(content, indent=1) + "\n")
         whole.replace(output)
 
 

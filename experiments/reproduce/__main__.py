@@ -1,0 +1,143 @@
+"""`python experiments/reproduce FIGURE`: from nothing to a figure of the paper.
+
+Trains what the figure needs (`fot train`, which goes on where it was stopped), evaluates
+(`fot evaluate`), draws, prints ours beside the paper's. What is done already is not done again.
+figures.py says what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from figures import FIGURES, Figure, Run
+
+from fot_jax.provenance import provenance
+
+HERE = Path(__file__).parent
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Makes one figure; the exit code is that of the first command that fails."""
+    args = _parser().parse_args(argv)
+    figure = FIGURES[args.figure]
+    runs = figure.runs(args.seeds)
+    workdirs = Path(args.workdirs) / args.figure
+    results = Path(args.results)
+    commands = [command for run in runs for command in _commands(run, workdirs)]
+    if args.dry_run:
+        print("\n".join(map(shlex.join, commands)))
+        return 0
+    for run in runs:
+        if code := _carry_out(run, workdirs):
+            return code
+    _report(args.figure, figure, runs, workdirs, results)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python experiments/reproduce", description=__doc__)
+    parser.add_argument("figure", choices=FIGURES)
+    parser.add_argument(
+        "--seeds", type=_numbers, default=(0,), metavar="0,1,2", help="default: 0 alone"
+    )
+    parser.add_argument("--workdirs", default="workdirs/reproduce", metavar="DIR")
+    parser.add_argument(
+        "--results", default=str(HERE / "results"), metavar="DIR", help="for the JSON and the PNG"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print the commands, run none")
+    return parser
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(dict.fromkeys(int(number) for number in text.split(",")))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: give seeds, 0,1,2") from error
+
+
+# --- Commands ------------------------------------------------------------------------------------
+
+
+def _commands(run: Run, workdirs: Path) -> list[list[str]]:
+    """Of `fot`: training, and evaluation where there is one."""
+    files = [os.path.relpath(HERE / file) for file in run.files]
+    bindings = list(run.bindings)
+    if run.start is not None:
+        bindings.append(f'train.initialize_from = "{workdirs / run.start}"')
+    gin = [word for binding in bindings for word in ("--gin", binding)]
+    workdir = str(workdirs / run.name)
+    no_evals = ["--gin", "Evaluation.evals = ()"]
+    train = ["fot", "train", *files, "--workdir", workdir, *gin, *no_evals]
+    output = str(_result(run, workdirs))
+    evaluate = ["fot", "evaluate", *files, "--checkpoint", workdir, "--output", output, *gin]
+    return [train, evaluate] if run.evaluated else [train]
+
+
+def _result(run: Run, workdirs: Path) -> Path:
+    return workdirs / run.name / "results.json"
+
+
+def _carry_out(run: Run, workdirs: Path) -> int:
+    """Runs what has not been done; the exit code."""
+    progress = _progress(run, workdirs)
+    for command in _commands(run, workdirs):
+        verb = command[1]
+        if verb in progress["done"]:
+            continue
+        print(f"\n{run.name}: {shlex.join(command)}", flush=True)
+        began = time.time()
+        try:
+            code = subprocess.run([sys.executable, "-m", "fot_jax", *command[1:]]).returncode
+        finally:
+            progress["seconds"] += time.time() - began
+            if (workdirs / run.name).is_dir():
+                (workdirs / run.name / "progress.json").write_text(json.dumps(progress))
+        if code:
+            return code
+        progress["done"].append(verb)
+        (workdirs / run.name / "progress.json").write_text(json.dumps(progress))
+    return 0
+
+
+def _progress(run: Run, workdirs: Path) -> dict:
+    """Verbs that are done, and seconds spent, those of runs that were stopped among them."""
+    file = workdirs / run.name / "progress.json"
+    return json.loads(file.read_text()) if file.exists() else {"done": [], "seconds": 0.0}
+
+
+# --- Report --------------------------------------------------------------------------------------
+
+
+def _report(name: str, figure: Figure, runs: list[Run], workdirs: Path, results: Path) -> None:
+    """Prints the table, and writes it with all numbers to NAME.json, and NAME.png."""
+    shown = [run for run in runs if run.evaluated]
+    rows = figure.rows({run: json.loads(_result(run, workdirs).read_text()) for run in shown})
+    table = figure.table(rows)
+    print(f"\n{figure.title}\n\n{table}\n\nThe paper: {figure.paper}")
+    seconds = {run.name: round(_progress(run, workdirs)["seconds"]) for run in runs}
+    content = {
+        "figure": figure.title,
+        "paper": figure.paper,
+        "made": provenance(),
+        "commands": [shlex.join(each) for run in runs for each in _commands(run, workdirs)],
+        "seconds": seconds,
+        "seconds in all": sum(seconds.values()),
+        "rows": rows,
+    }
+    results.mkdir(parents=True, exist_ok=True)
+    whole = results / f"{name}.json.partial"
+    whole.write_text(json.dumps(content, indent=1) + "\n")
+    whole.replace(results / f"{name}.json")
+    figure.draw(rows, results / f"{name}.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

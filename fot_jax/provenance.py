@@ -1,0 +1,39 @@
+"""Where a result comes from: what stands beside its numbers in every file of results."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+
+def provenance() -> dict[str, str]:
+    """The command of this process, the code it runs, and the machine."""
+    device = jax.devices()[0]
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _commit(),
+        "jax": jax.__version__,
+        "device": f"{jax.device_count()} x {device.device_kind} ({platform.machine()})",
+    }
+
+
+def _commit() -> str:
+    """Of the code, "-dirty" where files have been changed since; its version where git is not."""
+
+    def git(*words: str) -> str:
+        here = Path(__file__).parent
+        done = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        if commit := git("rev-parse", "HEAD"):
+            return commit + ("-dirty" if git("status", "--porcelain", "-uno", "--", ".") else "")
+    except OSError:  # there is no git
+        pass
+    return f"version {importlib.metadata.version('fot_jax')}"

@@ -1,0 +1,150 @@
+"""`python experiments/reproduce`: trains, evaluates, reports; goes on where it was stopped."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import runs
+
+from fot_jax import provenance
+
+ROOT = Path(__file__).parents[1]
+REPRODUCE = ROOT / "experiments" / "reproduce"
+
+DICTIONARY = f"""{runs.MODEL}
+train.data = @Data()
+train.optimizer = @adamw
+train.learning_rate = @constant_rate()
+train.steps = 4
+train.scheme = @PreviousContext()
+train.evaluation = @Evaluation()
+constant_rate.value = 0.01
+Data.source = @DictionaryLookup()
+Data.lanes = 4
+DictionaryLookup.document_tokens = 32
+DictionaryLookup.key_length = 1
+DictionaryLookup.value_length = 1
+PreviousContext.advance = 2
+Evaluation.evals = (@DictionaryAccuracy(),)
+DictionaryAccuracy.sizes = (16, 64)
+DictionaryAccuracy.lookup = @TopK()
+TopK.k = 4
+"""
+
+
+@pytest.fixture(scope="module")
+def reproduce():
+    """The module that `python experiments/reproduce` runs."""
+    spec = importlib.util.spec_from_file_location("reproduce", REPRODUCE / "__main__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tiny(reproduce, tmp_path, monkeypatch):
+    """A figure of two seeds of one model, and one that both start from."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.gin").write_text(DICTIONARY)
+    figures = sys.modules["figures"]
+
+    def of_seeds(seeds):
+        file = (str(tmp_path / "tiny.gin"),)
+        base = figures.Run("base", "", 0, file, ("train.steps = 2",), evaluated=False)
+        return [base] + [
+            figures.Run(f"fot_{seed}", "FoT", seed, file, (f"Data.seed = {seed}",), "base")
+            for seed in seeds
+        ]
+
+    figure = dataclasses.replace(figures.FIGURES["dictionary_cpu"], runs=of_seeds)
+    monkeypatch.setitem(figures.FIGURES, "tiny", figure)
+    return ["tiny", "--seeds", "0,1", "--results", "results"]
+
+
+@pytest.mark.slow
+def test_a_figure(reproduce, tiny, tmp_path, monkeypatch, capsys):
+    """Stopped after the first of three runs, it does the others, and none twice."""
+    real, verbs = subprocess.run, []
+
+    def stopped(command, **options):
+        if command[1:3] == ["-m", "fot_jax"]:
+            verbs.append((command[3], command[command.index("--gin") + 1]))
+            if len(verbs) == 2:
+                return subprocess.CompletedProcess(command, 143)
+        return real(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", stopped)
+    assert reproduce.main(tiny) == 143
+    assert not (tmp_path / "results").exists()
+    assert reproduce.main(tiny) == 0
+    seeds = [("train", f"Data.seed = {seed}") for seed in (0, 0, 1)]
+    evaluated = [("evaluate", f"Data.seed = {seed}") for seed in (0, 1)]
+    assert sorted(verbs) == sorted([("train", "train.steps = 2"), *seeds, *evaluated])
+
+    workdirs = tmp_path / "workdirs" / "reproduce" / "tiny"
+    of_seeds = [
+        json.loads((workdirs / name / "results.json").read_text())["dictionary_accuracy"]
+        for name in ("fot_0", "fot_1")
+    ]
+    content = json.loads((tmp_path / "results" / "tiny.json").read_text())
+    for i, row in enumerate(content["rows"]):
+        accuracies = [rows[i]["accuracy"] for rows in of_seeds]
+        assert row["dictionary"] == of_seeds[0][i]["dictionary"] == (16, 64)[i]
+        assert (row["least"], row["most"]) == (min(accuracies), max(accuracies))
+        assert row["accuracy"] == pytest.approx(sum(accuracies) / 2) and row["seeds"] == 2
+    assert len(content["rows"]) == 2 and len(content["commands"]) == 5
+    assert content["seconds in all"] == sum(content["seconds"].values()) > 0
+    assert content["made"] == provenance.provenance()
+    image = matplotlib.image.imread(tmp_path / "results" / "tiny.png")
+    assert image.shape[0] > 300
+
+    capsys.readouterr()
+    assert reproduce.main(tiny) == 0  # from what is there
+    assert len(verbs) == 6 and "| 16 | " in capsys.readouterr().out
+
+
+def test_every_figure_has_its_experiments():
+    """Their commands, in order; each starts from what a run before it trained."""
+    sys.path.insert(0, str(REPRODUCE))
+    from figures import FIGURES
+
+    for figure in FIGURES.values():
+        there = set()
+        for run in figure.runs((0, 1, 2)):
+            assert run.name not in there and (run.start is None or run.start in there)
+            assert all((REPRODUCE / file).is_file() for file in run.files)
+            there.add(run.name)
+
+
+@pytest.mark.parametrize("file", sorted(REPRODUCE.glob("*.gin")), ids=lambda path: path.stem)
+def test_experiments_trace(file):
+    argv = [sys.executable, "-m", "fot_jax", "train", str(file), "--dry_run"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "nothing written" in done.stdout, done.stderr
+
+
+def test_dry_run(tmp_path):
+    argv = [sys.executable, str(REPRODUCE), "dictionary_cpu", "--dry_run", "--seeds", "7"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, *_ = lines = done.stdout.splitlines()
+    assert all(line.startswith(("fot train ", "fot evaluate ")) for line in lines)
+    assert "experiments/reproduce/dictionary_cpu_short.gin" in first and str(ROOT) not in first
+    assert "train.seed = 7" in first and "Data.seed = 7" in first
+
+
+def test_provenance(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/fot", "evaluate", "a b.gin"])
+    made = provenance.provenance()
+    assert made["command"] == "fot evaluate 'a b.gin'"
+    head = subprocess.run(
+        ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    assert head and made["commit"] in (head, f"{head}-dirty")
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "installed.py"))
+    assert provenance.provenance()["commit"].startswith("version ")
