@@ -26,8 +26,8 @@ class _Drawn:
 
     eval_documents: int
 
-    def draw(self, rng: np.random.Generator) -> Document:
-        """A document made of the generator's next numbers."""
+    def document(self, split: str, seed: int, index: int) -> Document:
+        """One document."""
         raise NotImplementedError
 
     def documents(self, split: str) -> Iterator[Document]:
@@ -38,7 +38,7 @@ class _Drawn:
         """
         if split not in SPLITS:
             raise UserError(f"{type(self).__name__} has no split {split!r}: use one of {SPLITS}")
-        return (self.draw(_generator(split, 0, index)) for index in range(self.eval_documents))
+        return (self.document(split, 0, index) for index in range(self.eval_documents))
 
     def stream(
         self, shard: int, shards: int, seed: int, position: Position = (0, 0)
@@ -46,7 +46,7 @@ class _Drawn:
         """Training documents of a shard, for ever; the epoch of a position stays 0."""
         epoch, taken = position
         for n in itertools.count(taken):
-            yield (epoch, n + 1), self.draw(_generator("train", seed, n * shards + shard))
+            yield (epoch, n + 1), self.document("train", seed, n * shards + shard)
 
 
 def _generator(split: str, seed: int, index: int) -> np.random.Generator:
@@ -72,16 +72,25 @@ class DictionaryLookup(_Drawn):
     One more separator, which is only ever a target, ends a document: its inputs fill windows of,
     say, half of `document_tokens` exactly, and the next document starts with the next window.
 
+    Hard negatives, which the paper leaves open: with `near_documents`, so many documents in a row,
+    those of a crossbatch group, say, have keys of the same few symbols. A key then has neighbours,
+    that differ in one symbol, in nearly every group; with all 60 symbols one key in thirty has one
+    among 64 documents of 512 tokens.
+
     Attributes:
       document_tokens: inputs of a document; it has one token more.
       key_length, value_length: symbols.
       eval_documents: of each split.
+      near_documents: of training, whose keys are near each other; None: keys are of all symbols.
+      near_symbols: how many symbols these have between them.
     """
 
     document_tokens: int = 512
     key_length: int = 4
     value_length: int = 4
     eval_documents: int = 64
+    near_documents: int | None = None
+    near_symbols: int = 12
 
     vocabulary = Symbols(
         ("<k>", "<v>", "<q>", "</s>", *(string.digits + string.ascii_letters)[:SYMBOLS])
@@ -90,17 +99,20 @@ class DictionaryLookup(_Drawn):
     def __post_init__(self):
         check_range("DictionaryLookup", 1, LONGEST_KEY, key_length=self.key_length)
         counts = {"value_length": self.value_length, "eval_documents": self.eval_documents}
-        check_range("DictionaryLookup", 1, **counts)
+        check_range("DictionaryLookup", 1, **counts, near_documents=self.near_documents)
+        check_range("DictionaryLookup", 1, SYMBOLS, near_symbols=self.near_symbols)
         if self.records < 1:
             raise UserError(
                 f"DictionaryLookup.document_tokens = {self.document_tokens} is too short for a "
                 f"definition and a question: give {2 * self.record_tokens} or more"
             )
-        if self.records > SYMBOLS**self.key_length:
+        symbols = SYMBOLS if self.near_documents is None else self.near_symbols
+        if self.records > symbols**self.key_length:
             raise UserError(
                 f"DictionaryLookup.key_length = {self.key_length} makes "
-                f"{SYMBOLS**self.key_length} keys, document_tokens = {self.document_tokens} has "
-                f"room for {self.records}: raise key_length or shorten documents"
+                f"{symbols**self.key_length} keys of {symbols} symbols, document_tokens = "
+                f"{self.document_tokens} has room for {self.records}: raise key_length or shorten "
+                "documents"
             )
 
     @property
@@ -132,10 +144,15 @@ class DictionaryLookup(_Drawn):
             )
         return self
 
-    def draw(self, rng: np.random.Generator) -> Document:
+    def document(self, split: str, seed: int, index: int) -> Document:
+        symbols = None
+        if split == "train" and self.near_documents is not None:
+            near = np.random.default_rng((0, seed, index // self.near_documents, 1))
+            symbols = near.permutation(SYMBOLS)[: self.near_symbols]
+        rng = _generator(split, seed, index)
         tokens = np.full(self.document_tokens + 1, SEPARATOR, np.int32)
         weights = np.zeros(len(tokens), np.float32)
-        dictionary = self.dictionary(rng, self.records)
+        dictionary = self.dictionary(rng, self.records, symbols)
         asked = rng.permutation(self.records)
         tokens[: self.half] = self.written(KEY, dictionary)
         questions = slice(self.half, 2 * self.half)
@@ -143,20 +160,24 @@ class DictionaryLookup(_Drawn):
         weights[questions] = self.weights_of_questions()
         return Document(tokens, weights)
 
-    def dictionary(self, rng: np.random.Generator, records: int) -> Records:
-        """So many records whose keys differ.
+    def dictionary(
+        self, rng: np.random.Generator, records: int, symbols: np.ndarray | None = None
+    ) -> Records:
+        """So many records whose keys differ, made of some symbols; None: of all.
 
         Raises:
           UserError: there are fewer keys.
         """
-        possible = SYMBOLS**self.key_length
+        symbols = np.arange(SYMBOLS) if symbols is None else symbols
+        possible = len(symbols) ** self.key_length
         if records > possible:
             raise UserError(
                 f"a dictionary of {records} records, but DictionaryLookup.key_length = "
                 f"{self.key_length} makes {possible} keys: raise it, or ask for fewer"
             )
         keys = rng.choice(possible, records, replace=False)
-        keys = FIRST_SYMBOL + keys[:, None] // SYMBOLS ** np.arange(self.key_length) % SYMBOLS
+        places = keys[:, None] // len(symbols) ** np.arange(self.key_length) % len(symbols)
+        keys = FIRST_SYMBOL + symbols[places]
         values = rng.integers(FIRST_SYMBOL, FIRST_SYMBOL + SYMBOLS, (records, self.value_length))
         return Records(keys, values)
 
@@ -228,15 +249,16 @@ class Passkey(_Drawn):
     def with_vocabulary(self, vocabulary: Vocabulary) -> Passkey:
         return dataclasses.replace(self, vocabulary=vocabulary)
 
-    def draw(self, rng: np.random.Generator) -> Document:
+    def document(self, split: str, seed: int, index: int) -> Document:
         """Raises UserError if not even a document without filler fits."""
+        rng = _generator(split, seed, index)
         key = int(rng.integers(10_000, 100_000))
 
-        def document(before: int, after: int) -> tuple[str, np.ndarray]:
+        def text(before: int, after: int) -> tuple[str, np.ndarray]:
             prompt = passkey_prompt(key, before, after)
             return prompt, frame(self.vocabulary, f"{prompt} {key}")
 
-        fixed, with_one = (len(document(0, after)[1]) for after in (0, 1))
+        fixed, with_one = (len(text(0, after)[1]) for after in (0, 1))
         room = self.document_tokens + 1 - fixed
         if room < 0:
             raise UserError(
@@ -245,7 +267,7 @@ class Passkey(_Drawn):
             )
         fillers = room // (with_one - fixed)
         before = int(rng.integers(fillers + 1))
-        prompt, tokens = document(before, fillers - before)
+        prompt, tokens = text(before, fillers - before)
 
         weights = np.full(len(tokens), self.filler_weight, np.float32)
         weights[1 + len(self.vocabulary.encode(prompt)) : -1] = 1.0  # all up to the end mark

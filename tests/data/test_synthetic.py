@@ -161,6 +161,25 @@ def test_few_keys_are_all_used():
     assert sorted(document.tokens[1:240:4]) == list(range(4, 64))
 
 
+def test_hard_negatives():
+    """Keys of four documents in a row, over all shards, are of the same 12 symbols."""
+    plain, near = DictionaryLookup(), DictionaryLookup(near_documents=4)
+    shards = [take(near, 8, shard, shards=2) for shard in range(2)]
+    documents = [document for pair in zip(*shards, strict=True) for _, document in pair]
+    of_block = []
+    for block in range(4):
+        keys = [
+            d.tokens[:250].reshape(25, 10)[:, 1:5] for d in documents[4 * block : 4 * block + 4]
+        ]
+        symbols = set(np.concatenate(keys).reshape(-1).tolist())
+        assert len(symbols) == 12 and len({tuple(key) for key in keys[0]}) == 25
+        of_block.append(frozenset(symbols))
+    assert len(set(of_block)) == 4
+    values = {x for d in documents for x in d.tokens[:250].reshape(25, 10)[:, 6:].flat}
+    assert len(values) == 60
+    assert contents(near.documents("valid")) == contents(plain.documents("valid"))
+
+
 def test_the_dictionary_has_its_own_vocabulary(tmp_path):
     source = DictionaryLookup()
     assert source.with_vocabulary(Symbols(source.vocabulary.names)) == source
@@ -248,6 +267,9 @@ def test_passkeys_in_another_vocabulary():
         ({"eval_documents": 0}, "eval_documents = 0: give 1 or more"),
         ({"key_length": 11}, "key_length = 11: give a number from 1 to 10"),
         ({"key_length": 1, "document_tokens": 854}, "key_length = 1 makes 60 keys.*room for 61"),
+        ({"key_length": 1, "near_documents": 1}, "key_length = 1 makes 12 keys of 12.*room for 36"),
+        ({"near_documents": 0}, "near_documents = 0: give 1 or more"),
+        ({"near_symbols": 61}, "near_symbols = 61: give a number from 1 to 60"),
     ],
 )
 def test_impossible_dictionaries(fields, message):

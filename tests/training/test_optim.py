@@ -101,6 +101,19 @@ def test_only_matrices_decay():
     assert ratio["final_norm"]["scale"] == 1
 
 
+def test_temperatures_may_learn_faster():
+    """And nothing else does."""
+    params = small_params()
+    plain, fast = (
+        run(optim.adamw(0.01, temperature_rate=rate), params, 3, lambda s: gradients(params, s))[0]
+        for rate in (1.0, 7.0)
+    )
+    moved = jax.tree.map(lambda a, b: np.asarray(a - b), (plain, fast), (params, params))
+    of_plain, of_fast = (x["layers"]["attention"].pop("log_scale") for x in moved)
+    np.testing.assert_allclose(of_fast, 7 * of_plain, rtol=1e-4)
+    assert_trees_close(*moved, rtol=0)
+
+
 @pytest.mark.parametrize("factor", [4, 128])  # matrices factored, and not
 def test_adafactor_on_stacked_layers_is_adafactor_on_each_layer(factor):
     params = small_params()
