@@ -98,7 +98,7 @@ def take_over(of: str, to: str) -> None:
 def _register(gin) -> None:
     from fot_jax import compile, evaluate, experiment, train
     from fot_jax.data import synthetic, tasks
-    from fot_jax.evals import dictionary, perplexity, sample
+    from fot_jax.evals import dictionary, passkey, perplexity, sample
     from fot_jax.model import lookup, schemes, sizes, transformer
     from fot_jax.training import optim, partitioning, step
 
@@ -106,7 +106,8 @@ def _register(gin) -> None:
         *(train.train, experiment.Data, experiment.Compute, experiment.Checkpoints),
         *(evaluate.evaluate, evaluate.Evaluation),
         compile.compile_experiment,
-        *(dictionary.DictionaryAccuracy, perplexity.PerplexityByContext, sample.Sample),
+        *(dictionary.DictionaryAccuracy, passkey.PasskeyRetrieval),
+        *(perplexity.PerplexityByContext, sample.Sample),
         *(lookup.Dense, lookup.TopK, lookup.ApproximateTopK),
         *(schemes.NoCrossbatch, schemes.PreviousContext),
         *(schemes.Packed, schemes.PackedTable, schemes.CachedContext),
@@ -306,7 +307,7 @@ def _shown(value: Any) -> str:
 def _wanted(hint: Any) -> str:
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
     if kind in (typing.Union, types.UnionType):
-        return " or ".join(filter(None, dict.fromkeys(map(_wanted, inner))))
+        return _either(list(filter(None, dict.fromkeys(map(_wanted, inner)))))
     if kind is tuple and inner[-1] is not Ellipsis:
         return f"({', '.join(map(_wanted, inner))})"
     if kind in (tuple, collections.abc.Sequence):
@@ -318,7 +319,13 @@ def _wanted(hint: Any) -> str:
     names = [f"@{name}()" for name, thing in _registered().items() if _gives(thing, hint)]
     if kind is collections.abc.Callable:  # or the name of a function itself
         names += [f"@{name}" for name, thing in _registered().items() if _gives(thing, inner[1])]
-    return " or ".join(names)
+    return _either(names)
+
+
+def _either(names: list[str]) -> str:
+    """ "a, b or c"."""
+    *others, last = names or [""]
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _gives(thing: Callable, hint: Any) -> bool:

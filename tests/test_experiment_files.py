@@ -191,9 +191,10 @@ def test_values_that_a_file_leaves_to_its_user(here, capsys):
     assert line == "%OTHER has no value: set OTHER = ... in the experiment file"
 
 
-SOURCES = "@Text() or @DictionaryLookup() or @Passkey()"
-SCHEDULES = "@constant_rate() or @inverse_square_root() or @cosine()"
-MODELS = " or ".join(f"@{name}()" for name in ("ModelConfig", *(f.__name__ for f in sizes.NAMED)))
+SOURCES = "@Text(), @DictionaryLookup() or @Passkey()"
+SCHEDULES = "@constant_rate(), @inverse_square_root() or @cosine()"
+*_FIRST, _LAST = (f"@{name}()" for name in ("ModelConfig", *(f.__name__ for f in sizes.NAMED)))
+MODELS = f"{', '.join(_FIRST)} or {_LAST}"
 
 
 @pytest.mark.parametrize(
@@ -227,12 +228,12 @@ MODELS = " or ".join(f"@{name}()" for name in ("ModelConfig", *(f.__name__ for f
         ("train.optimizer = @Corpus", "@Corpus: give @adamw or @adafactor"),
         (
             "train.scheme = @Corpus()",
-            "@Corpus(): give @NoCrossbatch() or @PreviousContext() or @Packed() or @PackedTable() "
-            "or @CachedContext()",
+            "@Corpus(): give @NoCrossbatch(), @PreviousContext(), @Packed(), @PackedTable() or "
+            "@CachedContext()",
         ),
         (
             "Evaluation.evals = (@Corpus(),)",
-            "(@Corpus(),): give a tuple, each of it @DictionaryAccuracy() or "
+            "(@Corpus(),): give a tuple, each of it @DictionaryAccuracy(), @PasskeyRetrieval(), "
             "@PerplexityByContext() or @Sample()",
         ),
         ("train.initialize_from = 3", '3: give a text in "quotes" or None'),

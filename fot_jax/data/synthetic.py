@@ -252,26 +252,40 @@ class Passkey(_Drawn):
     def document(self, split: str, seed: int, index: int) -> Document:
         """Raises UserError if not even a document without filler fits."""
         rng = _generator(split, seed, index)
-        key = int(rng.integers(10_000, 100_000))
+        key = draw_passkey(rng)
+        fillers = self.fillers(key)
+        before = int(rng.integers(fillers + 1))
+        prompt, answer = self.prompt_and_answer(key, before, fillers - before)
+        tokens = np.concatenate([prompt, answer, [self.vocabulary.eos]]).astype(np.int32)
+        weights = np.full(len(tokens), self.filler_weight, np.float32)
+        weights[len(prompt) : -1] = 1.0
+        return Document(tokens, weights)
 
-        def text(before: int, after: int) -> tuple[str, np.ndarray]:
-            prompt = passkey_prompt(key, before, after)
-            return prompt, frame(self.vocabulary, f"{prompt} {key}")
+    def fillers(self, key: int) -> int:
+        """How often the filler fits.
 
-        fixed, with_one = (len(text(0, after)[1]) for after in (0, 1))
-        room = self.document_tokens + 1 - fixed
+        Raises:
+          UserError: not even a document without it does.
+        """
+        fixed, with_one = (sum(map(len, self.prompt_and_answer(key, 0, n))) for n in (0, 1))
+        room = self.document_tokens - fixed
         if room < 0:
             raise UserError(
                 f"Passkey.document_tokens = {self.document_tokens} is too short for the pass key "
-                f"and the question: give {fixed - 1} or more"
+                f"and the question: give {fixed} or more"
             )
-        fillers = room // (with_one - fixed)
-        before = int(rng.integers(fillers + 1))
-        prompt, tokens = text(before, fillers - before)
+        return room // (with_one - fixed)
 
-        weights = np.full(len(tokens), self.filler_weight, np.float32)
-        weights[1 + len(self.vocabulary.encode(prompt)) : -1] = 1.0  # all up to the end mark
-        return Document(tokens, weights)
+    def prompt_and_answer(self, key: int, before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens, with the filler so often before and after the statement."""
+        prompt = passkey_prompt(key, before, after)
+        tokens = frame(self.vocabulary, f"{prompt} {key}")[:-1]
+        return np.split(tokens, [1 + len(self.vocabulary.encode(prompt))])
+
+
+def draw_passkey(rng: np.random.Generator) -> int:
+    """A number of five digits."""
+    return int(rng.integers(10_000, 100_000))
 
 
 def passkey_prompt(key: int, before: int, after: int) -> str:

@@ -1,0 +1,141 @@
+"""Pass keys: is a number found again, however long the text and wherever it stood (paper §4)?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+from etils import epath
+
+from fot_jax.data.lanes import DocumentSource
+from fot_jax.data.synthetic import Passkey, draw_passkey
+from fot_jax.errors import LARGEST_SEED, UserError, check_range
+from fot_jax.evals import plots
+from fot_jax.generate import LanguageModel
+from fot_jax.model.lookup import Dense, Lookup
+from fot_jax.progress import bar
+from fot_jax.reading import EVERYTHING, MemoryConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class PasskeyRetrieval:
+    """The share of pass keys that the model writes down, all digits right, by length and depth.
+
+    Attributes:
+      lengths: tokens of prompt and answer, at most: the filler is repeated as often as fits.
+      depths: places of the number, evenly from the start of the filler to its end.
+      keys: numbers asked for at each length and depth.
+      rows: so many texts are read side by side.
+      lookup, storage: of memory, as MemoryConfig.
+      seed: of the numbers.
+      name: of the plot, and in results.
+    """
+
+    lengths: tuple[int, ...] = (4_096, 16_384, 65_536)
+    depths: int = 5
+    keys: int = 4
+    rows: int = 4
+    lookup: Lookup = Dense()
+    storage: str | None = None
+    seed: int = 0
+    name: str = "passkey"
+
+    def __post_init__(self):
+        check_range("PasskeyRetrieval", 1, keys=self.keys, rows=self.rows)
+        check_range("PasskeyRetrieval", 2, depths=self.depths)
+        check_range("PasskeyRetrieval", 0, LARGEST_SEED, seed=self.seed)
+        if not self.lengths:
+            raise UserError("PasskeyRetrieval.lengths = (): give one length or more")
+        for length in self.lengths:
+            check_range("PasskeyRetrieval", 1, 2**30, lengths=length)
+
+    def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, float]]:
+        """One row a length and depth: tokens read, depth from 0 to 1, accuracy, numbers asked for.
+
+        Of the source only the vocabulary is used.
+
+        Raises:
+          UserError: a length has no room for number and question.
+        """
+        memory = EVERYTHING
+        if lm.config.memory_layers:
+            memory = MemoryConfig(storage=self.storage, lookup=self.lookup)
+        rows = []
+        cells = [(length, depth) for length in self.lengths for depth in range(self.depths)]
+        with bar(sum(length for length, _ in cells) * self.keys) as progress:
+            for length, depth in cells:
+                share = depth / (self.depths - 1)
+                texts = list(self._texts(source.vocabulary, length, share))
+                found = 0
+                for start in range(0, self.keys, self.rows):
+                    found += _retrieved(lm, texts[start : start + self.rows], memory, progress)
+                rows.append(
+                    {
+                        "length": length,
+                        "depth": share,
+                        "accuracy": found / self.keys,
+                        "keys": self.keys,
+                    }
+                )
+        return rows
+
+    def _texts(self, vocabulary, length: int, depth: float) -> Iterator[tuple]:
+        """(prompt, answer) tokens of every number."""
+        source = Passkey(document_tokens=length, vocabulary=vocabulary)
+        rng = np.random.default_rng((self.seed, length, round(1000 * depth)))
+        for _ in range(self.keys):
+            key = draw_passkey(rng)
+            fillers = source.fillers(key)
+            before = round(depth * fillers)
+            yield source.prompt_and_answer(key, before, fillers - before)
+
+    def scalars(self, rows) -> dict[str, float]:
+        """Accuracy of each length, over all depths."""
+        return {f"passkey/{length}": accuracy for length, accuracy in _by_length(rows).items()}
+
+    def table(self, rows) -> str:
+        """The rows as text: a line a length."""
+        depths = sorted({row["depth"] for row in rows})
+        cells = {(row["length"], row["depth"]): row["accuracy"] for row in rows}
+        head = " ".join(f"{f'at {100 * depth:.0f} %':>8}" for depth in depths)
+        lines = [f"{'length (tokens)':>16} {head} {'all':>8}"]
+        for length, accuracy in _by_length(rows).items():
+            found = " ".join(f"{cells[length, depth]:8.3f}" for depth in depths)
+            lines.append(f"{length:16,d} {found} {accuracy:8.3f}")
+        return "\n".join(lines)
+
+    def plot(self, rows, path: epath.Path) -> None:
+        """A heat map: depth by length."""
+        figure, axes = plots.new()
+        lengths, depths = (sorted({row[name] for row in rows}) for name in ("length", "depth"))
+        cells = {(row["length"], row["depth"]): 100 * row["accuracy"] for row in rows}
+        shares = [[cells[length, depth] for length in lengths] for depth in depths]
+        image = axes.imshow(shares, aspect="auto", vmin=0, vmax=100, cmap="RdYlGn")
+        axes.set_xticks(range(len(lengths)), [plots.short(length) for length in lengths])
+        axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
+        axes.set_xlabel("length of the text (tokens)")
+        axes.set_ylabel("place of the number in the filler")
+        axes.grid(False)
+        figure.colorbar(image, label="numbers retrieved (%)")
+        plots.save(figure, path)
+
+
+def _retrieved(lm: LanguageModel, texts, memory: MemoryConfig, progress) -> int:
+    """How many of the numbers the model writes down."""
+    prompts, answers = zip(*texts, strict=True)
+    written = lm.generate(
+        [prompt.tolist() for prompt in prompts],
+        max(map(len, answers)),
+        temperature=0,
+        memory=memory,
+        progress=progress,
+    )
+    pairs = zip(written, answers, strict=True)
+    return sum(new[: len(answer)] == answer.tolist() for new, answer in pairs)
+
+
+def _by_length(rows) -> dict[int, float]:
+    lengths = sorted({row["length"] for row in rows})
+    of_length = {n: [row["accuracy"] for row in rows if row["length"] == n] for n in lengths}
+    return {n: sum(found) / len(found) for n, found in of_length.items()}

@@ -1,0 +1,133 @@
+"""Pass keys: what is asked, at which lengths and depths, and what counts as found."""
+
+import re
+import types
+
+import matplotlib.image
+import pytest
+
+from fot_jax.data.synthetic import FILLER, PASSKEY_QUESTION, TASK, Passkey
+from fot_jax.data.vocabulary import Bytes
+from fot_jax.errors import UserError
+from fot_jax.evals.passkey import PasskeyRetrieval
+from fot_jax.model.lookup import Dense, TopK
+from fot_jax.reading import EVERYTHING, MemoryConfig
+
+SOURCE = types.SimpleNamespace(vocabulary=Bytes())
+STATEMENT = re.compile(r" The pass key is (\d{5})\. Remember it\. \1 is the pass key\. ")
+
+
+class Reader:
+    """Writes down the number of a text, as far as `finds` lets it; remembers what it was asked."""
+
+    def __init__(self, finds=lambda key, text: key, memory_layers=(1,)):
+        self.config = types.SimpleNamespace(memory_layers=memory_layers)
+        self.finds, self.texts, self.options = finds, [], []
+
+    def generate(self, prompts, max_new_tokens, *, temperature, memory, progress):
+        assert max_new_tokens == 6 and temperature == 0 and len(prompts) <= 2
+        self.options.append(memory)
+        written = []
+        for prompt in prompts:
+            assert prompt[0] == Bytes.bos
+            text = Bytes().decode(prompt)
+            (key,) = STATEMENT.findall(text)
+            self.texts.append((key, text))
+            written.append(Bytes().encode(f" {self.finds(key, text)}")[:max_new_tokens])
+        return written
+
+
+def evaluation(**changes):
+    given = {"lengths": (600, 2000), "depths": 3, "keys": 5, "rows": 2}
+    return PasskeyRetrieval(**{**given, **changes})
+
+
+def test_texts_are_as_long_as_fits_and_the_number_is_at_its_depth():
+    reader = Reader()
+    rows = evaluation().run(reader, SOURCE)
+    assert [(row["length"], row["depth"]) for row in rows] == [
+        (length, depth) for length in (600, 2000) for depth in (0.0, 0.5, 1.0)
+    ]
+    assert all(row["accuracy"] == 1.0 and row["keys"] == 5 for row in rows)
+    assert len({key for key, _ in reader.texts}) > 25  # of 30
+    for i, (_, text) in enumerate(reader.texts):
+        row = rows[i // 5]
+        tokens = 1 + len(text) + len(" 12345")
+        assert row["length"] - len(f"{FILLER} ") < tokens <= row["length"]
+        before, _, after = STATEMENT.split(text)
+        assert before.startswith(TASK) and after.endswith(PASSKEY_QUESTION)
+        before, after = before.count(FILLER), after.count(FILLER)
+        assert before == round(row["depth"] * (before + after)) and before + after > 0
+
+
+def test_all_digits_must_be_right():
+    wrong = {"0": lambda key: key[:-1] + "x", "5": lambda key: f"1{key}", "9": lambda key: ""}
+    reader = Reader(finds=lambda key, text: wrong.get(key[-1], str)(key))
+    rows = evaluation(keys=40).run(reader, SOURCE)
+    for i, row in enumerate(rows):
+        asked = reader.texts[40 * i : 40 * i + 40]
+        assert row["accuracy"] == sum(key[-1] not in wrong for key, _ in asked) / 40
+        assert 0 < row["accuracy"] < 1
+
+
+def test_what_comes_after_the_number_does_not_matter():
+    reader = Reader(finds=lambda key, text: f"{key} and so on")
+    assert all(row["accuracy"] == 1 for row in evaluation().run(reader, SOURCE))
+
+
+def test_memory_is_as_asked_for():
+    reader = Reader()
+    evaluation(lookup=TopK(7), storage="int8").run(reader, SOURCE)
+    assert set(reader.options) == {MemoryConfig(storage="int8", lookup=TopK(7))}
+    reader = Reader(memory_layers=())
+    evaluation(lookup=Dense()).run(reader, SOURCE)
+    assert set(reader.options) == {EVERYTHING}
+
+
+def test_a_seed_says_which_numbers():
+    def asked(seed):
+        reader = Reader()
+        evaluation(seed=seed).run(reader, SOURCE)
+        return reader.texts
+
+    assert asked(0) == asked(0) != asked(1)
+
+
+def test_what_the_rows_become(tmp_path):
+    reader = Reader(finds=lambda key, text: key if len(text) < 1000 else "")
+    each = evaluation()
+    rows = each.run(reader, SOURCE)
+    assert each.scalars(rows) == {"passkey/600": 1.0, "passkey/2000": 0.0}
+    head, first, second = each.table(rows).splitlines()
+    assert head.split() == ["length", "(tokens)", *"at 0 % at 50 % at 100 % all".split()]
+    assert first.split() == ["600", *["1.000"] * 4] and second.split()[0] == "2,000"
+    each.plot(rows, tmp_path / "x.png")
+    assert matplotlib.image.imread(tmp_path / "x.png", format="png").shape[0] > 300
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lengths": ()}, "PasskeyRetrieval.lengths = ()"),
+        ({"lengths": (0,)}, "PasskeyRetrieval.lengths = 0"),
+        ({"lengths": (100,)}, "Passkey.document_tokens = 100 is too short for the pass key"),
+        ({"depths": 1}, "PasskeyRetrieval.depths = 1"),
+        ({"keys": 0}, "PasskeyRetrieval.keys = 0"),
+        ({"seed": -1}, "PasskeyRetrieval.seed = -1"),
+    ],
+)
+def test_what_does_not_fit_is_named(changes, message):
+    with pytest.raises(UserError) as raised:
+        evaluation(**changes).run(Reader(), SOURCE)
+    assert message in str(raised.value)
+
+
+def test_documents_are_the_same_prompts():
+    """That training reads."""
+    source = Passkey(document_tokens=700)
+    document = next(source.documents("test"))
+    key = int(Bytes().decode(document.tokens[document.weights > 0].tolist()))
+    fillers = source.fillers(key)
+    prompts = [source.prompt_and_answer(key, n, fillers - n)[0] for n in range(fillers + 1)]
+    prompt = document.tokens[: len(prompts[0])].tolist()
+    assert prompt in [each.tolist() for each in prompts]
