@@ -111,6 +111,22 @@ class State:
         like = self.model, self.mesh, cache, self.memory, self.config
         return State(*like, *counts, self.limit, borrowed=True)
 
+    def repeated(self, rows: int) -> State:
+        """So many rows of what the only row of this one holds, to ask several things side by side.
+
+        Raises:
+          UserError: this one has several rows, or a memory for them to share.
+        """
+        if self.rows > 1 or self.config.shared:
+            raise UserError("only a state of one row, with a memory of its own, can be repeated")
+
+        def repeat(x):
+            return jnp.repeat(x, rows, axis=0) if x.ndim else x
+
+        cache, memory = jax.tree.map(repeat, (self.cache, self.memory))
+        counts = (np.repeat(x, rows) for x in (self.places, self.held, self.stored))
+        return State(self.model, self.mesh, cache, memory, self.config, *counts, self.limit)
+
     def own(self) -> None:
         """Makes the memory this state's alone."""
         if self.borrowed:

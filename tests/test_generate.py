@@ -214,6 +214,20 @@ def test_documents_share_a_memory():
 
 
 @EVERY_MODEL
+def test_a_state_is_asked_several_things_side_by_side(name):
+    """As if each were asked alone."""
+    lm, text = model_of(name), random_text(1, 2 * C + 20)[0]
+    prompts = [each[: 5 + 30 * i] for i, each in enumerate(random_text(3, C, seed=1))]
+    state = lm.read(text, last_context_length=C)
+    together = lm.generate(prompts, 30, temperature=0, state=state.repeated(3))
+    alone = [lm.generate(each, 30, temperature=0, state=state.copy()) for each in prompts]
+    assert together == alone and len({tuple(new) for new in alone}) == 3
+    for bad in (lm.read(random_text(2, 9)), lm.read(text, memory=MemoryConfig(shared=True))):
+        with pytest.raises(UserError, match="only a state of one row, with a memory of its own"):
+            bad.repeated(2)
+
+
+@EVERY_MODEL
 def test_windows_are_remembered_as_if_each_were_the_only_one(name):
     """Three side by side in two rows, then one more; then two texts see all of them."""
     lm, windows, texts = model_of(name), random_text(4, 40), random_text(2, C, seed=1)

@@ -112,6 +112,37 @@ def parts_of(corpus: Corpus, split: str) -> list[Part]:
 # --- JSON Lines ----------------------------------------------------------------------------------
 
 
+def rows_of(path: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file:line, row) of every row of a split of a directory, in order.
+
+    Raises:
+      UserError: no such directory, or a broken row.
+    """
+    for file in _files(Corpus(path), split):
+        yield from _rows_of(file)
+
+
+def field(place: str, row: dict[str, Any], name: str, kind: type) -> Any:
+    """A field of a row: a text, or with `object` anything.
+
+    Raises:
+      UserError: there is none, or it is no text; names the place.
+    """
+    if name not in row:
+        raise UserError(f"{place}: no field {name!r} in the row, which has {', '.join(row)}")
+    value = row[name]
+    if not isinstance(value, kind):
+        raise UserError(f"{place}: field {name!r} is {json.dumps(value)[:40]}, not a text: mend it")
+    if kind is str and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{place}: field {name!r} has half a character: {error.reason}"
+            ) from error
+    return value
+
+
 def _files(corpus: Corpus, split: str) -> list[epath.Path]:
     directory = path_of(corpus.path)
     if not directory.is_dir():
@@ -131,11 +162,11 @@ def _jsonl(corpus: Corpus, file: epath.Path) -> Iterator[bytes]:
     """Documents of a file."""
     if corpus.join_by is None:
         for place, row in _rows_of(file):
-            yield _field(place, row, corpus.text_field, str).encode()
+            yield field(place, row, corpus.text_field, str).encode()
     else:
-        joined = itertools.groupby(_rows_of(file), lambda x: _field(*x, corpus.join_by, object))
+        joined = itertools.groupby(_rows_of(file), lambda x: field(*x, corpus.join_by, object))
         for _, rows in joined:
-            yield "\n".join(_field(*x, corpus.text_field, str) for x in rows).encode()
+            yield "\n".join(field(*x, corpus.text_field, str) for x in rows).encode()
 
 
 def _rows_of(file: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -161,24 +192,6 @@ def _row(place: str, line: bytes) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise UserError(f'{place}: broken row, not an object like {{"text": "..."}}: mend it')
     return row
-
-
-def _field(place: str, row: dict[str, Any], field: str, kind: type) -> Any:
-    if field not in row:
-        raise UserError(f"{place}: no field {field!r} in the row, which has {', '.join(row)}")
-    value = row[field]
-    if not isinstance(value, kind):
-        raise UserError(
-            f"{place}: field {field!r} is {json.dumps(value)[:40]}, not a text: mend it"
-        )
-    if kind is str and not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{place}: field {field!r} has half a character: {error.reason}"
-            ) from error
-    return value
 
 
 # --- Standard library ----------------------------------------------------------------------------

@@ -1,0 +1,213 @@
+"""Few-shot: answers to questions after as many demonstrations as fit into a context (paper §4)."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import statistics
+import string
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from fot_jax.data import corpus
+from fot_jax.data.lanes import DocumentSource
+from fot_jax.errors import LARGEST_SEED, UserError, check_range
+from fot_jax.evals import plots
+from fot_jax.generate import LanguageModel
+from fot_jax.model.lookup import Dense, Lookup
+from fot_jax.progress import bar
+from fot_jax.reading import EVERYTHING, MemoryConfig, State
+
+# Fields of a row: the question, and its answer or list of answers; how a demonstration is written.
+FORMS = {
+    "trec": ("text", "fine_label", "Question: {question}\nType: {answer}\n\n"),
+    "webqs": ("question", "answers", "Question: {question}\nAnswer: {answer}\n\n"),
+}
+
+
+class Example(NamedTuple):
+    """A question, and what is right to answer."""
+
+    question: str
+    answers: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class FewShot:
+    """Accuracy by length of the context, over draws of the demonstrations.
+
+    Demonstrations come from the train split, in an order drawn anew each time, as many as fit with
+    the longest question and answer. The model writes on after a question, most likely token by most
+    likely token; right is what, up to the end of the line, is one of the answers but for case,
+    punctuation and articles.
+
+    Attributes:
+      path: a directory with train and test as .jsonl or .jsonl.gz.
+      form: of the rows: "trec" {"text", "fine_label"}, or "webqs" {"question", "answers"}.
+      lengths: tokens of demonstrations, question and answer.
+      draws: of demonstrations.
+      questions: the first so many of the split; None: all.
+      rows: so many questions are asked side by side.
+      answer_tokens: longest answer that is waited for.
+      lookup, storage: of memory, as MemoryConfig.
+      split: of the questions.
+      seed: of the draws.
+      name: of the plot, and in results.
+    """
+
+    path: str
+    form: str
+    lengths: tuple[int, ...] = (2_048, 4_096, 6_144, 8_192)
+    draws: int = 20
+    questions: int | None = None
+    rows: int = 8
+    answer_tokens: int = 16
+    lookup: Lookup = Dense()
+    storage: str | None = None
+    split: str = "test"
+    seed: int = 0
+    name: str = "few_shot"
+
+    def __post_init__(self):
+        counts = {"draws": self.draws, "rows": self.rows, "answer_tokens": self.answer_tokens}
+        check_range("FewShot", 1, **counts, questions=self.questions)
+        check_range("FewShot", 0, LARGEST_SEED, seed=self.seed)
+        if self.form not in FORMS:
+            raise UserError(f"FewShot.form = {self.form!r}: choose one of {', '.join(FORMS)}")
+        if not self.lengths:
+            raise UserError("FewShot.lengths = (): give one length or more")
+        for length in self.lengths:
+            check_range("FewShot", 1, 2**30, lengths=length)
+
+    def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, float]]:
+        """One row a length: demonstrations, accuracy, half a 95 % interval of its mean, questions.
+
+        Of the source only the vocabulary is used.
+
+        Raises:
+          UserError: no rows, or rows of another form; a length without room for a question.
+        """
+        demonstrations = self._examples("train")
+        questions = self._examples(self.split)[: self.questions]
+        rows = []
+        with bar(len(self.lengths) * self.draws * len(questions)) as progress:
+            for length in self.lengths:
+                found, shown = [], []
+                for draw in range(self.draws):
+                    rng = np.random.default_rng((self.seed, length, draw))
+                    order = [demonstrations[i] for i in rng.permutation(len(demonstrations))]
+                    tokens, count = self._context(source.vocabulary, order, questions, length)
+                    state = lm.read(tokens, memory=self._memory(lm))
+                    right = 0
+                    for start in range(0, len(questions), self.rows):
+                        asked = questions[start : start + self.rows]
+                        right += self._right(lm, source.vocabulary, state, asked)
+                        progress(len(asked))
+                    found.append(right / len(questions))
+                    shown.append(count)
+                spread = statistics.stdev(found) if self.draws > 1 else 0.0
+                rows.append(
+                    {
+                        "length": length,
+                        "demonstrations": statistics.mean(shown),
+                        "accuracy": statistics.mean(found),
+                        "interval": 1.96 * spread / self.draws**0.5,
+                        "questions": len(questions),
+                        "draws": self.draws,
+                    }
+                )
+        return rows
+
+    def _memory(self, lm: LanguageModel) -> MemoryConfig:
+        if not lm.config.memory_layers:
+            return EVERYTHING
+        return MemoryConfig(storage=self.storage, lookup=self.lookup)
+
+    def _examples(self, split: str) -> list[Example]:
+        question, answer, _ = FORMS[self.form]
+        found = []
+        for place, row in corpus.rows_of(self.path, split):
+            answers = row.get(answer)
+            if isinstance(answers, list) and answers:
+                each = [dict(row, **{answer: text}) for text in answers]
+            else:
+                each = [row]
+            texts = tuple(corpus.field(place, one, answer, str) for one in each)
+            found.append(Example(corpus.field(place, row, question, str), texts))
+        if not found:
+            raise UserError(f"{self.path}: no rows in the {split} split: FewShot.path needs some")
+        return found
+
+    def _written(self, example: Example | str, answer: str | None = None) -> str:
+        """A demonstration; of a question alone, what comes before its answer."""
+        form = FORMS[self.form][2]
+        if answer is None:
+            form = form[: form.index(" {answer}")]
+        return form.format(question=example.question, answer=answer)
+
+    def _context(self, vocabulary, order, questions, length: int) -> tuple[list[int], int]:
+        """Tokens of as many demonstrations as fit with any question, and how many these are."""
+        longest = max(len(vocabulary.encode(self._written(each))) for each in questions)
+        start = vocabulary.eos if vocabulary.bos is None else vocabulary.bos
+        tokens, count = [start], 0
+        room = length - longest - self.answer_tokens
+        if room < len(tokens):
+            raise UserError(
+                f"FewShot.lengths has {length}, too short for a question of {longest} tokens and "
+                f"an answer of {self.answer_tokens}: leave it out"
+            )
+        for example in order:
+            more = vocabulary.encode(self._written(example, example.answers[0]))
+            if len(tokens) + len(more) > room:
+                break
+            tokens, count = [*tokens, *more], count + 1
+        return tokens, count
+
+    def _right(self, lm: LanguageModel, vocabulary, state: State, asked: Sequence[Example]) -> int:
+        """How many of the questions are answered rightly."""
+        written = lm.generate(
+            [vocabulary.encode(self._written(example)) for example in asked],
+            self.answer_tokens,
+            temperature=0,
+            state=state.repeated(len(asked)),
+            stop=(vocabulary.eos,),
+        )
+        lines = [vocabulary.decode(new).lstrip().partition("\n")[0] for new in written]
+        return sum(
+            _plain(line) in map(_plain, example.answers)
+            for line, example in zip(lines, asked, strict=True)
+        )
+
+    def scalars(self, rows) -> dict[str, float]:
+        """Accuracy of each length."""
+        return {f"{self.name}/{row['length']}": row["accuracy"] for row in rows}
+
+    def table(self, rows) -> str:
+        """The rows as text."""
+        lines = [f"{'length (tokens)':>16} {'demonstrations':>15} {'accuracy':>9} {'95 %':>8}"]
+        for row in rows:
+            numbers = (
+                f"{row['demonstrations']:15.1f} {row['accuracy']:9.3f} ±{row['interval']:7.3f}"
+            )
+            lines.append(f"{row['length']:16,d} {numbers}")
+        return "\n".join(lines)
+
+    def plot(self, rows, path: epath.Path) -> None:
+        """Accuracy against length, with intervals, as a PNG."""
+        figure, axes = plots.new()
+        lengths = [row["length"] for row in rows]
+        accuracies, intervals = ([100 * row[x] for row in rows] for x in ("accuracy", "interval"))
+        axes.errorbar(lengths, accuracies, yerr=intervals, fmt="o-", capsize=4)
+        plots.sizes_along(axes, lengths)
+        axes.set_xlabel("demonstrations and question (tokens)")
+        axes.set_ylabel("answers right (%)")
+        plots.save(figure, path)
+
+
+def _plain(text: str) -> str:
+    """Without case, punctuation, articles and more than one blank in a row."""
+    text = "".join(" " if each in string.punctuation else each for each in text.lower())
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
