@@ -98,7 +98,7 @@ def take_over(of: str, to: str) -> None:
 def _register(gin) -> None:
     from fot_jax import compile, evaluate, experiment, train
     from fot_jax.data import synthetic, tasks
-    from fot_jax.evals import dictionary, few_shot, passkey, perplexity, sample
+    from fot_jax.evals import dictionary, distraction, few_shot, passkey, perplexity, sample
     from fot_jax.model import lookup, schemes, sizes, transformer
     from fot_jax.training import optim, partitioning, step
 
@@ -106,8 +106,8 @@ def _register(gin) -> None:
         *(train.train, experiment.Data, experiment.Compute, experiment.Checkpoints),
         *(evaluate.evaluate, evaluate.Evaluation),
         compile.compile_experiment,
-        *(dictionary.DictionaryAccuracy, few_shot.FewShot, passkey.PasskeyRetrieval),
-        *(perplexity.PerplexityByContext, sample.Sample),
+        *(dictionary.DictionaryAccuracy, distraction.PositiveMass, few_shot.FewShot),
+        *(passkey.PasskeyRetrieval, perplexity.PerplexityByContext, sample.Sample),
         *(lookup.Dense, lookup.TopK, lookup.ApproximateTopK),
         *(schemes.NoCrossbatch, schemes.PreviousContext),
         *(schemes.Packed, schemes.PackedTable, schemes.CachedContext),

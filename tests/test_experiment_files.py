@@ -233,8 +233,8 @@ MODELS = f"{', '.join(_FIRST)} or {_LAST}"
         ),
         (
             "Evaluation.evals = (@Corpus(),)",
-            "(@Corpus(),): give a tuple, each of it @DictionaryAccuracy(), @FewShot(), "
-            "@PasskeyRetrieval(), @PerplexityByContext() or @Sample()",
+            "(@Corpus(),): give a tuple, each of it @DictionaryAccuracy(), @PositiveMass(), "
+            "@FewShot(), @PasskeyRetrieval(), @PerplexityByContext() or @Sample()",
         ),
         ("train.initialize_from = 3", '3: give a text in "quotes" or None'),
         ("train.profile_steps = 3", "3: give (a whole number, a whole number) or None"),

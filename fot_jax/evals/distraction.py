@@ -1,0 +1,142 @@
+"""Distraction: how much attention stays with the own document among others (paper §3.3)."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from fot_jax.data.lanes import DocumentSource
+from fot_jax.errors import LARGEST_SEED, UserError, check_range
+from fot_jax.evals import plots
+from fot_jax.generate import LanguageModel
+from fot_jax.model import crossbatch
+from fot_jax.model.schemes import PreviousContext
+from fot_jax.model.transformer import Transformer
+from fot_jax.progress import bar
+from fot_jax.training.step import make_positive_mass
+
+
+@dataclasses.dataclass(frozen=True)
+class PositiveMass:
+    """r_d: the share of the attention to d previous contexts that the own document's gets.
+
+    Measured as in training, on windows of held-out documents: each looks at the window before it
+    and at those before the windows of d - 1 others. A model that is distracted gives each of them
+    about 1 / d; one that is not, most to its own. (Of a plain transformer it can be measured where
+    the experiment names memory layers, and trains with NoCrossbatch.)
+
+    Attributes:
+      ds: crossbatch dimensions; the largest is how many documents are read side by side.
+      batches: of them, from places drawn anew.
+      split: of the source.
+      seed: of the places.
+      name: of the plot, and in results.
+    """
+
+    ds: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    batches: int = 4
+    split: str = "valid"
+    seed: int = 0
+    name: str = "positive_mass"
+
+    def __post_init__(self):
+        check_range("PositiveMass", 1, batches=self.batches)
+        check_range("PositiveMass", 0, LARGEST_SEED, seed=self.seed)
+        if not self.ds:
+            raise UserError("PositiveMass.ds = (): give one d or more")
+        for d in self.ds:
+            check_range("PositiveMass", 1, 4096, ds=d)
+
+    def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, float]]:
+        """One row a d and memory layer: d, layer, mass.
+
+        Raises:
+          UserError: a model without memory layers, or on several devices; fewer documents of two
+            windows than the largest d.
+        """
+        if not lm.config.memory_layers:
+            raise UserError(
+                "PositiveMass is of memory layers, and the model has none: leave it out"
+            )
+        if lm.mesh is not None:
+            raise UserError("PositiveMass is for one device: evaluate with devices = 1")
+        c, ds = lm.config, sorted(set(self.ds))
+        params = {name: x for name, x in lm.params.items() if name != "layers"}
+        params["layers"] = jax.tree.map(lambda *layers: jnp.stack(layers), *lm.params["layers"])
+        model = Transformer(c, dtype=lm.params["embedding"].dtype)
+        documents = self._documents(source, 2 * c.local_context, ds[-1])
+        rng = np.random.default_rng(self.seed)
+        batches = [
+            self._batch(documents, ds[-1], c.local_context, rng) for _ in range(self.batches)
+        ]
+        rows = []
+        with bar(len(ds) * len(batches)) as progress:
+            for d in ds:
+                plan = crossbatch.make_plan(
+                    PreviousContext(d), 2 * ds[-1], heads=c.num_heads, window=c.local_context
+                )
+                measure = make_positive_mass(model, plan)
+                masses = []
+                for batch in batches:
+                    masses.append(np.asarray(measure(params, batch)))
+                    progress(1)
+                for layer, mass in zip(c.memory_layers, np.mean(masses, 0), strict=True):
+                    rows.append({"d": d, "layer": layer, "mass": float(mass)})
+        return rows
+
+    def _documents(self, source: DocumentSource, tokens: int, needed: int) -> list[np.ndarray]:
+        """Tokens of the first documents of the split that are long enough."""
+        of_split = (document.tokens for document in source.documents(self.split))
+        documents = [each for each in itertools.islice(of_split, 10_000) if len(each) >= tokens]
+        if len(documents) < needed:
+            raise UserError(
+                f"the {self.split} split has {len(documents)} documents of two windows ({tokens} "
+                f"tokens), PositiveMass.ds asks for {needed} side by side: lower it, or choose "
+                "another split"
+            )
+        return documents
+
+    def _batch(self, documents, lanes: int, window: int, rng) -> dict[str, np.ndarray]:
+        """Two consecutive windows of every lane, each of another document."""
+        chosen = rng.choice(len(documents), lanes, replace=False)
+        texts = []
+        for tokens in (documents[i] for i in chosen):
+            start = rng.integers(len(tokens) - 2 * window + 1)
+            texts.append(tokens[start : start + 2 * window].reshape(2, window))
+        inputs = np.concatenate(texts).astype(np.int32)
+        return {"inputs": inputs, "segment_ids": np.ones_like(inputs)}
+
+    def scalars(self, rows) -> dict[str, float]:
+        """Mass of every layer and d."""
+        return {f"{self.name}/layer_{row['layer']}/d_{row['d']}": row["mass"] for row in rows}
+
+    def table(self, rows) -> str:
+        """The rows as text: a line a d."""
+        layers = sorted({row["layer"] for row in rows})
+        cells = {(row["d"], row["layer"]): row["mass"] for row in rows}
+        head = " ".join(f"{f'layer {layer}':>9}" for layer in layers)
+        lines = [f"{'d':>5} {head} {'1 / d':>9}"]
+        for d in sorted({row["d"] for row in rows}):
+            masses = " ".join(f"{cells[d, layer]:9.3f}" for layer in layers)
+            lines.append(f"{d:5d} {masses} {1 / d:9.3f}")
+        return "\n".join(lines)
+
+    def plot(self, rows, path: epath.Path) -> None:
+        """Mass against d, with 1 / d beside it, as a PNG."""
+        figure, axes = plots.new()
+        ds = sorted({row["d"] for row in rows})
+        for layer in sorted({row["layer"] for row in rows}):
+            masses = [row["mass"] for row in rows if row["layer"] == layer]
+            axes.plot(ds, masses, "o-", label=f"layer {layer}")
+        axes.plot(ds, [1 / d for d in ds], "k:", label="1 / d")
+        plots.sizes_along(axes, ds)
+        axes.set_ylim(0, 1.05)
+        axes.set_xlabel("d: previous contexts, of which one is of the own document")
+        axes.set_ylabel("attention to the own document")
+        axes.legend(fontsize=10)
+        plots.save(figure, path)
