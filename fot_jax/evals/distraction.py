@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -18,7 +19,6 @@ from fot_jax.model import crossbatch
 from fot_jax.model.schemes import PreviousContext
 from fot_jax.model.transformer import Transformer
 from fot_jax.progress import bar
-from fot_jax.training.step import make_positive_mass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +80,9 @@ class PositiveMass:
                 plan = crossbatch.make_plan(
                     PreviousContext(d), 2 * ds[-1], heads=c.num_heads, window=c.local_context
                 )
-                measure = make_positive_mass(model, plan)
                 masses = []
-                for batch in batches:
-                    masses.append(np.asarray(measure(params, batch)))
+                for tokens in batches:
+                    masses.append(np.asarray(_measure(model, plan, params, tokens)))
                     progress(1)
                 for layer, mass in zip(c.memory_layers, np.mean(masses, 0), strict=True):
                     rows.append({"d": d, "layer": layer, "mass": float(mass)})
@@ -101,15 +100,14 @@ class PositiveMass:
             )
         return documents
 
-    def _batch(self, documents, lanes: int, window: int, rng) -> dict[str, np.ndarray]:
-        """Two consecutive windows of every lane, each of another document."""
+    def _batch(self, documents, lanes: int, window: int, rng) -> np.ndarray:
+        """Two consecutive windows of every lane, each of another document: [2 * lanes, window]."""
         chosen = rng.choice(len(documents), lanes, replace=False)
         texts = []
         for tokens in (documents[i] for i in chosen):
             start = rng.integers(len(tokens) - 2 * window + 1)
             texts.append(tokens[start : start + 2 * window].reshape(2, window))
-        inputs = np.concatenate(texts).astype(np.int32)
-        return {"inputs": inputs, "segment_ids": np.ones_like(inputs)}
+        return np.concatenate(texts).astype(np.int32)
 
     def scalars(self, rows) -> dict[str, float]:
         """Mass of every layer and d."""
@@ -140,3 +138,11 @@ class PositiveMass:
         axes.set_ylabel("attention to the own document")
         axes.legend(fontsize=10)
         plots.save(figure, path)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _measure(model: Transformer, plan: crossbatch.Plan, params, tokens):
+    """r_d of every memory layer; all tokens are of documents, none is padding."""
+    segments = jnp.ones_like(tokens)
+    out = model.apply({"params": params}, tokens, segments, plan, measure_positive_mass=True)
+    return out.positive_mass
