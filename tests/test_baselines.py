@@ -8,27 +8,17 @@ from runs import bind, refused_untouched
 from fot_jax import cli
 
 # Documents of four windows; of 8 lanes, each sees two of its earlier windows.
-MEMORIZING = f"""{runs.MODEL}
-train.data = @Data()
-train.optimizer = @adamw
-train.learning_rate = @constant_rate()
-train.steps = 12
-train.log_every = 1
+MEMORIZING = f"""{runs.DICTIONARY}
 train.scheme = @CachedContext()
-train.checkpoints = @Checkpoints()
 train.compute = @Compute()
 train.evaluation = @Evaluation()
 Compute.mesh = @MeshShape()
-constant_rate.value = 0.01
 CachedContext.tokens = 32
 CachedContext.lookup = @TopK()
 TopK.k = 4
 ModelConfig.memory_gate = True
-Data.source = @DictionaryLookup()
 Data.lanes = 8
 DictionaryLookup.document_tokens = 64
-DictionaryLookup.key_length = 1
-DictionaryLookup.value_length = 1
 Checkpoints.every = 5
 Evaluation.evals = (@PerplexityByContext(),)
 PerplexityByContext.memory_sizes = (0, 32)

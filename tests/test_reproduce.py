@@ -16,20 +16,9 @@ from fot_jax import provenance
 ROOT = Path(__file__).parents[1]
 REPRODUCE = ROOT / "experiments" / "reproduce"
 
-DICTIONARY = f"""{runs.MODEL}
-train.data = @Data()
-train.optimizer = @adamw
-train.learning_rate = @constant_rate()
+DICTIONARY = f"""{runs.DICTIONARY}
 train.steps = 4
-train.scheme = @PreviousContext()
 train.evaluation = @Evaluation()
-constant_rate.value = 0.01
-Data.source = @DictionaryLookup()
-Data.lanes = 4
-DictionaryLookup.document_tokens = 32
-DictionaryLookup.key_length = 1
-DictionaryLookup.value_length = 1
-PreviousContext.advance = 2
 Evaluation.evals = (@DictionaryAccuracy(),)
 DictionaryAccuracy.sizes = (16, 64)
 DictionaryAccuracy.lookup = @TopK()
