@@ -157,12 +157,24 @@ def begin(lm: Model, state: State | None, config: MemoryConfig, rows: int) -> St
             f"a memory {asked} for a model without memory layers: it reads its local window alone; "
             "leave the memory out"
         )
+    if lm.config.memory_before:
+        config = _of_one_window(config, lm.config.local_context)
     dtype = lm.params["embedding"].dtype
     storage = config.storage or dtype.name
     memory = memories.empty(lm.config, 1 if config.shared else rows, 0, storage, lm.mesh)
     cache = inference.empty_cache(lm.config, rows, dtype, lm.mesh)
     counts = (np.zeros(n, int) for n in (rows, rows, memory.rows))
     return State(lm.config, lm.mesh, cache, memory, config, *counts)
+
+
+def _of_one_window(config: MemoryConfig, context: int) -> MemoryConfig:
+    """Of a model whose memory stands right before the window: there is a place for one."""
+    if config.size is not None and config.size > context:
+        raise UserError(
+            f"a memory of {config.size} tokens for a model that sees the window before "
+            f"(memory_before): give at most {context}, or leave the size out"
+        )
+    return dataclasses.replace(config, size=context if config.size is None else config.size)
 
 
 class Piece(NamedTuple):

@@ -91,8 +91,11 @@ def test_transformer_xl_reads_as_it_was_trained():
     tokens = random_tokens(LLAMA, 2, 4 * T)
     got, _ = read(TRANSFORMER_XL, CachedContext(T), tokens)
     lm = LanguageModel.of(Transformer(TRANSFORMER_XL), random_params(TRANSFORMER_XL))
-    want = lm.logits(tokens, last_context_length=T, memory=MemoryConfig(T))
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    for memory in (MemoryConfig(T), MemoryConfig()):  # one window, also when not asked for
+        want = lm.logits(tokens, last_context_length=T, memory=memory)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match=f"a memory of {T + 1} tokens .*: give at most {T}"):
+        lm.read(tokens, memory=MemoryConfig(T + 1))
 
 
 # --- Documents -----------------------------------------------------------------------------------
