@@ -37,32 +37,30 @@ def reproduce():
 
 @pytest.fixture
 def tiny(reproduce, tmp_path, monkeypatch):
-    """A figure of two seeds of one model, and one that both start from."""
+    """A figure of one model, and of one that it starts from, twice."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.gin").write_text(DICTIONARY)
     figures = sys.modules["figures"]
 
-    def of_seeds(seeds):
-        file = (str(tmp_path / "tiny.gin"),)
-        base = figures.Run("base", "", 0, file, ("train.steps = 2",), evaluated=False)
-        return [base] + [
-            figures.Run(f"fot_{seed}", "FoT", seed, file, (f"Data.seed = {seed}",), "base")
-            for seed in seeds
-        ]
+    def of_seed(seed):
+        file, bindings = (str(tmp_path / "tiny.gin"),), (f"Data.seed = {seed}",)
+        base = figures.Run(f"base_{seed}", "", file, (*bindings, "train.steps = 2"))
+        return [base, figures.Run(f"fot_{seed}", "FoT", file, bindings, base.name)]
 
-    figure = dataclasses.replace(figures.FIGURES["dictionary_cpu"], runs=of_seeds)
+    figure = dataclasses.replace(figures.FIGURES["dictionary_cpu"], family="tiny", runs=of_seed)
     monkeypatch.setitem(figures.FIGURES, "tiny", figure)
     return ["tiny", "--seeds", "0,1", "--results", "results"]
 
 
 @pytest.mark.slow
 def test_a_figure(reproduce, tiny, tmp_path, monkeypatch, capsys):
-    """Stopped after the first of three runs, it does the others, and none twice."""
+    """Stopped in its second of four runs, it does that and the others, and none twice."""
     real, verbs = subprocess.run, []
 
     def stopped(command, **options):
         if command[1:3] == ["-m", "fot_jax"]:
-            verbs.append((command[3], command[command.index("--gin") + 1]))
+            name = "--workdir" if command[3] == "train" else "--checkpoint"
+            verbs.append((command[3], Path(command[command.index(name) + 1]).name))
             if len(verbs) == 2:
                 return subprocess.CompletedProcess(command, 143)
         return real(command, **options)
@@ -71,9 +69,9 @@ def test_a_figure(reproduce, tiny, tmp_path, monkeypatch, capsys):
     assert reproduce.main(tiny) == 143
     assert not (tmp_path / "results").exists()
     assert reproduce.main(tiny) == 0
-    seeds = [("train", f"Data.seed = {seed}") for seed in (0, 0, 1)]
-    evaluated = [("evaluate", f"Data.seed = {seed}") for seed in (0, 1)]
-    assert sorted(verbs) == sorted([("train", "train.steps = 2"), *seeds, *evaluated])
+    trained = [("train", name) for name in ("base_0", "fot_0", "fot_0", "base_1", "fot_1")]
+    evaluated = [("evaluate", name) for name in ("fot_0", "fot_1")]
+    assert sorted(verbs) == sorted([*trained, *evaluated])
 
     workdirs = tmp_path / "workdirs" / "reproduce" / "tiny"
     of_seeds = [
@@ -86,7 +84,7 @@ def test_a_figure(reproduce, tiny, tmp_path, monkeypatch, capsys):
         assert row["dictionary"] == of_seeds[0][i]["dictionary"] == (16, 64)[i]
         assert (row["least"], row["most"]) == (min(accuracies), max(accuracies))
         assert row["accuracy"] == pytest.approx(sum(accuracies) / 2) and row["seeds"] == 2
-    assert len(content["rows"]) == 2 and len(content["commands"]) == 5
+    assert len(content["rows"]) == 2 and len(content["commands"]) == 6
     assert content["seconds in all"] == sum(content["seconds"].values()) > 0
     assert content["made"] == provenance.provenance()
     image = matplotlib.image.imread(tmp_path / "results" / "tiny.png")
@@ -94,7 +92,7 @@ def test_a_figure(reproduce, tiny, tmp_path, monkeypatch, capsys):
 
     capsys.readouterr()
     assert reproduce.main(tiny) == 0  # from what is there
-    assert len(verbs) == 6 and "| 16 | " in capsys.readouterr().out
+    assert len(verbs) == 7 and "| 16 | " in capsys.readouterr().out
 
 
 def test_every_figure_has_its_experiments():
@@ -104,7 +102,7 @@ def test_every_figure_has_its_experiments():
 
     for figure in FIGURES.values():
         there = set()
-        for run in figure.runs((0, 1, 2)):
+        for run in (run for seed in (0, 1, 2) for run in figure.runs(seed)):
             assert run.name not in there and (run.start is None or run.start in there)
             assert all((REPRODUCE / file).is_file() for file in run.files)
             there.add(run.name)

@@ -28,9 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     """Makes one figure; the exit code is that of the first command that fails."""
     args = _parser().parse_args(argv)
     figure = FIGURES[args.figure]
-    runs = figure.runs(args.seeds)
-    workdirs = Path(args.workdirs) / args.figure
-    results = Path(args.results)
+    runs = [run for seed in args.seeds for run in figure.runs(seed)]
+    workdirs = Path(args.workdirs) / figure.family
     commands = [command for run in runs for command in _commands(run, workdirs)]
     if args.dry_run:
         print("\n".join(map(shlex.join, commands)))
@@ -38,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     for run in runs:
         if code := _carry_out(run, workdirs):
             return code
-    _report(args.figure, figure, runs, workdirs, results)
+    _report(args.figure, figure, runs, workdirs, Path(args.results))
     return 0
 
 
@@ -78,7 +77,7 @@ def _commands(run: Run, workdirs: Path) -> list[list[str]]:
     train = ["fot", "train", *files, "--workdir", workdir, *gin, *no_evals]
     output = str(_result(run, workdirs))
     evaluate = ["fot", "evaluate", *files, "--checkpoint", workdir, "--output", output, *gin]
-    return [train, evaluate] if run.evaluated else [train]
+    return [train, evaluate] if run.model else [train]
 
 
 def _result(run: Run, workdirs: Path) -> Path:
@@ -118,8 +117,11 @@ def _progress(run: Run, workdirs: Path) -> dict:
 
 def _report(name: str, figure: Figure, runs: list[Run], workdirs: Path, results: Path) -> None:
     """Prints the table, and writes it with all numbers to NAME.json, and NAME.png."""
-    shown = [run for run in runs if run.evaluated]
-    rows = figure.rows({run: json.loads(_result(run, workdirs).read_text()) for run in shown})
+    found: dict[str, list] = {}
+    for run in runs:
+        if run.model:
+            found.setdefault(run.model, []).append(json.loads(_result(run, workdirs).read_text()))
+    rows = figure.rows(found)
     table = figure.table(rows)
     print(f"\n{figure.title}\n\n{table}\n\nThe paper: {figure.paper}")
     seconds = {run.name: round(_progress(run, workdirs)["seconds"]) for run in runs}

@@ -1,4 +1,4 @@
-"""The figures and tables of the paper: what is trained for each, and how they are drawn."""
+"""The figures of the paper: what is trained for each, and how they are drawn."""
 
 from __future__ import annotations
 
@@ -18,42 +18,100 @@ class Run:
 
     Attributes:
       name: of its workdir.
-      model: what it stands for in the figure.
-      seed: of its parameters and its data.
+      model: what it stands for in the figure; "" for one that others only start from.
       files: experiment files beside this one.
       bindings: for --gin.
       start: the run whose parameters it starts from.
-      evaluated: whether the figure shows it.
     """
 
     name: str
     model: str
-    seed: int
     files: tuple[str, ...]
     bindings: tuple[str, ...] = ()
     start: str | None = None
-    evaluated: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A figure or table.
+    """A figure: one line for each model.
 
     Attributes:
       title: what it shows.
       paper: what the paper found.
-      runs: by seeds, those that others start from first.
-      rows: of the results of runs, by what `fot evaluate` wrote.
-      table: the rows as text.
-      draw: the rows as a PNG.
+      family: of runs; figures of one family share them.
+      runs: by seed, those that others start from first.
+      evaluation: its name in what `fot evaluate` writes.
+      x, y: of its rows.
+      labels: of the axes.
+      percent: whether y is a share, shown as percent.
     """
 
     title: str
     paper: str
-    runs: Callable[[Sequence[int]], list[Run]]
-    rows: Callable[[Mapping[Run, dict]], Rows]
-    table: Callable[[Rows], str]
-    draw: Callable[[Rows, Path], None]
+    family: str
+    runs: Callable[[int], list[Run]]
+    evaluation: str
+    x: str
+    y: str
+    labels: tuple[str, str]
+    percent: bool = False
+
+    def rows(self, results: Mapping[str, Sequence[dict]]) -> Rows:
+        """A row for each model and x: mean, least and most of y over seeds.
+
+        Args:
+          results: by model, what `fot evaluate` wrote for each seed.
+        """
+        rows = []
+        for model, of_seeds in results.items():
+            found: dict[int, list[float]] = {}
+            for result in of_seeds:
+                for row in result[self.evaluation]:
+                    found.setdefault(row[self.x], []).append(row[self.y])
+            for x, ys in found.items():
+                numbers = {self.y: sum(ys) / len(ys), "least": min(ys), "most": max(ys)}
+                rows.append({"model": model, self.x: x, **numbers, "seeds": len(of_seeds)})
+        return rows
+
+    def table(self, rows: Rows) -> str:
+        """The rows in Markdown: a column for each model."""
+        models = list(dict.fromkeys(row["model"] for row in rows))
+        cells = {(row["model"], row[self.x]): self._cell(row) for row in rows}
+        lines = [f"| {self.labels[0]} | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
+        for x in sorted({row[self.x] for row in rows}):
+            found = (cells.get((model, x), "") for model in models)
+            lines.append(f"| {plots.short(x)} | {' | '.join(found)} |")
+        return "\n".join(lines)
+
+    def _cell(self, row: dict[str, Any]) -> str:
+        mean, least, most = (row[name] for name in (self.y, "least", "most"))
+        if self.percent:
+            mean, least, most = (f"{100 * number:.1f}" for number in (mean, least, most))
+        else:
+            mean, least, most = (f"{number:.3g}" for number in (mean, least, most))
+        unit = " %" * self.percent
+        return f"{mean}{unit}" if row["seeds"] == 1 else f"{mean}{unit} ({least} … {most})"
+
+    def draw(self, rows: Rows, path: Path) -> None:
+        """The rows as a PNG: a line for each model, and the range over seeds."""
+        figure, axes = plots.new()
+        factor = 100 if self.percent else 1
+        for model in dict.fromkeys(row["model"] for row in rows):
+            of_model = [row for row in rows if row["model"] == model]
+            x = [row[self.x] for row in of_model]
+            y, least, most = (
+                [factor * row[name] for row in of_model] for name in (self.y, "least", "most")
+            )
+            (line,) = axes.plot(x, y, "o-", label=model)
+            axes.fill_between(x, least, most, color=line.get_color(), alpha=0.25, linewidth=0)
+        sizes = sorted({row[self.x] for row in rows})
+        plots.sizes_along(axes, sizes, linear_to=max(1, min(size for size in sizes if size)))
+        if self.percent:
+            axes.set_ylim(-3, 103)
+        axes.set_xlabel(self.labels[0])
+        axes.set_ylabel(self.labels[1])
+        axes.legend(fontsize=10)
+        plots.save(figure, path)
 
 
 def _seeds(seed: int) -> tuple[str, ...]:
@@ -62,113 +120,117 @@ def _seeds(seed: int) -> tuple[str, ...]:
 
 # --- Dictionary lookup (paper §5) ----------------------------------------------------------------
 
-
-def _dictionary(seeds: Sequence[int]) -> list[Run]:
-    runs = []
-    for seed in seeds:
-        own, fot, plain = _seeds(seed), ("dictionary.gin",), ("dictionary_plain.gin",)
-        no_negatives = (*own, "SwitchAtAccuracy.values = (1, 1)")
-        runs += [
-            Run(f"fot_{seed}", "FoT, d = 1, then 128", seed, fot, own),
-            Run(f"d1_{seed}", "FoT, d = 1", seed, fot, no_negatives),
-            Run(f"plain_{seed}", "plain transformer", seed, plain, own),
-        ]
-    return runs
+NO_NEGATIVES = "SwitchAtAccuracy.values = (1, 1)"
 
 
-def _dictionary_cpu(seeds: Sequence[int]) -> list[Run]:
-    runs = []
-    for seed in seeds:
-        own = _seeds(seed)
-        one, two, three = (f"dictionary_cpu{part}.gin" for part in ("_short", "_d1", ""))
-        plain = ("dictionary_cpu_plain.gin",)
-        short_texts = ("ModelConfig.local_context = 64", "DictionaryLookup.document_tokens = 64")
-        runs += [
-            Run(f"short_{seed}", "", seed, (one,), own, evaluated=False),
-            Run(f"middle_{seed}", "", seed, (two,), own, f"short_{seed}", evaluated=False),
-            Run(f"fot_{seed}", "FoT, d = 1, then 32", seed, (three,), own, f"middle_{seed}"),
-            Run(
-                f"d1_{seed}",
-                "FoT, d = 1",
-                seed,
-                (three,),
-                (*own, "SwitchAtAccuracy.values = (1, 1)"),
-                f"middle_{seed}",
-            ),
-            Run(f"plain_short_{seed}", "", seed, plain, (*own, *short_texts), evaluated=False),
-            Run(f"plain_{seed}", "plain transformer", seed, plain, own, f"plain_short_{seed}"),
-        ]
-    return runs
-
-
-def _dictionary_rows(results: Mapping[Run, dict]) -> Rows:
-    """A row for each model and size: mean, least and most over seeds."""
-    by_model: dict[tuple[str, int], list[float]] = {}
-    for run, result in results.items():
-        for row in result["dictionary_accuracy"]:
-            by_model.setdefault((run.model, row["dictionary"]), []).append(row["accuracy"])
+def _dictionary(seed: int) -> list[Run]:
+    own, fot = _seeds(seed), ("dictionary.gin",)
     return [
-        {
-            "model": model,
-            "dictionary": size,
-            "accuracy": sum(found) / len(found),
-            "least": min(found),
-            "most": max(found),
-            "seeds": len(found),
-        }
-        for (model, size), found in by_model.items()
+        Run(f"fot_{seed}", "FoT, d = 1, then 128", fot, own),
+        Run(f"d1_{seed}", "FoT, d = 1", fot, (*own, NO_NEGATIVES)),
+        Run(f"plain_{seed}", "plain transformer", ("dictionary_plain.gin",), own),
     ]
 
 
-def _dictionary_table(rows: Rows) -> str:
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    cells = {(row["model"], row["dictionary"]): row for row in rows}
-    lines = [
-        "| dictionary (tokens) | " + " | ".join(models) + " |",
-        "|---" * (len(models) + 1) + "|",
+def _dictionary_cpu(seed: int) -> list[Run]:
+    own, plain = _seeds(seed), ("dictionary_cpu_plain.gin",)
+    one, two, three = ((f"dictionary_cpu{part}.gin",) for part in ("_short", "_d1", ""))
+    short_texts = ("ModelConfig.local_context = 64", "DictionaryLookup.document_tokens = 64")
+    return [
+        Run(f"short_{seed}", "", one, own),
+        Run(f"middle_{seed}", "", two, own, f"short_{seed}"),
+        Run(f"fot_{seed}", "FoT, d = 1, then 32", three, own, f"middle_{seed}"),
+        Run(f"d1_{seed}", "FoT, d = 1", three, (*own, NO_NEGATIVES), f"middle_{seed}"),
+        Run(f"plain_short_{seed}", "", plain, (*own, *short_texts)),
+        Run(f"plain_{seed}", "plain transformer", plain, own, f"plain_short_{seed}"),
     ]
-    for size in sorted({row["dictionary"] for row in rows}):
-        found = []
-        for model in models:
-            row = cells.get((model, size))
-            found.append("" if row is None else _percent(row))
-        lines.append(f"| {plots.short(size)} | " + " | ".join(found) + " |")
-    return "\n".join(lines)
-
-
-def _percent(row: dict[str, Any]) -> str:
-    mean, least, most = (f"{100 * row[name]:.1f}" for name in ("accuracy", "least", "most"))
-    return f"{mean} %" if row["seeds"] == 1 else f"{mean} % ({least} … {most})"
-
-
-def _draw_dictionary(rows: Rows, path: Path) -> None:
-    figure, axes = plots.new()
-    for model in dict.fromkeys(row["model"] for row in rows):
-        of_model = [row for row in rows if row["model"] == model]
-        sizes = [row["dictionary"] for row in of_model]
-        mean, least, most = (
-            [100 * row[name] for row in of_model] for name in ("accuracy", "least", "most")
-        )
-        (line,) = axes.plot(sizes, mean, "o-", label=model)
-        axes.fill_between(sizes, least, most, color=line.get_color(), alpha=0.25, linewidth=0)
-    axes.axhline(
-        92, color="black", linewidth=1, linestyle=":", label="the paper at 16M: above 92 %"
-    )
-    plots.sizes_along(axes, sorted({row["dictionary"] for row in rows}))
-    axes.set_ylim(-3, 103)
-    axes.set_xlabel("dictionary in memory (tokens)")
-    axes.set_ylabel("value tokens found (%)")
-    axes.legend(fontsize=10)
-    plots.save(figure, path)
 
 
 _DICTIONARY = Figure(
-    "Dictionary lookup: value tokens found after training on documents of 512 tokens",
-    "above 92 % at 16M tokens (37M parameters, d = 128); a plain transformer fails at 16K",
-    *(_dictionary, _dictionary_rows, _dictionary_table, _draw_dictionary),
+    title="Dictionary lookup: value tokens found after training on documents of 512 tokens",
+    paper="above 92 % at 16M tokens (37M parameters, d = 128); a plain transformer fails at 16K",
+    family="dictionary",
+    runs=_dictionary,
+    evaluation="dictionary_accuracy",
+    x="dictionary",
+    y="accuracy",
+    labels=("dictionary (tokens)", "value tokens found (%)"),
+    percent=True,
 )
+
+# --- Text (paper §3.3, §5) -----------------------------------------------------------------------
+
+CACHED = "train.scheme = @CachedContext()"
+MEMORIZING = (
+    CACHED,
+    "CachedContext.tokens = 2_048",
+    "CachedContext.lookup = @TopK()",
+    "TopK.k = 32",
+)
+TRANSFORMER_XL = (
+    *(CACHED, "CachedContext.tokens = 64", "ModelConfig.memory_layers = (0, 1, 2)"),
+    *("ModelConfig.memory_positions = True", "ModelConfig.memory_before = True"),
+    "PerplexityByContext.memory_sizes = (0, 64)",
+)
+TEXT_MODELS = {
+    "plain": ("plain transformer", ("train.scheme = @NoCrossbatch()",)),
+    "d1": ("FoT, d = 1", ()),
+    "d2": ("FoT, d = 2", ("PreviousContext.d = 2",)),
+    "d8": ("FoT, d = 8", ("PreviousContext.d = 8",)),
+    "d2_64": (
+        "FoT, d = 2, then 64",
+        ("train.d = @SwitchAtStep()", "SwitchAtStep.steps = (1_800,)"),
+    ),
+    "mt": ("Memorizing Transformer", (*MEMORIZING, "ModelConfig.memory_gate = True")),
+    "mt_no_gate": ("the same, no gate", MEMORIZING),
+    "xl": ("Transformer-XL", TRANSFORMER_XL),
+}
+
+
+def _text_cpu(seed: int) -> list[Run]:
+    return [
+        Run(f"{name}_{seed}", model, ("text_cpu.gin",), (*_seeds(seed), *bindings))
+        for name, (model, bindings) in TEXT_MODELS.items()
+    ]
+
+
+_DISTRACTION = Figure(
+    title="Distraction: attention to the own document among d previous contexts",
+    paper="about 1 / d of a plain transformer; FoT stays higher, the more so the larger its d",
+    family="text_cpu",
+    runs=_text_cpu,
+    evaluation="positive_mass",
+    x="d",
+    y="mass",
+    labels=("previous contexts", "attention to the own document (%)"),
+    percent=True,
+)
+_PERPLEXITY = ("memory (tokens)", "perplexity per token")
 
 FIGURES = {
     "dictionary": _DICTIONARY,
-    "dictionary_cpu": dataclasses.replace(_DICTIONARY, runs=_dictionary_cpu),
+    "dictionary_cpu": dataclasses.replace(
+        _DICTIONARY, family="dictionary_cpu", runs=_dictionary_cpu
+    ),
+    "distraction_cpu": _DISTRACTION,
+    "multi_doc_cpu": Figure(
+        title="Multi-doc: perplexity with a memory that documents share, by its size",
+        paper="higher d is better; FoT 2 then 64 loses 0.18 up to 500K tokens; d = 1 collapses",
+        family="text_cpu",
+        runs=_text_cpu,
+        evaluation="multi_doc",
+        x="memory",
+        y="perplexity",
+        labels=_PERPLEXITY,
+    ),
+    "single_doc_cpu": Figure(
+        title="Single-doc: perplexity with a memory of each document's own, by its size",
+        paper="FoT gains from longer contexts, and more than the Memorizing Transformer",
+        family="text_cpu",
+        runs=_text_cpu,
+        evaluation="single_doc",
+        x="memory",
+        y="perplexity",
+        labels=_PERPLEXITY,
+    ),
 }
