@@ -98,7 +98,15 @@ def take_over(of: str, to: str) -> None:
 def _register(gin) -> None:
     from fot_jax import compile, evaluate, experiment, train
     from fot_jax.data import synthetic, tasks
-    from fot_jax.evals import dictionary, distraction, few_shot, passkey, perplexity, sample
+    from fot_jax.evals import (
+        dictionary,
+        distraction,
+        few_shot,
+        harness,
+        passkey,
+        perplexity,
+        sample,
+    )
     from fot_jax.model import lookup, schemes, sizes, transformer
     from fot_jax.training import optim, partitioning, step
 
@@ -107,7 +115,8 @@ def _register(gin) -> None:
         *(evaluate.evaluate, evaluate.Evaluation),
         compile.compile_experiment,
         *(dictionary.DictionaryAccuracy, distraction.PositiveMass, few_shot.FewShot),
-        *(passkey.PasskeyRetrieval, perplexity.PerplexityByContext, sample.Sample),
+        *(harness.LmEval, passkey.PasskeyRetrieval),
+        *(perplexity.PerplexityByContext, sample.Sample),
         *(lookup.Dense, lookup.TopK, lookup.ApproximateTopK),
         *(schemes.NoCrossbatch, schemes.PreviousContext),
         *(schemes.Packed, schemes.PackedTable, schemes.CachedContext),

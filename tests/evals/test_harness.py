@@ -1,0 +1,177 @@
+"""The adapter to the lm-evaluation-harness, on a task of our own."""
+
+import json
+import types
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from fot_jax.data.vocabulary import Bytes
+from fot_jax.errors import UserError
+from fot_jax.evals.harness import LmEval
+from fot_jax.generate import Scores
+from fot_jax.model.lookup import TopK
+from fot_jax.reading import EVERYTHING, MemoryConfig
+
+SOURCE = types.SimpleNamespace(vocabulary=Bytes())
+ANIMALS = [("cow", "moo"), ("dog", "woof"), ("cat", "meow"), ("pig", "oink"), ("owl", "hoot")]
+WRONG = {"dog", "owl"}  # what the model gets wrong
+
+
+def says(animal):
+    return "moo" if animal in WRONG else dict(ANIMALS)[animal]
+
+
+class Speaker:
+    """Finds the sound that it believes in likely, letter by letter, and all others unlikely."""
+
+    def __init__(self, memory_layers=(1,)):
+        self.config = types.SimpleNamespace(memory_layers=memory_layers)
+        self.memories, self.sizes = [], []
+
+    def score(self, texts, *, memory):
+        assert len({len(text) for text in texts}) == 1 and len(texts) <= 3
+        self.memories.append(memory)
+        self.sizes.append(len(texts))
+        nats = np.full((len(texts), len(texts[0]) - 1), 0.5, np.float32)
+        for row, text in zip(nats, texts, strict=True):
+            assert text[0] == Bytes.bos
+            question, said, answer = Bytes().decode(text).partition("\nIt says ")
+            if said:
+                right = says(question.split()[-1].rstrip("?")) == answer
+                row[-len(answer) :] = 0.1 if right else 3.0
+        return Scores(nats, nats < 1)
+
+    def generate(self, prompts, max_new_tokens, *, temperature, stop, memory):
+        assert temperature == 0 and stop == (Bytes.eos,) and len(prompts) <= 3
+        written = []
+        for prompt in prompts:
+            question = Bytes().decode(prompt).removesuffix("\nIt says")
+            animal = question.split()[-1].rstrip("?")
+            written.append(Bytes().encode(f" {says(animal)}\nWhat next?")[:max_new_tokens])
+        return written
+
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {directory}/{name}.jsonl
+test_split: test
+output_type: {kind}
+doc_to_text: "What of the {{{{animal}}}}?\\nIt says"
+"""
+CHOICES = """
+doc_to_choice: "{{sounds}}"
+doc_to_target: "{{place}}"
+metric_list:
+  - metric: acc
+"""
+WRITTEN = """
+doc_to_target: " {{sound}}"
+generation_kwargs:
+  until: ["\\n"]
+  max_gen_toks: 12
+metric_list:
+  - metric: exact_match
+    ignore_case: true
+"""
+ROLLED = """
+task: rolled
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {directory}/choices.jsonl
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{animal}}}}"
+metric_list:
+  - metric: byte_perplexity
+"""
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A directory with three tasks about the same animals."""
+    directory = tmp_path_factory.mktemp("tasks")
+    sounds = sorted(sound for _, sound in ANIMALS)
+    rows = [
+        {"animal": animal, "sound": sound, "sounds": sounds, "place": sounds.index(sound)}
+        for animal, sound in ANIMALS
+    ]
+    for name, kind, more in (
+        ("choices", "multiple_choice", CHOICES),
+        ("written", "generate_until", WRITTEN),
+    ):
+        (directory / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        task = TASK.format(name=name, directory=directory, kind=kind) + more
+        (directory / f"{name}.yaml").write_text(task)
+    (directory / "rolled.yaml").write_text(ROLLED.format(directory=directory))
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Of data sets, which would otherwise be in the home directory."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+
+
+def evaluation(tasks, *names, **changes):
+    return LmEval(names, include_path=str(tasks), **{"rows": 3, **changes})
+
+
+def by_metric(rows):
+    return {(row["task"], row["metric"].split(",")[0]): row["value"] for row in rows}
+
+
+@pytest.mark.slow
+def test_tasks_score_what_the_model_knows(tasks, tmp_path):
+    speaker, each = Speaker(), evaluation(tasks, "choices", "written", "rolled")
+    rows = each.run(speaker, SOURCE)
+    found = by_metric(rows)
+    assert found["choices", "acc"] == pytest.approx(3 / 5)
+    assert found["written", "exact_match"] == pytest.approx(3 / 5)
+    nats = 0.5  # a letter, and as many letters as bytes
+    assert found["rolled", "byte_perplexity"] == pytest.approx(np.exp(nats))
+    assert set(speaker.memories) == {MemoryConfig()} and max(speaker.sizes) == 3
+
+    assert "lm_eval/choices/acc,none" in each.scalars(rows)
+    assert "exact_match" in each.table(rows) and "0.600" in each.table(rows)
+    each.plot(rows, tmp_path / "x.png")
+    assert matplotlib.image.imread(tmp_path / "x.png", format="png").shape[0] > 300
+
+
+@pytest.mark.slow
+def test_as_asked_for(tasks):
+    speaker = Speaker()
+    rows = evaluation(tasks, "choices", limit=2, lookup=TopK(7), storage="int8").run(
+        speaker, SOURCE
+    )
+    assert by_metric(rows)["choices", "acc"] == 1 / 2  # cow and dog
+    assert set(speaker.memories) == {MemoryConfig(storage="int8", lookup=TopK(7))}
+    speaker = Speaker(memory_layers=())
+    evaluation(tasks, "choices").run(speaker, SOURCE)
+    assert set(speaker.memories) == {EVERYTHING}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda tasks: LmEval(()), "LmEval.tasks = ()"),
+        (lambda tasks: LmEval(("a",), rows=0), "LmEval.rows = 0"),
+        (lambda tasks: evaluation(tasks, "choices", "no_such"), "the harness knows no no_such"),
+    ],
+)
+def test_what_does_not_fit_is_named(tasks, make, message):
+    with pytest.raises(UserError) as raised:
+        make(tasks).run(Speaker(), SOURCE)
+    assert message in str(raised.value)
+
+
+def test_without_the_harness(tasks, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="LmEval needs the harness: pip install"):
+        evaluation(tasks, "choices").run(Speaker(), SOURCE)
