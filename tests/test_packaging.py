@@ -24,7 +24,8 @@ def declared():
     config.read(ROOT / "setup.cfg")
     extras = config["options.extras_require"]
     lines = [*config["options"]["install_requires"].splitlines()]
-    lines += [*extras["torch"].splitlines(), *extras["test"].splitlines()]
+    for extra in ("torch", "lm_eval", "test"):
+        lines += extras[extra].splitlines()
     requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(r.name): r for r in requirements}
 
