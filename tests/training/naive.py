@@ -17,14 +17,17 @@ from test_crossbatch import visibility  # noqa: E402
 from fot_jax.model.schemes import PreviousContext  # noqa: E402
 
 
-def objective(c, scheme, params, batch, group_rows, z_loss=0.0):
-    """(What is minimised, sums over the output rows' tokens) of a whole batch."""
+def objective(c, scheme, params, batch, group_rows, z_loss=0.0, detached=False):
+    """(What is minimised, sums over the output rows' tokens) of a whole batch.
+
+    `detached`: no gradients reach the contexts.
+    """
     tokens, segments, targets, weights = (
         np.asarray(batch[name]) for name in ("inputs", "segment_ids", "targets", "weights")
     )
     kept = output_rows(scheme, len(tokens))
     targets, weights = torch.tensor(targets[kept]).long(), torch.tensor(weights[kept]).double()
-    logits = of_rows(c, scheme, params, tokens, segments, group_rows)
+    logits = of_rows(c, scheme, params, tokens, segments, group_rows, detached)
     log_z = logits.exp().sum(-1).log()
     at_target = logits.gather(-1, targets[..., None])[..., 0]
     sums = {
@@ -36,11 +39,12 @@ def objective(c, scheme, params, batch, group_rows, z_loss=0.0):
     return (sums["loss"] + z_loss * sums["z_loss"]) / sums["weights"], sums
 
 
-def gradient(c, scheme, params, batch, group_rows, z_loss=0.0):
+def gradient(c, scheme, params, batch, group_rows, z_loss=0.0, detached=False):
     """(Gradient of the objective as a tree of NumPy arrays, the sums)."""
     leaves, tree = jax.tree.flatten(params)
     leaves = [torch.tensor(np.array(x)).double().requires_grad_() for x in leaves]
-    loss, sums = objective(c, scheme, jax.tree.unflatten(tree, leaves), batch, group_rows, z_loss)
+    params = jax.tree.unflatten(tree, leaves)
+    loss, sums = objective(c, scheme, params, batch, group_rows, z_loss, detached)
     loss.backward()
     return jax.tree.unflatten(tree, [x.grad.numpy() for x in leaves]), jax.tree.map(
         torch.Tensor.item, sums
@@ -54,7 +58,7 @@ def output_rows(scheme, rows):
     return np.arange(rows)
 
 
-def of_rows(c, scheme, params, tokens, segments, group_rows):
+def of_rows(c, scheme, params, tokens, segments, group_rows, detached):
     """Logits [output rows, T, V]. Other rows end after the last memory layer, which needs them."""
     rows, T = tokens.shape
     seen = visibility(scheme, rows, group_rows, segments)
@@ -77,8 +81,9 @@ def of_rows(c, scheme, params, tokens, segments, group_rows):
         positions = c.memory_positions or not remembers
         q, k_local = (turn(a, c.rope_theta) if positions else a for a in (q, k))
         shared = c.num_heads // c.num_kv_heads
-        keys = torch.stack([k_local, k]).repeat_interleave(shared, 3)
-        values = torch.stack([v, v]).repeat_interleave(shared, 3)
+        k_context, v_context = (a.detach() if detached else a for a in (k, v))
+        keys = torch.stack([k_local, k_context]).repeat_interleave(shared, 3)
+        values = torch.stack([v, v_context]).repeat_interleave(shared, 3)
         attended = []
         for i, row in enumerate(alive):
             for t in range(T):

@@ -19,8 +19,14 @@ from naive import gradient
 from test_transformer import LLAMA, PAPER, lane_segments, random_params, random_tokens
 
 from fot_jax.errors import UserError
-from fot_jax.model import crossbatch
-from fot_jax.model.schemes import NoCrossbatch, Packed, PackedTable, PreviousContext
+from fot_jax.model import cached_context, crossbatch
+from fot_jax.model.schemes import (
+    CachedContext,
+    NoCrossbatch,
+    Packed,
+    PackedTable,
+    PreviousContext,
+)
 from fot_jax.model.transformer import Transformer
 from fot_jax.training import checkpoint_items, partitioning
 from fot_jax.training import step as steps
@@ -258,6 +264,30 @@ def test_four_processes(tmp_path):
             np.testing.assert_allclose(got["loss"], sums["loss"], rtol=1e-5)
             leaves = {name: got[name] for name in got if name != "loss"}
             assert_gradient(checkpoint_items.tree_of(leaves), want)
+
+
+@pytest.mark.parametrize("config", [SMALL, DEEPER], ids=["llama", "paper"])
+def test_one_cached_window_is_previous_context_without_its_gradients(config):
+    """FoT with d = 1 and a stop-gradient, where parameters did not change meanwhile (paper §5)."""
+    lanes, scheme = 4, CachedContext(T)
+    batch, params = make_batch(config, PreviousContext(), lanes), random_params(config)
+    want, sums = gradient(config, PreviousContext(), params, batch, 2 * lanes, detached=True)
+    with_gradients, _ = gradient(config, PreviousContext(), params, batch, 2 * lanes)
+    before, now = ({k: x[place::2] for k, x in batch.items()} for place in (0, 1))
+    model, plan = Transformer(config), crossbatch.Plan()
+    nothing = cached_context.empty(config, scheme, lanes, jnp.float32)
+    _, cached = steps.batch_sums(model, params, nothing, before, scheme, plan)
+
+    def objective(params):
+        sums, _ = steps.batch_sums(model, params, cached, now, scheme, plan)
+        return sums.loss / now["weights"].sum(), sums
+
+    got, got_sums = jax.jit(jax.grad(objective, has_aux=True))(params)
+    assert_gradient(got, want)
+    for name in ("loss", "correct", "weights"):
+        assert float(getattr(got_sums, name)) == pytest.approx(sums[name], rel=1e-5)
+    kernels = (x["layers"]["attention"]["key"] for x in (want, with_gradients))
+    assert not np.allclose(*kernels, rtol=1e-2)
 
 
 # --- Token weights and padding -------------------------------------------------------------------
