@@ -71,6 +71,11 @@ EVERYTHING = MemoryConfig()
 SHARED = MemoryConfig(shared=True)
 
 
+def all_of_a_text(c: ModelConfig, storage: str | None, lookup: Lookup) -> MemoryConfig:
+    """A memory of all that is read; of a model without memory layers, none."""
+    return MemoryConfig(storage=storage, lookup=lookup) if c.memory_layers else EVERYTHING
+
+
 @dataclasses.dataclass
 class State:
     """What a model has read: the local window and the memory.

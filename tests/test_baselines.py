@@ -81,6 +81,17 @@ def test_the_gate_learns(experiment, tmp_path, monkeypatch):
     assert gate.shape == (2, 2) and not gate[0].any() and (np.abs(gate[1]) > 0.01).all()
 
 
+def test_from_fot_to_a_memorizing_transformer(experiment, tmp_path, monkeypatch):
+    """By experiment files alone: without a gate it has the same parameters (paper §5)."""
+    fot = ("train.scheme = @PreviousContext()", "ModelConfig.memory_gate = False")
+    start = f"train.initialize_from = '{tmp_path / 'fot'}'"
+    with runs.first_devices(monkeypatch, 1):
+        assert runs.train(experiment, tmp_path / "fot", "train.steps = 2", *fot) == 0
+        more = ("train.steps = 2", "ModelConfig.memory_gate = False", "constant_rate.value = 0.0")
+        assert runs.train(experiment, tmp_path / "mt", start, *more) == 0
+    runs.assert_same_parameters(tmp_path / "fot", tmp_path / "mt")
+
+
 @pytest.mark.parametrize(
     ("bindings", "message"),
     [

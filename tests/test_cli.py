@@ -178,6 +178,7 @@ def test_evaluates_what_the_experiment_evaluates(here, trained, capsys):
     assert "perplexity_by_context" in capsys.readouterr().out
     results = json.loads((here / "results" / "all.json").read_text())
     assert results["checkpoint"] == str(trained)
+    assert set(results["made"]) == {"command", "commit", "jax", "device"}
     rows = results["perplexity_by_context"]
     assert [row["memory"] for row in rows] == [0, 16]
     there = {path.name for path in (here / "results").iterdir()}

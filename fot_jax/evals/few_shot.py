@@ -19,7 +19,7 @@ from fot_jax.evals import plots
 from fot_jax.generate import LanguageModel
 from fot_jax.model.lookup import Dense, Lookup
 from fot_jax.progress import bar
-from fot_jax.reading import EVERYTHING, MemoryConfig, State
+from fot_jax.reading import State, all_of_a_text
 
 # Fields of a row: the question, and its answer or list of answers; how a demonstration is written.
 FORMS = {
@@ -92,7 +92,7 @@ class FewShot:
         """
         demonstrations = self._examples("train")
         questions = self._examples(self.split)[: self.questions]
-        rows = []
+        memory, rows = all_of_a_text(lm.config, self.storage, self.lookup), []
         with bar(len(self.lengths) * self.draws * len(questions)) as progress:
             for length in self.lengths:
                 found, shown = [], []
@@ -100,7 +100,7 @@ class FewShot:
                     rng = np.random.default_rng((self.seed, length, draw))
                     order = [demonstrations[i] for i in rng.permutation(len(demonstrations))]
                     tokens, count = self._context(source.vocabulary, order, questions, length)
-                    state = lm.read(tokens, memory=self._memory(lm))
+                    state = lm.read(tokens, memory=memory)
                     right = 0
                     for start in range(0, len(questions), self.rows):
                         asked = questions[start : start + self.rows]
@@ -121,11 +121,6 @@ class FewShot:
                 )
         return rows
 
-    def _memory(self, lm: LanguageModel) -> MemoryConfig:
-        if not lm.config.memory_layers:
-            return EVERYTHING
-        return MemoryConfig(storage=self.storage, lookup=self.lookup)
-
     def _examples(self, split: str) -> list[Example]:
         question, answer, _ = FORMS[self.form]
         found = []
@@ -141,7 +136,7 @@ class FewShot:
             raise UserError(f"{self.path}: no rows in the {split} split: FewShot.path needs some")
         return found
 
-    def _written(self, example: Example | str, answer: str | None = None) -> str:
+    def _written(self, example: Example, answer: str | None = None) -> str:
         """A demonstration; of a question alone, what comes before its answer."""
         form = FORMS[self.form][2]
         if answer is None:

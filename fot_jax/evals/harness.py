@@ -18,7 +18,7 @@ from fot_jax.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.evals import plots
 from fot_jax.generate import LanguageModel
 from fot_jax.model.lookup import Dense, Lookup
-from fot_jax.reading import EVERYTHING, MemoryConfig
+from fot_jax.reading import MemoryConfig, all_of_a_text
 
 DEFAULT_NEW_TOKENS = 256  # where a task does not say how many
 
@@ -74,9 +74,7 @@ class LmEval:
                 f"LmEval.tasks: the harness knows no {', '.join(unknown)}: see lm-eval ls tasks, "
                 "or set LmEval.include_path to a directory with it"
             )
-        memory = EVERYTHING
-        if lm.config.memory_layers:
-            memory = MemoryConfig(storage=self.storage, lookup=self.lookup)
+        memory = all_of_a_text(lm.config, self.storage, self.lookup)
         seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
         found = simple_evaluate(
             model=_adapter(lm, source.vocabulary, memory, self.rows),

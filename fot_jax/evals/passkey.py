@@ -15,7 +15,7 @@ from fot_jax.evals import plots
 from fot_jax.generate import LanguageModel
 from fot_jax.model.lookup import Dense, Lookup
 from fot_jax.progress import bar
-from fot_jax.reading import EVERYTHING, MemoryConfig
+from fot_jax.reading import MemoryConfig, all_of_a_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +58,7 @@ class PasskeyRetrieval:
         Raises:
           UserError: a length has no room for number and question.
         """
-        memory = EVERYTHING
-        if lm.config.memory_layers:
-            memory = MemoryConfig(storage=self.storage, lookup=self.lookup)
+        memory = all_of_a_text(lm.config, self.storage, self.lookup)
         rows = []
         cells = [(length, depth) for length in self.lengths for depth in range(self.depths)]
         with bar(sum(length for length, _ in cells) * self.keys) as progress:
