@@ -441,6 +441,22 @@ def test_squares_tell_which_gradient_is_not_finite():
     jax.tree.map(np.testing.assert_array_equal, after[1:], before[1:])
 
 
+def test_a_skipped_update_caches_nothing():
+    """What was computed on the way may not be finite either."""
+    scheme, params = CachedContext(T), random_params(SMALL)
+    plan = crossbatch.make_plan(scheme, 4, heads=SMALL.num_heads, window=T)
+    step = make_train_step(Transformer(SMALL), SGD, scheme, plan)
+    batch = dict(make_batch(SMALL, NoCrossbatch(), 4))
+    for bad in (False, True):
+        cached = cached_context.empty(SMALL, scheme, 4, jnp.float32)
+        before = jax.tree.map(np.array, cached)
+        weights = batch["weights"] + (np.float32("nan") if bad else 0)
+        state = TrainState(jnp.int32(0), jax.tree.map(jnp.array, params), SGD.init(params), cached)
+        after, info = step(state, {**batch, "weights": weights})
+        assert bool(info.applied) != bad
+        assert np.array_equal(after.cached.k, before.k) == bad
+
+
 # --- Schedules of d ------------------------------------------------------------------------------
 
 
