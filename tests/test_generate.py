@@ -547,15 +547,15 @@ def test_what_reading_takes_is_the_memory_and_a_constant():
         print(peak * 1024, state.memory.nbytes)
     """
     peaks = {}
-    for length in (10_000, 50_000):
+    for length in (10_000, 100_000):
         environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
         argv = [sys.executable, "-c", program, str(length)]
         ran = subprocess.run(argv, capture_output=True, text=True, env=environment, check=True)
         peaks[length] = [int(word) for word in ran.stdout.split()]
     (short, of_short), (long, of_long) = peaks.values()
-    assert of_long - of_short > 39_000 * 2048  # 4 heads x 64 x keys and values x 4 bytes
-    assert long - short < of_long - of_short + 30e6
-    assert long - short > 0.8 * (of_long - of_short)
+    added = of_long - of_short
+    assert added > 88_000 * 2048  # 4 heads x 64 x keys and values x 4 bytes
+    assert abs(long - short - added) < 0.25 * added  # compiling alone differs by tens of MB
 
 
 # --- Bad input -----------------------------------------------------------------------------------
