@@ -46,7 +46,7 @@ def test_without_a_project_gclouds_own_is_taken():
         assert not any("project" in word for word in argv)
 
 
-def refusal_of_gcloud(argv, config):
+def said_by_gcloud(argv, config):
     """What the real gcloud says to a command line, without an account."""
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(config), "CLOUDSDK_CONFIG": str(config)}
     quiet = {"CLOUDSDK_CORE_DISABLE_USAGE_REPORTING": "1", "CLOUDSDK_CORE_CHECK_GCE_METADATA": "0"}
@@ -60,7 +60,6 @@ def refusal_of_gcloud(argv, config):
         text=True,
         timeout=120,
     )
-    assert done.returncode
     return done.stderr
 
 
@@ -71,14 +70,14 @@ real_gcloud = pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud is n
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_parser_of_gcloud_takes_it(name, tmp_path):
     """It then wants an account: it has parsed everything before."""
-    assert "do not currently have an active account" in refusal_of_gcloud(COMMANDS[name], tmp_path)
+    assert "do not currently have an active account" in said_by_gcloud(COMMANDS[name], tmp_path)
 
 
 @real_gcloud
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_parser_of_gcloud_would_refuse_other_flags(name, tmp_path):
     """So that the test above can fail."""
-    said = refusal_of_gcloud([*COMMANDS[name], "--no-such-flag"], tmp_path)
+    said = said_by_gcloud([*COMMANDS[name], "--no-such-flag"], tmp_path)
     assert "unrecognized arguments: --no-such-flag" in said
 
 

@@ -1,19 +1,29 @@
-"""Every command of the user's page."""
+"""Every command of the user's page but those that make keys; `fot compile`: test_compile.py."""
 
+import configparser
 import re
 import shlex
 import shutil
 
 import pytest
 from clouds import REPOSITORY, Cloud, copy_repository
-from test_gcloud import refusal_of_gcloud
+from test_gcloud import said_by_gcloud
+
+from fot_jax import cli
+from fot_jax.data.vocabulary import TrainedSentencePiece
 
 PAGE = (REPOSITORY / "tpu" / "README.md").read_text()
 COMMANDS = [
     line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.S) for line in block.splitlines()
 ]
 OURS = [line for line in COMMANDS if line.startswith("python -m tpu ") and " local " not in line]
-OF_GCLOUD = [line for line in COMMANDS if re.match(r"gcloud (services|storage)", line)]
+OF_GCLOUD = [line for line in COMMANDS if line.startswith("gcloud ")]
+OF_AN_ACCOUNT = "do not currently have an active account"
+SAID = {  # by commands that need none
+    "auth": "Go to the following link in your browser",
+    "config": "Updated property [core/project]",
+}
+MY_3B = re.search(r"`experiments/my_3b.gin` names them:\n\n```gin\n(.*?)```", PAGE, re.S)[1]
 
 
 def test_all_verbs_are_there():
@@ -25,8 +35,7 @@ def test_all_verbs_are_there():
 @pytest.fixture(scope="module")
 def cloud(tmp_path_factory):
     repository = copy_repository(tmp_path_factory.mktemp("repository"))
-    (gin,) = re.findall(r"`experiments/(my_3b.gin)` names them:\n\n```gin\n(.*?)```", PAGE, re.S)
-    (repository / "experiments" / gin[0]).write_text(gin[1])
+    (repository / "experiments" / "my_3b.gin").write_text(MY_3B)
     return Cloud(tmp_path_factory.mktemp("machine") / "cloud", repository)
 
 
@@ -41,5 +50,29 @@ def test_in_dry_run(cloud, line):
 @pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud is not installed")
 @pytest.mark.parametrize("line", OF_GCLOUD)
 def test_the_parser_of_gcloud_takes_it(line, tmp_path):
-    said = refusal_of_gcloud(shlex.split(line), tmp_path)
-    assert "do not currently have an active account" in said
+    argv = shlex.split(line)
+    assert SAID.get(argv[1], OF_AN_ACCOUNT) in said_by_gcloud(argv, tmp_path)
+
+
+def test_the_experiment_is_read(tmp_path, monkeypatch, capsys):
+    """With a directory in place of the bucket: a tokenizer is all that a dry run reads of it."""
+    (line,) = (line for line in COMMANDS if line.startswith("fot train "))
+    _, *argv = shlex.split(line)
+    model = TrainedSentencePiece(300).train(f"some words, all different: {i}" for i in range(99))
+    (tmp_path / "tokenizer.model").write_bytes(model.model)
+    (tmp_path / argv[1]).parent.mkdir()
+    (tmp_path / argv[1]).write_text(MY_3B.replace("gs://my-bucket", str(tmp_path)))
+    shutil.copytree(REPOSITORY / "experiments", tmp_path / "experiments", dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(argv) == 0
+    assert "3,426,473,600 parameters, mesh {'replica': 1, 'data': 4" in capsys.readouterr().out
+
+
+def test_what_is_installed_exists():
+    (line,) = (line for line in COMMANDS if line.startswith("pip "))
+    _, _, _, what, _, constraints = shlex.split(line)
+    config = configparser.ConfigParser(interpolation=None)
+    config.read(REPOSITORY / "setup.cfg")
+    (extras,) = re.findall(r"^\.\[(.*)\]$", what)
+    assert set(extras.split(",")) <= set(config["options.extras_require"])
+    assert (REPOSITORY / constraints).exists()
