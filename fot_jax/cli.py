@@ -363,7 +363,7 @@ def _cache(args) -> int:
         source = gin.get_configurable("Data")().source
         if not isinstance(source, tasks.Text):
             raise UserError(
-                f"Data.source is a {type(source).__name__}, which needs no cache: give @Text()"
+                f"Data.source is a {type(source).__name__}, only @Text() has a cache: give that"
             )
         with _on(signal.SIGTERM, _exit), _on(signal.SIGINT, _exit):
             tasks.cache(source, args.output)

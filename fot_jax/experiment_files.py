@@ -97,7 +97,7 @@ def take_over(of: str, to: str) -> None:
 
 def _register(gin) -> None:
     from fot_jax import compile, evaluate, experiment, train
-    from fot_jax.data import synthetic, tasks
+    from fot_jax.data import mixture, synthetic, tasks
     from fot_jax.evals import (
         dictionary,
         distraction,
@@ -128,6 +128,7 @@ def _register(gin) -> None:
         *sizes.NAMED,
         *tasks.CONFIGURABLE,
         *synthetic.CONFIGURABLE,
+        mixture.Mixture,
     ]
     flags = {
         train.train: _FLAGS_OF_TRAIN,

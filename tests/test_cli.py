@@ -124,7 +124,7 @@ def test_texts_that_are_all_too_short_for_memory(here, capsys):
 
 def test_what_needs_no_cache(here, capsys):
     line = refused_untouched(capsys, "cache", "experiment.gin", "--output", "cache")
-    assert line == "Data.source is a DictionaryLookup, which needs no cache: give @Text()"
+    assert line == "Data.source is a DictionaryLookup, only @Text() has a cache: give that"
 
 
 @pytest.mark.slow

@@ -191,7 +191,7 @@ def test_values_that_a_file_leaves_to_its_user(here, capsys):
     assert line == "%OTHER has no value: set OTHER = ... in the experiment file"
 
 
-SOURCES = "@Text(), @DictionaryLookup() or @Passkey()"
+SOURCES = "@Text(), @DictionaryLookup(), @Passkey() or @Mixture()"
 SCHEDULES = "@constant_rate(), @inverse_square_root() or @cosine()"
 *_FIRST, _LAST = (f"@{name}()" for name in ("ModelConfig", *(f.__name__ for f in sizes.NAMED)))
 MODELS = f"{', '.join(_FIRST)} or {_LAST}"

@@ -34,7 +34,9 @@ class Document(NamedTuple):
     weights: Float[np.ndarray, " N"]  # float32: of each token's loss when it is to be predicted
 
 
-Position = tuple[int, int]  # epoch, documents of the shard already taken in it
+# Epoch, documents of the shard already taken in it; of a mixture, then those of its sources.
+Position = tuple[int, ...]
+START: Position = (0, 0)
 
 
 class DocumentSource(Protocol):
@@ -51,13 +53,27 @@ class DocumentSource(Protocol):
         """The documents of a split (train, valid, test), each once, in a fixed order."""
 
     def stream(
-        self, shard: int, shards: int, seed: int, position: Position = (0, 0)
+        self, shard: int, shards: int, seed: int, position: Position = START
     ) -> Iterator[tuple[Position, Document]]:
         """Training documents of one of `shards` disjoint shards, shuffled, epoch after epoch.
 
         Yields (position after this document, document); starting again from a position gives the
         documents that would have followed.
         """
+
+
+def of_one_source(position: Position) -> tuple[int, int]:
+    """Epoch, and documents taken in it.
+
+    Raises:
+      UserError: it is the position of a mixture.
+    """
+    if len(position) != 2:
+        raise UserError(
+            f"the checkpoint's data is of a Mixture of {len(position) // 2 - 1} sources, "
+            "Data.source is none: name the same, or use another workdir"
+        )
+    return position
 
 
 # --- Lanes ---------------------------------------------------------------------------------------
@@ -124,7 +140,7 @@ class Lanes:
             number=0,
             history={name: np.zeros(shape, dtype) for name, dtype in FIELDS.items()},
         )
-        start = Snapshot((0, 0), (lane,) * (lanes // groups))
+        start = Snapshot(START, (lane,) * (lanes // groups))
         self._snapshots = dict.fromkeys(owned, start)
         self._streams: dict[int, Iterator[tuple[Position, Document]]] = {}
         self._longest = dict.fromkeys(owned, 0)
@@ -230,8 +246,7 @@ class Lanes:
                         {name: arrays[name][i] for name in FIELDS},
                     )
                 )
-            epoch, taken = arrays["position"].tolist()
-            restored[group] = Snapshot((epoch, taken), tuple(lanes))
+            restored[group] = Snapshot(tuple(arrays["position"].tolist()), tuple(lanes))
         self._snapshots, self._streams = restored, {}
 
     def state_of(self, snapshots: Mapping[int, Snapshot]) -> dict[int, dict[str, np.ndarray]]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from fot_jax.data.corpus import SPLITS
-from fot_jax.data.lanes import Document, Position
+from fot_jax.data.lanes import START, Document, Position, of_one_source
 from fot_jax.data.vocabulary import Bytes, Symbols, Vocabulary, frame
 from fot_jax.errors import UserError, check_range
 
@@ -41,10 +41,10 @@ class _Drawn:
         return (self.document(split, 0, index) for index in range(self.eval_documents))
 
     def stream(
-        self, shard: int, shards: int, seed: int, position: Position = (0, 0)
+        self, shard: int, shards: int, seed: int, position: Position = START
     ) -> Iterator[tuple[Position, Document]]:
         """Training documents of a shard, for ever; the epoch of a position stays 0."""
-        epoch, taken = position
+        epoch, taken = of_one_source(position)
         for n in itertools.count(taken):
             yield (epoch, n + 1), self.document("train", seed, n * shards + shard)
 
@@ -225,18 +225,20 @@ PASSKEY_QUESTION = "What is the pass key? The pass key is"
 class Passkey(_Drawn):
     """A number stated somewhere in filler and asked for at the end (paper §4).
 
-    The number has five digits and stands before any of the repetitions of the filler, or after
-    the last, all equally likely. The document is the prompt and the answer, a space and the number,
-    between the marks of its beginning and end.
+    The number has five digits and stands before any of the fillers, or after the last, all equally
+    likely. The document is the prompt and the answer, a space and the number, between the marks of
+    its beginning and end. Training never sees the numbers that are asked for in evaluations.
 
     Attributes:
-      document_tokens: inputs of a document at most: it has the filler as often as fits.
+      document_tokens: inputs of a document at most: fillers are added while they fit.
+      fillers: texts, of which one is drawn each time; the paper has one.
       vocabulary: of text.
       filler_weight: of the loss on all but the answer, whose tokens have weight 1.
       eval_documents: of each split.
     """
 
     document_tokens: int = 4096
+    fillers: Sequence[str] = (FILLER,)
     vocabulary: Vocabulary = Bytes()
     filler_weight: float = 0.0
     eval_documents: int = 64
@@ -245,6 +247,8 @@ class Passkey(_Drawn):
         counts = {"document_tokens": self.document_tokens, "eval_documents": self.eval_documents}
         check_range("Passkey", 1, **counts)
         check_range("Passkey", 0, filler_weight=self.filler_weight)
+        if not self.fillers or not all(text.strip() for text in self.fillers):
+            raise UserError("Passkey.fillers: name one text or more, none of them empty")
 
     def with_vocabulary(self, vocabulary: Vocabulary) -> Passkey:
         return dataclasses.replace(self, vocabulary=vocabulary)
@@ -252,46 +256,59 @@ class Passkey(_Drawn):
     def document(self, split: str, seed: int, index: int) -> Document:
         """Raises UserError if not even a document without filler fits."""
         rng = _generator(split, seed, index)
-        key = draw_passkey(rng)
-        fillers = self.fillers(key)
-        before = int(rng.integers(fillers + 1))
-        prompt, answer = self.prompt_and_answer(key, before, fillers - before)
+        key = draw_passkey(rng, training=split == "train")
+        fillers = self.draw_fillers(rng, key)
+        before = int(rng.integers(len(fillers) + 1))
+        prompt, answer = self.prompt_and_answer(key, fillers[:before], fillers[before:])
         tokens = np.concatenate([prompt, answer, [self.vocabulary.eos]]).astype(np.int32)
         weights = np.full(len(tokens), self.filler_weight, np.float32)
         weights[len(prompt) : -1] = 1.0
         return Document(tokens, weights)
 
-    def fillers(self, key: int) -> int:
-        """How often the filler fits.
+    def draw_fillers(self, rng: np.random.Generator, key: int) -> list[str]:
+        """Fillers, as many as fit.
 
         Raises:
-          UserError: not even a document without it does.
+          UserError: not even a document without them does.
         """
-        fixed, with_one = (sum(map(len, self.prompt_and_answer(key, 0, n))) for n in (0, 1))
+        fixed = self._inputs(key, [])
         room = self.document_tokens - fixed
         if room < 0:
             raise UserError(
                 f"Passkey.document_tokens = {self.document_tokens} is too short for the pass key "
                 f"and the question: give {fixed} or more"
             )
-        return room // (with_one - fixed)
+        takes = [max(1, self._inputs(key, [filler]) - fixed) for filler in self.fillers]
+        drawn = []
+        while True:
+            i = int(rng.integers(len(self.fillers)))
+            if (room := room - takes[i]) < 0:
+                return drawn
+            drawn.append(self.fillers[i])
 
-    def prompt_and_answer(self, key: int, before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens, with the filler so often before and after the statement."""
+    def _inputs(self, key: int, fillers: list[str]) -> int:
+        return sum(map(len, self.prompt_and_answer(key, [], fillers)))
+
+    def prompt_and_answer(
+        self, key: int, before: Sequence[str], after: Sequence[str]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens, with fillers before and after the statement."""
         prompt = passkey_prompt(key, before, after)
         tokens = frame(self.vocabulary, f"{prompt} {key}")[:-1]
         return np.split(tokens, [1 + len(self.vocabulary.encode(prompt))])
 
 
-def draw_passkey(rng: np.random.Generator) -> int:
-    """A number of five digits."""
-    return int(rng.integers(10_000, 100_000))
+def draw_passkey(rng: np.random.Generator, *, training: bool) -> int:
+    """A number of five digits: a multiple of 7 for evaluations, another one for training."""
+    while True:
+        key = int(rng.integers(10_000, 100_000))
+        if training == (key % 7 > 0):
+            return key
 
 
-def passkey_prompt(key: int, before: int, after: int) -> str:
-    """The text up to the answer, with the filler so many times before and after the statement."""
-    statement = STATEMENT.format(key=key)
-    return " ".join([TASK, *[FILLER] * before, statement, *[FILLER] * after, PASSKEY_QUESTION])
+def passkey_prompt(key: int, before: Sequence[str], after: Sequence[str]) -> str:
+    """The text up to the answer, with fillers before and after the statement."""
+    return " ".join([TASK, *before, STATEMENT.format(key=key), *after, PASSKEY_QUESTION])
 
 
 CONFIGURABLE = (DictionaryLookup, Passkey)

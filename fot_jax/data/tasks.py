@@ -17,7 +17,7 @@ from etils import epath
 
 from fot_jax.data.caches import cache_of, cached_source, write_split
 from fot_jax.data.corpus import SPLITS, Corpus, parts_of
-from fot_jax.data.lanes import Document, Position
+from fot_jax.data.lanes import START, Document, Position, of_one_source
 from fot_jax.data.libraries import libraries
 from fot_jax.data.sources import CorpusSource, kept_in, tfds_source
 from fot_jax.data.vocabulary import (
@@ -97,7 +97,7 @@ class Text:
             yield from documents
 
     def stream(
-        self, shard: int, shards: int, seed: int, position: Position = (0, 0)
+        self, shard: int, shards: int, seed: int, position: Position = START
     ) -> Iterator[tuple[Position, Document]]:
         """Training documents of a shard (see DocumentSource).
 
@@ -113,7 +113,7 @@ class Text:
         endless = len(self.corpora) > 1
         if endless and self.piece_tokens is not None:
             self._check_pieces(shard, shards)
-        epoch, taken = position
+        epoch, taken = of_one_source(position)
         while True:
             read = functools.partial(
                 self._read,

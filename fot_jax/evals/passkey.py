@@ -27,6 +27,8 @@ class PasskeyRetrieval:
       depths: places of the number, evenly from the start of the filler to its end.
       keys: numbers asked for at each length and depth.
       rows: so many texts are read side by side.
+      windows_apart: whether windows are read each as if it were the only one, as PreviousContext
+        trains (and texts one by one). The time then grows with the length, not with its square.
       lookup, storage: of memory, as MemoryConfig.
       seed: of the numbers.
       name: of the plot, and in results.
@@ -36,6 +38,7 @@ class PasskeyRetrieval:
     depths: int = 5
     keys: int = 4
     rows: int = 4
+    windows_apart: bool = False
     lookup: Lookup = Dense()
     storage: str | None = None
     seed: int = 0
@@ -65,9 +68,12 @@ class PasskeyRetrieval:
             for length, depth in cells:
                 share = depth / (self.depths - 1)
                 texts = list(self._texts(source.vocabulary, length, share))
-                found = 0
-                for start in range(0, self.keys, self.rows):
-                    found += _retrieved(lm, texts[start : start + self.rows], memory, progress)
+                if self.windows_apart and lm.config.memory_layers:
+                    found = sum(_retrieved_apart(lm, *text, memory, progress) for text in texts)
+                else:
+                    starts = range(0, self.keys, self.rows)
+                    side_by_side = (texts[start : start + self.rows] for start in starts)
+                    found = sum(_retrieved(lm, each, memory, progress) for each in side_by_side)
                 rows.append(
                     {
                         "length": length,
@@ -83,10 +89,10 @@ class PasskeyRetrieval:
         source = Passkey(document_tokens=length, vocabulary=vocabulary)
         rng = np.random.default_rng((self.seed, length, round(1000 * depth)))
         for _ in range(self.keys):
-            key = draw_passkey(rng)
-            fillers = source.fillers(key)
-            before = round(depth * fillers)
-            yield source.prompt_and_answer(key, before, fillers - before)
+            key = draw_passkey(rng, training=False)
+            fillers = source.draw_fillers(rng, key)
+            before = round(depth * len(fillers))
+            yield source.prompt_and_answer(key, fillers[:before], fillers[before:])
 
     def scalars(self, rows) -> dict[str, float]:
         """Accuracy of each length, over all depths."""
@@ -122,15 +128,35 @@ class PasskeyRetrieval:
 def _retrieved(lm: LanguageModel, texts, memory: MemoryConfig, progress) -> int:
     """How many of the numbers the model writes down."""
     prompts, answers = zip(*texts, strict=True)
+    new_tokens = max(map(len, answers))
     written = lm.generate(
         [prompt.tolist() for prompt in prompts],
-        max(map(len, answers)),
+        new_tokens,
         temperature=0,
         memory=memory,
+        last_context_length=_last_context(lm, new_tokens),
         progress=progress,
     )
     pairs = zip(written, answers, strict=True)
     return sum(new[: len(answer)] == answer.tolist() for new, answer in pairs)
+
+
+def _retrieved_apart(lm: LanguageModel, prompt, answer, memory: MemoryConfig, progress) -> bool:
+    """Whether the model writes the number down, having read windows apart but for the last."""
+    context = lm.config.local_context
+    before, last = np.split(prompt, [max(0, len(prompt) - _last_context(lm, len(answer)))])
+    windows, rest = np.split(before, [len(before) - len(before) % context])
+    shared, state = dataclasses.replace(memory, shared=True), None
+    for part in (windows.reshape(-1, context), rest[None]):
+        if part.size:
+            state = lm.remember(part, memory=shared, state=state, progress=progress)
+    written = lm.generate(last.tolist(), len(answer), temperature=0, state=state, progress=progress)
+    return written == answer.tolist()
+
+
+def _last_context(lm: LanguageModel, new_tokens: int) -> int:
+    """Tokens of the prompt that stay in the window: there is room for the number beside them."""
+    return max(1, min(1024, lm.config.local_context - new_tokens))
 
 
 def _by_length(rows) -> dict[int, float]:

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fot_jax.data.lanes import Lanes
-from fot_jax.data.synthetic import CONFIGURABLE, DictionaryLookup, Passkey, passkey_prompt
+from fot_jax.data.synthetic import (
+    CONFIGURABLE,
+    FILLER,
+    PASSKEY_QUESTION,
+    TASK,
+    DictionaryLookup,
+    Passkey,
+    passkey_prompt,
+)
 from fot_jax.data.vocabulary import Bytes, Symbols, TrainedSentencePiece
 from fot_jax.errors import UserError
 
@@ -222,7 +230,7 @@ def test_passkey_documents_are_the_prompt_and_its_answer(document_tokens, weight
         assert bytes(tokens[-7:-1].tolist()).decode() == f" {key}"
         assert (weights[-7:-1] == 1).all()
         assert (weights[:-7] == weight).all() and weights[-1] == weight
-        text = f"{passkey_prompt(int(key), before, after)} {key}"
+        text = f"{passkey_prompt(int(key), [FILLER] * before, [FILLER] * after)} {key}"
         assert text.encode() == bytes(tokens[1:-1].tolist())
 
 
@@ -236,9 +244,54 @@ def test_keys_and_their_places_vary():
     assert len(set(keys)) > 190
 
 
+def test_training_and_evaluations_have_different_numbers():
+    source = Passkey(document_tokens=300, eval_documents=300)
+
+    def keys(documents):
+        texts = (source.vocabulary.decode(document.tokens) for document in documents)
+        return [int(parse_passkey(text)[2]) for text in texts]
+
+    asked = keys([*source.documents("valid"), *source.documents("test")])
+    trained = keys(document for _, document in take(source, 600))
+    assert all(key % 7 == 0 for key in asked) and all(key % 7 for key in trained)
+    assert len(set(asked)) > 500 and len(set(trained)) > 590
+    for drawn in (asked, trained):
+        assert min(drawn) >= 10_000 and max(drawn) <= 99_999
+        assert {key % 10 for key in drawn} == set(range(10))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.text("abc .", min_size=1).filter(str.strip), min_size=1, max_size=4),
+    st.integers(263, 1500),
+    st.integers(0, 2**40),
+)
+def test_several_fillers(fillers, document_tokens, seed):
+    """Each is drawn, none fits any more that was drawn next; the number is anywhere among them."""
+    source = Passkey(document_tokens, fillers)
+    for _, (tokens, weights) in take(source, 2, seed=seed):
+        text = bytes(tokens[1:-1].tolist()).decode()
+        key = int(bytes(tokens[weights > 0].tolist()).decode())
+        longest = 1 + max(map(len, fillers))
+        assert document_tokens - longest < len(tokens) - 1 <= document_tokens
+        before, after = text.removeprefix(passkey_prompt(key, [], [])[: len(TASK) + 1]).split(
+            f"The pass key is {key}. Remember it. {key} is the pass key. "
+        )
+        after = after.removesuffix(f"{PASSKEY_QUESTION} {key}")
+        anything = "|".join(re.escape(f"{filler} ") for filler in fillers)
+        assert all(re.fullmatch(f"({anything})*", part) for part in (before, after))
+
+
+def test_fillers_are_drawn_evenly():
+    source = Passkey(1400, ("One.", "Two.", "Three."))
+    texts = "".join(source.vocabulary.decode(document.tokens) for _, document in take(source, 20))
+    counts = [texts.count(f" {filler} ") for filler in source.fillers]
+    assert sum(counts) > 3000 and max(counts) < 1.2 * min(counts)
+
+
 def test_passkeys_in_another_vocabulary():
     pieces = TrainedSentencePiece(pieces=340).train(
-        [passkey_prompt(n * 1117, 1, 1) for n in range(60)]
+        [passkey_prompt(n * 1117, [FILLER], [FILLER]) for n in range(60)]
     )
     source = Passkey(document_tokens=400).with_vocabulary(pieces)
     assert source == Passkey(document_tokens=400, vocabulary=pieces)
@@ -286,6 +339,9 @@ def test_impossible_passkeys():
     for fields in {"document_tokens": 0}, {"eval_documents": 0}:
         with pytest.raises(UserError, match=f"Passkey.{next(iter(fields))} = 0: give 1 or more"):
             Passkey(**fields)
+    for fillers in (), (" ",), ("One.", ""):
+        with pytest.raises(UserError, match="Passkey.fillers: name one text or more"):
+            Passkey(fillers=fillers)
     with pytest.raises(UserError, match=r"^Passkey.document_tokens = 100 .*give (\d+)") as error:
         take(Passkey(document_tokens=100), 1)
     least = int(re.search(r"give (\d+)", str(error.value))[1])

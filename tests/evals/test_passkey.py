@@ -1,15 +1,17 @@
 """Pass keys: what is asked, at which lengths and depths, and what counts as found."""
 
+import itertools
 import re
 import types
 
 import matplotlib.image
+import numpy as np
 import pytest
 
 from fot_jax.data.synthetic import FILLER, PASSKEY_QUESTION, TASK, Passkey
 from fot_jax.data.vocabulary import Bytes
 from fot_jax.errors import UserError
-from fot_jax.evals.passkey import PasskeyRetrieval
+from fot_jax.evals.passkey import PasskeyRetrieval, _last_context
 from fot_jax.model.lookup import Dense, TopK
 from fot_jax.reading import EVERYTHING, MemoryConfig
 
@@ -20,12 +22,15 @@ STATEMENT = re.compile(r" The pass key is (\d{5})\. Remember it\. \1 is the pass
 class Reader:
     """Writes down the number of a text, as far as `finds` lets it; remembers what it was asked."""
 
-    def __init__(self, finds=lambda key, text: key, memory_layers=(1,)):
-        self.config = types.SimpleNamespace(memory_layers=memory_layers)
+    def __init__(self, finds=lambda key, text: key, memory_layers=(1,), context=64):
+        self.config = types.SimpleNamespace(memory_layers=memory_layers, local_context=context)
         self.finds, self.texts, self.options = finds, [], []
 
-    def generate(self, prompts, max_new_tokens, *, temperature, memory, progress):
+    def generate(
+        self, prompts, max_new_tokens, *, temperature, memory, last_context_length, progress
+    ):
         assert max_new_tokens == 6 and temperature == 0 and len(prompts) <= 2
+        assert last_context_length == _last_context(self, max_new_tokens)
         self.options.append(memory)
         written = []
         for prompt in prompts:
@@ -35,6 +40,24 @@ class Reader:
             self.texts.append((key, text))
             written.append(Bytes().encode(f" {self.finds(key, text)}")[:max_new_tokens])
         return written
+
+
+class ReaderOfWindows(Reader):
+    """The same of one text, of which it is given all windows but the last to remember."""
+
+    def remember(self, windows, *, memory, state=None, progress):
+        self.options.append(memory)
+        return [*(state or ()), *windows.tolist()]
+
+    def generate(self, prompt, max_new_tokens, *, temperature, state, progress):
+        context, last = self.config.local_context, _last_context(self, max_new_tokens)
+        windows = state or []
+        assert all(len(window) == context for window in windows[:-1])
+        assert len(prompt) == last or not windows and len(prompt) < last
+        options = {"temperature": temperature, "progress": progress}
+        options |= {"memory": self.options[-1:], "last_context_length": last}
+        whole = [*itertools.chain(*windows), *prompt]
+        return super().generate([whole], max_new_tokens, **options)[0]
 
 
 def evaluation(**changes):
@@ -50,6 +73,7 @@ def test_texts_are_as_long_as_fits_and_the_number_is_at_its_depth():
     ]
     assert all(row["accuracy"] == 1.0 and row["keys"] == 5 for row in rows)
     assert len({key for key, _ in reader.texts}) > 25  # of 30
+    assert all(int(key) % 7 == 0 for key, _ in reader.texts)  # numbers that training never sees
     for i, (_, text) in enumerate(reader.texts):
         row = rows[i // 5]
         tokens = 1 + len(text) + len(" 12345")
@@ -73,6 +97,32 @@ def test_all_digits_must_be_right():
 def test_what_comes_after_the_number_does_not_matter():
     reader = Reader(finds=lambda key, text: f"{key} and so on")
     assert all(row["accuracy"] == 1 for row in evaluation().run(reader, SOURCE))
+
+
+@pytest.mark.parametrize("context", [64, 100, 512, 700, 4096])
+def test_windows_apart(context):
+    """The same texts and numbers; what is remembered goes into one memory."""
+    both, lookup = [], TopK(7)
+    for reader in (Reader(context=context), ReaderOfWindows(context=context)):
+        apart = isinstance(reader, ReaderOfWindows)
+        rows = evaluation(windows_apart=apart, lookup=lookup).run(reader, SOURCE)
+        both.append((rows, reader.texts))
+    assert both[0] == both[1]
+    remembered = [each for each in reader.options if isinstance(each, MemoryConfig)]
+    assert set(remembered) == {MemoryConfig(lookup=lookup, shared=True)}
+
+
+def test_the_number_has_room_in_the_window():
+    """It is written in the window of the question."""
+    assert _last_context(Reader(context=256), 6) == 250
+    assert _last_context(Reader(context=2048), 6) == 1024
+    assert _last_context(Reader(context=4), 6) == 1
+
+
+def test_windows_apart_of_a_model_without_memory():
+    reader = Reader(memory_layers=())
+    evaluation(windows_apart=True).run(reader, SOURCE)
+    assert set(reader.options) == {EVERYTHING}
 
 
 def test_memory_is_as_asked_for():
@@ -127,7 +177,8 @@ def test_documents_are_the_same_prompts():
     source = Passkey(document_tokens=700)
     document = next(source.documents("test"))
     key = int(Bytes().decode(document.tokens[document.weights > 0].tolist()))
-    fillers = source.fillers(key)
-    prompts = [source.prompt_and_answer(key, n, fillers - n)[0] for n in range(fillers + 1)]
+    fillers = source.draw_fillers(np.random.default_rng(), key)
+    cuts = [(fillers[:n], fillers[n:]) for n in range(len(fillers) + 1)]
+    prompts = [source.prompt_and_answer(key, *cut)[0] for cut in cuts]
     prompt = document.tokens[: len(prompts[0])].tolist()
     assert prompt in [each.tolist() for each in prompts]
