@@ -105,6 +105,7 @@ def _register(gin) -> None:
         harness,
         passkey,
         perplexity,
+        retrieval,
         sample,
     )
     from fot_jax.model import lookup, schemes, sizes, transformer
@@ -116,7 +117,7 @@ def _register(gin) -> None:
         compile.compile_experiment,
         *(dictionary.DictionaryAccuracy, distraction.PositiveMass, few_shot.FewShot),
         *(harness.LmEval, passkey.PasskeyRetrieval),
-        *(perplexity.PerplexityByContext, sample.Sample),
+        *(perplexity.PerplexityByContext, retrieval.RetrievalTable, sample.Sample),
         *(lookup.Dense, lookup.TopK, lookup.ApproximateTopK),
         *(schemes.NoCrossbatch, schemes.PreviousContext),
         *(schemes.Packed, schemes.PackedTable, schemes.CachedContext),

@@ -234,7 +234,8 @@ MODELS = f"{', '.join(_FIRST)} or {_LAST}"
         (
             "Evaluation.evals = (@Corpus(),)",
             "(@Corpus(),): give a tuple, each of it @DictionaryAccuracy(), @PositiveMass(), "
-            "@FewShot(), @LmEval(), @PasskeyRetrieval(), @PerplexityByContext() or @Sample()",
+            "@FewShot(), @LmEval(), @PasskeyRetrieval(), @PerplexityByContext(), "
+            "@RetrievalTable() or @Sample()",
         ),
         ("train.initialize_from = 3", '3: give a text in "quotes" or None'),
         ("train.profile_steps = 3", "3: give (a whole number, a whole number) or None"),

@@ -1,0 +1,224 @@
+"""What memory layers retrieve: queries in their context, and the tokens whose keys they find."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import io_callback
+from jaxtyping import Int
+
+from fot_jax.data.lanes import DocumentSource
+from fot_jax.errors import LARGEST_SEED, UserError, check_range
+from fot_jax.evals import plots
+from fot_jax.generate import LanguageModel
+from fot_jax.model.lookup import TopK
+from fot_jax.reading import MemoryConfig
+
+CONTEXT = 12  # tokens shown on either side
+BINS = 100  # of positions, in the plot
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalTable:
+    """The keys that queries of a document retrieve from the memory of all before their window.
+
+    A memory layer gives every query a softmax over its k best keys, head by head. A key's share is
+    its part of that, averaged over heads; its focus is the share of all retrieved keys that stand
+    within `around` tokens of it, itself among them: near 1 where a layer looks at one place.
+
+    Attributes:
+      memory: tokens of the document that are read first, the queries come from the window after.
+      queries: tokens of that window, drawn at random.
+      k: keys retrieved by each query and head.
+      keys: of these, so many with the largest shares are listed.
+      around: tokens on either side that count for the focus.
+      split: of the source; its first document that is long enough.
+      storage: of memory, as MemoryConfig.
+      seed: of the queries.
+      name: of the plot, and in results.
+    """
+
+    memory: int = 16_384
+    queries: int = 8
+    k: int = 128
+    keys: int = 3
+    around: int = 32
+    split: str = "valid"
+    storage: str | None = None
+    seed: int = 0
+    name: str = "retrieval"
+
+    def __post_init__(self):
+        counts = {"memory": self.memory, "queries": self.queries, "k": self.k, "keys": self.keys}
+        check_range("RetrievalTable", 1, **counts)
+        check_range("RetrievalTable", 0, around=self.around)
+        check_range("RetrievalTable", 0, LARGEST_SEED, seed=self.seed)
+        if self.k > self.memory:
+            raise UserError(
+                f"RetrievalTable.k = {self.k} is larger than RetrievalTable.memory = "
+                f"{self.memory}: lower it"
+            )
+
+    def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
+        """One row a query, layer by layer: layer, query (its place in the document), text, found,
+        mass.
+
+        `found` lists the keys with the largest shares, {position, text, share, focus}; `mass` all
+        of them, (position, share). A text is (before, token, after).
+
+        Raises:
+          UserError: a model without memory layers, or on several devices; no document is as long.
+        """
+        c = lm.config
+        if not c.memory_layers:
+            raise UserError(
+                "RetrievalTable is of memory layers, and the model has none: leave it out"
+            )
+        if lm.mesh is not None:
+            raise UserError("RetrievalTable is for one device: evaluate with devices = 1")
+        if self.queries > c.local_context:
+            raise UserError(
+                f"RetrievalTable.queries = {self.queries}: give at most the local context, "
+                f"{c.local_context}"
+            )
+        tokens = self._document(source, self.memory + c.local_context)
+        found = _Found()
+        memory = MemoryConfig(storage=self.storage, lookup=TopK(self.k))
+        state = lm.read(tokens[: self.memory], memory=memory)
+        state.config = dataclasses.replace(memory, lookup=_Watched(self.k, found))
+        lm.read(tokens[self.memory :], state=state, last_context_length=c.local_context)
+        jax.effects_barrier()
+        rng = np.random.default_rng(self.seed)
+        places = np.sort(rng.choice(c.local_context, self.queries, replace=False))
+        decode = source.vocabulary.decode
+        return [
+            self._row(layer, int(place), tokens, decode, scores[:, place], slots[:, place])
+            for layer, (scores, slots) in zip(
+                c.memory_layers, found.by_layer(len(c.memory_layers), c.num_heads), strict=True
+            )
+            for place in places
+        ]
+
+    def _document(self, source: DocumentSource, needed: int) -> np.ndarray:
+        documents = itertools.islice(source.documents(self.split), 10_000)
+        for document in documents:
+            if len(document.tokens) >= needed:
+                return document.tokens[:needed]
+        raise UserError(
+            f"no document of the {self.split} split has the {needed} tokens that "
+            f"RetrievalTable.memory = {self.memory} and a window take: lower it"
+        )
+
+    def _row(self, layer: int, place: int, tokens, decode, scores, slots) -> dict[str, Any]:
+        """Of a query: scores and slots [H, k] of what its heads retrieved."""
+        shares = np.exp(scores - scores.max(-1, keepdims=True))
+        shares /= shares.sum(-1, keepdims=True) * len(shares)
+        mass = np.bincount(slots.ravel(), shares.ravel(), self.memory)
+        best = np.argsort(-mass, kind="stable")[: self.keys]
+        query = self.memory + place
+        return {
+            "layer": layer,
+            "query": query,
+            "text": _text(tokens, query, decode),
+            "found": [
+                {
+                    "position": int(i),
+                    "text": _text(tokens[: self.memory], i, decode),
+                    "share": float(mass[i]),
+                    "focus": float(mass[max(0, i - self.around) : i + self.around + 1].sum()),
+                }
+                for i in best
+                if mass[i] > 0
+            ],
+            "mass": [(int(i), float(mass[i])) for i in np.flatnonzero(mass)],
+        }
+
+    def scalars(self, rows) -> dict[str, float]:
+        """For each layer the focus of the first keys, averaged over queries."""
+        return {f"{self.name}/layer_{n}/focus": focus for n, focus in _focus(rows).items()}
+
+    def table(self, rows) -> str:
+        """The rows as text: a query, and under it what it found."""
+        lines = [f"{'share':>8} {'focus':>8}  token in its context"]
+        for layer, focus in _focus(rows).items():
+            lines.append(f"\nlayer {layer}: focus {focus:.3f} on average")
+            for row in (row for row in rows if row["layer"] == layer):
+                lines.append(f"{'query':>17}  {_shown(row['text'])}")
+                for key in row["found"]:
+                    numbers = f"{key['share']:8.3f} {key['focus']:8.3f}"
+                    lines.append(f"{numbers}  {_shown(key['text'])}")
+        return "\n".join(lines)
+
+    def plot(self, rows, path: epath.Path) -> None:
+        """Where in memory the mass of each query is: a line a query, darker for more."""
+        figure, axes = plots.new()
+        lines = []
+        for row in rows:
+            positions, shares = zip(*row["mass"], strict=True)
+            lines.append(np.histogram(positions, BINS, (0, self.memory), weights=shares)[0])
+        extent = (0, self.memory, len(rows) - 0.5, -0.5)
+        shown = axes.imshow(lines, extent=extent, aspect="auto", cmap="Blues", vmin=0)
+        names = [f"{row['layer']}: {row['text'][1]!r}" for row in rows]
+        axes.set_yticks(range(len(rows)), names, fontsize=min(9, 180 / len(rows)))
+        axes.set_xlabel("position in memory (tokens)")
+        axes.set_ylabel("layer: query")
+        axes.grid(False)
+        figure.colorbar(shown, label="share of the retrieved mass")
+        plots.save(figure, path)
+
+
+class _Found:
+    """What was retrieved, in the order in which it was."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, scores, slots) -> None:
+        self.calls.append((np.asarray(scores), np.asarray(slots)))
+
+    def by_layer(self, layers: int, heads: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each memory layer the scores and slots of a window, [heads, tokens, k]."""
+        tiles = len(self.calls) // layers  # a window is read tile by tile, layer by layer
+
+        def whole(of_tiles):
+            return np.concatenate([self._by_head(x, heads) for x in of_tiles], 1)
+
+        cut = [self.calls[i * tiles : (i + 1) * tiles] for i in range(layers)]
+        return [tuple(map(whole, zip(*calls, strict=True))) for calls in cut]
+
+    @staticmethod
+    def _by_head(x, heads: int):
+        """[1, K, G * t, k] -> [K * G, t, k]."""
+        return x.reshape(heads, -1, x.shape[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Watched(TopK):
+    """TopK that says what it found."""
+
+    record: _Found = None
+
+    def attend(self, q, layer, visible, shards: int):
+        io_callback(self.record, None, *self.search(q, layer.k, visible), ordered=True)
+        return super().attend(q, layer, visible, shards)
+
+
+def _text(tokens: Int[np.ndarray, " N"], i: int, decode) -> tuple[str, str, str]:
+    parts = tokens[max(0, i - CONTEXT) : i], tokens[i : i + 1], tokens[i + 1 : i + 1 + CONTEXT]
+    return tuple(decode(part.tolist()) for part in parts)
+
+
+def _shown(text: tuple[str, str, str]) -> str:
+    before, token, after = (repr(part)[1:-1] for part in text)
+    return f"{before}[{token}]{after}"
+
+
+def _focus(rows) -> dict[int, float]:
+    layers = sorted({row["layer"] for row in rows})
+    of_layer = {n: [row["found"][0]["focus"] for row in rows if row["layer"] == n] for n in layers}
+    return {n: sum(found) / len(found) for n, found in of_layer.items()}
