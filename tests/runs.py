@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,51 @@ Evaluation.evals = (@PerplexityByContext(),)
 PerplexityByContext.memory_sizes = (0, 16)
 """
 
+EVALUATED_TWICE = """
+train.evaluation = @Evaluation()
+Evaluation.evals = (@PerplexityByContext(), @Sample())
+Evaluation.during = (@during/PerplexityByContext(),)
+PerplexityByContext.memory_sizes = (0, 16)
+PerplexityByContext.split = "test"
+during/PerplexityByContext.split = "valid"
+Sample.new_tokens = 4
+Sample.memory = 16
+"""
+
+# With these documents the first right answers come at step 4.
+SWITCHING = f"""{DICTIONARY}{EVALUATED_TWICE}
+Data.seed = 4
+train.d = @SwitchAtAccuracy()
+SwitchAtAccuracy.threshold = 0.01
+SwitchAtAccuracy.values = (1, 3)
+"""
+
+PACKED = f"""{MODEL}
+train.data = @Data()
+train.optimizer = @adamw
+train.learning_rate = @cosine()
+train.steps = 150
+train.log_every = 4
+train.scheme = @Packed()
+train.compute = @Compute()
+train.checkpoints = @Checkpoints()
+cosine.max_value = 0.01
+cosine.min_value = 0.001
+cosine.warmup_steps = 10
+cosine.steps = 150
+ModelConfig.vocab_size = 258
+Data.source = @Text()
+Data.lanes = 4
+Data.lane_groups = 2
+Data.group_lanes = 2
+Text.corpora = [@Corpus()]
+Text.tokenizer = @Bytes()
+Packed.pack = 2
+Packed.range = 2
+Compute.accumulation = 2
+Checkpoints.every = 7
+"""
+
 QUICK = {  # compiling a program takes longer than running it, in these tests
     "jax_disable_most_optimizations": True,
     "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -86,6 +132,24 @@ def first_devices(monkeypatch, count):
     with monkeypatch.context() as patch:
         patch.setattr(MeshShape, "make", lambda shape: make(shape, jax.devices()[:count]))
         yield
+
+
+def write(directory, experiment):
+    path = directory / "experiment.gin"
+    path.write_text(experiment)
+    return path
+
+
+def write_corpus(directory, documents=24, seed=0):
+    """Made-up prose; every split the same kind."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=4)) for _ in range(60)]
+    directory.mkdir(exist_ok=True)
+    for split in ("train", "valid", "test"):
+        texts = (" ".join(rng.choices(words, k=rng.randrange(5, 40))) for _ in range(documents))
+        lines = (json.dumps({"text": text}) for text in texts)
+        (directory / f"{split}.jsonl").write_text("\n".join(lines))
+    return directory
 
 
 def arguments(experiment, workdir, *bindings):

@@ -17,7 +17,7 @@ from fot_jax.model.lookup import TopK
 from fot_jax.reading import MemoryConfig
 
 sys.path.append(str(Path(__file__).parent / "model"))
-from test_generate import model_of, random_text
+from readers import model_of, random_text
 
 
 def over(lm, devices):

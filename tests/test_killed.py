@@ -1,0 +1,240 @@
+"""Runs that are killed, stopped and damaged end as if nothing had happened."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import runs
+from runs import (
+    DICTIONARY,
+    PACKED,
+    SWITCHING,
+    curve,
+    steps_saved,
+    training_curve,
+    write,
+    write_corpus,
+)
+
+from fot_jax import train as train_module
+from fot_jax.data.synthetic import DictionaryLookup
+from fot_jax.evals.perplexity import PerplexityByContext
+from fot_jax.evaluate import Evaluation
+from fot_jax.model.schemes import PreviousContext
+from fot_jax.model.transformer import ModelConfig
+from fot_jax.training.checkpoint_items import DataHandler
+from fot_jax.training.optim import adamw
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(cache):
+    with runs.quick_compilation(cache):
+        yield
+
+
+def last_step(workdir):
+    """Of the last whole line of metrics.jsonl."""
+    with contextlib.suppress(FileNotFoundError):
+        lines = (workdir / "metrics.jsonl").read_text().splitlines()
+        for line in reversed(lines):
+            with contextlib.suppress(ValueError):
+                return json.loads(line)["step"]
+    return 0
+
+
+def interrupt(argv, cache, workdir, how, steps):
+    """Starts a run, sends a signal so many steps beyond what was reported before; stderr."""
+    target = last_step(workdir) + steps
+    process = runs.start(argv, cache)
+    while last_step(workdir) < target and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(how)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == (-9 if how == signal.SIGKILL else 128 + how), stderr
+    assert "Traceback" not in stderr
+    return stderr
+
+
+def finish(argv, cache):
+    process = runs.start(argv, cache)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr
+    return stderr
+
+
+def truncate_largest_file(directory):
+    largest = max((f for f in directory.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory, cache):
+    """A run of 150 steps in a process that nothing disturbs."""
+    directory = tmp_path_factory.mktemp("unbroken")
+    more = "train.steps = 150\nCheckpoints.every = 7\nEvaluation.every = 35\n"
+    experiment = write(directory, SWITCHING + more)
+    stderr = finish(runs.arguments(experiment, directory / "run"), cache)
+    assert "step 150/150" in stderr
+    return directory
+
+
+@pytest.mark.slow
+def test_killed_at_any_step_it_ends_as_if_unbroken(unbroken, cache, tmp_path):
+    """kill -9 twice, ^C, SIGTERM, and then its checkpoint damaged; schedule of d by accuracy."""
+    workdir = tmp_path / "run"
+    argv = runs.arguments(unbroken / "experiment.gin", workdir)
+    rng = random.Random()
+    for how in (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
+        said = interrupt(argv, cache, workdir, how, rng.randrange(3, 13))
+    stopped = last_step(workdir)
+    assert f"stopped by SIGTERM after step {stopped}, which is saved" in said
+    *_, before, newest = steps_saved(workdir)
+    assert newest == stopped < 150
+    truncate_largest_file(workdir / "checkpoints" / str(newest) / "params")
+    said = finish(argv, cache)
+    assert f"checkpoints/{newest} is damaged" in said and "Traceback" not in said
+    assert f"resuming {workdir} after step {before}" in said
+    assert curve(workdir) == curve(unbroken / "run")
+    runs.assert_same_parameters(workdir, unbroken / "run")
+    assert {row["d"] for row in training_curve(workdir)} == {1, 3}
+
+
+@pytest.mark.slow
+def test_stopped_between_logged_steps_it_ends_as_if_unbroken(cache, tmp_path):
+    """Text in two lane groups, accumulation, metrics every 4 steps and checkpoints every 7."""
+    corpus = write_corpus(tmp_path / "corpus")
+    experiment = write(tmp_path, PACKED + f'Corpus.path = "{corpus}"\n')
+    finish(runs.arguments(experiment, tmp_path / "unbroken"), cache)
+    argv = runs.arguments(experiment, tmp_path / "run")
+    interrupt(argv, cache, tmp_path / "run", signal.SIGKILL, 9)
+    said = interrupt(argv, cache, tmp_path / "run", signal.SIGTERM, 9)
+    stopped = int(re.search(r"stopped by SIGTERM after step (\d+)", said)[1])
+    assert stopped < 150 and steps_saved(tmp_path / "run")[-1] == stopped
+    said = finish(argv, cache)
+    assert f"resuming {tmp_path / 'run'} after step {stopped}" in said
+    want = curve(tmp_path / "unbroken")
+    assert curve(tmp_path / "run") == want
+    assert [row["step"] for row in want] == [*range(4, 150, 4), 150]
+    runs.assert_same_parameters(tmp_path / "run", tmp_path / "unbroken")
+
+
+@pytest.mark.slow
+def test_a_second_sigterm_ends_the_process_at_once():
+    code = """if True:
+        import os, signal
+        from fot_jax.train import _stop_signals
+        with _stop_signals() as asked:
+            assert not asked.to_stop
+            os.kill(os.getpid(), signal.SIGTERM)
+            print(asked.to_stop.name, flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            print("still here", flush=True)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (143, "SIGTERM\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_is_tried_again(tmp_path, one_device, monkeypatch, caplog):
+    """At the step that finds out; training goes on as if nothing had happened."""
+    experiment = tmp_path / "experiment.gin"
+    long = "Checkpoints.keep_last = 9\nCheckpoints.every = 500\ntrain.steps = 1500\n"
+    experiment.write_text(f"{DICTIONARY}\n{long}train.log_every = 50\n")
+    left = fail_saves(monkeypatch, 2)
+    assert runs.train(experiment, tmp_path / "run") == 0
+    assert not left
+    saved = steps_saved(tmp_path / "run")
+    assert 500 < saved[0] < 1000 and saved[1:] == [1000, 1500]
+    said = [
+        record.getMessage() for record in caplog.records if "not written" in record.getMessage()
+    ]
+    assert said[0] == "the checkpoint of step 500 was not written: the bucket sang"
+    assert len(said) == 2
+    assert runs.train(experiment, tmp_path / "unbroken") == 0
+    assert curve(tmp_path / "run") == curve(tmp_path / "unbroken")
+
+
+def test_saves_that_always_fail_end_the_run(tmp_path, one_device, monkeypatch):
+    experiment = tmp_path / "experiment.gin"
+    experiment.write_text(f"{DICTIONARY}\ntrain.steps = 9999\n")
+    fail_saves(monkeypatch, 99)
+    with pytest.raises(RuntimeError, match="the bucket sang"):
+        runs.train(experiment, tmp_path / "run")
+    assert steps_saved(tmp_path / "run") == []
+    assert 4 < len(curve(tmp_path / "run")) < 9999
+
+
+RETRIES_AT_ONCE = """
+from fot_jax import cli, train
+train.RETRY_SECONDS = 0
+cli.run()
+"""
+
+
+def test_a_process_that_can_save_no_longer_ends(tmp_path, cache):
+    """Threads of Orbax would keep it: they wait for a save that never comes."""
+    experiment, checkpoints = tmp_path / "experiment.gin", tmp_path / "run" / "checkpoints"
+    experiment.write_text(f"{DICTIONARY}\ntrain.steps = 99_999\n")
+    argv = runs.arguments(experiment, tmp_path / "run")
+    process = runs.start(argv, cache, program=("-c", RETRIES_AT_ONCE))
+    try:
+        while last_step(tmp_path / "run") < 8 and process.poll() is None:  # one is saved
+            time.sleep(0.01)
+        checkpoints.rename(tmp_path / "taken_away")
+        checkpoints.write_text("")
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 2
+    assert err.splitlines()[-1].startswith(f"fot: error: {checkpoints}/")
+
+
+def fail_saves(monkeypatch, times):
+    """The first saves fail in the background; gives those that are still to fail."""
+    finalize, left = DataHandler.finalize, [None] * times
+
+    def fail_first(self, directory):
+        if left:
+            left.pop()
+            raise RuntimeError("the bucket sang")
+        finalize(self, directory)
+
+    monkeypatch.setattr(DataHandler, "finalize", fail_first)
+    monkeypatch.setattr(train_module, "RETRY_SECONDS", 0)
+    return left
+
+
+def test_a_signal_while_the_last_step_is_saved_leaves_out_the_evaluation(tmp_path, one_device):
+    def learning_rate(count):
+        if isinstance(count, int) and count == 2:  # asked for the report of step 3
+            signal.raise_signal(signal.SIGTERM)
+        return 0.01
+
+    def run():
+        return train_module.train(
+            str(tmp_path),
+            ModelConfig(64, 16, 2, 2, 2, 8, 32, (1,), 16),
+            train_module.Data(DictionaryLookup(32, 1, 1), lanes=4),
+            adamw,
+            learning_rate,
+            steps=3,
+            scheme=PreviousContext(advance=2),
+            evaluation=Evaluation(evals=(PerplexityByContext(memory_sizes=(0,)),)),
+        )
+
+    assert run() == signal.SIGTERM
+    assert steps_saved(tmp_path) == [3] and not (tmp_path / "plots").exists()
+    assert run() is None  # nothing is left but the evaluation
+    assert (tmp_path / "plots" / "perplexity_by_context.png").exists()

@@ -1,0 +1,366 @@
+"""LanguageModel reads text of any length, with a memory, as the rules in NumPy float64 say."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
+from readers import (
+    EVERY_MODEL,
+    MODELS,
+    C,
+    by_rules,
+    config_of,
+    model_of,
+    nats_of,
+    random_text,
+    reach,
+)
+
+from fot_jax.errors import UserError
+from fot_jax.generate import LanguageModel
+from fot_jax.model.lookup import ApproximateTopK, TopK
+from fot_jax.model.transformer import Transformer
+from fot_jax.reading import MemoryConfig
+
+sys.path.append(str(Path(__file__).parent / "model"))
+import rules
+from test_transformer import LLAMA, random_params
+
+# --- Windows -------------------------------------------------------------------------------------
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("last", [32, 64])
+@pytest.mark.parametrize("length", [32, 33, 64, 65, 96, 118, 128, 150, 300])
+def test_logits_of_any_length(name, length, last):
+    text = random_text(2, length, seed=length)
+    got = model_of(name).logits(text, last_context_length=last)
+    for row in range(2):
+        want = by_rules(name, text[row], [length], last)
+        np.testing.assert_allclose(got[row], want, atol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(list(MODELS)),
+    st.lists(st.sampled_from([1, 5, 18, 31, 50, 64, 70, 130]), min_size=2, max_size=5),
+    st.sampled_from([7, 32, 64]),
+)
+def test_text_read_in_segments(name, feeds, last):
+    """The window that one segment leaves is what the next one joins, where it fits."""
+    text = random_text(1, sum(feeds), seed=sum(feeds))
+    lm = model_of(name)
+    state = lm.read(text[:, : feeds[0]], last_context_length=last)
+    got, start = [], feeds[0]
+    for length in feeds[1:]:
+        segment = text[:, start : start + length]
+        got.append(lm.logits(segment, last_context_length=last, state=state)[0])
+        start += length
+    want = by_rules(name, text[0], feeds, last)[feeds[0] :]
+    np.testing.assert_allclose(np.concatenate(got), want, atol=1e-4)
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("length", [40, 150, 300])
+def test_left_padding(name, length):
+    """Positions are those in the padded window; padding is seen by nobody, here or in memory."""
+    text = random_text(3, length, seed=1)
+    mask = np.arange(length) >= np.array([0, 17, length - 9])[:, None]
+    lm = model_of(name)
+    got = lm.logits(text, mask=mask, last_context_length=32)
+    other = np.where(mask, text, (text + 7) % LLAMA.vocab_size)
+    same = lm.logits(other, mask=mask, last_context_length=32)
+    for row in range(3):
+        want = by_rules(name, text[row], [length], 32, mask[row])
+        np.testing.assert_allclose(got[row, mask[row]], want[mask[row]], atol=1e-4)
+    np.testing.assert_array_equal(same[mask], got[mask])
+
+
+@EVERY_MODEL
+def test_scores_are_those_of_the_logits(name):
+    text = random_text(2, 211)
+    lm = model_of(name)
+    scores = lm.score(text, last_context_length=32)
+    assert scores.nats.shape == scores.correct.shape == (2, 210)
+    for row in range(2):
+        want = by_rules(name, text[row, :-1], [210], 32)
+        np.testing.assert_allclose(scores.nats[row], nats_of(want, text[row, 1:]), atol=1e-4)
+        np.testing.assert_array_equal(scores.correct[row], want.argmax(-1) == text[row, 1:])
+
+
+# --- Memory --------------------------------------------------------------------------------------
+
+
+@EVERY_MODEL
+@pytest.mark.parametrize("size", [0, 1, 40, 64, 100, 1000])
+def test_a_ring_forgets_the_oldest_tokens(name, size):
+    text = random_text(1, 330)
+    scores = model_of(name).score(text, memory=MemoryConfig(size))
+    where = rules.places([329], C, C)
+    config = config_of(name)
+    want = rules.logits(config, random_params(config), text[0, :-1], where, reach(where, size))
+    np.testing.assert_allclose(scores.nats[0], nats_of(want, text[0, 1:]), atol=1e-4)
+
+
+def test_memory_is_of_consequence():
+    text = random_text(1, 330)
+    lm = model_of("llama")
+    nats = [lm.score(text, memory=MemoryConfig(size)).nats for size in (0, 100, None)]
+    assert np.abs(nats[0] - nats[1]).max() > 1e-2 and np.abs(nats[1] - nats[2]).max() > 1e-2
+
+
+@pytest.mark.parametrize("storage, error", [("bfloat16", 0.05), ("float16", 0.01), ("int8", 0.3)])
+def test_stored_in_fewer_bits(storage, error):
+    text = random_text(1, 330)
+    exact, rounded = (
+        model_of("llama").logits(text, memory=MemoryConfig(storage=each))
+        for each in ("float32", storage)
+    )
+    assert 1e-5 < np.abs(exact - rounded).max() < error
+
+
+@pytest.mark.parametrize("lookup", [TopK, ApproximateTopK])
+def test_the_best_keys_alone(lookup):
+    """All of them is dense attention; fewer is something else."""
+    text = random_text(2, 330)
+    lm = model_of("paper")
+    dense, few, all_of_them = (
+        lm.logits(text, memory=memory)
+        for memory in (
+            MemoryConfig(),
+            MemoryConfig(lookup=lookup(4)),
+            MemoryConfig(lookup=lookup(400)),
+        )
+    )
+    np.testing.assert_allclose(all_of_them, dense, atol=1e-4)
+    assert np.abs(few - dense).max() > 1e-2
+
+
+@pytest.mark.parametrize("lookup", [None, TopK(10)], ids=["dense", "top k"])
+def test_sharded_memory_gives_the_same(lookup):
+    """Over eight devices; while reading and while writing."""
+    config = config_of("llama")
+    single = model_of("llama")
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("memory",))
+    sharded = dataclasses.replace(single, mesh=mesh)
+    memory = MemoryConfig() if lookup is None else MemoryConfig(lookup=lookup)
+    text = random_text(2, 700)
+    a, b = (lm.logits(text, memory=memory) for lm in (single, sharded))
+    np.testing.assert_allclose(a, b, atol=1e-4)
+    state = sharded.read(text, memory=memory)
+    assert len(state.memory.layers[0].k.x.sharding.device_set) == 8
+    new = [
+        lm.generate(text, 100, temperature=0, memory=memory, last_context_length=32)
+        for lm in (single, sharded)
+    ]
+    assert new[0] == new[1] and config.local_context < 100
+
+
+def test_documents_share_a_memory():
+    """Each sees what all of them have left behind (multi-doc)."""
+    text = random_text(2, 3 * C)
+    got = model_of("llama").logits(text, memory=MemoryConfig(shared=True))
+    config = config_of("llama")
+    window = np.repeat(np.arange(3), C)
+    both = np.concatenate([window, window])
+    row = np.repeat([0, 1], 3 * C)
+    local = (both[:, None] == both) & (row[:, None] == row)
+    place = np.tile(np.arange(C), 6)
+    seen = np.stack([local & (place[:, None] >= place), both[:, None] > both])
+    where = np.stack([both, place], 1)
+    want = rules.logits(config, random_params(config), text.reshape(-1), where, seen)
+    np.testing.assert_allclose(got.reshape(want.shape), want, atol=1e-4)
+
+
+@EVERY_MODEL
+def test_a_state_is_asked_several_things_side_by_side(name):
+    """As if each were asked alone."""
+    lm, text = model_of(name), random_text(1, 2 * C + 20)[0]
+    prompts = [each[: 5 + 30 * i] for i, each in enumerate(random_text(3, C, seed=1))]
+    state = lm.read(text, last_context_length=C)
+    together = lm.generate(prompts, 30, temperature=0, state=state.repeated(3))
+    alone = [lm.generate(each, 30, temperature=0, state=state.copy()) for each in prompts]
+    assert together == alone and len({tuple(new) for new in alone}) == 3
+    for bad in (lm.read(random_text(2, 9)), lm.read(text, memory=MemoryConfig(shared=True))):
+        with pytest.raises(UserError, match="only a state of one row, with a memory of its own"):
+            bad.repeated(2)
+
+
+@EVERY_MODEL
+def test_windows_are_remembered_as_if_each_were_the_only_one(name):
+    """Three side by side in two rows, then one more; then two texts see all of them."""
+    lm, windows, texts = model_of(name), random_text(4, 40), random_text(2, C, seed=1)
+    state = lm.remember(windows[:3], rows=2)
+    state = lm.remember(windows[3:], state=state)
+    got = lm.logits(texts, last_context_length=C, state=state)
+
+    window = np.concatenate([np.repeat(np.arange(4), 40), np.repeat([4, 5], C)])
+    place = np.concatenate([np.tile(np.arange(40), 4), np.tile(np.arange(C), 2)])
+    local = (window[:, None] == window) & (place[:, None] >= place)
+    seen = np.stack([local, (window[:, None] >= 4) & (window < 4)])
+    config, tokens = config_of(name), np.concatenate([windows.reshape(-1), texts.reshape(-1)])
+    want = rules.logits(config, random_params(config), tokens, np.stack([window, place], 1), seen)
+    np.testing.assert_allclose(got.reshape(2 * C, -1), want[-2 * C :], atol=1e-4)
+
+
+def test_what_was_in_the_window_is_remembered_too():
+    """Texts, then windows: these come after those in memory, and do not see them."""
+    lm, windows, texts = model_of("llama"), random_text(3, 40), random_text(2, C, seed=1)
+    memory = MemoryConfig(2 * C + 40, shared=True)  # a ring: two windows overwrite what is oldest
+    state = lm.remember(windows[:1], rows=2, memory=memory)
+    lm.read(texts, last_context_length=C, state=state)
+    assert state.stored == 40
+    lm.remember(windows[1:], state=state)
+    assert state.stored == 40 + 2 * C + 80 and not state.places.any()
+    assert state.memory.visible == 2 * C + 40
+
+
+@pytest.mark.parametrize(
+    ("windows", "options", "message"),
+    [
+        (random_text(1, C + 1), {}, f"windows of {C + 1} tokens for a model with a local context"),
+        (random_text(1, C), {"memory": MemoryConfig()}, "set MemoryConfig.shared"),
+        (np.zeros(C, int), {}, "tokens of shape"),
+        (random_text(3, C), {"rows": 0}, "remember.rows = 0"),
+        (random_text(3, C), {"memory": MemoryConfig(C, False, shared=True)}, "is full before"),
+    ],
+)
+def test_windows_that_cannot_be_remembered(windows, options, message):
+    with pytest.raises(UserError, match=message):
+        model_of("llama").remember(windows, **options)
+
+
+# --- Numbers and devices -------------------------------------------------------------------------
+
+
+@EVERY_MODEL
+def test_bfloat16_is_close(name):
+    config = config_of(name)
+    lm = LanguageModel.of(Transformer(config, dtype=jnp.bfloat16), random_params(config))
+    text = random_text(2, 300)
+    state = lm.read(text)
+    assert state.memory.storage == "bfloat16"
+    got, want = (model.logits(text, last_context_length=32) for model in (lm, model_of(name)))
+    assert got.dtype == np.float32
+    error = np.abs(got - want)
+    assert 1e-4 < error.mean() < 0.05 * want.std() and error.max() < want.std()
+
+
+@EVERY_MODEL
+def test_parameters_on_a_training_mesh_give_the_same(name):
+    """Wherever they are sharded: reading, scoring and writing."""
+    config = config_of(name)
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
+
+    def spread(x):
+        axes = [("fsdp" if n % 4 == 0 else None) for n in x.shape[:-1]]
+        axes = [axis if axes.index(axis) == i else None for i, axis in enumerate(axes)]
+        axes.append("tensor" if x.shape[-1] % 2 == 0 else None)
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    params = jax.tree.map(spread, random_params(config))
+    lm = LanguageModel.of(Transformer(config), params)
+    assert lm.mesh is mesh
+    text, one = random_text(2, 200), model_of(name)
+    np.testing.assert_allclose(lm.logits(text), one.logits(text), atol=1e-4)
+    np.testing.assert_allclose(lm.score(text).nats, one.score(text).nats, atol=1e-4)
+    assert lm.generate(text, 70, temperature=0) == one.generate(text, 70, temperature=0)
+
+
+# --- Programs ------------------------------------------------------------------------------------
+
+
+def test_growing_memory_compiles_few_programs():
+    """A text fed bit by bit."""
+    from fot_jax.model import inference
+
+    lm = model_of("llama")
+    text = random_text(1, 6000, seed=9)
+    before = inference.read._cache_size()
+    state = lm.read(text[:, :16])
+    for start in range(16, 6000, 16):
+        lm.read(text[:, start : start + 16], state=state)
+    assert inference.read._cache_size() - before < 16
+    whole = lm.logits(text[:, :64], state=state)
+    assert np.isfinite(whole).all()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_reading_takes_is_the_memory_and_a_constant():
+    """Peak resident memory of processes that score texts of two lengths."""
+    program = """if True:
+        import sys
+        import jax, numpy as np
+        from fot_jax.generate import LanguageModel
+        from fot_jax.model import crossbatch
+        from fot_jax.model.transformer import ModelConfig, Transformer
+        from fot_jax.reading import MemoryConfig
+        model = Transformer(ModelConfig(64, 64, 2, 4, 4, 64, 64, (1,), 512))
+        tokens = np.zeros((1, 8), np.int32)
+        params = model.init(jax.random.key(0), tokens, tokens, crossbatch.Plan())["params"]
+        lm, length = LanguageModel.of(model, params), int(sys.argv[1])
+        text = np.arange(length)[None] % 64
+        lm.score(text[:, :2000])
+        state = lm.read(text[:, :600], memory=MemoryConfig())
+        lm.score(text, state=state)
+        status = open("/proc/self/status").read()
+        peak = int(status.split("VmHWM:")[1].split()[0])  # ru_maxrss would have the parent's
+        print(peak * 1024, state.memory.nbytes)
+    """
+    peaks = {}
+    for length in (10_000, 100_000):
+        environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+        argv = [sys.executable, "-c", program, str(length)]
+        ran = subprocess.run(argv, capture_output=True, text=True, env=environment, check=True)
+        peaks[length] = [int(word) for word in ran.stdout.split()]
+    (short, of_short), (long, of_long) = peaks.values()
+    added = of_long - of_short
+    assert added > 88_000 * 2048  # 4 heads x 64 x keys and values x 4 bytes
+    assert abs(long - short - added) < 0.25 * added  # compiling alone differs by tens of MB
+
+
+# --- Bad input -----------------------------------------------------------------------------------
+
+
+def test_bad_memory():
+    lm = model_of("llama")
+    text = random_text(1, 200)
+    message = "the memory of 100 tokens is full before the end of the text, which needs 136: raise"
+    with pytest.raises(UserError, match=message):
+        lm.read(text, memory=MemoryConfig(100, ring=False))
+    lm.read(text, memory=MemoryConfig(136, ring=False))
+    with pytest.raises(UserError, match="which needs 200"):  # while writing, but said before
+        lm.generate(text[0], 60, memory=MemoryConfig(136, ring=False))
+    with pytest.raises(UserError, match="TopK.k = 9 is larger than the memory of 8 tokens"):
+        MemoryConfig(8, lookup=TopK(9))
+    with pytest.raises(UserError, match="MemoryConfig.storage = 'int4': choose one of float32"):
+        MemoryConfig(storage="int4")
+    with pytest.raises(UserError, match="MemoryConfig.size = -1: give a number from 0"):
+        MemoryConfig(-1)
+    with pytest.raises(UserError, match="MemoryConfig.size = 1.5: give a whole number"):
+        MemoryConfig(1.5)
+    with pytest.raises(UserError, match="a state has a memory of its own, which cannot be changed"):
+        lm.read(text, state=lm.read(text), memory=MemoryConfig(5))
+    padded = np.arange(200) >= 64  # padding takes no slot
+    lm.read(text, mask=padded[None], memory=MemoryConfig(72, ring=False))
+    with pytest.raises(UserError, match="which needs 72"):
+        lm.read(text, mask=padded[None], memory=MemoryConfig(71, ring=False))
+    plain = dataclasses.replace(lm, config=dataclasses.replace(lm.config, memory_layers=()))
+    with pytest.raises(UserError, match="a memory of 100 tokens for a model without memory layers"):
+        plain.read(text, memory=MemoryConfig(100))
+    for other in (dict(local_context=32), dict(memory_layers=(0,)), dict(memory_layers=())):
+        another = dataclasses.replace(lm, config=dataclasses.replace(lm.config, **other))
+        with pytest.raises(UserError, match="a state of another model, or on other devices: read"):
+            another.read(text, state=lm.read(text))
+    with pytest.raises(UserError, match="2 documents for a state of 1: give as many"):
+        lm.read(random_text(2, 5), state=lm.read(text))
