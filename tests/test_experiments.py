@@ -259,3 +259,24 @@ def test_headers_say_what_is_reproduced_and_on_what(name):
     if name != "quickstart":
         assert re.search(r"^# (Reproduces: |Not in the paper: |Like LongLLaMA)", header, re.M)
         assert re.search(r"^# Hardware: ", header, re.M)
+
+
+EVALUATIONS = ("perplexity", "passkey", "few_shot", "short_tasks")
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluations_of_a_run_that_is_done(name, capsys, elsewhere):
+    """All is read and made before the checkpoint is looked for."""
+    file = ROOT / "experiments" / "parts" / f"{name}.gin"
+    argv = ["evaluate", str(ROOT / "experiments" / "quickstart.gin"), str(file)]
+    paths = re.findall(r"--gin '(\w+ = \"DIR\")'", file.read_text())
+    argv += [word for path in paths for word in ("--gin", path)]
+    assert cli.main([*argv, "--checkpoint", "nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("fot: error: nowhere: no checkpoint here")
+    evaluations = gin.get_configurable("Evaluation")().evals
+    assert evaluations and all(each.name for each in evaluations)
+
+
+def test_every_part_is_tested():
+    parts = {file.stem for file in (ROOT / "experiments" / "parts").glob("*.gin")}
+    assert parts == {*EVALUATIONS, "long_llama", "long_llama_mixture", "paper_184m"}

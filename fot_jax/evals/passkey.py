@@ -156,7 +156,8 @@ def _retrieved_apart(lm: LanguageModel, prompt, answer, memory: MemoryConfig, pr
 
 def _last_context(lm: LanguageModel, new_tokens: int) -> int:
     """Tokens of the prompt that stay in the window: there is room for the number beside them."""
-    return max(1, min(1024, lm.config.local_context - new_tokens))
+    room = lm.config.local_context - new_tokens
+    return max(1, min(1024, room) if lm.config.memory_layers else room)
 
 
 def _by_length(rows) -> dict[int, float]:

@@ -117,6 +117,7 @@ def test_the_number_has_room_in_the_window():
     assert _last_context(Reader(context=256), 6) == 250
     assert _last_context(Reader(context=2048), 6) == 1024
     assert _last_context(Reader(context=4), 6) == 1
+    assert _last_context(Reader(context=4096, memory_layers=()), 6) == 4090  # it has no other
 
 
 def test_windows_apart_of_a_model_without_memory():
