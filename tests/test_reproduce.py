@@ -11,7 +11,7 @@ import matplotlib.image
 import pytest
 import runs
 
-from fot_jax import provenance
+from fot_jax import cli, provenance
 
 ROOT = Path(__file__).parents[1]
 REPRODUCE = ROOT / "experiments" / "reproduce"
@@ -108,11 +108,26 @@ def test_every_figure_has_its_experiments():
             there.add(run.name)
 
 
-@pytest.mark.parametrize("file", sorted(REPRODUCE.glob("*.gin")), ids=lambda path: path.stem)
-def test_experiments_trace(file):
-    argv = [sys.executable, "-m", "fot_jax", "train", str(file), "--dry_run"]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "nothing written" in done.stdout, done.stderr
+def every_run():
+    """Of seed 0, those that figures share once: (family, run)."""
+    sys.path.insert(0, str(REPRODUCE))
+    from figures import FIGURES
+
+    runs_of = {figure.family: figure.runs(0) for figure in FIGURES.values()}
+    return [(family, run) for family, of_family in runs_of.items() for run in of_family]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, run", every_run(), ids=lambda x: getattr(x, "name", x))
+def test_every_run_traces(family, run, one_device, capsys):
+    """With a tokenizer that is there at once."""
+    bindings = [*run.bindings]
+    if family in ("text", "text_cpu"):
+        bindings += ["Text.tokenizer = @Bytes()"]
+    argv = ["train", *(str(REPRODUCE / file) for file in run.files), "--dry_run"]
+    code = cli.main([*argv, *runs.bind(*bindings)])
+    said = capsys.readouterr()
+    assert code == 0 and "nothing written" in said.out, said.err
 
 
 def test_dry_run(tmp_path):
@@ -123,6 +138,10 @@ def test_dry_run(tmp_path):
     assert all(line.startswith(("fot train ", "fot evaluate ")) for line in lines)
     assert "experiments/reproduce/dictionary_cpu_short.gin" in first and str(ROOT) not in first
     assert "train.seed = 7" in first and "Data.seed = 7" in first
+    assert not any("log_every" in line for line in lines)
+    argv += ["--gin", "train.log_every = 9"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert all("--gin 'train.log_every = 9'" in line for line in done.stdout.splitlines())
 
 
 def test_provenance(monkeypatch, tmp_path):

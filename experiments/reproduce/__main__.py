@@ -8,6 +8,7 @@ figures.py says what there is.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shlex
@@ -28,7 +29,11 @@ def main(argv: list[str] | None = None) -> int:
     """Makes one figure; the exit code is that of the first command that fails."""
     args = _parser().parse_args(argv)
     figure = FIGURES[args.figure]
-    runs = [run for seed in args.seeds for run in figure.runs(seed)]
+    runs = [
+        dataclasses.replace(run, bindings=(*run.bindings, *args.gin))
+        for seed in args.seeds
+        for run in figure.runs(seed)
+    ]
     workdirs = Path(args.workdirs) / figure.family
     commands = [command for run in runs for command in _commands(run, workdirs)]
     if args.dry_run:
@@ -46,6 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("figure", choices=FIGURES)
     parser.add_argument(
         "--seeds", type=_numbers, default=(0,), metavar="0,1,2", help="default: 0 alone"
+    )
+    parser.add_argument(
+        "--gin",
+        action="append",
+        default=[],
+        metavar="'NAME = VALUE'",
+        help="for every run: what its experiment file leaves to you, say",
     )
     parser.add_argument("--workdirs", default="workdirs/reproduce", metavar="DIR")
     parser.add_argument(

@@ -165,45 +165,56 @@ _DICTIONARY = Figure(
 
 # --- Text (paper §3.3, §5) -----------------------------------------------------------------------
 
-CACHED = "train.scheme = @CachedContext()"
-MEMORIZING = (
-    CACHED,
-    "CachedContext.tokens = 2_048",
-    "CachedContext.lookup = @TopK()",
-    "TopK.k = 32",
-)
-TRANSFORMER_XL = (
-    *(CACHED, "CachedContext.tokens = 64", "ModelConfig.memory_layers = (0, 1, 2)"),
-    *("ModelConfig.memory_positions = True", "ModelConfig.memory_before = True"),
-    "PerplexityByContext.memory_sizes = (0, 64)",
-)
-TEXT_MODELS = {
-    "plain": ("plain transformer", ("train.scheme = @NoCrossbatch()",)),
-    "d1": ("FoT, d = 1", ()),
-    "d2": ("FoT, d = 2", ("PreviousContext.d = 2",)),
-    "d8": ("FoT, d = 8", ("PreviousContext.d = 8",)),
-    "d2_64": (
-        "FoT, d = 2, then 64",
-        ("train.d = @SwitchAtStep()", "SwitchAtStep.steps = (1_800,)"),
-    ),
-    "mt": ("Memorizing Transformer", (*MEMORIZING, "ModelConfig.memory_gate = True")),
-    "mt_no_gate": ("the same, no gate", MEMORIZING),
-    "xl": ("Transformer-XL", TRANSFORMER_XL),
-}
+
+def _text(seed: int, file: str, model: str, layers: int, window: int, switch: int) -> list[Run]:
+    """The models that are compared on text, trained alike but for what makes them what they are.
+
+    Args:
+      file: the experiment; scheme A with d = 1 as it stands.
+      model: its `train.model`, of so many layers and tokens of a window.
+      switch: the step at which d goes from 2 to 64.
+    """
+    cached = ("train.scheme = @CachedContext()",)
+    memorizing = ("CachedContext.tokens = 2_048", "CachedContext.lookup = @TopK()", "TopK.k = 32")
+    transformer_xl = (
+        *(f"CachedContext.tokens = {window}", f"{model}.memory_layers = {tuple(range(layers))}"),
+        *(f"{model}.memory_positions = True", f"{model}.memory_before = True"),
+        f"single/PerplexityByContext.memory_sizes = (0, {window})",
+        f"multi/PerplexityByContext.memory_sizes = (0, {window})",
+    )
+    switching = ("train.d = @SwitchAtStep()", "SwitchAtStep.values = (2, 64)")
+    models = {
+        "plain": ("plain transformer", ("train.scheme = @NoCrossbatch()",)),
+        "d1": ("FoT, d = 1", ()),
+        "d2": ("FoT, d = 2", ("PreviousContext.d = 2",)),
+        "d8": ("FoT, d = 8", ("PreviousContext.d = 8",)),
+        "d2_64": ("FoT, d = 2, then 64", (*switching, f"SwitchAtStep.steps = ({switch},)")),
+        "mt": (
+            "Memorizing Transformer",
+            (*cached, *memorizing, f"{model}.memory_gate = True"),
+        ),
+        "mt_no_gate": ("the same, no gate", (*cached, *memorizing)),
+        "xl": ("Transformer-XL", (*cached, *transformer_xl)),
+    }
+    return [
+        Run(f"{name}_{seed}", title, (file,), (*_seeds(seed), *bindings))
+        for name, (title, bindings) in models.items()
+    ]
+
+
+def _text_paper(seed: int) -> list[Run]:
+    return _text(seed, "text.gin", "fot_184m", layers=12, window=512, switch=450_000)
 
 
 def _text_cpu(seed: int) -> list[Run]:
-    return [
-        Run(f"{name}_{seed}", model, ("text_cpu.gin",), (*_seeds(seed), *bindings))
-        for name, (model, bindings) in TEXT_MODELS.items()
-    ]
+    return _text(seed, "text_cpu.gin", "ModelConfig", layers=3, window=64, switch=1_800)
 
 
 _DISTRACTION = Figure(
     title="Distraction: attention to the own document among d previous contexts",
     paper="about 1 / d of a plain transformer; FoT stays higher, the more so the larger its d",
-    family="text_cpu",
-    runs=_text_cpu,
+    family="text",
+    runs=_text_paper,
     evaluation="positive_mass",
     x="d",
     y="mass",
@@ -213,8 +224,8 @@ _DISTRACTION = Figure(
 _MULTI_DOC = Figure(
     title="Multi-doc: perplexity with a memory that documents share, by its size",
     paper="higher d is better; FoT 2 then 64 loses 0.18 up to 500K tokens; d = 1 collapses",
-    family="text_cpu",
-    runs=_text_cpu,
+    family="text",
+    runs=_text_paper,
     evaluation="multi_doc",
     x="memory",
     y="perplexity",
@@ -261,13 +272,19 @@ _PASSKEY = Figure(
     percent=True,
 )
 
+
+def _smaller(figure: Figure, family: str, runs: Callable[[int], list[Run]]) -> Figure:
+    return dataclasses.replace(figure, family=family, runs=runs)
+
+
 FIGURES = {
     "dictionary": _DICTIONARY,
-    "dictionary_cpu": dataclasses.replace(
-        _DICTIONARY, family="dictionary_cpu", runs=_dictionary_cpu
-    ),
-    "distraction_cpu": _DISTRACTION,
-    "multi_doc_cpu": _MULTI_DOC,
-    "single_doc_cpu": _SINGLE_DOC,
+    "distraction": _DISTRACTION,
+    "multi_doc": _MULTI_DOC,
+    "single_doc": _SINGLE_DOC,
+    "dictionary_cpu": _smaller(_DICTIONARY, "dictionary_cpu", _dictionary_cpu),
+    "distraction_cpu": _smaller(_DISTRACTION, "text_cpu", _text_cpu),
+    "multi_doc_cpu": _smaller(_MULTI_DOC, "text_cpu", _text_cpu),
+    "single_doc_cpu": _smaller(_SINGLE_DOC, "text_cpu", _text_cpu),
     "passkey_cpu": _PASSKEY,
 }
