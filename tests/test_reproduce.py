@@ -119,9 +119,12 @@ def every_run():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family, run", every_run(), ids=lambda x: getattr(x, "name", x))
-def test_every_run_traces(family, run, one_device, capsys):
-    """With a tokenizer that is there at once."""
+def test_every_run_traces(family, run, capsys):
+    """With a tokenizer that is there at once, and on one device what is for a laptop."""
     bindings = [*run.bindings]
+    if family.endswith("_cpu"):
+        bindings += ["train.compute = @Compute()", "Compute.mesh = @MeshShape()"]
+        bindings += ["MeshShape.data = 1"]
     if family in ("text", "text_cpu"):
         bindings += ["Text.tokenizer = @Bytes()"]
     argv = ["train", *(str(REPRODUCE / file) for file in run.files), "--dry_run"]
