@@ -113,8 +113,10 @@ def every_run():
     sys.path.insert(0, str(REPRODUCE))
     from figures import FIGURES
 
-    runs_of = {figure.family: figure.runs(0) for figure in FIGURES.values()}
-    return [(family, run) for family, of_family in runs_of.items() for run in of_family]
+    every = {
+        (figure.family, run.name): run for figure in FIGURES.values() for run in figure.runs(0)
+    }
+    return [(family, run) for (family, _), run in every.items()]
 
 
 @pytest.mark.slow

@@ -139,15 +139,33 @@ def _dictionary(seed: int) -> list[Run]:
 
 def _dictionary_cpu(seed: int) -> list[Run]:
     own, plain = _seeds(seed), ("dictionary_cpu_plain.gin",)
-    one, two, three = ((f"dictionary_cpu{part}.gin",) for part in ("_short", "_d1", ""))
     short_texts = ("ModelConfig.local_context = 64", "DictionaryLookup.document_tokens = 64")
+    last = ("dictionary_cpu.gin",)
     return [
-        Run(f"short_{seed}", "", one, own),
-        Run(f"middle_{seed}", "", two, own, f"short_{seed}"),
-        Run(f"fot_{seed}", "FoT, d = 1, then 32", three, own, f"middle_{seed}"),
-        Run(f"d1_{seed}", "FoT, d = 1", three, (*own, NO_NEGATIVES), f"middle_{seed}"),
+        *_dictionary_cpu_fot(seed),
+        Run(f"d1_{seed}", "FoT, d = 1", last, (*own, NO_NEGATIVES), f"middle_{seed}"),
         Run(f"plain_short_{seed}", "", plain, (*own, *short_texts)),
         Run(f"plain_{seed}", "plain transformer", plain, own, f"plain_short_{seed}"),
+    ]
+
+
+def _dictionary_cpu_fot(seed: int) -> list[Run]:
+    own = _seeds(seed)
+    short, middle, last = ((f"dictionary_cpu{part}.gin",) for part in ("_short", "_d1", ""))
+    return [
+        Run(f"short_{seed}", "", short, own),
+        Run(f"middle_{seed}", "", middle, own, f"short_{seed}"),
+        Run(f"fot_{seed}", "FoT, d = 1, then 32", last, own, f"middle_{seed}"),
+    ]
+
+
+def _hard_negatives_cpu(seed: int) -> list[Run]:
+    """Keys of a step are of the same 12 symbols; as control, of all."""
+    near = (*_seeds(seed), "DictionaryLookup.near_documents = 32")
+    last = ("dictionary_cpu.gin",)
+    return [
+        *_dictionary_cpu_fot(seed),
+        Run(f"near_{seed}", "the same, hard negatives", last, near, f"middle_{seed}"),
     ]
 
 
@@ -283,6 +301,11 @@ FIGURES = {
     "multi_doc": _MULTI_DOC,
     "single_doc": _SINGLE_DOC,
     "dictionary_cpu": _smaller(_DICTIONARY, "dictionary_cpu", _dictionary_cpu),
+    "hard_negatives_cpu": dataclasses.replace(
+        _smaller(_DICTIONARY, "dictionary_cpu", _hard_negatives_cpu),
+        title="Dictionary lookup with hard negatives, and without",
+        paper="left open",
+    ),
     "distraction_cpu": _smaller(_DISTRACTION, "text_cpu", _text_cpu),
     "multi_doc_cpu": _smaller(_MULTI_DOC, "text_cpu", _text_cpu),
     "single_doc_cpu": _smaller(_SINGLE_DOC, "text_cpu", _text_cpu),
