@@ -117,11 +117,13 @@ class LmEval:
         if not shares:
             return
         figure, axes = plots.new()
-        names = [f"{row['task']}\n{row['metric'].partition(',')[0]}" for row in shares]
+        figure.set_figheight(max(2.5, 0.8 + 0.3 * len(shares)))
+        names = [f"{row['task']}: {row['metric'].partition(',')[0]}" for row in shares]
         errors = [100 * (row["stderr"] or 0) for row in shares]
-        axes.bar(names, [100 * row["value"] for row in shares], yerr=errors, capsize=4)
-        axes.set_ylim(0, 100)
-        axes.set_ylabel("%")
+        axes.barh(names, [100 * row["value"] for row in shares], xerr=errors, capsize=3)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("%")
         plots.save(figure, path)
 
 
