@@ -263,18 +263,12 @@ NO_MEMORY = ("ModelConfig.memory_layers = ()", "train.scheme = @NoCrossbatch()")
 
 def _passkey_cpu(seed: int) -> list[Run]:
     own, short, long = _seeds(seed), ("passkey_cpu_short.gin",), ("passkey_cpu.gin",)
-    window = "ModelConfig.local_context = {}"
+    wide = (*NO_MEMORY, "ModelConfig.local_context = 4_096")
     return [
         Run(f"short_{seed}", "", short, own),
-        Run(f"fot_{seed}", "FoT, windows of 128", long, own, f"short_{seed}"),
-        Run(f"plain_short_{seed}", "", short, (*own, *NO_MEMORY, window.format(512))),
-        Run(
-            f"plain_{seed}",
-            "plain transformer, a window of 4K",
-            long,
-            (*own, *NO_MEMORY, window.format(4096)),
-            f"plain_short_{seed}",
-        ),
+        Run(f"fot_{seed}", "FoT, windows of 512", long, own, f"short_{seed}"),
+        Run(f"plain_short_{seed}", "", short, (*own, *NO_MEMORY, "Data.lanes = 16")),
+        Run(f"plain_{seed}", "plain, a window of 4K", long, (*own, *wide), f"plain_short_{seed}"),
     ]
 
 
