@@ -197,8 +197,6 @@ def _text(seed: int, file: str, model: str, layers: int, window: int, switch: in
     transformer_xl = (
         *(f"CachedContext.tokens = {window}", f"{model}.memory_layers = {tuple(range(layers))}"),
         *(f"{model}.memory_positions = True", f"{model}.memory_before = True"),
-        f"single/PerplexityByContext.memory_sizes = (0, {window})",
-        f"multi/PerplexityByContext.memory_sizes = (0, {window})",
     )
     switching = ("train.d = @SwitchAtStep()", "SwitchAtStep.values = (2, 64)")
     models = {
@@ -266,8 +264,8 @@ def _passkey_cpu(seed: int) -> list[Run]:
     wide = (*NO_MEMORY, "ModelConfig.local_context = 4_096")
     return [
         Run(f"short_{seed}", "", short, own),
-        Run(f"fot_{seed}", "FoT, windows of 512", long, own, f"short_{seed}"),
-        Run(f"plain_short_{seed}", "", short, (*own, *NO_MEMORY, "Data.lanes = 16")),
+        Run(f"fot_{seed}", "FoT, windows of 256", long, own, f"short_{seed}"),
+        Run(f"plain_short_{seed}", "", short, (*own, *NO_MEMORY, "Data.lanes = 32")),
         Run(f"plain_{seed}", "plain, a window of 4K", long, (*own, *wide), f"plain_short_{seed}"),
     ]
 

@@ -25,8 +25,9 @@ class PerplexityByContext:
 
     Scored are the tokens beyond the largest memory, so that every memory is full when they are
     read; of a document too short for that, its second half. They are the same with a memory of each
-    document and with one that is shared. Reading starts with an empty memory, so many tokens before
-    them as fill it.
+    document and with one that is shared, and for models that have a window alone, or only the one
+    before it (memory_before), which are measured with the sizes that they can use. Reading starts
+    with an empty memory, so many tokens before them as fill it.
 
     Attributes:
       memory_sizes: tokens.
@@ -38,6 +39,7 @@ class PerplexityByContext:
         setting); else each has its own.
       lookup: Dense(), TopK(k) or ApproximateTopK(k, recall).
       storage: of memory, as MemoryConfig.storage.
+      source: of other documents than the run's; tokenized as those are.
       split: of the source.
       name: of the plot, and in results.
     """
@@ -49,6 +51,7 @@ class PerplexityByContext:
     multi_doc: bool = False
     lookup: Lookup = Dense()
     storage: str | None = None
+    source: DocumentSource | None = None
     split: str = "valid"
     name: str = "perplexity_by_context"
 
@@ -70,10 +73,16 @@ class PerplexityByContext:
         Raises:
           UserError: the split has no document of at least two windows.
         """
+        if self.source is not None:
+            source = self.source.with_vocabulary(source.vocabulary)
         window = lm.config.local_context
         remembers = bool(lm.config.memory_layers)
-        sizes = sorted(set(self.memory_sizes)) if remembers else [0]
+        sizes = sorted(set(self.memory_sizes))
         batches = self._choose(source, window, sizes[-1])
+        if not remembers:
+            sizes = [0]
+        elif lm.config.memory_before:
+            sizes = [size for size in sizes if size <= window] or [0]
         rows = []
         with bar(sum(self._tokens(batch, size, window) for size in sizes for batch in batches)) as (
             progress

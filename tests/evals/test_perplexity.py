@@ -219,6 +219,32 @@ def test_a_plain_model_is_evaluated_once(lm):
         assert row["memory"] == 0
 
 
+def test_models_with_less_memory_are_measured_on_the_same_tokens(lm):
+    """A plain one, and one that sees the window before its own and no more."""
+    evaluation, source = PerplexityByContext((8, 0, 24, 4), documents=2), Documents(49, 70)
+    of_all = evaluation.run(lm, source)
+    (plain,) = evaluation.run(
+        dataclasses.replace(lm, config=dataclasses.replace(CONFIG, memory_layers=())), source
+    )
+    before = dataclasses.replace(CONFIG, memory_layers=(0, 1), memory_before=True)
+    of_before = evaluation.run(dataclasses.replace(lm, config=before), source)
+    assert plain["nats"] == pytest.approx(of_all[0]["nats"], rel=1e-5)  # with a memory of 0
+    assert [row["memory"] for row in of_before] == [0, 4, 8]
+    assert {row["tokens"] for row in (*of_all, plain, *of_before)} == {plain["tokens"]}
+
+
+def test_documents_of_another_source(lm):
+    class Elsewhere(Documents):
+        def with_vocabulary(self, vocabulary):
+            assert vocabulary == "that of the run"
+            return self
+
+    source, other = Documents(49), Elsewhere(70, seed=3)
+    source.vocabulary = "that of the run"
+    rows = PerplexityByContext((0, 16), source=other).run(lm, source)
+    assert rows == PerplexityByContext((0, 16)).run(lm, other)
+
+
 def test_short_documents_are_refused(lm):
     message = "the valid split has no document longer than two windows of 8 tokens"
     with pytest.raises(UserError, match=message):
