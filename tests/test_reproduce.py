@@ -127,8 +127,12 @@ def test_every_run_traces(family, run, capsys):
     if family.endswith("_cpu"):
         bindings += ["train.compute = @Compute()", "Compute.mesh = @MeshShape()"]
         bindings += ["MeshShape.data = 1"]
-    if family in ("text", "text_cpu"):
+    if family not in ("dictionary", "dictionary_cpu"):
         bindings += ["Text.tokenizer = @Bytes()"]
+    if family == "arxiv":
+        bindings += ['Corpus.path = "texts"']
+    if family == "c4_finetune":
+        bindings += [f'{domain} = "texts"' for domain in ("GITHUB", "ISABELLE", "ARXIV")]
     argv = ["train", *(str(REPRODUCE / file) for file in run.files), "--dry_run"]
     code = cli.main([*argv, *runs.bind(*bindings)])
     said = capsys.readouterr()

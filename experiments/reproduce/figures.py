@@ -184,6 +184,22 @@ _DICTIONARY = Figure(
 # --- Text (paper §3.3, §5) -----------------------------------------------------------------------
 
 
+CACHED = ("train.scheme = @CachedContext()", "train.d = None")
+
+
+def _memorizing(tokens: int) -> tuple[str, ...]:
+    lookup = ("CachedContext.lookup = @TopK()", "TopK.k = 32")
+    return (*CACHED, f"CachedContext.tokens = {tokens}", *lookup)
+
+
+def _transformer_xl(model: str, layers: int, window: int) -> tuple[str, ...]:
+    return (
+        *(*CACHED, f"CachedContext.tokens = {window}"),
+        *(f"{model}.memory_layers = {tuple(range(layers))}", f"{model}.memory_positions = True"),
+        f"{model}.memory_before = True",
+    )
+
+
 def _text(seed: int, file: str, model: str, layers: int, window: int, switch: int) -> list[Run]:
     """The models that are compared on text, trained alike but for what makes them what they are.
 
@@ -192,28 +208,25 @@ def _text(seed: int, file: str, model: str, layers: int, window: int, switch: in
       model: its `train.model`, of so many layers and tokens of a window.
       switch: the step at which d goes from 2 to 64.
     """
-    cached = ("train.scheme = @CachedContext()",)
-    memorizing = ("CachedContext.tokens = 2_048", "CachedContext.lookup = @TopK()", "TopK.k = 32")
-    transformer_xl = (
-        *(f"CachedContext.tokens = {window}", f"{model}.memory_layers = {tuple(range(layers))}"),
-        *(f"{model}.memory_positions = True", f"{model}.memory_before = True"),
-    )
     switching = ("train.d = @SwitchAtStep()", "SwitchAtStep.values = (2, 64)")
+    memorizing = _memorizing(2_048)
     models = {
         "plain": ("plain transformer", ("train.scheme = @NoCrossbatch()",)),
         "d1": ("FoT, d = 1", ()),
         "d2": ("FoT, d = 2", ("PreviousContext.d = 2",)),
         "d8": ("FoT, d = 8", ("PreviousContext.d = 8",)),
         "d2_64": ("FoT, d = 2, then 64", (*switching, f"SwitchAtStep.steps = ({switch},)")),
-        "mt": (
-            "Memorizing Transformer",
-            (*cached, *memorizing, f"{model}.memory_gate = True"),
-        ),
-        "mt_no_gate": ("the same, no gate", (*cached, *memorizing)),
-        "xl": ("Transformer-XL", (*cached, *transformer_xl)),
+        "mt": ("Memorizing Transformer", (*memorizing, f"{model}.memory_gate = True")),
+        "mt_no_gate": ("the same, no gate", memorizing),
+        "xl": ("Transformer-XL", _transformer_xl(model, layers, window)),
     }
+    return _models(seed, file, models)
+
+
+def _models(seed: int, file: str, models: dict, start: str | None = None) -> list[Run]:
+    """Of name -> (title, bindings)."""
     return [
-        Run(f"{name}_{seed}", title, (file,), (*_seeds(seed), *bindings))
+        Run(f"{name}_{seed}", title, (file,), (*_seeds(seed), *bindings), start)
         for name, (title, bindings) in models.items()
     ]
 
@@ -254,6 +267,69 @@ _SINGLE_DOC = dataclasses.replace(
     evaluation="single_doc",
 )
 
+
+def _w_and_d(seed: int, file: str, memory: int) -> list[Run]:
+    """Previous windows of the own document, and documents."""
+    pairs = {"d1": (1, 1), "d2": (1, 2), "w2_d1": (2, 1), "w2_d2": (2, 2)}
+    models = {
+        name: (f"FoT, w = {w}, d = {d}", (f"PreviousContext.w = {w}", f"PreviousContext.d = {d}"))
+        for name, (w, d) in pairs.items()
+    }
+    models["mt_no_gate"] = ("Memorizing Transformer, no gate", _memorizing(memory))
+    return _models(seed, file, models)
+
+
+_W_AND_D = dataclasses.replace(
+    _SINGLE_DOC,
+    title="Loss by size of the memory, of (w, d)",
+    paper="4K to 128K: (1, 1) 2.292 to 2.187, (1, 2) 2.299 to 2.171, (2, 1) 2.305 to 2.152, "
+    "(2, 2) 2.309 to 2.148; Memorizing Transformer with 16K 2.348 to 2.164",
+    family="arxiv",
+    runs=lambda seed: _w_and_d(seed, "arxiv.gin", 16_384),
+    y="nats",
+    labels=("memory (tokens)", "loss per token (nats)"),
+)
+
+
+def _finetuned(seed: int, file: str, base: Run, model: str, layers: int, window: int) -> list[Run]:
+    """A plain transformer, and what it becomes in a few steps."""
+    longer = (f"{model}.local_context = {4 * window}", f"{model}.memory_layers = ()")
+    models = {
+        "tuned_fot": ("FoT", ()),
+        "tuned_longer": (
+            "plain, windows of four times the length",
+            ("train.scheme = @NoCrossbatch()", "train.d = None", *longer),
+        ),
+        "tuned_xl": ("Transformer-XL", _transformer_xl(model, layers, window)),
+        "tuned_mt": ("Memorizing Transformer, no gate", _memorizing(2_048)),
+    }
+    return [base, *_models(seed, file, models, base.name)]
+
+
+def _c4_finetuned(seed: int) -> list[Run]:
+    plain = ("train.scheme = @NoCrossbatch()", "train.d = None", "train.initialize_from = None")
+    bindings = (*_seeds(seed), *plain, "train.steps = 100_000")
+    base = Run(f"base_{seed}", "", ("c4_finetune.gin",), bindings)
+    return _finetuned(seed, "c4_finetune.gin", base, "fot_184m", layers=12, window=1_024)
+
+
+def _finetuned_cpu(seed: int) -> list[Run]:
+    base, *_ = _text_cpu(seed)
+    of_base = dataclasses.replace(base, model="plain, before")
+    return _finetuned(seed, "finetune_cpu.gin", of_base, "ModelConfig", layers=3, window=64)
+
+
+def _c4_figure(domain: str, paper: str) -> Figure:
+    return dataclasses.replace(
+        _SINGLE_DOC,
+        title=f"Fine-tuned on C4: perplexity on {domain} by size of the memory",
+        paper=paper,
+        family="c4_finetune",
+        runs=_c4_finetuned,
+        evaluation=domain,
+    )
+
+
 # --- Pass keys (paper §4) ------------------------------------------------------------------------
 
 NO_MEMORY = ("ModelConfig.memory_layers = ()", "train.scheme = @NoCrossbatch()")
@@ -292,6 +368,11 @@ FIGURES = {
     "distraction": _DISTRACTION,
     "multi_doc": _MULTI_DOC,
     "single_doc": _SINGLE_DOC,
+    "w_and_d": _W_AND_D,
+    "c4_finetune_github": _c4_figure("github", "2K to 64K: FoT 6.72 to 5.32, MT 8.10 to 7.26"),
+    "c4_finetune_isabelle": _c4_figure("isabelle", "2K to 64K: FoT 5.63 to 4.44, MT 7.34 to 6.64"),
+    "c4_finetune_arxiv": _c4_figure("arxiv", "2K to 64K: FoT 8.17 to 6.81, MT 9.39 to 8.60"),
+    "c4_finetune_pg19": _c4_figure("pg19", "2K to 64K: FoT 23.74 to 22.65, MT 24.03 to 23.24"),
     "dictionary_cpu": _smaller(_DICTIONARY, "dictionary_cpu", _dictionary_cpu),
     "hard_negatives_cpu": dataclasses.replace(
         _smaller(_DICTIONARY, "dictionary_cpu", _hard_negatives_cpu),
@@ -301,5 +382,13 @@ FIGURES = {
     "distraction_cpu": _smaller(_DISTRACTION, "text_cpu", _text_cpu),
     "multi_doc_cpu": _smaller(_MULTI_DOC, "text_cpu", _text_cpu),
     "single_doc_cpu": _smaller(_SINGLE_DOC, "text_cpu", _text_cpu),
+    "w_and_d_cpu": _smaller(
+        _W_AND_D, "text_cpu", lambda seed: _w_and_d(seed, "text_cpu.gin", 2_048)
+    ),
+    "finetune_cpu": dataclasses.replace(
+        _smaller(_SINGLE_DOC, "text_cpu", _finetuned_cpu),
+        title="Fine-tuned: perplexity by size of the memory",
+        paper="FoT gains with every size up to 64K, and more than the Memorizing Transformer",
+    ),
     "passkey_cpu": _PASSKEY,
 }
