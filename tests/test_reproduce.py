@@ -124,6 +124,8 @@ def every_run():
 def test_every_run_traces(family, run, capsys):
     """With a tokenizer that is there at once, and on one device what is for a laptop."""
     bindings = [*run.bindings]
+    if run.start is not None:
+        bindings += ['train.initialize_from = "a/checkpoint"']
     if family.endswith("_cpu"):
         bindings += ["train.compute = @Compute()", "Compute.mesh = @MeshShape()"]
         bindings += ["MeshShape.data = 1"]
