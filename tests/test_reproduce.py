@@ -95,6 +95,26 @@ def test_a_figure(reproduce, tiny, tmp_path, monkeypatch, capsys):
     assert len(verbs) == 7 and "| 16 | " in capsys.readouterr().out
 
 
+def test_ranges_are_over_seeds_and_not_over_what_one_seed_has_several_of():
+    """Depths of a pass key, say."""
+    sys.path.insert(0, str(REPRODUCE))
+    from figures import FIGURES
+
+    def seed(*accuracies):
+        lengths = (512, 512, 1024, 1024)
+        rows = zip(lengths, accuracies, strict=True)
+        return {"passkey": [{"length": length, "accuracy": x} for length, x in rows]}
+
+    figure = FIGURES["passkey_cpu"]
+    rows = figure.rows({"FoT": [seed(1, 0, 1, 1), seed(1, 0.5, 0, 0)]})
+    assert rows == [
+        {"model": "FoT", "length": 512, "accuracy": 0.625, "least": 0.5, "most": 0.75, "seeds": 2},
+        {"model": "FoT", "length": 1024, "accuracy": 0.5, "least": 0.0, "most": 1.0, "seeds": 2},
+    ]
+    *_, last = figure.table(rows).splitlines()
+    assert last == "| 1K | 50.0 % (0.0 … 100.0) |"
+
+
 def test_every_figure_has_its_experiments():
     """Their commands, in order; each starts from what a run before it trained."""
     sys.path.insert(0, str(REPRODUCE))

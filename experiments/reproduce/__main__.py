@@ -18,7 +18,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from figures import FIGURES, Figure, Run
+from figure import Figure, Run
+from figures import FIGURES
 
 from fot_jax.provenance import provenance
 
