@@ -229,8 +229,10 @@ def _passkey_cpu(seed: int) -> list[Run]:
     wide = (*NO_MEMORY, "ModelConfig.local_context = 4_096")
     return [
         Run(f"short_{seed}", "", short, own),
-        Run(f"fot_{seed}", "FoT, windows of 256", long, own, f"short_{seed}"),
-        Run(f"plain_short_{seed}", "", short, (*own, *NO_MEMORY, "Data.lanes = 32")),
+        Run(f"fot_{seed}", "FoT, windows of 512", long, own, f"short_{seed}"),
+        Run(
+            f"plain_short_{seed}", "", short, (*own, *NO_MEMORY, "ModelConfig.local_context = 512")
+        ),
         Run(f"plain_{seed}", "plain, a window of 4K", long, (*own, *wide), f"plain_short_{seed}"),
     ]
 
