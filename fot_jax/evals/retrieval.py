@@ -72,12 +72,14 @@ class RetrievalTable:
         of them, (position, share). A text is (before, token, after).
 
         Raises:
-          UserError: a model without memory layers, or on several devices; no document is as long.
+          UserError: a model without a memory to choose from, or on several devices; no document is
+            as long.
         """
         c = lm.config
-        if not c.memory_layers:
+        if not c.memory_layers or c.memory_before:
             raise UserError(
-                "RetrievalTable is of memory layers, and the model has none: leave it out"
+                "RetrievalTable is of memory layers, and the model has none, or sees the window "
+                "before its own alone: leave it out"
             )
         if lm.mesh is not None:
             raise UserError("RetrievalTable is for one device: evaluate with devices = 1")
