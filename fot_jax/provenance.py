@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shlex
 import subprocess
@@ -16,11 +17,20 @@ def provenance() -> dict[str, str]:
     """The command of this process, the code it runs, and the machine."""
     device = jax.devices()[0]
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([*_program(Path(sys.argv[0])), *sys.argv[1:]]),
         "commit": _commit(),
         "jax": jax.__version__,
         "device": f"{jax.device_count()} x {device.device_kind} ({platform.machine()})",
     }
+
+
+def _program(path: Path) -> list[str]:
+    """As it is typed: a program, a module, or a directory that Python runs."""
+    if path.name == "__main__.py":
+        return ["python", "-m", path.parent.name]
+    if path.is_dir():
+        return ["python", os.path.relpath(path)]
+    return [path.name]
 
 
 def _commit() -> str:

@@ -87,6 +87,7 @@ def test_a_figure(reproduce, tiny, tmp_path, monkeypatch, capsys):
     assert len(content["rows"]) == 2 and len(content["commands"]) == 6
     assert content["seconds in all"] == sum(content["seconds"].values()) > 0
     assert content["made"] == provenance.provenance()
+    assert content["commits of the evaluations"] == [content["made"]["commit"]]
     image = matplotlib.image.imread(tmp_path / "results" / "tiny.png")
     assert image.shape[0] > 300
 
@@ -179,6 +180,13 @@ def test_provenance(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/fot", "evaluate", "a b.gin"])
     made = provenance.provenance()
     assert made["command"] == "fot evaluate 'a b.gin'"
+    for typed, program in (
+        ("python -m fot_jax", ROOT / "fot_jax" / "__main__.py"),
+        ("python experiments/reproduce", "experiments/reproduce"),
+    ):
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", [str(program), "x"])
+        assert provenance.provenance()["command"] == f"{typed} x"
     head = subprocess.run(
         ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True
     ).stdout.strip()

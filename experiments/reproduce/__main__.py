@@ -134,6 +134,7 @@ def _report(name: str, figure: Figure, runs: list[Run], workdirs: Path, results:
     for run in runs:
         if run.model:
             found.setdefault(run.model, []).append(json.loads(_result(run, workdirs).read_text()))
+    of_runs = [each for of_model in found.values() for each in of_model]
     rows = figure.rows(found)
     table = figure.table(rows)
     print(f"\n{figure.title}\n\n{table}\n\nThe paper: {figure.paper}")
@@ -142,6 +143,7 @@ def _report(name: str, figure: Figure, runs: list[Run], workdirs: Path, results:
         "figure": figure.title,
         "paper": figure.paper,
         "made": provenance(),
+        "commits of the evaluations": sorted({each["made"]["commit"] for each in of_runs}),
         "commands": [shlex.join(each) for run in runs for each in _commands(run, workdirs)],
         "seconds": seconds,
         "seconds in all": sum(seconds.values()),
