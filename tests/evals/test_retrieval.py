@@ -167,7 +167,9 @@ def test_what_does_not_fit_is_named(changes, message):
     assert message in str(raised.value)
 
 
-@pytest.mark.parametrize("changes", [{"memory_layers": ()}, {"memory_before": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"memory_layers": ()}, {"memory_before": True, "memory_positions": True}], ids=str
+)
 def test_a_model_without_a_memory_to_choose_from(changes):
     config = dataclasses.replace(CONFIG, **changes)
     with pytest.raises(UserError, match="RetrievalTable is of memory layers"):
