@@ -43,8 +43,12 @@ class Mixture:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """The first source's."""
-        return self.sources[0].vocabulary
+        """The first source's.
+
+        Raises:
+          UserError: another one cannot be written in it.
+        """
+        return self._of_one_vocabulary()[0].vocabulary
 
     def with_vocabulary(self, vocabulary: Vocabulary) -> Mixture:
         sources = [source.with_vocabulary(vocabulary) for source in self.sources]
