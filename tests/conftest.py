@@ -28,6 +28,13 @@ def one_device(monkeypatch):
         yield
 
 
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """`pytestmark = pytest.mark.usefixtures("quick")`: for modules that mostly compile."""
+    with runs.quick_compilation(tmp_path_factory.mktemp("cache")):
+        yield
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """The current directory, with experiment.gin."""

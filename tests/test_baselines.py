@@ -32,11 +32,7 @@ TRANSFORMER_XL = (
     "PerplexityByContext.lookup = @Dense()",
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with runs.quick_compilation(tmp_path_factory.mktemp("cache")):
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture

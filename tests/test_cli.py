@@ -45,12 +45,6 @@ pytestmark = pytest.mark.usefixtures("quick", "one_device")
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    with runs.quick_compilation(tmp_path_factory.mktemp("cache")):
-        yield
-
-
-@pytest.fixture(scope="module")
 def trained(tmp_path_factory, quick):
     """A workdir with a checkpoint of step 2."""
     directory = tmp_path_factory.mktemp("trained")

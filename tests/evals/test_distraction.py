@@ -14,6 +14,8 @@ from fot_jax.generate import LanguageModel
 from fot_jax.model import crossbatch
 from fot_jax.model.transformer import ModelConfig, Transformer
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 WINDOW = 8
 CONFIG = ModelConfig(
     *(31, 16, 1, 2, 2, 8, 24),

@@ -17,6 +17,8 @@ from fot_jax.model import crossbatch
 from fot_jax.model.transformer import ModelConfig, Transformer
 
 WINDOW, MEMORY = 8, 100
+pytestmark = pytest.mark.usefixtures("quick")
+
 CONFIG = ModelConfig(
     *(258, 16, 2, 4, 2, 8, 24),
     memory_layers=(0, 1),
