@@ -29,9 +29,15 @@ def one_device(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
+def cache(tmp_path_factory):
+    """Of compiled programs, for processes that a module starts, too."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def quick(cache):
     """`pytestmark = pytest.mark.usefixtures("quick")`: for modules that mostly compile."""
-    with runs.quick_compilation(tmp_path_factory.mktemp("cache")):
+    with runs.quick_compilation(cache):
         yield
 
 

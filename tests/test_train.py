@@ -32,16 +32,7 @@ from fot_jax.model.schemes import PreviousContext
 from fot_jax.model.transformer import ModelConfig
 from fot_jax.training.optim import adamw, constant_rate
 
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(cache):
-    with runs.quick_compilation(cache):
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 # --- Resuming ------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ the number of shards does not change which documents there are.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import string
 from collections.abc import Iterator, Sequence
@@ -278,13 +279,18 @@ class Passkey(_Drawn):
                 f"Passkey.document_tokens = {self.document_tokens} is too short for the pass key "
                 f"and the question: give {fixed} or more"
             )
-        takes = [max(1, self._inputs(key, [filler]) - fixed) for filler in self.fillers]
         drawn = []
         while True:
             i = int(rng.integers(len(self.fillers)))
-            if (room := room - takes[i]) < 0:
+            if (room := room - self._takes[i]) < 0:
                 return drawn
             drawn.append(self.fillers[i])
+
+    @functools.cached_property
+    def _takes(self) -> list[int]:
+        """Tokens that each filler adds, whatever the number."""
+        fixed = self._inputs(10_000, [])
+        return [max(1, self._inputs(10_000, [filler]) - fixed) for filler in self.fillers]
 
     def _inputs(self, key: int, fillers: list[str]) -> int:
         return sum(map(len, self.prompt_and_answer(key, [], fillers)))
