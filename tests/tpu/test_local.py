@@ -27,12 +27,6 @@ FAILED = "tpu local: failed first: worker 2 (127.0.0.1) ended with signal 9\n"
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Where compiled programs are kept."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
     path = tmp_path_factory.mktemp("experiment") / "experiment.gin"
     path.write_text(EXPERIMENT)
