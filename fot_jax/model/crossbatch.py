@@ -25,7 +25,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from fot_jax.errors import UserError
 from fot_jax.model import attention as parts_of
-from fot_jax.model import kernels
+from fot_jax.model import gpu_kernels, kernel_lists, tpu_kernels
 from fot_jax.model.attention import SAME_DOCUMENT, Pairs
 from fot_jax.model.layout import HEAD_AXIS, ROW_AXES
 from fot_jax.model.schemes import Scheme
@@ -33,7 +33,7 @@ from fot_jax.model.schemes import Scheme
 # --- Plan ----------------------------------------------------------------------------------------
 
 Pair = tuple[int, int, int]  # query row, key row, what it sees
-Lists = Pairs | kernels.Lists  # many of them, laid out for a device
+Lists = Pairs | kernel_lists.Lists  # many of them, laid out for a device
 
 
 class Contexts(NamedTuple):
@@ -53,7 +53,7 @@ class Plan:
       mesh: None for one device.
       group_devices: devices that a crossbatch group spans, and its rows travel around.
       contexts: all of them; positives: those alone, for the positive attention mass.
-      engine: the module that attends: attention.py, or kernels.py on TPU v4 and later.
+      engine: the module that attends: attention.py, or tpu_kernels.py, gpu_kernels.py.
     """
 
     mesh: Mesh | AbstractMesh | None = None
@@ -115,13 +115,13 @@ def make_plan(
             "one must be a multiple of the other; change Data.group_lanes or the mesh"
         )
     group_devices = max(1, group_rows // local_rows)
-    engine = kernels if _has_kernels(mesh, window) else parts_of
+    engine = _engine(mesh, window)
     slots = parts_of.slots_of(heads // head_shards, window, window, Plan(mesh).platform)
 
     def lay_out(per_device: list[list[Pair]], keys: int) -> Lists:
-        if engine is kernels:
-            return kernels.list_pairs(per_device, local_rows, keys)
-        return _schedule(per_device, local_rows, slots)
+        if engine is parts_of:
+            return _schedule(per_device, local_rows, slots)
+        return kernel_lists.list_pairs(per_device, local_rows, keys)
 
     edges = [  # (query row, context) over all groups
         (start + row, context._replace(row=start + context.row))
@@ -175,12 +175,20 @@ def _contexts(edges, devices: int, local_rows: int, group_devices: int, lay_out)
     )
 
 
-def _has_kernels(mesh: Mesh | AbstractMesh | None, window: int) -> bool:
-    """Whether kernels.py runs on the devices of a mesh, in tiles that fill their registers."""
-    if not isinstance(mesh, Mesh) or parts_of.tile_of(window) % 128:
-        return False
-    device = mesh.devices.flat[0]
-    return device.platform == "tpu" and device.device_kind not in ("TPU v2", "TPU v3")
+def _engine(mesh: Mesh | AbstractMesh | None, window: int):
+    """Kernels where the devices have them, for windows of tiles that fill their registers."""
+    if isinstance(mesh, AbstractMesh):
+        return parts_of
+    device, tile = (
+        (jax.devices() if mesh is None else mesh.devices.flat)[0],
+        parts_of.tile_of(window),
+    )
+    if device.platform == "tpu" and device.device_kind not in ("TPU v2", "TPU v3"):
+        return tpu_kernels if tile % 128 == 0 else parts_of
+    capability = float(getattr(device, "compute_capability", 0))  # of NVIDIA's: 8.0 is Ampere
+    if device.platform == "gpu" and capability >= 8 and tile % gpu_kernels.SMALLEST_BLOCK == 0:
+        return gpu_kernels
+    return parts_of
 
 
 def _schedule(per_device: list[list[Pair]], rows: int, slots: int) -> Pairs:
@@ -356,16 +364,16 @@ _attention.defvjp(_forward, _backward)
 
 
 def _no_parts(plan: Plan, q_t: jax.Array, window: int):
-    if plan.engine is kernels:
-        return kernels.no_parts(q_t, parts_of.tile_of(window))
+    if plan.engine is tpu_kernels:
+        return tpu_kernels.no_parts(q_t, parts_of.tile_of(window))
     return parts_of.no_parts(q_t)
 
 
 def _local_pairs(plan: Plan, q: jax.Array) -> Lists:
     R, T, H, _ = q.shape
-    if plan.engine is kernels:
-        return kernels.every_row(R)
-    return parts_of.every_row(R, SAME_DOCUMENT, parts_of.slots_of(H, T, T, plan.platform))
+    if plan.engine is parts_of:
+        return parts_of.every_row(R, SAME_DOCUMENT, parts_of.slots_of(H, T, T, plan.platform))
+    return kernel_lists.every_row(R)
 
 
 def _zeros(tree):

@@ -1,4 +1,4 @@
-"""Attention by the TPU kernels, interpreted here, against brute force in float64."""
+"""Attention by the kernels for TPUs and GPUs, interpreted here, against brute force in float64."""
 
 import functools
 
@@ -8,19 +8,22 @@ import pytest
 from jax.experimental import pallas as pl
 from test_crossbatch import brute_force, check, mesh_of, ours, random_inputs, visibility
 
-from fot_jax.model import crossbatch, kernels
+from fot_jax.model import crossbatch, gpu_kernels, tpu_kernels
 from fot_jax.model.schemes import NoCrossbatch, Packed, PackedTable, PreviousContext
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Plans choose the kernels whatever the device, which then are interpreted."""
+@pytest.fixture(params=[tpu_kernels, gpu_kernels], ids=["tpu", "gpu"])
+def interpreted(request, monkeypatch):
+    """Plans choose kernels whatever the device, which then are interpreted."""
 
     def with_tile(tile: int):
-        monkeypatch.setattr(crossbatch, "_has_kernels", lambda mesh, window: True)
+        monkeypatch.setattr(crossbatch, "_engine", lambda mesh, window: request.param)
         monkeypatch.setattr(crossbatch.parts_of, "tile_of", lambda length: min(tile, length))
+        monkeypatch.setattr(gpu_kernels, "BLOCKS_BY_QUERIES", (4, 2))
+        monkeypatch.setattr(gpu_kernels, "BLOCKS_BY_KEYS", (2, 4))
         interpreted = functools.partial(pl.pallas_call, interpret=True)
-        monkeypatch.setattr(kernels.pl, "pallas_call", interpreted)
+        monkeypatch.setattr(request.param.pl, "pallas_call", interpreted)
+        return request.param
 
     return with_tile
 
@@ -50,7 +53,7 @@ def test_around_a_ring_of_devices(interpreted, scheme):
 
 def test_bfloat16(interpreted):
     """To the precision of its products, which is what the blocks of XLA have too."""
-    interpreted(8)
+    kernels = interpreted(8)
     scheme = PreviousContext(d=2)
     inputs = random_inputs(3, 8, 16, 2, 2, 8)
     plan = crossbatch.make_plan(scheme, 8, heads=2, window=16)
@@ -72,7 +75,7 @@ def test_positive_mass(interpreted):
         return crossbatch.positive_mass(q, k_context, v, segments, plan), plan.engine
 
     blocks, engine = mass()
-    interpreted(4)
+    kernels = interpreted(4)
     got, kernel_engine = mass()
     assert (engine, kernel_engine) == (crossbatch.parts_of, kernels)
     np.testing.assert_allclose(got, blocks, rtol=1e-5)

@@ -15,7 +15,6 @@ keys of a tile, P entries of a list.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,44 +23,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from fot_jax.model.attention import ANY_DOCUMENT, MASKED, NOTHING, SAME_DOCUMENT
-
-
-class Lists(NamedTuple):
-    """Which rows meet, by query row and again by key row. Filled up with NOTHING."""
-
-    k_row: jax.Array  # [R, P] int32
-    k_sees: jax.Array  # [R, P] int32: NOTHING, SAME_DOCUMENT or ANY_DOCUMENT
-    q_row: jax.Array  # [N, P'] int32
-    q_sees: jax.Array  # [N, P'] int32
-
-
-def list_pairs(per_device: Sequence[Sequence[tuple[int, int, int]]], rows: int, keys: int) -> Lists:
-    """Lists of (query row, key row, sees) triples, with a leading device axis, filled up alike."""
-
-    def table(mine: int, other: int, count: int):
-        found = [[[] for _ in range(count)] for _ in per_device]
-        for device, pairs in enumerate(per_device):
-            for pair in pairs:
-                found[device][pair[mine]].append((pair[other], pair[2]))
-        longest = max(1, max(len(each) for device in found for each in device))
-        filled = np.zeros((len(per_device), count, longest, 2), np.int32)
-        filled[..., 1] = NOTHING
-        for device, lists in enumerate(found):
-            for row, each in enumerate(lists):
-                # What fills up names the same block again: nothing is fetched for it.
-                filled[device, row, :, 0] = each[-1][0] if each else 0
-                filled[device, row, : len(each)] = np.reshape(each, (-1, 2))
-        return filled[..., 0], filled[..., 1]
-
-    return Lists(*table(0, 1, rows), *table(1, 0, keys))
-
-
-def every_row(rows: int) -> Lists:
-    """Each query row meets the key row of the same number, as far as it is the same document."""
-    row = jnp.arange(rows, dtype=jnp.int32)[:, None]
-    sees = jnp.full((rows, 1), SAME_DOCUMENT, jnp.int32)
-    return Lists(row, sees, row, sees)
+from fot_jax.model.attention import ANY_DOCUMENT, MASKED, NOTHING
+from fot_jax.model.kernel_lists import Lists
 
 
 class Parts(NamedTuple):
