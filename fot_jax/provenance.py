@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shlex
@@ -11,6 +10,8 @@ import sys
 from pathlib import Path
 
 import jax
+
+from fot_jax import __version__
 
 
 def provenance() -> dict[str, str]:
@@ -46,4 +47,4 @@ def _commit() -> str:
             return commit + ("-dirty" if git("status", "--porcelain", "-uno", "--", ".") else "")
     except OSError:  # there is no git
         pass
-    return f"version {importlib.metadata.version('fot_jax')}"
+    return f"version {__version__}"
