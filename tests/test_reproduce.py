@@ -87,7 +87,8 @@ def test_a_figure(reproduce, tiny, tmp_path, monkeypatch, capsys):
     assert len(content["rows"]) == 2 and len(content["commands"]) == 6
     assert content["seconds in all"] == sum(content["seconds"].values()) > 0
     assert content["made"] == provenance.provenance()
-    assert content["commits of the evaluations"] == [content["made"]["commit"]]
+    (evaluations,) = content["evaluations"]
+    assert evaluations.items() < content["made"].items()
     image = matplotlib.image.imread(tmp_path / "results" / "tiny.png")
     assert image.shape[0] > 300
 
@@ -174,6 +175,25 @@ def test_dry_run(tmp_path):
     argv += ["--gin", "train.log_every = 9"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert all("--gin 'train.log_every = 9'" in line for line in done.stdout.splitlines())
+
+
+def test_only_some_runs():
+    """And what they start from: dry runs, so by their commands."""
+
+    def trained(only):
+        argv = [sys.executable, str(REPRODUCE), "dictionary_cpu", "--dry_run", "--only", only]
+        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("fot train ")]
+        return [Path(line.split()[4]).name for line in lines], done
+
+    assert trained("d1")[0] == ["short_0", "middle_0", "d1_0"]
+    assert trained("plain,fot")[0] == ["short_0", "middle_0", "fot_0", "plain_short_0", "plain_0"]
+    names, done = trained("d1,mt")
+    assert done.returncode == 1 and not names
+    assert done.stderr.startswith(
+        "--only d1,mt: no run mt: there is short, middle, fot, d1, plain_"
+    )
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_provenance(monkeypatch, tmp_path):

@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     runs = [
         dataclasses.replace(run, bindings=(*run.bindings, *args.gin))
         for seed in args.seeds
-        for run in figure.runs(seed)
+        for run in _chosen(figure.runs(seed), args.only)
     ]
     workdirs = Path(args.workdirs) / figure.family
     commands = [command for run in runs for command in _commands(run, workdirs)]
@@ -60,6 +61,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="'NAME = VALUE'",
         help="for every run: what its experiment file leaves to you, say",
     )
+    parser.add_argument(
+        "--only",
+        type=lambda text: text.split(","),
+        metavar="fot,d1",
+        help="of the figure's runs, by their names in --dry_run, and what they start from",
+    )
     parser.add_argument("--workdirs", default="workdirs/reproduce", metavar="DIR")
     parser.add_argument(
         "--results", default=str(HERE / "results"), metavar="DIR", help="for the JSON and the PNG"
@@ -73,6 +80,20 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(dict.fromkeys(int(number) for number in text.split(",")))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: give seeds, 0,1,2") from error
+
+
+def _chosen(runs: list[Run], only: list[str] | None) -> list[Run]:
+    """Those of some names, which stand before the seed, and those that they start from."""
+    if only is None:
+        return runs
+    by_name = {run.name.rsplit("_", 1)[0]: run for run in runs}
+    if unknown := [name for name in only if name not in by_name]:
+        sys.exit(f"--only {','.join(only)}: no run {unknown[0]}: there is {', '.join(by_name)}")
+    wanted = [by_name[name] for name in only]
+    for run in reversed(runs):  # each comes before those that start from it
+        if any(run.name == other.start for other in wanted):
+            wanted.append(run)
+    return [run for run in runs if run in wanted]
 
 
 # --- Commands ------------------------------------------------------------------------------------
@@ -143,7 +164,9 @@ def _report(name: str, figure: Figure, runs: list[Run], workdirs: Path, results:
         "figure": figure.title,
         "paper": figure.paper,
         "made": provenance(),
-        "commits of the evaluations": sorted({each["made"]["commit"] for each in of_runs}),
+        "evaluations": _different(
+            {name: each["made"][name] for name in ("commit", "jax", "device")} for each in of_runs
+        ),
         "commands": [shlex.join(each) for run in runs for each in _commands(run, workdirs)],
         "seconds": seconds,
         "seconds in all": sum(seconds.values()),
@@ -154,6 +177,15 @@ def _report(name: str, figure: Figure, runs: list[Run], workdirs: Path, results:
     whole.write_text(json.dumps(content, indent=1) + "\n")
     whole.replace(results / f"{name}.json")
     figure.draw(rows, results / f"{name}.png")
+
+
+def _different(values: Iterable) -> list:
+    """Each value once, in order."""
+    found = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
 
 
 if __name__ == "__main__":

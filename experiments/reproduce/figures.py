@@ -15,14 +15,24 @@ def _seeds(seed: int) -> tuple[str, ...]:
 # --- Dictionary lookup (paper §5) ----------------------------------------------------------------
 
 NO_NEGATIVES = "SwitchAtAccuracy.values = (1, 1)"
+NO_CONTEXTS = ("train.scheme = @NoCrossbatch()", "train.d = None")
 
 
 def _dictionary(seed: int) -> list[Run]:
-    own, fot = _seeds(seed), ("dictionary.gin",)
+    own, short, last = _seeds(seed), ("dictionary_short.gin",), ("dictionary.gin",)
+    plain_short = (*own, *NO_CONTEXTS, "fot_37m.memory_layers = ()", "fot_37m.local_context = 64")
     return [
-        Run(f"fot_{seed}", "FoT, d = 1, then 128", fot, own),
-        Run(f"d1_{seed}", "FoT, d = 1", fot, (*own, NO_NEGATIVES)),
-        Run(f"plain_{seed}", "plain transformer", ("dictionary_plain.gin",), own),
+        Run(f"short_{seed}", "", short, own),
+        Run(f"fot_{seed}", "FoT, d = 1, then 128", last, own, f"short_{seed}"),
+        Run(f"d1_{seed}", "FoT, d = 1", last, (*own, NO_NEGATIVES), f"short_{seed}"),
+        Run(f"plain_short_{seed}", "", short, plain_short),
+        Run(
+            f"plain_{seed}",
+            "plain transformer",
+            ("dictionary_plain.gin",),
+            own,
+            f"plain_short_{seed}",
+        ),
     ]
 
 
