@@ -185,8 +185,9 @@ def _engine(mesh: Mesh | AbstractMesh | None, window: int):
     )
     if device.platform == "tpu" and device.device_kind not in ("TPU v2", "TPU v3"):
         return tpu_kernels if tile % 128 == 0 else parts_of
-    capability = float(getattr(device, "compute_capability", 0))  # of NVIDIA's: 8.0 is Ampere
-    if device.platform == "gpu" and capability >= 8 and tile % gpu_kernels.SMALLEST_BLOCK == 0:
+    major = str(getattr(device, "compute_capability", "")).split(".")[0]  # AMD's are words
+    ampere_or_later = device.platform == "gpu" and major.isdigit() and int(major) >= 8
+    if ampere_or_later and tile % gpu_kernels.SMALLEST_BLOCK == 0:
         return gpu_kernels
     return parts_of
 

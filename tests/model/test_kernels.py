@@ -1,8 +1,10 @@
 """Attention by the kernels for TPUs and GPUs, interpreted here, against brute force in float64."""
 
 import functools
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
@@ -19,8 +21,7 @@ def interpreted(request, monkeypatch):
     def with_tile(tile: int):
         monkeypatch.setattr(crossbatch, "_engine", lambda mesh, window: request.param)
         monkeypatch.setattr(crossbatch.parts_of, "tile_of", lambda length: min(tile, length))
-        monkeypatch.setattr(gpu_kernels, "BLOCKS_BY_QUERIES", (4, 2))
-        monkeypatch.setattr(gpu_kernels, "BLOCKS_BY_KEYS", (2, 4))
+        monkeypatch.setattr(gpu_kernels, "BLOCK", 2)
         interpreted = functools.partial(pl.pallas_call, interpret=True)
         monkeypatch.setattr(request.param.pl, "pallas_call", interpreted)
         return request.param
@@ -58,7 +59,7 @@ def test_bfloat16(interpreted):
     inputs = random_inputs(3, 8, 16, 2, 2, 8)
     plan = crossbatch.make_plan(scheme, 8, heads=2, window=16)
     assert plan.engine is kernels
-    half = [x.astype(jax.numpy.bfloat16) for x in inputs[:5]]
+    half = [x.astype(jnp.bfloat16) for x in inputs[:5]]
     out, grads = ours(plan, *half, inputs[5])
     want, want_grads, _ = brute_force(*half, visibility(scheme, 8, 8, inputs[5]))
     for got, wanted in zip((out, *grads), (want, *want_grads), strict=True):
@@ -79,3 +80,42 @@ def test_positive_mass(interpreted):
     got, kernel_engine = mass()
     assert (engine, kernel_engine) == (crossbatch.parts_of, kernels)
     np.testing.assert_allclose(got, blocks, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "window, kv_heads, dim, dtype",
+    [(256, 8, 64, jnp.bfloat16), (96, 2, 100, jnp.bfloat16), (1024, 4, 128, jnp.float32)],
+)
+def test_compiles_for_gpus(monkeypatch, window, kv_heads, dim, dtype):
+    """As far as a machine without one can: to what Triton's compiler is given."""
+    monkeypatch.setattr(crossbatch, "_engine", lambda mesh, window: gpu_kernels)
+    plan = crossbatch.make_plan(PreviousContext(d=2), 4, heads=8, window=window)
+
+    def gradients(q, k, v, segments):
+        def f(q, k, v):
+            return crossbatch.attention(q, k, v, segments, plan, k)
+
+        out, vjp = jax.vjp(f, q, k, v)
+        return vjp(out)
+
+    q, k = (jax.ShapeDtypeStruct((4, window, heads, dim), dtype) for heads in (8, kv_heads))
+    segments = jax.ShapeDtypeStruct((4, window), jnp.int32)
+    lowered = jax.jit(gradients).trace(q, k, k, segments).lower(lowering_platforms=("cuda",))
+    # Local and context attention: forward, gradients of queries, gradients of keys and values.
+    assert lowered.as_text().count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 6
+
+
+def test_devices_that_have_kernels(monkeypatch):
+    def engine(platform, kind, window=256, **of_device):
+        device = types.SimpleNamespace(platform=platform, device_kind=kind, **of_device)
+        monkeypatch.setattr(jax, "devices", lambda: [device])
+        return crossbatch._engine(None, window).__name__.split(".")[-1]
+
+    assert engine("tpu", "TPU v3") == engine("cpu", "cpu") == "attention"
+    assert engine("tpu", "TPU v5 lite") == "tpu_kernels"
+    assert engine("tpu", "TPU v5 lite", 200) == "attention"
+    assert engine("gpu", "NVIDIA H100", compute_capability="9.0") == "gpu_kernels"
+    assert engine("gpu", "NVIDIA B200", 48, compute_capability="10.0") == "gpu_kernels"
+    assert engine("gpu", "NVIDIA H100", 72, compute_capability="9.0") == "attention"
+    assert engine("gpu", "Tesla V100", compute_capability="7.0") == "attention"
+    assert engine("gpu", "AMD Instinct", compute_capability="gfx942") == "attention"
