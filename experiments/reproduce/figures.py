@@ -39,11 +39,12 @@ def _dictionary(seed: int) -> list[Run]:
 def _dictionary_cpu(seed: int) -> list[Run]:
     own, plain = _seeds(seed), ("dictionary_cpu_plain.gin",)
     short_texts = ("ModelConfig.local_context = 64", "DictionaryLookup.document_tokens = 64")
+    longer = ("Data.lanes = 64", "train.steps = 3_000", "cosine.steps = 3_000")
     last = ("dictionary_cpu.gin",)
     return [
         *_dictionary_cpu_fot(seed),
         Run(f"d1_{seed}", "FoT, d = 1", last, (*own, NO_NEGATIVES), f"middle_{seed}"),
-        Run(f"plain_short_{seed}", "", plain, (*own, *short_texts)),
+        Run(f"plain_short_{seed}", "", plain, (*own, *short_texts, *longer)),
         Run(f"plain_{seed}", "plain transformer", plain, own, f"plain_short_{seed}"),
     ]
 
