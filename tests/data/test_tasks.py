@@ -144,8 +144,9 @@ def test_pieces_of_documents(tmp_path, monkeypatch):
     assert message == "Text.piece_tokens = 1: give a number from 2 to 2147483647"
 
 
-def test_pieces_of_a_mixture(tmp_path):
+def test_pieces_of_a_mixture(tmp_path, monkeypatch):
     """A corpus without a single piece is an error, not a search without end."""
+    monkeypatch.setattr(tasks, "SHUFFLED_TOKENS", 3_000)  # of tiny corpora, read again and again
     long = write_corpus(tmp_path / "long", 1, train=["long enough" * i for i in range(3, 9)])
     short = write_corpus(tmp_path / "short", 1, train=["a", "short"])
     also_long = write_corpus(tmp_path / "also_long", 1, train=["abc" * 20])
