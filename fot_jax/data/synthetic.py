@@ -234,8 +234,7 @@ class Passkey(_Drawn):
       document_tokens: inputs of a document at most: fillers are added while they fit.
       fillers: texts, of which one is drawn each time; the paper has one.
       vocabulary: of text.
-      answer_weight, filler_weight: of the loss on each token of the answer, and of all else. Among
-        real text, whose tokens have weight 1, the few tokens of answers are easily lost.
+      filler_weight: of the loss on all but the answer, whose tokens have weight 1.
       eval_documents: of each split.
     """
 
@@ -243,12 +242,9 @@ class Passkey(_Drawn):
     fillers: Sequence[str] = (FILLER,)
     vocabulary: Vocabulary = Bytes()
     filler_weight: float = 0.0
-    answer_weight: float = 1.0
     eval_documents: int = 64
 
     def __post_init__(self):
-        weights = {"filler_weight": self.filler_weight, "answer_weight": self.answer_weight}
-        check_range("Passkey", 0, **weights)
         counts = {"document_tokens": self.document_tokens, "eval_documents": self.eval_documents}
         check_range("Passkey", 1, **counts)
         check_range("Passkey", 0, filler_weight=self.filler_weight)
@@ -267,7 +263,7 @@ class Passkey(_Drawn):
         prompt, answer = self.prompt_and_answer(key, fillers[:before], fillers[before:])
         tokens = np.concatenate([prompt, answer, [self.vocabulary.eos]]).astype(np.int32)
         weights = np.full(len(tokens), self.filler_weight, np.float32)
-        weights[len(prompt) : -1] = self.answer_weight
+        weights[len(prompt) : -1] = 1.0
         return Document(tokens, weights)
 
     def draw_fillers(self, rng: np.random.Generator, key: int) -> list[str]:
