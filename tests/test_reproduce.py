@@ -187,11 +187,11 @@ def test_only_some_runs():
         return [Path(line.split()[4]).name for line in lines], done
 
     assert trained("d1")[0] == ["short_0", "middle_0", "d1_0"]
-    assert trained("plain,fot")[0] == ["short_0", "middle_0", "fot_0", "plain_short_0", "plain_0"]
+    assert trained("plain,fot")[0] == ["short_0", "middle_0", "fot_0", "plain_0"]
     names, done = trained("d1,mt")
     assert done.returncode == 1 and not names
     assert done.stderr.startswith(
-        "--only d1,mt: no run mt: there is short, middle, fot, d1, plain_"
+        "--only d1,mt: no run mt: there is short, middle, fot, d1, plain"
     )
     assert len(done.stderr.splitlines()) == 1
 

@@ -15,37 +15,25 @@ def _seeds(seed: int) -> tuple[str, ...]:
 # --- Dictionary lookup (paper §5) ----------------------------------------------------------------
 
 NO_NEGATIVES = "SwitchAtAccuracy.values = (1, 1)"
-NO_CONTEXTS = ("train.scheme = @NoCrossbatch()", "train.d = None")
 
 
 def _dictionary(seed: int) -> list[Run]:
-    own, short, last = _seeds(seed), ("dictionary_short.gin",), ("dictionary.gin",)
-    plain_short = (*own, *NO_CONTEXTS, "fot_37m.memory_layers = ()", "fot_37m.local_context = 64")
+    own, start, last = _seeds(seed), f"short_{seed}", ("dictionary.gin",)
     return [
-        Run(f"short_{seed}", "", short, own),
-        Run(f"fot_{seed}", "FoT, d = 1, then 128", last, own, f"short_{seed}"),
-        Run(f"d1_{seed}", "FoT, d = 1", last, (*own, NO_NEGATIVES), f"short_{seed}"),
-        Run(f"plain_short_{seed}", "", short, plain_short),
-        Run(
-            f"plain_{seed}",
-            "plain transformer",
-            ("dictionary_plain.gin",),
-            own,
-            f"plain_short_{seed}",
-        ),
+        Run(start, "", ("dictionary_short.gin",), own),
+        Run(f"fot_{seed}", "FoT, d = 1, then 128", last, own, start),
+        Run(f"d1_{seed}", "FoT, d = 1", last, (*own, NO_NEGATIVES), start),
+        Run(f"plain_{seed}", "plain transformer", ("dictionary_plain.gin",), own, start),
     ]
 
 
 def _dictionary_cpu(seed: int) -> list[Run]:
-    own, plain = _seeds(seed), ("dictionary_cpu_plain.gin",)
-    short_texts = ("ModelConfig.local_context = 64", "DictionaryLookup.document_tokens = 64")
-    longer = ("Data.lanes = 64", "train.steps = 3_000", "cosine.steps = 3_000")
-    last = ("dictionary_cpu.gin",)
+    own, start = _seeds(seed), f"middle_{seed}"
+    d1 = (*own, NO_NEGATIVES)
     return [
         *_dictionary_cpu_fot(seed),
-        Run(f"d1_{seed}", "FoT, d = 1", last, (*own, NO_NEGATIVES), f"middle_{seed}"),
-        Run(f"plain_short_{seed}", "", plain, (*own, *short_texts, *longer)),
-        Run(f"plain_{seed}", "plain transformer", plain, own, f"plain_short_{seed}"),
+        Run(f"d1_{seed}", "FoT, d = 1", ("dictionary_cpu.gin",), d1, start),
+        Run(f"plain_{seed}", "plain transformer", ("dictionary_cpu_plain.gin",), own, start),
     ]
 
 
