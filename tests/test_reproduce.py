@@ -190,9 +190,7 @@ def test_only_some_runs():
     assert trained("plain,fot")[0] == ["short_0", "middle_0", "fot_0", "plain_0"]
     names, done = trained("d1,mt")
     assert done.returncode == 1 and not names
-    assert done.stderr.startswith(
-        "--only d1,mt: no run mt: there is short, middle, fot, d1, plain"
-    )
+    assert done.stderr.startswith("--only d1,mt: no run mt: there is short, middle, fot, d1, plain")
     assert len(done.stderr.splitlines()) == 1
 
 
