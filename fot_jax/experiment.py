@@ -41,6 +41,9 @@ class Data:
         divides this number, no document is read by two of them.
       group_lanes: lanes of a crossbatch group, within which negatives are drawn; None: all.
       seed: of the order of documents.
+      documents_apart: documents begin where new windows of a step do, and what one leaves of these
+        is padding; else the next one begins there, so that rows may hold two, and earlier windows
+        may be of another document (which the paper accepts in packs).
     """
 
     source: DocumentSource
@@ -48,6 +51,7 @@ class Data:
     lane_groups: int = 1
     group_lanes: int | None = None
     seed: int = 0
+    documents_apart: bool = False
 
     def __post_init__(self):
         counts = {"lanes": self.lanes, "lane_groups": self.lane_groups}

@@ -164,6 +164,7 @@ def train(
         groups=data.lane_groups,
         owned=owned,
         seed=data.seed,
+        documents_apart=data.documents_apart,
     )
     if restored is not None:
         lanes.restore(restored.data)

@@ -119,6 +119,7 @@ class Lanes:
         groups: int = 1,
         owned: Iterable[int] | None = None,
         seed: int = 0,
+        documents_apart: bool = False,
     ):
         """Opens no file yet.
 
@@ -130,9 +131,12 @@ class Lanes:
           groups: lane groups; the shards of the document stream.
           owned: the groups that this host reads; None for all.
           seed: of the order of documents.
+          documents_apart: documents begin where new windows of a step do; what a document leaves of
+            them is padding.
         """
         self._source, self._window, self._seed = source, window, seed
         self._windows, self._advance, self._groups = windows, advance, groups
+        self._apart = documents_apart
         owned = range(groups) if owned is None else sorted(owned)
         shape = (windows - advance, window)
         lane = _Lane(
@@ -167,6 +171,8 @@ class Lanes:
         at = 0
         while at < self._advance * self._window:
             if len(tokens) < 2:  # the last token of a document is only ever a target
+                if self._apart and at > 0:
+                    break
                 tokens, weights = self._next_document(group)
                 number += 1
             n = min(len(tokens) - 1, self._advance * self._window - at)

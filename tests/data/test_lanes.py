@@ -56,6 +56,7 @@ class Layout(NamedTuple):
     groups: int
     per_group: int  # lanes
     seed: int
+    apart: bool = False
 
     def open(self, source, owned=None, **changes) -> Lanes:
         layout = self._replace(**changes)
@@ -68,6 +69,7 @@ class Layout(NamedTuple):
             groups=layout.groups,
             owned=owned,
             seed=layout.seed,
+            documents_apart=layout.apart,
         )
 
 
@@ -118,7 +120,10 @@ def simulate(source, layout, steps):
         count = [0] * layout.per_group
         for batch in batches:
             for lane in range(layout.per_group):
-                for _ in range(size):
+                for place in range(size):
+                    if len(rest[lane]) < 2 and layout.apart and place > 0:
+                        read[lane] += [(0, 0, 0, 0)] * (size - place)
+                        break
                     if len(rest[lane]) < 2:
                         _, document = next(stream)
                         rest[lane] = list(zip(document.tokens, document.weights, strict=True))
@@ -140,9 +145,29 @@ def simulate(source, layout, steps):
 
 
 @few
-@given(sources, layouts, st.integers(1, 6))
-def test_batches_are_those_of_the_simulation(source, layout, steps):
+@given(sources, layouts, st.integers(1, 6), st.booleans())
+def test_batches_are_those_of_the_simulation(source, layout, steps, apart):
+    layout = layout._replace(apart=apart)
     assert_same(take(layout.open(source), steps), simulate(source, layout, steps))
+
+
+def test_documents_apart():
+    """Of 6, 7 and 3 inputs in packs of two windows of 4: rows hold one document, from its start."""
+    lengths = iter([7, 8, 4] * 2)
+
+    class Source(Numbered):
+        def document(self, *where):
+            tokens, weights = super().document(*where)
+            n = next(lengths)
+            return Document(tokens[:n], weights[:n])
+
+    lanes = Layout(2, 2, 4, 1, 1, 0, apart=True).open(Source(20, 20))
+    segments = [batch["segment_ids"].tolist() for batch in take(lanes, 3)]
+    assert segments == [
+        [[1, 1, 1, 1], [1, 1, 0, 0]],
+        [[1, 1, 1, 1], [1, 1, 1, 0]],
+        [[1, 1, 1, 0], [0, 0, 0, 0]],
+    ]
 
 
 # --- What must hold whatever the order of documents ----------------------------------------------
