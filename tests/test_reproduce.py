@@ -53,9 +53,12 @@ def tiny(reproduce, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_figure(reproduce, tiny, tmp_path, monkeypatch, capsys):
+def test_a_figure(reproduce, tiny, cache, tmp_path, monkeypatch, capsys):
     """Stopped in its second of four runs, it does that and the others, and none twice."""
     real, verbs = subprocess.run, []
+    for name, value in runs.QUICK.items():
+        monkeypatch.setenv(name.upper(), str(value))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
 
     def stopped(command, **options):
         if command[1:3] == ["-m", "fot_jax"]:

@@ -23,28 +23,32 @@ import jax, sys, threading
 from fot_jax.data.tasks import Bytes, Corpus, Text
 from fot_jax.errors import UserError
 
-def read():
+def read(path):
     try:
+        source = Text([Corpus(path)], Bytes())
         print(*(len(document.tokens) for document in source.documents("train")))
     except UserError as error:
         print(error)
 
-source = Text([Corpus(sys.argv[1])], Bytes())
-thread = threading.Thread(target=read)
-thread.start()
-thread.join()
+for path in sys.argv[1:]:
+    thread = threading.Thread(target=read, args=[path])
+    thread.start()
+    thread.join()
 """
 
 
 def test_tensorflow_says_nothing(tmp_path):
     """Neither when it is imported, in whatever thread, nor about an error that we report."""
-    file = tmp_path / "train.jsonl"
-    file.write_text('{"text": "12345678"}\n')
-    run = run_python(READ_IN_A_THREAD, tmp_path)
-    assert (run.stdout, run.stderr) == ("10\n", "")
-    file.write_text('{"text": "12345678"}\n{"text": "123')  # not the first, which we look at
-    run = run_python(READ_IN_A_THREAD, tmp_path)
-    assert run.stdout.startswith(f"{file}:2: broken row, not JSON") and run.stderr == ""
+    good, broken = (tmp_path / name / "train.jsonl" for name in ("good", "broken"))
+    for file in (good, broken):
+        file.parent.mkdir()
+        file.write_text('{"text": "12345678"}\n')
+    with broken.open("a") as file:
+        file.write('{"text": "123')  # not the first, which we look at
+    run = run_python(READ_IN_A_THREAD, good.parent, broken.parent)
+    of_good, of_broken = run.stdout.splitlines()
+    assert of_good == "10" and of_broken.startswith(f"{broken}:2: broken row, not JSON")
+    assert run.stderr == ""
 
 
 SLOW_READER = """

@@ -31,7 +31,7 @@ from fot_jax.training.step import TrainState, make_train_step  # noqa: E402
 def main(directory):
     config, mesh = test_step.SMALL, MeshShape().make()
     assert mesh.size == 8 and jax.process_count() == 4
-    for number, (scheme, lanes, group_lanes, accumulation) in enumerate(test_step.ACROSS):
+    for number, (scheme, lanes, group_lanes, accumulation) in enumerate(test_step.ACROSS_PROCESSES):
         plan = crossbatch.make_plan(
             *(scheme, lanes * scheme.windows // accumulation),
             group_rows=group_lanes * scheme.windows,

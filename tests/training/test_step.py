@@ -214,6 +214,7 @@ ACROSS = [
     for scheme in (PreviousContext(d=3), Packed(pack=4, range=5))
     for accumulation in (1, 2, 4)
 ]
+ACROSS_PROCESSES = (ACROSS[1], ACROSS[5])
 
 
 @pytest.mark.slow
@@ -258,7 +259,7 @@ def test_four_processes(tmp_path):
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0] * 4, "\n".join(outputs)
-    for number, (scheme, lanes, group_lanes, _) in enumerate(ACROSS):
+    for number, (scheme, lanes, group_lanes, _) in enumerate(ACROSS_PROCESSES):
         want, sums = expected(SMALL, scheme, lanes, group_lanes, 0.0)
         with np.load(tmp_path / f"{number}.npz") as got:
             np.testing.assert_allclose(got["loss"], sums["loss"], rtol=1e-5)
