@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from etils import epath
@@ -15,6 +15,7 @@ from etils import epath
 from fot_jax.data.lanes import DocumentSource
 from fot_jax.errors import UserError, check_range
 from fot_jax.generate import LanguageModel
+from fot_jax.model.transformer import ModelConfig
 from fot_jax.paths import absolute, path_of
 from fot_jax.provenance import provenance
 
@@ -35,6 +36,14 @@ class Eval(Protocol):
 
     def plot(self, rows: list[dict[str, Any]], path: epath.Path) -> None:
         """Draws the rows as a PNG, if they can be drawn."""
+
+
+@runtime_checkable
+class ForSomeModels(Protocol):
+    """An evaluation that not every model can have."""
+
+    def check(self, model: ModelConfig) -> None:
+        """Raises UserError for the others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +78,12 @@ class Evaluation:
                     "another name"
                 )
 
+    def check(self, model: ModelConfig) -> None:
+        """Raises UserError for a model that one of them is not for."""
+        for each in (*self.evals, *self.during):
+            if isinstance(each, ForSomeModels):
+                each.check(model)
+
 
 def evaluate(
     checkpoint: str,
@@ -89,6 +104,7 @@ def evaluate(
       output: a JSON file for {evaluation: rows}, and for what made it; plots go beside it.
     """
     lm = LanguageModel.load(checkpoint, dtype=dtype, devices=devices)
+    evaluation.check(lm.config)
     plots = None if output is None else _directory_of(output)
     source = evaluation.source or source
     if lm.vocabulary is not None:

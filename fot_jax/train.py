@@ -110,6 +110,7 @@ def train(
     program = make_program(
         *(mesh, model, data, optimizer, learning_rate, scheme, d, compute, z_loss)
     )
+    evaluation.check(model)
     if dry_run:
         _check_vocabulary(data.source, model)
         jax.eval_shape(program.step_of(program.ds[0]), program.state, program.batch)

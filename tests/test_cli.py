@@ -132,6 +132,20 @@ def test_an_empty_cache(here, capsys):
     assert list((here / "cache").iterdir()) == []
 
 
+# --- Evaluations ---------------------------------------------------------------------------------
+
+
+def test_evaluations_that_are_not_for_the_model(here, capsys):
+    """Said before training, not at its end."""
+    plain = bind("ModelConfig.memory_layers = ()", "train.scheme = @NoCrossbatch()")
+    argv = ["train", "experiment.gin", "--workdir", "run", *plain]
+    of_memory = bind("Evaluation.evals = (@PerplexityByContext(), @PositiveMass())")
+    line = "PositiveMass is of memory layers, and the model has none: leave it out"
+    assert refused_untouched(capsys, *argv, *of_memory) == line
+    during = bind("Evaluation.during = (@RetrievalTable(),)", "Evaluation.every = 4")
+    assert refused_untouched(capsys, *argv, *during).startswith("RetrievalTable is of memory")
+
+
 # --- Checkpoints ---------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from fot_jax.evals import plots
 from fot_jax.generate import LanguageModel
 from fot_jax.model import crossbatch
 from fot_jax.model.schemes import PreviousContext
-from fot_jax.model.transformer import Transformer
+from fot_jax.model.transformer import ModelConfig, Transformer
 from fot_jax.progress import bar
 
 
@@ -52,6 +52,13 @@ class PositiveMass:
         for d in self.ds:
             check_range("PositiveMass", 1, 4096, ds=d)
 
+    def check(self, model: ModelConfig) -> None:
+        """Raises UserError for a model without memory layers."""
+        if not model.memory_layers:
+            raise UserError(
+                "PositiveMass is of memory layers, and the model has none: leave it out"
+            )
+
     def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, float]]:
         """One row a d and memory layer: d, layer, mass.
 
@@ -59,10 +66,7 @@ class PositiveMass:
           UserError: a model without memory layers, or on several devices; fewer documents of two
             windows than the largest d.
         """
-        if not lm.config.memory_layers:
-            raise UserError(
-                "PositiveMass is of memory layers, and the model has none: leave it out"
-            )
+        self.check(lm.config)
         if lm.mesh is not None:
             raise UserError("PositiveMass is for one device: evaluate with devices = 1")
         c, ds = lm.config, sorted(set(self.ds))

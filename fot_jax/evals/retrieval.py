@@ -17,6 +17,7 @@ from fot_jax.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.evals import plots
 from fot_jax.generate import LanguageModel
 from fot_jax.model.lookup import TopK
+from fot_jax.model.transformer import ModelConfig
 from fot_jax.reading import MemoryConfig
 
 CONTEXT = 12  # tokens shown on either side
@@ -64,6 +65,19 @@ class RetrievalTable:
                 f"{self.memory}: lower it"
             )
 
+    def check(self, model: ModelConfig) -> None:
+        """Raises UserError for a model whose memory cannot be looked into."""
+        if not model.memory_layers or model.memory_before:
+            raise UserError(
+                "RetrievalTable is of memory layers, and the model has none, or sees the window "
+                "before its own alone: leave it out"
+            )
+        if self.queries > model.local_context:
+            raise UserError(
+                f"RetrievalTable.queries = {self.queries}: give at most the local context, "
+                f"{model.local_context}"
+            )
+
     def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
         """One row a query, layer by layer: layer, query (its place in the document), text, found,
         mass.
@@ -76,18 +90,9 @@ class RetrievalTable:
             as long.
         """
         c = lm.config
-        if not c.memory_layers or c.memory_before:
-            raise UserError(
-                "RetrievalTable is of memory layers, and the model has none, or sees the window "
-                "before its own alone: leave it out"
-            )
+        self.check(c)
         if lm.mesh is not None:
             raise UserError("RetrievalTable is for one device: evaluate with devices = 1")
-        if self.queries > c.local_context:
-            raise UserError(
-                f"RetrievalTable.queries = {self.queries}: give at most the local context, "
-                f"{c.local_context}"
-            )
         tokens = self._document(source, self.memory + c.local_context)
         found = _Found()
         memory = MemoryConfig(storage=self.storage, lookup=TopK(self.k))
