@@ -102,6 +102,17 @@ class LanguageModel:
         by_layer = inference.parameters_by_layer(params, model.dtype)
         return LanguageModel(model.config, by_layer, vocabulary, mesh)
 
+    def on_one_device(self) -> LanguageModel:
+        """The same model, its parameters whole on the first device that this process has of it.
+
+        For computations that are not laid out for several. All processes of a mesh call it.
+        """
+        if self.mesh is None:
+            return self
+        whole = jax.jit(functools.partial(inference.replicated, self.mesh))(self.params)
+        here = jax.tree.map(lambda x: x.addressable_data(0), whole)
+        return dataclasses.replace(self, params=here, mesh=None)
+
     # --- Reading -----------------------------------------------------------------------------
 
     def read(

@@ -63,12 +63,11 @@ class PositiveMass:
         """One row a d and memory layer: d, layer, mass.
 
         Raises:
-          UserError: a model without memory layers, or on several devices; fewer documents of two
-            windows than the largest d.
+          UserError: a model without memory layers; fewer documents of two windows than the largest
+            d.
         """
         self.check(lm.config)
-        if lm.mesh is not None:
-            raise UserError("PositiveMass is for one device: evaluate with devices = 1")
+        lm = lm.on_one_device()
         c, ds = lm.config, sorted(set(self.ds))
         params = {name: x for name, x in lm.params.items() if name != "layers"}
         params["layers"] = jax.tree.map(lambda *layers: jnp.stack(layers), *lm.params["layers"])

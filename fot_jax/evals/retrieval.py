@@ -86,13 +86,11 @@ class RetrievalTable:
         of them, (position, share). A text is (before, token, after).
 
         Raises:
-          UserError: a model without a memory to choose from, or on several devices; no document is
-            as long.
+          UserError: a model without a memory to choose from; no document is as long.
         """
         c = lm.config
         self.check(c)
-        if lm.mesh is not None:
-            raise UserError("RetrievalTable is for one device: evaluate with devices = 1")
+        lm = lm.on_one_device()
         tokens = self._document(source, self.memory + c.local_context)
         found = _Found()
         memory = MemoryConfig(storage=self.storage, lookup=TopK(self.k))

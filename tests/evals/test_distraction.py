@@ -13,6 +13,8 @@ from fot_jax.evals.distraction import PositiveMass
 from fot_jax.generate import LanguageModel
 from fot_jax.model import crossbatch
 from fot_jax.model.transformer import ModelConfig, Transformer
+from fot_jax.training import partitioning
+from fot_jax.training.partitioning import MeshShape
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -111,6 +113,15 @@ def test_every_memory_layer(tmp_path):
     assert len(lines) == 3 and lines[2].split()[0] == "4" and lines[2].split()[-1] == "0.250"
     each.plot(rows, tmp_path / "x.png")
     assert matplotlib.image.imread(tmp_path / "x.png", format="png").shape[0] > 300
+
+
+def test_a_model_on_several_devices():
+    one, source = lm_of(), Documents([40] * 3, alike=False)
+    mesh = MeshShape(data=2, fsdp=2).make(jax.devices()[:4])
+    lm = lm_of(change=lambda params: jax.device_put(params, partitioning.shardings(params, mesh)))
+    assert lm.mesh is not None and not lm.params["embedding"].sharding.is_fully_replicated
+    each = PositiveMass(ds=(1, 3), batches=1)  # 6 rows would not go on four devices
+    assert masses(each.run(lm, source)) == pytest.approx(masses(each.run(one, source)), rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from fot_jax.evals.retrieval import RetrievalTable
 from fot_jax.generate import LanguageModel
 from fot_jax.model import crossbatch
 from fot_jax.model.transformer import ModelConfig, Transformer
+from fot_jax.training import partitioning
+from fot_jax.training.partitioning import MeshShape
 
 WINDOW, MEMORY = 8, 100
 pytestmark = pytest.mark.usefixtures("quick")
@@ -130,6 +132,15 @@ def test_a_model_that_looks_at_one_place():
         assert row["found"][0]["position"] == row["query"] - 60
         assert row["found"][0]["share"] == pytest.approx(1, abs=1e-3)
     assert each.scalars(rows) == {"retrieval/layer_0/focus": pytest.approx(1, abs=1e-3)}
+
+
+def test_a_model_on_several_devices():
+    one = lm_of()
+    mesh = MeshShape(fsdp=2, tensor=2).make(jax.devices()[:4])
+    sharded = lm_of(change=lambda x: jax.device_put(x, partitioning.shardings(x, mesh)))
+    assert sharded.mesh is not None
+    each = RetrievalTable(**GIVEN)
+    assert each.run(sharded, Documents()) == each.run(one, Documents())
 
 
 def test_what_the_rows_become(tmp_path):

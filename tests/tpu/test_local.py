@@ -14,6 +14,12 @@ import runs
 from hosts import alive, wait_until
 
 EXPERIMENT = f"""{runs.DICTIONARY}
+train.evaluation = @Evaluation()
+Evaluation.evals = (@PerplexityByContext(), @PositiveMass(), @RetrievalTable())
+PerplexityByContext.memory_sizes = (0, 16)
+PositiveMass.ds = (1, 3)
+RetrievalTable.memory = 16
+RetrievalTable.k = 4
 train.steps = 60
 train.compute = @Compute()
 Compute.mesh = @MeshShape()
@@ -104,12 +110,16 @@ def unbroken(experiment, cache, tmp_path_factory):
 def test_four_processes_train_as_one(unbroken, experiment, cache, tmp_path):
     with runs.quick_compilation(cache):
         assert runs.train(experiment, tmp_path / "run") == 0
-    one, four = runs.training_curve(tmp_path / "run"), runs.training_curve(unbroken[0])
+    (*one, evaluated), (*four, evaluated_by_four) = map(runs.curve, (tmp_path / "run", unbroken[0]))
     assert len(one) == 60
     assert [row["step"] for row in four] == [row["step"] for row in one]
     for name in ("loss", "accuracy", "grad_norm"):
         of_one, of_four = ([row[name] for row in rows] for rows in (one, four))
         np.testing.assert_allclose(of_four, of_one, rtol=1e-5, atol=1e-5, err_msg=name)
+    assert {name.split("/")[0] for name in evaluated} == {
+        *("step", "valid_perplexity", "positive_mass", "retrieval")
+    }
+    assert evaluated_by_four == pytest.approx(evaluated, rel=1e-3)
 
 
 @pytest.mark.slow
