@@ -35,7 +35,9 @@ def _program(path: Path) -> list[str]:
 
 
 def _commit() -> str:
-    """Of the code, "-dirty" where files have been changed since; its version where git is not."""
+    """Of the code, "-dirty" where it or experiment files have been changed since; its version
+    where it is in no repository (that of the project it is installed beside is not its own).
+    """
 
     def git(*words: str) -> str:
         here = Path(__file__).parent
@@ -43,8 +45,9 @@ def _commit() -> str:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
-        if commit := git("rev-parse", "HEAD"):
-            return commit + ("-dirty" if git("status", "--porcelain", "-uno", "--", ".") else "")
+        if git("ls-files", "--", Path(__file__).name):
+            changed = git("status", "--porcelain", "-uno", "--", ".", ":(top)*.gin")
+            return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except OSError:  # there is no git
         pass
     return f"version {__version__}"

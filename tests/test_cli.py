@@ -135,8 +135,8 @@ def test_an_empty_cache(here, capsys):
 # --- Evaluations ---------------------------------------------------------------------------------
 
 
-def test_evaluations_that_are_not_for_the_model(here, capsys):
-    """Said before training, not at its end."""
+def test_evaluations_that_are_not_for_the_model(here, trained, capsys):
+    """Said before training, not at its end, and before another evaluation."""
     plain = bind("ModelConfig.memory_layers = ()", "train.scheme = @NoCrossbatch()")
     argv = ["train", "experiment.gin", "--workdir", "run", *plain]
     of_memory = bind("Evaluation.evals = (@PerplexityByContext(), @PositiveMass())")
@@ -144,6 +144,12 @@ def test_evaluations_that_are_not_for_the_model(here, capsys):
     assert refused_untouched(capsys, *argv, *of_memory) == line
     during = bind("Evaluation.during = (@RetrievalTable(),)", "Evaluation.every = 4")
     assert refused_untouched(capsys, *argv, *during).startswith("RetrievalTable is of memory")
+    many = bind(
+        "Evaluation.evals = (@PerplexityByContext(), @RetrievalTable())",
+        "RetrievalTable.queries = 17",
+    )
+    line = refused_untouched(capsys, *evaluate(trained, "--output", "results/all.json", *many))
+    assert line == "RetrievalTable.queries = 17: give at most the local context, 16"
 
 
 # --- Checkpoints ---------------------------------------------------------------------------------

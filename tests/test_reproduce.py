@@ -197,7 +197,7 @@ def test_only_some_runs():
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_provenance(monkeypatch, tmp_path):
+def test_the_command_is_as_it_is_typed(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/fot", "evaluate", "a b.gin"])
     made = provenance.provenance()
     assert made["command"] == "fot evaluate 'a b.gin'"
@@ -208,9 +208,33 @@ def test_provenance(monkeypatch, tmp_path):
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", [str(program), "x"])
         assert provenance.provenance()["command"] == f"{typed} x"
-    head = subprocess.run(
-        ["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    assert head and made["commit"] in (head, f"{head}-dirty")
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "installed.py"))
-    assert provenance.provenance()["commit"].startswith("version ")
+
+
+def test_the_commit_is_that_of_the_code(monkeypatch, tmp_path):
+    def git(*words):
+        who = "-c", "user.name=x", "-c", "user.email=x"
+        argv = ["git", "-C", tmp_path, *who, *words]
+        return subprocess.run(argv, check=True, capture_output=True, text=True).stdout.strip()
+
+    def commit():
+        return provenance.provenance()["commit"]
+
+    files = package, experiment = tmp_path / "fot_jax" / "here.py", tmp_path / "runs" / "a.gin"
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("")
+    monkeypatch.setattr(provenance, "__file__", str(package))
+    assert commit().startswith("version ")  # no repository
+    git("init")
+    git("add", experiment)
+    git("commit", "-m", "someone else's")
+    assert commit().startswith("version ")  # one that it is installed in
+    git("add", package)
+    git("commit", "-m", "ours")
+    assert commit() == git("rev-parse", "HEAD")
+    for file in files:
+        file.write_text("changed")
+        assert commit() == f"{git('rev-parse', 'HEAD')}-dirty"
+        file.write_text("")
+    (tmp_path / "notes.txt").write_text("")
+    assert commit() == git("rev-parse", "HEAD")
