@@ -82,7 +82,8 @@ FIELDS = {
     "inputs": np.int32,
     "targets": np.int32,  # the token that follows each input in its document
     "weights": np.float32,  # of the loss on each target
-    "segment_ids": np.int32,  # the document of each input: 1, 2, … along a lane; 0 for padding
+    # The document of each input: 1, 2, … along a lane, whatever the step; 0 for padding.
+    "segment_ids": np.int32,
 }
 PATIENCE = 1000  # documents a group draws before it complains that all are short
 
@@ -186,9 +187,6 @@ class Lanes:
             for name, x in new.items()
         }
         history = {name: x[self._advance :] for name, x in shown.items()}
-        segments = shown["segment_ids"]
-        first = segments[segments > 0].min()
-        shown["segment_ids"] = np.maximum(segments - (first - 1), 0)
         return _Lane(Document(tokens, weights), number, history), shown
 
     def _next_document(self, group: int) -> Document:

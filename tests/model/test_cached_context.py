@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from jax.test_util import check_grads
 from test_transformer import LLAMA, PAPER, forward, plan_of, random_params, random_tokens
 
+from fot_jax.data.lanes import Document, Lanes
 from fot_jax.errors import UserError
 from fot_jax.generate import LanguageModel
 from fot_jax.model import cached_context, crossbatch
@@ -114,6 +116,32 @@ def test_a_document_does_not_see_the_one_before_it():
     both, _ = read(LLAMA, CachedContext(2 * T, multi_doc=True), tokens, segments)
     np.testing.assert_array_equal(both[:, :T], got[:, :T])
     assert (np.abs(both - got).max(-1)[0, T + 3 :] > 1e-3).all()
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_batches_say_which_documents_the_cache_is_of(changed):
+    """A lane with a document, then one of many windows, of which the first token sees all along."""
+
+    class Source:
+        def __init__(self, change):
+            self.change = change
+
+        def stream(self, *_):
+            for number, length in enumerate((T + 5, 6 * T)):
+                tokens = random_tokens(LLAMA, 1, length)[0]
+                tokens[0] = (tokens[0] + self.change * (number == changed)) % LLAMA.vocab_size
+                yield (0, number), Document(tokens, np.ones(length, np.float32))
+
+    def logits(change):
+        batches = itertools.islice(Lanes(Source(change), lanes=1, window=T), 6)
+        tokens, segments = zip(*((x["inputs"], x["segment_ids"]) for x in batches), strict=True)
+        found, _ = read(
+            LLAMA, CachedContext(8 * T), *(np.concatenate(x, 1) for x in (tokens, segments))
+        )
+        return found[0, T + 4 :]  # of the second document
+
+    differ = np.abs(logits(1) - logits(0)).max(-1) > 1e-5
+    assert differ.all() if changed else not differ.any()
 
 
 def test_padding_is_not_seen():
