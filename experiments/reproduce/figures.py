@@ -179,9 +179,14 @@ _W_AND_D = dataclasses.replace(
 )
 
 
-def _finetuned(seed: int, file: str, base: Run, model: str, layers: int, window: int) -> list[Run]:
-    """A plain transformer, and what it becomes in a few steps."""
-    longer = (f"{model}.local_context = {4 * window}", f"{model}.memory_layers = ()")
+def _finetuned(
+    seed: int, file: str, base: Run, model: str, layers: int, window: int, lanes: int
+) -> list[Run]:
+    """A plain transformer, and what it becomes in a few steps, of as many tokens for each."""
+    longer = (
+        *(f"{model}.local_context = {4 * window}", f"Data.lanes = {lanes // 4}"),
+        f"{model}.memory_layers = ()",
+    )
     models = {
         "tuned_fot": ("FoT", ()),
         "tuned_longer": (
@@ -198,13 +203,15 @@ def _c4_finetuned(seed: int) -> list[Run]:
     plain = ("train.scheme = @NoCrossbatch()", "train.d = None", "train.initialize_from = None")
     bindings = (*_seeds(seed), *plain, "train.steps = 100_000")
     base = Run(f"base_{seed}", "", ("c4_finetune.gin",), bindings)
-    return _finetuned(seed, "c4_finetune.gin", base, "fot_184m", layers=12, window=1_024)
+    shape = {"layers": 12, "window": 1_024, "lanes": 128}
+    return _finetuned(seed, "c4_finetune.gin", base, "fot_184m", **shape)
 
 
 def _finetuned_cpu(seed: int) -> list[Run]:
     base, *_ = _text_cpu(seed)
     of_base = dataclasses.replace(base, model="plain, before")
-    return _finetuned(seed, "finetune_cpu.gin", of_base, "ModelConfig", layers=3, window=64)
+    shape = {"layers": 3, "window": 64, "lanes": 64}
+    return _finetuned(seed, "finetune_cpu.gin", of_base, "ModelConfig", **shape)
 
 
 def _c4_figure(domain: str, paper: str) -> Figure:
