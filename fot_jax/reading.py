@@ -67,6 +67,7 @@ class MemoryConfig:
             self.lookup.check(self.size)
 
 
+LAST_CONTEXT = 1024  # tokens of a text that stay in the window, as in LongLLaMA
 EVERYTHING = MemoryConfig()
 SHARED = MemoryConfig(shared=True)
 
@@ -74,6 +75,15 @@ SHARED = MemoryConfig(shared=True)
 def all_of_a_text(c: ModelConfig, storage: str | None, lookup: Lookup) -> MemoryConfig:
     """A memory of all that is read; of a model without memory layers, none."""
     return MemoryConfig(storage=storage, lookup=lookup) if c.memory_layers else EVERYTHING
+
+
+def last_context(c: ModelConfig, more: int = 0) -> int:
+    """How many tokens of a text stay in the window, when so many more are to have room beside them.
+
+    Of a model without memory layers all that fit, as it has no others; else LongLLaMA's 1,024.
+    """
+    room = c.local_context - more
+    return max(1, min(LAST_CONTEXT, room) if c.memory_layers else room)
 
 
 @dataclasses.dataclass
@@ -218,7 +228,7 @@ def pieces(
       UserError: last_context_length is out of range, or memory is too small and no ring.
     """
     context = lm.config.local_context
-    last = min(1024, context) if last is None else last
+    last = min(LAST_CONTEXT, context) if last is None else last
     if not 1 <= last <= context:
         raise UserError(f"last_context_length = {last}: give 1 to {context}, the local context")
     rows = range(state.rows)

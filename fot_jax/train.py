@@ -106,6 +106,11 @@ def train(
             f"train.positive_mass_every = {positive_mass_every} is not a multiple of "
             f"train.log_every = {log_every}: change one of them"
         )
+    if positive_mass_every and not model.memory_layers:
+        raise UserError(
+            f"train.positive_mass_every = {positive_mass_every}: r_d is of memory layers, and the "
+            "model has none: set it to None"
+        )
     mesh = compute.mesh.make_abstract() if dry_run else compute.mesh.make()
     program = make_program(
         *(mesh, model, data, optimizer, learning_rate, scheme, d, compute, z_loss)
@@ -148,6 +153,9 @@ def train(
                 source = source.with_vocabulary(vocabulary)
             _compare_functions(initialize_from, there, model)
     _check_vocabulary(source, model)
+    evaluated = source
+    if evaluation.source is not None:
+        evaluated = evaluation.source.with_vocabulary(source.vocabulary)
     first_step = int(state.step)
     if first_step > steps:
         raise UserError(
@@ -243,7 +251,7 @@ def train(
     def run(evals, step: int) -> None:
         with metrics.untimed():
             lm = LanguageModel.of(program.transformer, state.params, source.vocabulary)
-            results = run_evals(lm, evals, evaluation.source or source, workdir / "plots")
+            results = run_evals(lm, evals, evaluated, workdir / "plots")
         values = {k: x for e in evals for k, x in e.scalars(results[e.name]).items()}
         if values:
             metrics.write(step, values)
@@ -361,8 +369,14 @@ class History:
 
 def _compare_functions(initialize_from: str, there: ModelConfig, model: ModelConfig) -> None:
     """Warns where a checkpoint's parameters were those of another function than they will be."""
-    for name in ("norm_epsilon", "qk_norm", "rope_theta", "rope_scaling", "norm", "mlp"):
-        before, now = getattr(there, name), getattr(model, name)
+    names = ("norm_epsilon", "qk_norm", "rope_theta", "rope_scaling", "norm", "mlp")
+    compared = [(name, getattr(there, name), getattr(model, name)) for name in names]
+    rotated = [
+        tuple(i for i in range(c.num_layers) if c.memory_positions or i not in c.memory_layers)
+        for c in (there, model)
+    ]
+    compared.append(("positions in the window in layers", *rotated))
+    for name, before, now in compared:
         if before != now and jax.process_index() == 0:
             logging.warning(
                 "%s was trained with %s = %s, this run has %s", initialize_from, name, before, now

@@ -144,6 +144,9 @@ def test_evaluations_that_are_not_for_the_model(here, trained, capsys):
     assert refused_untouched(capsys, *argv, *of_memory) == line
     during = bind("Evaluation.during = (@RetrievalTable(),)", "Evaluation.every = 4")
     assert refused_untouched(capsys, *argv, *during).startswith("RetrievalTable is of memory")
+    measured = bind("train.positive_mass_every = 10")
+    line = "train.positive_mass_every = 10: r_d is of memory layers, and the model has none: set "
+    assert refused_untouched(capsys, *argv, *measured).startswith(line)
     many = bind(
         "Evaluation.evals = (@PerplexityByContext(), @RetrievalTable())",
         "RetrievalTable.queries = 17",

@@ -156,6 +156,10 @@ def test_training_of_another_function_is_warned_of(here, one_device, caplog):
     binding = "ModelConfig.norm_epsilon = 1e-3", 'train.initialize_from = "a"'
     assert runs.train("experiment.gin", "other", *binding, "train.steps = 1") == 0
     assert "was trained with" not in caplog.text
+    binding = *binding, "ModelConfig.memory_positions = False"  # memory_layers are (1,)
+    assert runs.train("experiment.gin", "another", *binding, "train.steps = 1") == 0
+    assert caplog.text.count("was trained with") == 1
+    assert "positions in the window in layers = (0, 1), this run has (0,)" in caplog.text
 
 
 def test_training_from_another_shape(here, one_device, capsys):

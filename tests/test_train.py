@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import logging
 import re
 import shutil
@@ -23,6 +24,7 @@ from runs import (
     write_corpus,
 )
 
+from fot_jax import cli
 from fot_jax import train as train_module
 from fot_jax.data.corpus import Corpus
 from fot_jax.data.synthetic import DictionaryLookup
@@ -261,6 +263,28 @@ def test_the_vocabulary_is_that_of_the_workdir_or_of_the_checkpoint(tmp_path, on
     assert dataclasses.replace(source).vocabulary != first
     assert run("run", 2) == vocabulary
     assert run("tuned", 1, f'train.initialize_from = "{tmp_path / "run"}"') == vocabulary
+
+
+@pytest.mark.slow
+def test_documents_to_evaluate_have_the_vocabulary_of_the_run(tmp_path, one_device, capsys):
+    """As `fot evaluate` reads them."""
+    corpus, other = (write_corpus(tmp_path / name, seed=i) for i, name in enumerate("ab"))
+    bindings = (
+        *("Text.tokenizer = @TrainedSentencePiece()", "TrainedSentencePiece.pieces = 300"),
+        *("ModelConfig.vocab_size = 300", f'Corpus.path = "{corpus}"', "train.steps = 1"),
+        *("train.evaluation = @Evaluation()", "Evaluation.evals = (@PerplexityByContext(),)"),
+        *("PerplexityByContext.memory_sizes = (0,)", "Evaluation.source = @other/Text()"),
+        *("other/Text.corpora = [@other/Corpus()]", f'other/Corpus.path = "{other}"'),
+        "other/Text.tokenizer = @Bytes()",
+    )
+    experiment = write(tmp_path, PACKED)
+    assert runs.train(experiment, tmp_path / "run", *bindings) == 0
+    (trained,) = (row for row in runs.curve(tmp_path / "run") if "loss" not in row)
+    argv = ["evaluate", str(experiment), "--checkpoint", str(tmp_path / "run")]
+    output = ["--output", str(tmp_path / "results.json")]
+    assert cli.main([*argv, *output, *runs.bind(*bindings)]) == 0
+    (row,) = json.loads((tmp_path / "results.json").read_text())["perplexity_by_context"]
+    assert row["perplexity"] == pytest.approx(trained["valid_perplexity/memory_0"], rel=1e-4)
 
 
 # --- What is not finite --------------------------------------------------------------------------

@@ -110,7 +110,7 @@ class Figure:
             (line,) = axes.plot(x, y, "o-", label=model)
             axes.fill_between(x, least, most, color=line.get_color(), alpha=0.25, linewidth=0)
         sizes = sorted({row[self.x] for row in rows})
-        plots.sizes_along(axes, sizes, linear_to=max(1, min(size for size in sizes if size)))
+        plots.sizes_along(axes, sizes, linear_to=min((size for size in sizes if size), default=1))
         if self.percent:
             axes.set_ylim(-3, 103)
         axes.set_xlabel(self.labels[0])

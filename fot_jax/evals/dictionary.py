@@ -85,6 +85,11 @@ class DictionaryAccuracy:
         remembers = bool(lm.config.memory_layers)
         if not remembers:
             sizes = [size for size in sizes if size <= LONGEST_WINDOW]
+            if not sizes:
+                raise UserError(
+                    "the model has no memory, and DictionaryAccuracy.sizes are all more than the "
+                    f"{LONGEST_WINDOW:,} tokens that it is given in a window: add smaller ones"
+                )
         dictionary = source.dictionary(
             np.random.default_rng((self.seed, 0)), sizes[-1] // source.half * source.records
         )

@@ -19,7 +19,7 @@ from fot_jax.evals import plots
 from fot_jax.generate import LanguageModel
 from fot_jax.model.lookup import Dense, Lookup
 from fot_jax.progress import bar
-from fot_jax.reading import State, all_of_a_text
+from fot_jax.reading import State, all_of_a_text, last_context
 
 # Fields of a row: the question, and its answer or list of answers; how a demonstration is written.
 FORMS = {
@@ -93,14 +93,18 @@ class FewShot:
         demonstrations = self._examples("train")
         questions = self._examples(self.split)[: self.questions]
         memory, rows = all_of_a_text(lm.config, self.storage, self.lookup), []
+        encode = source.vocabulary.encode
+        longest = max(len(encode(self._written(question))) for question in questions)
+        more = longest + self.answer_tokens  # than the demonstrations, in the window
         with bar(len(self.lengths) * self.draws * len(questions)) as progress:
             for length in self.lengths:
                 found, shown = [], []
                 for draw in range(self.draws):
                     rng = np.random.default_rng((self.seed, length, draw))
                     order = [demonstrations[i] for i in rng.permutation(len(demonstrations))]
-                    tokens, count = self._context(source.vocabulary, order, questions, length)
-                    state = lm.read(tokens, memory=memory)
+                    tokens, count = self._context(source.vocabulary, order, longest, length)
+                    last = last_context(lm.config, more)
+                    state = lm.read(tokens, memory=memory, last_context_length=last)
                     right = 0
                     for start in range(0, len(questions), self.rows):
                         asked = questions[start : start + self.rows]
@@ -143,9 +147,8 @@ class FewShot:
             form = form[: form.index(" {answer}")]
         return form.format(question=example.question, answer=answer)
 
-    def _context(self, vocabulary, order, questions, length: int) -> tuple[list[int], int]:
+    def _context(self, vocabulary, order, longest: int, length: int) -> tuple[list[int], int]:
         """Tokens of as many demonstrations as fit with any question, and how many these are."""
-        longest = max(len(vocabulary.encode(self._written(each))) for each in questions)
         start = vocabulary.eos if vocabulary.bos is None else vocabulary.bos
         tokens, count = [start], 0
         room = length - longest - self.answer_tokens

@@ -1,6 +1,7 @@
 """Tasks of EleutherAI's lm-evaluation-harness, on a model with memory (paper §5, short tasks).
 
-Texts longer than the local context are read window by window into memory, and nothing is cut off.
+Texts longer than the local context are read window by window into memory, and nothing is cut off;
+of models without memory the last window sees no other.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from fot_jax.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.evals import plots
 from fot_jax.generate import LanguageModel
 from fot_jax.model.lookup import Dense, Lookup
-from fot_jax.reading import MemoryConfig, all_of_a_text
+from fot_jax.model.transformer import ModelConfig
+from fot_jax.reading import MemoryConfig, all_of_a_text, last_context
 
 DEFAULT_NEW_TOKENS = 256  # where a task does not say how many
 
@@ -55,6 +57,11 @@ class LmEval:
         if not self.tasks:
             raise UserError("LmEval.tasks = (): give the name of one task or more")
 
+    def check(self, model: ModelConfig) -> None:
+        """Raises UserError, whatever the model, where there is no harness."""
+        if importlib.util.find_spec("lm_eval") is None:
+            raise UserError("LmEval needs the harness: pip install -e '.[lm_eval]'")
+
     def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
         """One row a task and metric: value, standard error where there is one.
 
@@ -63,8 +70,7 @@ class LmEval:
         Raises:
           UserError: the harness is not installed, or knows no such task.
         """
-        if importlib.util.find_spec("lm_eval") is None:
-            raise UserError("LmEval needs the harness: pip install -e '.[lm_eval]'")
+        self.check(lm.config)
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
 
@@ -173,6 +179,7 @@ def _adapter(lm: LanguageModel, vocabulary: Any, memory: MemoryConfig, rows: int
                 temperature=temperatures.pop(),
                 stop=(vocabulary.eos,),
                 memory=memory,
+                last_context_length=last_context(lm.config, max(longest)),
             )
             tokens = (new[:most] for new, most in zip(written, longest, strict=True))
             texts = map(vocabulary.decode, tokens)
@@ -181,10 +188,12 @@ def _adapter(lm: LanguageModel, vocabulary: Any, memory: MemoryConfig, rows: int
     def _scores(texts: Sequence[list[int]]):
         """(nats, correct) of every token but the first of each text, in order."""
         found: list[Any] = [None] * len(texts)
+        last = last_context(lm.config)
         by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         for _, alike in itertools.groupby(by_length, key=lambda i: len(texts[i])):
             for some in _batches(list(alike), rows):
-                scores = lm.score([texts[i] for i in some], memory=memory)
+                texts_now = [texts[i] for i in some]
+                scores = lm.score(texts_now, memory=memory, last_context_length=last)
                 for i, nats, correct in zip(some, *scores, strict=True):
                     found[i] = (nats, correct)
         return found

@@ -15,7 +15,7 @@ from fot_jax.evals import plots
 from fot_jax.generate import LanguageModel
 from fot_jax.model.lookup import Dense, Lookup
 from fot_jax.progress import bar
-from fot_jax.reading import MemoryConfig, all_of_a_text
+from fot_jax.reading import MemoryConfig, all_of_a_text, last_context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _retrieved(lm: LanguageModel, texts, memory: MemoryConfig, progress) -> int:
         new_tokens,
         temperature=0,
         memory=memory,
-        last_context_length=_last_context(lm, new_tokens),
+        last_context_length=last_context(lm.config, new_tokens),
         progress=progress,
     )
     pairs = zip(written, answers, strict=True)
@@ -144,7 +144,7 @@ def _retrieved(lm: LanguageModel, texts, memory: MemoryConfig, progress) -> int:
 def _retrieved_apart(lm: LanguageModel, prompt, answer, memory: MemoryConfig, progress) -> bool:
     """Whether the model writes the number down, having read windows apart but for the last."""
     context = lm.config.local_context
-    before, last = np.split(prompt, [max(0, len(prompt) - _last_context(lm, len(answer)))])
+    before, last = np.split(prompt, [max(0, len(prompt) - last_context(lm.config, len(answer)))])
     windows, rest = np.split(before, [len(before) - len(before) % context])
     shared, state = dataclasses.replace(memory, shared=True), None
     for part in (windows.reshape(-1, context), rest[None]):
@@ -152,12 +152,6 @@ def _retrieved_apart(lm: LanguageModel, prompt, answer, memory: MemoryConfig, pr
             state = lm.remember(part, memory=shared, state=state, progress=progress)
     written = lm.generate(last.tolist(), len(answer), temperature=0, state=state, progress=progress)
     return written == answer.tolist()
-
-
-def _last_context(lm: LanguageModel, new_tokens: int) -> int:
-    """Tokens of the prompt that stay in the window: there is room for the number beside them."""
-    room = lm.config.local_context - new_tokens
-    return max(1, min(1024, room) if lm.config.memory_layers else room)
 
 
 def _by_length(rows) -> dict[int, float]:

@@ -51,6 +51,8 @@ class Sample:
             raise UserError(f"the {self.split} split has no document to sample from")
         prompt = document.tokens[: self.prompt_tokens].tolist()
         size = self.memory if lm.config.memory_layers else 0
+        if lm.config.memory_before:
+            size = min(size, lm.config.local_context)  # it sees no more
         new = lm.generate(
             prompt,
             self.new_tokens,

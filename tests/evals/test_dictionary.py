@@ -139,6 +139,12 @@ def test_a_model_without_memory_has_it_all_in_its_window(monkeypatch):
     assert [row["accuracy"] for row in rows] == pytest.approx(want.tolist())
 
 
+def test_a_model_without_memory_and_dictionaries_that_are_all_too_large(monkeypatch):
+    monkeypatch.setattr("fot_jax.evals.dictionary.LONGEST_WINDOW", 96)
+    with pytest.raises(UserError, match="sizes are all more than the 96 tokens that it is given"):
+        evaluation(sizes=(640,)).run(Scholar(memory_layers=()), TASK)
+
+
 def test_what_the_rows_become(tmp_path):
     rows = [
         {"dictionary": 512, "accuracy": 0.9986, "tokens": 1600},

@@ -23,11 +23,12 @@ QUESTIONS = [(f"What is number {i} ?", f"KIND{i % 3}:sub{i}") for i in range(40)
 class Copier:
     """Answers a question that was among the demonstrations, and goes on; else "no"."""
 
-    def __init__(self, memory_layers=(1,), how="{}\n\nQuestion: "):
-        self.config = types.SimpleNamespace(memory_layers=memory_layers)
-        self.how, self.contexts, self.asked, self.memories = how, [], [], []
+    def __init__(self, memory_layers=(1,), how="{}\n\nQuestion: ", context=1500):
+        self.config = types.SimpleNamespace(memory_layers=memory_layers, local_context=context)
+        self.how, self.contexts, self.asked, self.memories, self.last = how, [], [], [], []
 
-    def read(self, tokens, *, memory):
+    def read(self, tokens, *, memory, last_context_length):
+        self.last.append(last_context_length)
         text = Bytes().decode(tokens)
         assert tokens[0] == Bytes.bos and len(tokens) == 1 + len(text)
         shown = dict(DEMONSTRATION.findall(text))
@@ -127,7 +128,7 @@ def test_any_of_several_answers(tmp_path):
     said = {"who?": " elizabeth  ii\n", "where?": " Rome, Italy\n"}
 
     class Speaker(Copier):
-        def read(self, tokens, *, memory):
+        def read(self, tokens, **_):
             text = Bytes().decode(tokens)
             assert "Question: who?\nAnswer: The Queen\n\n" in text
             return types.SimpleNamespace(repeated=lambda rows: None)
@@ -138,6 +139,15 @@ def test_any_of_several_answers(tmp_path):
 
     (row,) = evaluation(tmp_path, form="webqs", lengths=(400,)).run(Speaker(), SOURCE)
     assert row["accuracy"] == 0.5
+
+
+def test_the_question_has_room_in_the_window(directory):
+    """Of a model without memory, all of it: it does not see what was in another."""
+    for memory_layers, context, last in (((1,), 1500, 1024), ((1,), 500, None), ((), 1500, None)):
+        copier = Copier(memory_layers, context=context)
+        evaluation(directory).run(copier, SOURCE)
+        longest = max(n for _, n in copier.asked)
+        assert set(copier.last) == {last or context - longest - 16}
 
 
 def test_memory_is_as_asked_for(directory):

@@ -27,10 +27,11 @@ class Speaker:
     """Finds the sound that it believes in likely, letter by letter, and all others unlikely."""
 
     def __init__(self, memory_layers=(1,)):
-        self.config = types.SimpleNamespace(memory_layers=memory_layers)
-        self.memories, self.sizes = [], []
+        self.config = types.SimpleNamespace(memory_layers=memory_layers, local_context=2048)
+        self.memories, self.sizes, self.last = [], [], set()
 
-    def score(self, texts, *, memory):
+    def score(self, texts, *, memory, last_context_length):
+        self.last.add(last_context_length)
         assert len({len(text) for text in texts}) == 1 and len(texts) <= 3
         self.memories.append(memory)
         self.sizes.append(len(texts))
@@ -43,7 +44,8 @@ class Speaker:
                 row[-len(answer) :] = 0.1 if right else 3.0
         return Scores(nats, nats < 1)
 
-    def generate(self, prompts, max_new_tokens, *, temperature, stop, memory):
+    def generate(self, prompts, max_new_tokens, *, temperature, stop, memory, last_context_length):
+        self.last.add(last_context_length)
         assert temperature == 0 and stop == (Bytes.eos,) and len(prompts) <= 3
         written = []
         for prompt in prompts:
@@ -137,6 +139,7 @@ def test_tasks_score_what_the_model_knows(tasks, tmp_path):
     nats = 0.5  # a letter, and as many letters as bytes
     assert found["rolled", "byte_perplexity"] == pytest.approx(np.exp(nats))
     assert set(speaker.memories) == {MemoryConfig()} and max(speaker.sizes) == 3
+    assert speaker.last == {1024}
 
     assert "lm_eval/choices/acc,none" in each.scalars(rows)
     assert "exact_match" in each.table(rows) and "0.600" in each.table(rows)
@@ -153,8 +156,9 @@ def test_as_asked_for(tasks):
     assert by_metric(rows)["choices", "acc"] == 1 / 2  # cow and dog
     assert set(speaker.memories) == {MemoryConfig(storage="int8", lookup=TopK(7))}
     speaker = Speaker(memory_layers=())
-    evaluation(tasks, "choices").run(speaker, SOURCE)
+    evaluation(tasks, "choices", "written").run(speaker, SOURCE)
     assert set(speaker.memories) == {EVERYTHING}
+    assert speaker.last == {2048, 2048 - 12}  # all that fits, beside what is written
 
 
 @pytest.mark.parametrize(

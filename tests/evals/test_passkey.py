@@ -11,9 +11,9 @@ import pytest
 from fot_jax.data.synthetic import FILLER, PASSKEY_QUESTION, TASK, Passkey
 from fot_jax.data.vocabulary import Bytes
 from fot_jax.errors import UserError
-from fot_jax.evals.passkey import PasskeyRetrieval, _last_context
+from fot_jax.evals.passkey import PasskeyRetrieval
 from fot_jax.model.lookup import Dense, TopK
-from fot_jax.reading import EVERYTHING, MemoryConfig
+from fot_jax.reading import EVERYTHING, MemoryConfig, last_context
 
 SOURCE = types.SimpleNamespace(vocabulary=Bytes())
 STATEMENT = re.compile(r" The pass key is (\d{5})\. Remember it\. \1 is the pass key\. ")
@@ -30,7 +30,7 @@ class Reader:
         self, prompts, max_new_tokens, *, temperature, memory, last_context_length, progress
     ):
         assert max_new_tokens == 6 and temperature == 0 and len(prompts) <= 2
-        assert last_context_length == _last_context(self, max_new_tokens)
+        assert last_context_length == last_context(self.config, max_new_tokens)
         self.options.append(memory)
         written = []
         for prompt in prompts:
@@ -50,7 +50,7 @@ class ReaderOfWindows(Reader):
         return [*(state or ()), *windows.tolist()]
 
     def generate(self, prompt, max_new_tokens, *, temperature, state, progress):
-        context, last = self.config.local_context, _last_context(self, max_new_tokens)
+        context, last = self.config.local_context, last_context(self.config, max_new_tokens)
         windows = state or []
         assert all(len(window) == context for window in windows[:-1])
         assert len(prompt) == last or not windows and len(prompt) < last
@@ -114,10 +114,10 @@ def test_windows_apart(context):
 
 def test_the_number_has_room_in_the_window():
     """It is written in the window of the question."""
-    assert _last_context(Reader(context=256), 6) == 250
-    assert _last_context(Reader(context=2048), 6) == 1024
-    assert _last_context(Reader(context=4), 6) == 1
-    assert _last_context(Reader(context=4096, memory_layers=()), 6) == 4090  # it has no other
+    assert last_context(Reader(context=256).config, 6) == 250
+    assert last_context(Reader(context=2048).config, 6) == 1024
+    assert last_context(Reader(context=4).config, 6) == 1
+    assert last_context(Reader(context=4096, memory_layers=()).config, 6) == 4090  # it has no other
 
 
 def test_windows_apart_of_a_model_without_memory():

@@ -16,6 +16,7 @@ class Recorder:
     class config:  # noqa: N801
         local_context = 16
         memory_layers = (1,)
+        memory_before = False
 
     def generate(self, tokens, max_new_tokens, **options):
         self.called = tokens, max_new_tokens, options
@@ -52,6 +53,16 @@ def test_continues_the_start_of_the_first_document():
     assert row == {"prompt": text[16:80].decode(), "continuation": "hello"}
     assert evaluation.table([row]) == f"…{row['prompt']} ▌hello"
     assert evaluation.scalars([row]) == {}
+
+
+def test_a_model_that_sees_the_window_before_has_a_memory_of_one_window():
+    class TransformerXL(Recorder):
+        class config(Recorder.config):  # noqa: N801
+            memory_before = True
+
+    lm = TransformerXL()
+    Sample(split="test").run(lm, Text(b"abc"))
+    assert lm.called[2]["memory"] == MemoryConfig(16)
 
 
 def test_an_empty_split_is_refused():
