@@ -3,6 +3,9 @@
 import dataclasses
 import importlib.util
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -55,22 +58,20 @@ def tiny(reproduce, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_figure(reproduce, tiny, cache, tmp_path, monkeypatch, capsys):
     """Stopped in its second of four runs, it does that and the others, and none twice."""
-    real, verbs = subprocess.run, []
+    record = sys.modules["record"]
+    real, verbs = record.fot, []
     for name, value in runs.QUICK.items():
         monkeypatch.setenv(name.upper(), str(value))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
 
-    def stopped(command, **options):
-        if command[1:3] == ["-m", "fot_jax"]:
-            name = "--workdir" if command[3] == "train" else "--checkpoint"
-            verbs.append((command[3], Path(command[command.index(name) + 1]).name))
-            if len(verbs) == 2:
-                return subprocess.CompletedProcess(command, 143)
-        return real(command, **options)
+    def stopped(command):
+        name = "--workdir" if command[0] == "train" else "--checkpoint"
+        verbs.append((command[0], Path(command[command.index(name) + 1]).name))
+        return 143 if len(verbs) == 2 else real(command)
 
-    monkeypatch.setattr(subprocess, "run", stopped)
+    monkeypatch.setattr(record, "fot", stopped)
     assert reproduce.main(tiny) == 143
-    assert not (tmp_path / "results").exists()
+    assert not list((tmp_path / "results").iterdir())
     assert reproduce.main(tiny) == 0
     trained = [("train", name) for name in ("base_0", "fot_0", "fot_0", "base_1", "fot_1")]
     evaluated = [("evaluate", name) for name in ("fot_0", "fot_1")]
@@ -98,6 +99,65 @@ def test_a_figure(reproduce, tiny, cache, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert reproduce.main(tiny) == 0  # from what is there
     assert len(verbs) == 7 and "| 16 | " in capsys.readouterr().out
+
+    (workdirs / "fot_1" / "results.json").unlink()
+    assert reproduce.main(tiny) == 0
+    assert verbs[7:] == [("evaluate", "fot_1")]
+    before = runs.files("results")
+    for file, text, message in (
+        ("progress.json", '{"done": ["tr', "cannot be read (Unterminated string"),
+        ("progress.json", "[]", "has no settings: remove it to do this again"),
+        ("progress.json", '{"settings": {}, "done": "train"}', "has no done"),
+        ("results.json", '{"perplexity": []}', "has no dictionary_accuracy: remove it"),
+    ):
+        whole = (workdirs / "fot_0" / file).read_text()
+        (workdirs / "fot_0" / file).write_text(text)
+        with pytest.raises(SystemExit, match=f"fot_0/{file}: {re.escape(message)}"):
+            reproduce.main(tiny)
+        (workdirs / "fot_0" / file).write_text(whole)
+    with pytest.raises(SystemExit, match="base_0 was made with other settings"):
+        reproduce.main([*tiny, "--gin", "train.steps = 5"])
+    assert len(verbs) == 8 and runs.files("results") == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--only", "base"], "--only base: others start from it, there is nothing to draw"),
+        (["--results", "tiny.gin"], "--results tiny.gin: no directory there (File exists)"),
+    ],
+)
+def test_refused_before_anything_is_trained(reproduce, tiny, tmp_path, argv, message):
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        reproduce.main([*tiny, *argv])
+    assert not (tmp_path / "workdirs").exists()
+
+
+def test_workdirs_are_local(reproduce, tiny, capsys):
+    with pytest.raises(SystemExit):
+        reproduce.main([*tiny, "--dry_run", "--workdirs", "gs://bucket/x"])
+    assert "'gs://bucket/x': give a directory of this machine" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_it_with_what_it_has_saved(cache, tmp_path, how):
+    """^C reaches the whole group, and training all the same just once."""
+    tiny = [f"ModelConfig.{n} = 16" for n in ("hidden_size", "mlp_dim", "head_dim")]
+    argv = ["dictionary_cpu", "--workdirs", str(tmp_path), "--results", str(tmp_path / "results")]
+    argv += runs.bind(*tiny, "train.log_every = 1", "train.steps = 100_000")
+    program = (str(REPRODUCE),)
+    process = runs.start(argv, cache, program, start_new_session=True, bufsize=1)
+    while not (line := process.stderr.readline()).startswith("step 3/"):
+        assert line, process.stdout.read()
+    (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + how and "Traceback" not in err
+    assert f"stopped by {how.name} after step" in out + err
+    workdir = tmp_path / "dictionary_cpu" / "short_0"
+    assert len(runs.steps_saved(workdir)) == 1
+    progress = json.loads((workdir / "progress.json").read_text())
+    assert progress["done"] == [] and progress["seconds"] > 0
 
 
 def test_ranges_are_over_seeds_and_not_over_what_one_seed_has_several_of():

@@ -12,15 +12,14 @@ import dataclasses
 import json
 import os
 import shlex
-import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from figure import Figure, Run
 from figures import FIGURES
+from record import Record, read_object
 
 from fot_jax.provenance import provenance
 
@@ -41,10 +40,18 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         print("\n".join(map(shlex.join, commands)))
         return 0
+    if not any(run.model for run in runs):
+        sys.exit(f"--only {','.join(args.only)}: others start from it, there is nothing to draw")
+    results = Path(args.results)
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"--results {results}: no directory there ({error.strerror}): choose another")
+    records = {run.name: Record.of(run, workdirs / run.name) for run in runs}
     for run in runs:
-        if code := _carry_out(run, workdirs):
+        if code := _carry_out(run, records[run.name], workdirs):
             return code
-    _report(args.figure, figure, runs, workdirs, Path(args.results))
+    _report(args.figure, figure, runs, records, workdirs, results)
     return 0
 
 
@@ -67,7 +74,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="fot,d1",
         help="of the figure's runs, by their names in --dry_run, and what they start from",
     )
-    parser.add_argument("--workdirs", default="workdirs/reproduce", metavar="DIR")
+    parser.add_argument(
+        "--workdirs",
+        type=_local,
+        default="workdirs/reproduce",
+        metavar="DIR",
+        help="of this machine",
+    )
     parser.add_argument(
         "--results", default=str(HERE / "results"), metavar="DIR", help="for the JSON and the PNG"
     )
@@ -80,6 +93,14 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(dict.fromkeys(int(number) for number in text.split(",")))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: give seeds, 0,1,2") from error
+
+
+def _local(path: str) -> str:
+    if "://" in path:
+        raise argparse.ArgumentTypeError(
+            f"{path!r}: give a directory of this machine; for a pod, --dry_run prints the commands"
+        )
+    return path
 
 
 def _chosen(runs: list[Run], only: list[str] | None) -> list[Run]:
@@ -104,7 +125,7 @@ def _commands(run: Run, workdirs: Path) -> list[list[str]]:
     files = [os.path.relpath(HERE / file) for file in run.files]
     bindings = list(run.bindings)
     if run.start is not None:
-        bindings.append(f'train.initialize_from = "{workdirs / run.start}"')
+        bindings.append(f"train.initialize_from = {json.dumps(str(workdirs / run.start))}")
     gin = [word for binding in bindings for word in ("--gin", binding)]
     workdir = str(workdirs / run.name)
     no_evals = ["--gin", "Evaluation.evals = ()"]
@@ -118,48 +139,41 @@ def _result(run: Run, workdirs: Path) -> Path:
     return workdirs / run.name / "results.json"
 
 
-def _carry_out(run: Run, workdirs: Path) -> int:
+def _carry_out(run: Run, record: Record, workdirs: Path) -> int:
     """Runs what has not been done; the exit code."""
-    progress = _progress(run, workdirs)
+    if not _result(run, workdirs).exists() and "evaluate" in record.done:
+        record.done.remove("evaluate")
     for command in _commands(run, workdirs):
-        verb = command[1]
-        if verb in progress["done"]:
-            continue
-        print(f"\n{run.name}: {shlex.join(command)}", flush=True)
-        began = time.time()
-        try:
-            code = subprocess.run([sys.executable, "-m", "fot_jax", *command[1:]]).returncode
-        finally:
-            progress["seconds"] += time.time() - began
-            if (workdirs / run.name).is_dir():
-                (workdirs / run.name / "progress.json").write_text(json.dumps(progress))
-        if code:
+        if command[1] not in record.done:
+            print(f"\n{run.name}: {shlex.join(command)}", flush=True)
+        if code := record.carry_out(command[1], command[1:]):
             return code
-        progress["done"].append(verb)
-        (workdirs / run.name / "progress.json").write_text(json.dumps(progress))
     return 0
-
-
-def _progress(run: Run, workdirs: Path) -> dict:
-    """Verbs that are done, and seconds spent, those of runs that were stopped among them."""
-    file = workdirs / run.name / "progress.json"
-    return json.loads(file.read_text()) if file.exists() else {"done": [], "seconds": 0.0}
 
 
 # --- Report --------------------------------------------------------------------------------------
 
 
-def _report(name: str, figure: Figure, runs: list[Run], workdirs: Path, results: Path) -> None:
+def _report(
+    name: str,
+    figure: Figure,
+    runs: list[Run],
+    records: dict[str, Record],
+    workdirs: Path,
+    results: Path,
+) -> None:
     """Prints the table, and writes it with all numbers to NAME.json, and NAME.png."""
     found: dict[str, list] = {}
     for run in runs:
         if run.model:
-            found.setdefault(run.model, []).append(json.loads(_result(run, workdirs).read_text()))
+            fields = {figure.evaluation: list, "made": dict}
+            result = read_object(_result(run, workdirs), **fields)
+            found.setdefault(run.model, []).append(result)
     of_runs = [each for of_model in found.values() for each in of_model]
     rows = figure.rows(found)
     table = figure.table(rows)
     print(f"\n{figure.title}\n\n{table}\n\nThe paper: {figure.paper}")
-    seconds = {run.name: round(_progress(run, workdirs)["seconds"]) for run in runs}
+    seconds = {run.name: round(records[run.name].seconds) for run in runs}
     content = {
         "figure": figure.title,
         "paper": figure.paper,
@@ -172,11 +186,10 @@ def _report(name: str, figure: Figure, runs: list[Run], workdirs: Path, results:
         "seconds in all": sum(seconds.values()),
         "rows": rows,
     }
-    results.mkdir(parents=True, exist_ok=True)
     whole = results / f"{name}.json.partial"
     whole.write_text(json.dumps(content, indent=1) + "\n")
-    whole.replace(results / f"{name}.json")
     figure.draw(rows, results / f"{name}.png")
+    whole.replace(results / f"{name}.json")
 
 
 def _different(values: Iterable) -> list:

@@ -1,0 +1,108 @@
+"""What has been done of a run, kept in its workdir, so that nothing is done twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from figure import Run
+
+
+@dataclasses.dataclass
+class Record:
+    """Of one run.
+
+    Attributes:
+      file: in its workdir.
+      settings: files, bindings and start that it was made with.
+      done: verbs of `fot`.
+      seconds: spent, those of commands that were stopped among them.
+    """
+
+    file: Path
+    settings: dict[str, Any]
+    done: list[str] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, run: Run, workdir: Path) -> Record:
+        """What the workdir says, or nothing yet; ends the program if it is of other settings."""
+        file = workdir / "progress.json"
+        settings = {"files": [*run.files], "bindings": [*run.bindings], "start": run.start}
+        if not file.exists():
+            return cls(file, settings)
+        content = read_object(file, settings=dict, done=list, seconds=(int, float))
+        if content["settings"] != settings:
+            sys.exit(
+                f"{workdir} was made with other settings ({file}): give the same --gin, or other "
+                "--workdirs; to make it anew, remove it"
+            )
+        return cls(file, **content)
+
+    def carry_out(self, verb: str, command: Sequence[str]) -> int:
+        """Runs a command of `fot`, unless it is done; its exit code."""
+        if verb in self.done:
+            return 0
+        began, code = time.time(), 1
+        try:
+            code = fot(command)
+        finally:
+            self.seconds += time.time() - began
+            if code == 0:
+                self.done.append(verb)
+            if self.file.parent.is_dir():
+                self._save()
+        return code
+
+    def _save(self) -> None:
+        content = {name: getattr(self, name) for name in ("settings", "done", "seconds")}
+        whole = self.file.with_name(f"{self.file.name}.partial")
+        whole.write_text(json.dumps(content, indent=1) + "\n")
+        whole.replace(self.file)
+
+
+def read_object(file: Path, **fields: type | tuple[type, ...]) -> dict[str, Any]:
+    """A JSON file with an object of these fields; ends the program with a line if it is none."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        sys.exit(f"{file}: cannot be read ({error}): remove it to do this again")
+    for name, kind in fields.items():
+        if not isinstance(content, dict) or not isinstance(content.get(name), kind):
+            sys.exit(f"{file}: has no {name}: remove it to do this again")
+    return content
+
+
+def fot(command: Sequence[str]) -> int:
+    """`fot` with these words; a signal to stop is passed on to it, and it saves what it has.
+
+    Returns:
+      Its exit code; 128 and the signal's number, if there was one.
+    """
+    # In a session of its own: a ^C reaches this program alone, and `fot` once.
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fot_jax", *command],
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
+    )
+    asked = []
+
+    def pass_on(signum, frame):
+        asked.append(signum)
+        process.send_signal(signum)
+
+    before = {each: signal.signal(each, pass_on) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = process.wait()
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    return 128 + asked[0] if asked else code
