@@ -19,6 +19,8 @@ from fot_jax.model.transformer import ModelConfig
 from fot_jax.paths import absolute, path_of
 from fot_jax.provenance import provenance
 
+OF_RESULTS = "checkpoint", "made"  # what results hold beside the rows of each evaluation
+
 
 class Eval(Protocol):
     """One evaluation: a frozen dataclass in evals/."""
@@ -39,11 +41,11 @@ class Eval(Protocol):
 
 
 @runtime_checkable
-class ForSomeModels(Protocol):
-    """An evaluation that not every model can have."""
+class Checked(Protocol):
+    """An evaluation that not every model can have, or that needs something that may be missing."""
 
     def check(self, model: ModelConfig) -> None:
-        """Raises UserError for the others."""
+        """Raises UserError where that is so."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,10 @@ class Evaluation:
             )
         for field in ("evals", "during"):
             names = [each.name for each in getattr(self, field)]
+            if taken := [name for name in names if name in OF_RESULTS]:
+                raise UserError(
+                    f"the name {taken[0]!r} of an evaluation: results have it already, give another"
+                )
             if odd := [name for name in names if not re.fullmatch(r"[\w.-]+", name)]:
                 raise UserError(f"the name {odd[0]!r} of an evaluation: give letters, digits or _")
             if twice := next((name for name in names if names.count(name) > 1), None):
@@ -79,9 +85,9 @@ class Evaluation:
                 )
 
     def check(self, model: ModelConfig) -> None:
-        """Raises UserError for a model that one of them is not for."""
+        """Raises UserError where one of them cannot be had, of this model or here."""
         for each in (*self.evals, *self.during):
-            if isinstance(each, ForSomeModels):
+            if isinstance(each, Checked):
                 each.check(model)
 
 
@@ -102,7 +108,12 @@ def evaluate(
       evaluation: what to run; its own source, if it has one, comes before `source`.
       dtype, devices: as of LanguageModel.load.
       output: a JSON file for {evaluation: rows}, and for what made it; plots go beside it.
+
+    Raises:
+      UserError: there is nothing to evaluate, or something that this checkpoint cannot have.
     """
+    if not evaluation.evals:
+        raise UserError("the experiment evaluates nothing: set Evaluation.evals")
     lm = LanguageModel.load(checkpoint, dtype=dtype, devices=devices)
     evaluation.check(lm.config)
     plots = None if output is None else _directory_of(output)
@@ -127,6 +138,8 @@ def _directory_of(output: str) -> epath.Path:
     # epath takes devices and pipes, too, for files.
     if path.is_dir() or os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{output}: not a file: give the name of one, new or to be replaced")
+    if path.suffix == ".png":
+        raise UserError(f"{output}: plots have such names, and this is JSON: give another")
     try:
         absolute(path).parent.mkdir(parents=True, exist_ok=True)
         partial.write_text("")

@@ -321,6 +321,22 @@ def test_output_that_is_no_file(here, trained, capsys, output):
     assert line == f"{output}: not a file: give the name of one, new or to be replaced"
 
 
+def test_output_that_would_be_a_plot(here, trained, capsys):
+    line = refused_untouched(capsys, *evaluate(trained, "--output", "results/x.png"))
+    assert line == "results/x.png: plots have such names, and this is JSON: give another"
+
+
+def test_nothing_to_evaluate(here, trained, capsys):
+    argv = evaluate(trained, "--output", "results.json", *bind("Evaluation.evals = ()"))
+    line = refused_untouched(capsys, *argv)
+    assert line == "the experiment evaluates nothing: set Evaluation.evals"
+
+
+def test_names_that_results_have_already(here, trained, capsys):
+    argv = evaluate(trained, *bind('PerplexityByContext.name = "made"'))
+    assert "the name 'made' of an evaluation: results have it" in refused_untouched(capsys, *argv)
+
+
 def test_output_that_cannot_be_written(here, trained, capsys):
     argv = evaluate(trained, "--output", "experiment.gin/results.json")
     assert refused_untouched(capsys, *argv) == (

@@ -18,6 +18,8 @@ from fot_jax.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.evals import plots
 from fot_jax.generate import LanguageModel
 from fot_jax.model.lookup import Dense, Lookup
+from fot_jax.model.transformer import ModelConfig
+from fot_jax.paths import path_of
 from fot_jax.progress import bar
 from fot_jax.reading import State, all_of_a_text, last_context
 
@@ -82,6 +84,14 @@ class FewShot:
         for length in self.lengths:
             check_range("FewShot", 1, 2**30, lengths=length)
 
+    def check(self, model: ModelConfig) -> None:
+        """Raises UserError, whatever the model, where there are no questions."""
+        if not self.path or not path_of(self.path).is_dir():
+            raise UserError(
+                f"FewShot.path = {self.path!r}: no such directory: give one with train.jsonl and "
+                f"{self.split}.jsonl, or the same as .jsonl.gz"
+            )
+
     def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, float]]:
         """One row a length: demonstrations, accuracy, half a 95 % interval of its mean, questions.
 
@@ -90,6 +100,7 @@ class FewShot:
         Raises:
           UserError: no rows, or rows of another form; a length without room for a question.
         """
+        self.check(lm.config)
         demonstrations = self._examples("train")
         questions = self._examples(self.split)[: self.questions]
         memory, rows = all_of_a_text(lm.config, self.storage, self.lookup), []

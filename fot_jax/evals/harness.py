@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import itertools
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
 from fot_jax.data.lanes import DocumentSource
-from fot_jax.errors import LARGEST_SEED, UserError, check_range
+from fot_jax.errors import UserError, check_range
 from fot_jax.evals import plots
 from fot_jax.generate import LanguageModel
 from fot_jax.model.lookup import Dense, Lookup
@@ -53,7 +54,7 @@ class LmEval:
     def __post_init__(self):
         check_range("LmEval", 1, rows=self.rows, limit=self.limit)
         check_range("LmEval", 0, num_fewshot=self.num_fewshot)
-        check_range("LmEval", 0, LARGEST_SEED, seed=self.seed)
+        check_range("LmEval", 0, 2**32 - 1, seed=self.seed)
         if not self.tasks:
             raise UserError("LmEval.tasks = (): give the name of one task or more")
 
@@ -61,6 +62,11 @@ class LmEval:
         """Raises UserError, whatever the model, where there is no harness."""
         if importlib.util.find_spec("lm_eval") is None:
             raise UserError("LmEval needs the harness: pip install -e '.[lm_eval]'")
+        if self.include_path is not None and not os.path.isdir(self.include_path):
+            raise UserError(
+                f"LmEval.include_path = {self.include_path!r}: no such directory: give one with "
+                "the YAML files of tasks"
+            )
 
     def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
         """One row a task and metric: value, standard error where there is one.
@@ -72,7 +78,7 @@ class LmEval:
         """
         self.check(lm.config)
         from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
+        from lm_eval.tasks import TaskManager, get_task_dict
 
         manager = TaskManager(include_path=self.include_path)
         if unknown := [task for task in self.tasks if task not in manager.all_tasks]:
@@ -80,6 +86,14 @@ class LmEval:
                 f"LmEval.tasks: the harness knows no {', '.join(unknown)}: see lm-eval ls tasks, "
                 "or set LmEval.include_path to a directory with it"
             )
+        try:
+            get_task_dict([*self.tasks], manager)
+        except Exception as error:  # of any kind, from its YAML, templates, functions and data
+            what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            raise UserError(
+                f"LmEval.tasks: the harness cannot load {', '.join(self.tasks)} ({what}): mend the "
+                "task, or see to its data"
+            ) from error
         memory = all_of_a_text(lm.config, self.storage, self.lookup)
         seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
         found = simple_evaluate(
@@ -91,7 +105,7 @@ class LmEval:
             log_samples=False,
             **dict.fromkeys(seeds, self.seed),
         )
-        return [
+        rows = [
             {
                 "task": task,
                 "metric": name,
@@ -103,6 +117,11 @@ class LmEval:
             for metric, _, kind in [name.partition(",")]
             if kind and not metric.endswith("_stderr")
         ]
+        if not rows:
+            raise UserError(
+                f"LmEval.tasks: {', '.join(self.tasks)} measures nothing: mend the task"
+            )
+        return rows
 
     def scalars(self, rows) -> dict[str, float]:
         """Every metric of every task."""

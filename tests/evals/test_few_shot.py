@@ -61,7 +61,7 @@ def directory(tmp_path):
 
 def evaluation(directory, **changes):
     given = {"lengths": (200, 600), "draws": 4, "rows": 3, "form": "trec"}
-    return FewShot(str(directory), **{**given, **changes})
+    return FewShot(**{"path": str(directory), **given, **changes})
 
 
 def test_a_model_that_copies_scores_what_it_was_shown(directory):
@@ -180,6 +180,10 @@ def test_what_the_rows_become(directory, tmp_path):
         ({"lengths": (40,)}, "FewShot.lengths has 40, too short for a question of"),
         ({"split": "valid"}, "no rows in the valid split"),
         ({"draws": 0}, "FewShot.draws = 0"),
+        (
+            {"path": "nowhere"},
+            "FewShot.path = 'nowhere': no such directory: give one with train.js",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(directory, changes, message):

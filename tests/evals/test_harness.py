@@ -71,6 +71,7 @@ doc_to_target: "{{place}}"
 metric_list:
   - metric: acc
 """
+OF_A_METRIC = "\n    aggregation: mean\n    higher_is_better: true"
 WRITTEN = """
 doc_to_target: " {{sound}}"
 generation_kwargs:
@@ -112,6 +113,14 @@ def tasks(tmp_path_factory):
         task = TASK.format(name=name, directory=directory, kind=kind) + more
         (directory / f"{name}.yaml").write_text(task)
     (directory / "rolled.yaml").write_text(ROLLED.format(directory=directory))
+    for name, like, there, instead in (
+        ("no_data", "choices", "choices.jsonl", "elsewhere.jsonl"),
+        ("no_kind", "choices", "multiple_choice", "guessing"),
+        ("no_metric", "choices", "metric: acc", f"metric: luck{OF_A_METRIC}"),
+    ):
+        whole = (directory / f"{like}.yaml").read_text()
+        task = whole.replace(f"task: {like}", f"task: {name}").replace(there, instead)
+        (directory / f"{name}.yaml").write_text(task)
     return directory
 
 
@@ -167,6 +176,11 @@ def test_as_asked_for(tasks):
         (lambda tasks: LmEval(()), "LmEval.tasks = ()"),
         (lambda tasks: LmEval(("a",), rows=0), "LmEval.rows = 0"),
         (lambda tasks: evaluation(tasks, "choices", "no_such"), "the harness knows no no_such"),
+        (lambda tasks: LmEval(("a",), "nowhere"), "LmEval.include_path = 'nowhere': no such dir"),
+        (lambda tasks: LmEval(("a",), seed=2**32), "LmEval.seed = 4294967296"),
+        (lambda tasks: evaluation(tasks, "no_data"), "the harness cannot load no_data (FileNotFou"),
+        (lambda tasks: evaluation(tasks, "no_kind"), "the harness cannot load no_kind ("),
+        (lambda tasks: evaluation(tasks, "no_metric"), "LmEval.tasks: no_metric measures nothing"),
     ],
 )
 def test_what_does_not_fit_is_named(tasks, make, message):
