@@ -1,8 +1,10 @@
-"""The one exception that bad input raises, and the check of numbers that raises it."""
+"""The one exception that bad input raises, and what raises it for numbers."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 LARGEST_SEED = 2**63 - 1
 
@@ -12,6 +14,15 @@ class UserError(ValueError):
 
     The command line prints the message and exits with code 2.
     """
+
+
+@contextlib.contextmanager
+def because_of(what: str) -> Iterator[None]:
+    """What is refused in here says first what it follows from: `Owner.field has 3`, say."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
 
 
 def check_range(

@@ -10,7 +10,7 @@ from etils import epath
 
 from fot_jax.data.lanes import DocumentSource
 from fot_jax.data.synthetic import KEY, QUESTION, DictionaryLookup, Records
-from fot_jax.errors import LARGEST_SEED, UserError, check_range
+from fot_jax.errors import LARGEST_SEED, UserError, because_of, check_range
 from fot_jax.evals import plots
 from fot_jax.generate import LanguageModel
 from fot_jax.model.lookup import Lookup, TopK
@@ -55,7 +55,8 @@ class DictionaryAccuracy:
             raise UserError("DictionaryAccuracy.sizes = (): give one size or more")
         for size in self.sizes:
             check_range("DictionaryAccuracy", 1, 2**30, sizes=size)
-            self._memory(size)
+            with because_of(f"DictionaryAccuracy.sizes has {size}"):
+                self._memory(size)
         if self.windows % self.rows:
             raise UserError(
                 f"DictionaryAccuracy.windows = {self.windows} is not a multiple of "

@@ -10,7 +10,7 @@ from etils import epath
 
 from fot_jax.data.lanes import DocumentSource
 from fot_jax.data.synthetic import Passkey, draw_passkey
-from fot_jax.errors import LARGEST_SEED, UserError, check_range
+from fot_jax.errors import LARGEST_SEED, UserError, because_of, check_range
 from fot_jax.evals import plots
 from fot_jax.generate import LanguageModel
 from fot_jax.model.lookup import Dense, Lookup
@@ -90,7 +90,8 @@ class PasskeyRetrieval:
         rng = np.random.default_rng((self.seed, length, round(1000 * depth)))
         for _ in range(self.keys):
             key = draw_passkey(rng, training=False)
-            fillers = source.draw_fillers(rng, key)
+            with because_of(f"PasskeyRetrieval.lengths has {length}"):
+                fillers = source.draw_fillers(rng, key)
             before = round(depth * len(fillers))
             yield source.prompt_and_answer(key, fillers[:before], fillers[before:])
 

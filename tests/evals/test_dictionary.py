@@ -163,7 +163,11 @@ def test_what_the_rows_become(tmp_path):
     [
         ({"sizes": ()}, TASK, "DictionaryAccuracy.sizes = ()"),
         ({"sizes": (0,)}, TASK, "DictionaryAccuracy.sizes = 0"),
-        ({"sizes": (4, 32)}, TASK, "TopK.k = 5 is larger than the memory of 4 tokens"),
+        (
+            {"sizes": (4, 32)},
+            TASK,
+            "DictionaryAccuracy.sizes has 4: TopK.k = 5 is larger than the memory",
+        ),
         ({"sizes": (20, 32)}, TASK, "DictionaryAccuracy.sizes has 20, less than a window of 32"),
         ({"windows": 5}, TASK, "DictionaryAccuracy.windows = 5 is not a multiple of"),
         ({"seed": -1}, TASK, "DictionaryAccuracy.seed = -1"),

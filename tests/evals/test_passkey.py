@@ -161,7 +161,10 @@ def test_what_the_rows_become(tmp_path):
     [
         ({"lengths": ()}, "PasskeyRetrieval.lengths = ()"),
         ({"lengths": (0,)}, "PasskeyRetrieval.lengths = 0"),
-        ({"lengths": (100,)}, "Passkey.document_tokens = 100 is too short for the pass key"),
+        (
+            {"lengths": (100,)},
+            "PasskeyRetrieval.lengths has 100: Passkey.document_tokens = 100 is too",
+        ),
         ({"depths": 1}, "PasskeyRetrieval.depths = 1"),
         ({"keys": 0}, "PasskeyRetrieval.keys = 0"),
         ({"seed": -1}, "PasskeyRetrieval.seed = -1"),
