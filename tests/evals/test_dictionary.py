@@ -166,7 +166,7 @@ def test_what_the_rows_become(tmp_path):
         (
             {"sizes": (4, 32)},
             TASK,
-            "DictionaryAccuracy.sizes has 4: TopK.k = 5 is larger than the memory",
+            "DictionaryAccuracy.sizes has 4: TopK.k = 5 is larger",
         ),
         ({"sizes": (20, 32)}, TASK, "DictionaryAccuracy.sizes has 20, less than a window of 32"),
         ({"windows": 5}, TASK, "DictionaryAccuracy.windows = 5 is not a multiple of"),

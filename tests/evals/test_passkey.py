@@ -163,7 +163,7 @@ def test_what_the_rows_become(tmp_path):
         ({"lengths": (0,)}, "PasskeyRetrieval.lengths = 0"),
         (
             {"lengths": (100,)},
-            "PasskeyRetrieval.lengths has 100: Passkey.document_tokens = 100 is too",
+            "PasskeyRetrieval.lengths has 100: Passkey.document_tok",
         ),
         ({"depths": 1}, "PasskeyRetrieval.depths = 1"),
         ({"keys": 0}, "PasskeyRetrieval.keys = 0"),
