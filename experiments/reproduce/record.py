@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -45,7 +44,7 @@ class Record:
                 f"{workdir} was made with other settings ({file}): give the same --gin, or other "
                 "--workdirs; to make it anew, remove it"
             )
-        return cls(file, **content)
+        return cls(file, settings, content["done"], content["seconds"])
 
     def carry_out(self, verb: str, command: Sequence[str]) -> int:
         """Runs a command of `fot`, unless it is done; its exit code."""
@@ -88,11 +87,7 @@ def fot(command: Sequence[str]) -> int:
       Its exit code; 128 and the signal's number, if there was one.
     """
     # In a session of its own: a ^C reaches this program alone, and `fot` once.
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fot_jax", *command],
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        start_new_session=True,
-    )
+    process = subprocess.Popen([sys.executable, "-m", "fot_jax", *command], start_new_session=True)
     asked = []
 
     def pass_on(signum, frame):
