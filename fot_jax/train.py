@@ -106,10 +106,12 @@ def train(
             f"train.positive_mass_every = {positive_mass_every} is not a multiple of "
             f"train.log_every = {log_every}: change one of them"
         )
-    if positive_mass_every and not model.memory_layers:
+    if positive_mass_every and (
+        not model.memory_layers or isinstance(scheme, schemes.NoCrossbatch | schemes.CachedContext)
+    ):
         raise UserError(
-            f"train.positive_mass_every = {positive_mass_every}: r_d is of memory layers, and the "
-            "model has none: set it to None"
+            f"train.positive_mass_every = {positive_mass_every}: r_d is of memory layers in "
+            "crossbatch, and there are none: set it to None"
         )
     mesh = compute.mesh.make_abstract() if dry_run else compute.mesh.make()
     program = make_program(

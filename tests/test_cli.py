@@ -145,8 +145,11 @@ def test_evaluations_that_are_not_for_the_model(here, trained, capsys):
     during = bind("Evaluation.during = (@RetrievalTable(),)", "Evaluation.every = 4")
     assert refused_untouched(capsys, *argv, *during).startswith("RetrievalTable is of memory")
     measured = bind("train.positive_mass_every = 10")
-    line = "train.positive_mass_every = 10: r_d is of memory layers, and the model has none: set "
+    line = "train.positive_mass_every = 10: r_d is of memory layers in crossbatch, and there are "
     assert refused_untouched(capsys, *argv, *measured).startswith(line)
+    plain = bind("train.scheme = @NoCrossbatch()")  # and a memory layer
+    argv_of_one = ["train", "experiment.gin", "--workdir", "run", *plain, *measured]
+    assert refused_untouched(capsys, *argv_of_one).startswith(line)
     many = bind(
         "Evaluation.evals = (@PerplexityByContext(), @RetrievalTable())",
         "RetrievalTable.queries = 17",
