@@ -185,9 +185,12 @@ def test_every_figure_has_its_experiments():
     sys.path.insert(0, str(REPRODUCE))
     from figures import FIGURES
 
+    shared = {}  # by family and name: what figures share is the same run
     for figure in FIGURES.values():
         there = set()
         for run in (run for seed in (0, 1, 2) for run in figure.runs(seed)):
+            made = run.files, run.bindings, run.start
+            assert shared.setdefault((figure.family, run.name), made) == made, run.name
             assert run.name not in there and (run.start is None or run.start in there)
             assert all((REPRODUCE / file).is_file() for file in run.files)
             there.add(run.name)

@@ -75,6 +75,10 @@ _DICTIONARY = Figure(
 CACHED = ("train.scheme = @CachedContext()", "train.d = None")
 
 
+def _previous(w: int, d: int) -> tuple[str, ...]:
+    return f"PreviousContext.w = {w}", f"PreviousContext.d = {d}"
+
+
 def _memorizing(tokens: int) -> tuple[str, ...]:
     lookup = ("CachedContext.lookup = @TopK()", "TopK.k = 32")
     return (*CACHED, f"CachedContext.tokens = {tokens}", *lookup)
@@ -100,9 +104,7 @@ def _text(seed: int, file: str, model: str, layers: int, window: int, switch: in
     memorizing = _memorizing(2_048)
     models = {
         "plain": ("plain transformer", ("train.scheme = @NoCrossbatch()",)),
-        "d1": ("FoT, d = 1", ()),
-        "d2": ("FoT, d = 2", ("PreviousContext.d = 2",)),
-        "d8": ("FoT, d = 8", ("PreviousContext.d = 8",)),
+        **{f"d{d}": (f"FoT, d = {d}", _previous(1, d)) for d in (1, 2, 8)},
         "d2_64": ("FoT, d = 2, then 64", (*switching, f"SwitchAtStep.steps = ({switch},)")),
         "mt": ("Memorizing Transformer", (*memorizing, f"{model}.memory_gate = True")),
         "mt_no_gate": ("the same, no gate", memorizing),
@@ -159,10 +161,7 @@ _SINGLE_DOC = dataclasses.replace(
 def _w_and_d(seed: int, file: str, memory: int) -> list[Run]:
     """Previous windows of the own document, and documents."""
     pairs = {"d1": (1, 1), "d2": (1, 2), "w2_d1": (2, 1), "w2_d2": (2, 2)}
-    models = {
-        name: (f"FoT, w = {w}, d = {d}", (f"PreviousContext.w = {w}", f"PreviousContext.d = {d}"))
-        for name, (w, d) in pairs.items()
-    }
+    models = {name: (f"FoT, w = {w}, d = {d}", _previous(w, d)) for name, (w, d) in pairs.items()}
     models["mt_no_gate"] = ("Memorizing Transformer, no gate", _memorizing(memory))
     return _models(seed, file, models)
 
