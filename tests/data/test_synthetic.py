@@ -155,11 +155,11 @@ def test_symbols_places_and_orders_are_drawn_evenly():
 def test_documents_stay_aligned_with_windows(window):
     names = np.array(DictionaryLookup.vocabulary.names)
     lanes = Lanes(DictionaryLookup(), lanes=3, window=window)
-    for _ in range(3):
+    for document in (1, 2, 3):
         batches = [next(lanes) for _ in range(512 // window)]
         inputs = np.concatenate([batch["inputs"] for batch in batches], axis=1)
         assert (names[inputs[:, 0]] == "<k>").all() and (names[inputs[:, 256]] == "<q>").all()
-        assert all((batch["segment_ids"] == 1).all() for batch in batches)
+        assert all((batch["segment_ids"] == document).all() for batch in batches)
         assert (sum(batch["weights"].sum(1) for batch in batches) == 100).all()
 
 
