@@ -106,9 +106,13 @@ def test_a_figure(reproduce, tiny, cache, tmp_path, monkeypatch, capsys):
     before = runs.files("results")
     for file, text, message in (
         ("progress.json", '{"done": ["tr', "cannot be read (Unterminated string"),
-        ("progress.json", "[]", "has no settings: remove it to do this again"),
+        ("progress.json", "[]", "has no settings: to make it anew, remove "),
         ("progress.json", '{"settings": {}, "done": "train"}', "has no done"),
-        ("results.json", '{"perplexity": []}', "has no dictionary_accuracy: remove it"),
+        (
+            "results.json",
+            '{"perplexity": []}',
+            "has no dictionary_accuracy: to evaluate again, rem",
+        ),
     ):
         whole = (workdirs / "fot_0" / file).read_text()
         (workdirs / "fot_0" / file).write_text(text)
@@ -117,6 +121,9 @@ def test_a_figure(reproduce, tiny, cache, tmp_path, monkeypatch, capsys):
         (workdirs / "fot_0" / file).write_text(whole)
     with pytest.raises(SystemExit, match="base_0 was made with other settings"):
         reproduce.main([*tiny, "--gin", "train.steps = 5"])
+    (workdirs / "fot_0" / "progress.json").unlink()
+    with pytest.raises(SystemExit, match="fot_0: no progress.json says what it was made with"):
+        reproduce.main(tiny)
     assert len(verbs) == 8 and runs.files("results") == before
 
 
@@ -124,7 +131,7 @@ def test_a_figure(reproduce, tiny, cache, tmp_path, monkeypatch, capsys):
     ("argv", "message"),
     [
         (["--only", "base"], "--only base: others start from it, there is nothing to draw"),
-        (["--results", "tiny.gin"], "--results tiny.gin: no directory there (File exists)"),
+        (["--results", "tiny.gin"], "--results tiny.gin: cannot be written (File exists)"),
     ],
 )
 def test_refused_before_anything_is_trained(reproduce, tiny, tmp_path, argv, message):
@@ -140,7 +147,7 @@ def test_workdirs_are_local(reproduce, tiny, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_it_with_what_it_has_saved(cache, tmp_path, how):
     """^C reaches the whole group, and training all the same just once."""
     tiny = [f"ModelConfig.{n} = 16" for n in ("hidden_size", "mlp_dim", "head_dim")]
@@ -150,11 +157,14 @@ def test_a_signal_stops_it_with_what_it_has_saved(cache, tmp_path, how):
     process = runs.start(argv, cache, program, start_new_session=True, bufsize=1)
     while not (line := process.stderr.readline()).startswith("step 3/"):
         assert line, process.stdout.read()
-    (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
+    workdir = tmp_path / "dictionary_cpu" / "short_0"
+    progress = json.loads((workdir / "progress.json").read_text())
+    assert progress["settings"]["files"] == ["dictionary_cpu_short.gin"]  # if it is killed, too
+    (os.kill if how == signal.SIGTERM else os.killpg)(process.pid, how)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 128 + how and "Traceback" not in err
-    assert f"stopped by {how.name} after step" in out + err
-    workdir = tmp_path / "dictionary_cpu" / "short_0"
+    passed_on = signal.SIGTERM if how == signal.SIGHUP else how
+    assert f"stopped by {passed_on.name} after step" in out + err
     assert len(runs.steps_saved(workdir)) == 1
     progress = json.loads((workdir / "progress.json").read_text())
     assert progress["done"] == [] and progress["seconds"] > 0

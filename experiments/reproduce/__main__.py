@@ -43,10 +43,13 @@ def main(argv: list[str] | None = None) -> int:
     if not any(run.model for run in runs):
         sys.exit(f"--only {','.join(args.only)}: others start from it, there is nothing to draw")
     results = Path(args.results)
+    partial = results / f"{args.figure}.json.partial"
     try:
         results.mkdir(parents=True, exist_ok=True)
+        partial.write_text("")
+        partial.unlink()
     except OSError as error:
-        sys.exit(f"--results {results}: no directory there ({error.strerror}): choose another")
+        sys.exit(f"--results {results}: cannot be written ({error.strerror}): choose another")
     records = {run.name: Record.of(run, workdirs / run.name) for run in runs}
     for run in runs:
         if code := _carry_out(run, records[run.name], workdirs):
@@ -82,7 +85,11 @@ def _parser() -> argparse.ArgumentParser:
         help="of this machine",
     )
     parser.add_argument(
-        "--results", default=str(HERE / "results"), metavar="DIR", help="for the JSON and the PNG"
+        "--results",
+        type=_local,
+        default=str(HERE / "results"),
+        metavar="DIR",
+        help="for the JSON and the PNG",
     )
     parser.add_argument("--dry_run", action="store_true", help="print the commands, run none")
     return parser
@@ -167,7 +174,8 @@ def _report(
     for run in runs:
         if run.model:
             fields = {figure.evaluation: list, "made": dict}
-            result = read_object(_result(run, workdirs), **fields)
+            file = _result(run, workdirs)
+            result = read_object(file, "to evaluate again, remove it", **fields)
             found.setdefault(run.model, []).append(result)
     of_runs = [each for of_model in found.values() for each in of_model]
     rows = figure.rows(found)

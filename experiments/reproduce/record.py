@@ -23,7 +23,7 @@ class Record:
       file: in its workdir.
       settings: files, bindings and start that it was made with.
       done: verbs of `fot`.
-      seconds: spent, those of commands that were stopped among them.
+      seconds: spent, those of commands that were stopped among them (of killed ones they are lost).
     """
 
     file: Path
@@ -33,16 +33,19 @@ class Record:
 
     @classmethod
     def of(cls, run: Run, workdir: Path) -> Record:
-        """What the workdir says, or nothing yet; ends the program if it is of other settings."""
+        """What the workdir says, or nothing yet; ends the program if it may be another run."""
         file = workdir / "progress.json"
         settings = {"files": [*run.files], "bindings": [*run.bindings], "start": run.start}
+        anew = f"to make it anew, remove {workdir}"
         if not file.exists():
+            if (workdir / "checkpoints").exists():
+                sys.exit(f"{workdir}: no {file.name} says what it was made with: {anew}")
             return cls(file, settings)
-        content = read_object(file, settings=dict, done=list, seconds=(int, float))
+        content = read_object(file, anew, settings=dict, done=list, seconds=(int, float))
         if content["settings"] != settings:
             sys.exit(
                 f"{workdir} was made with other settings ({file}): give the same --gin, or other "
-                "--workdirs; to make it anew, remove it"
+                f"--workdirs; {anew}"
             )
         return cls(file, settings, content["done"], content["seconds"])
 
@@ -50,6 +53,8 @@ class Record:
         """Runs a command of `fot`, unless it is done; its exit code."""
         if verb in self.done:
             return 0
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self._save()  # the settings, whatever happens
         began, code = time.time(), 1
         try:
             code = fot(command)
@@ -57,8 +62,7 @@ class Record:
             self.seconds += time.time() - began
             if code == 0:
                 self.done.append(verb)
-            if self.file.parent.is_dir():
-                self._save()
+            self._save()
         return code
 
     def _save(self) -> None:
@@ -68,15 +72,15 @@ class Record:
         whole.replace(self.file)
 
 
-def read_object(file: Path, **fields: type | tuple[type, ...]) -> dict[str, Any]:
+def read_object(file: Path, anew: str, **fields: type | tuple[type, ...]) -> dict[str, Any]:
     """A JSON file with an object of these fields; ends the program with a line if it is none."""
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        sys.exit(f"{file}: cannot be read ({error}): remove it to do this again")
+        sys.exit(f"{file}: cannot be read ({error}): {anew}")
     for name, kind in fields.items():
         if not isinstance(content, dict) or not isinstance(content.get(name), kind):
-            sys.exit(f"{file}: has no {name}: remove it to do this again")
+            sys.exit(f"{file}: has no {name}: {anew}")
     return content
 
 
@@ -86,16 +90,21 @@ def fot(command: Sequence[str]) -> int:
     Returns:
       Its exit code; 128 and the signal's number, if there was one.
     """
-    # In a session of its own: a ^C reaches this program alone, and `fot` once.
-    process = subprocess.Popen([sys.executable, "-m", "fot_jax", *command], start_new_session=True)
-    asked = []
+    asked, process = [], None
 
     def pass_on(signum, frame):
         asked.append(signum)
-        process.send_signal(signum)
+        if process is not None:
+            process.send_signal(signum if signum == signal.SIGINT else signal.SIGTERM)
 
-    before = {each: signal.signal(each, pass_on) for each in (signal.SIGINT, signal.SIGTERM)}
+    stops = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
+    before = {each: signal.signal(each, pass_on) for each in stops}
     try:
+        # In a session of its own: a ^C reaches this program alone, and `fot` once.
+        argv = [sys.executable, "-m", "fot_jax", *command]
+        process = subprocess.Popen(argv, start_new_session=True)
+        if asked:  # before there was anyone to pass it on to
+            process.terminate()
         code = process.wait()
     finally:
         for each, handler in before.items():
