@@ -109,7 +109,7 @@ class LanguageModel:
         """
         if self.mesh is None:
             return self
-        whole = jax.jit(functools.partial(inference.replicated, self.mesh))(self.params)
+        whole = _whole(self.mesh, self.params)
         here = jax.tree.map(lambda x: x.addressable_data(0), whole)
         return dataclasses.replace(self, params=here, mesh=None)
 
@@ -442,6 +442,11 @@ def _whole_numbers(x: Any, what: str, dimensions: int) -> np.ndarray:
 
 
 # --- Compiled ------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _whole(mesh: Mesh, params):
+    return inference.replicated(mesh, params)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

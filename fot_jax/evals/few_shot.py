@@ -106,7 +106,7 @@ class FewShot:
         memory, rows = all_of_a_text(lm.config, self.storage, self.lookup), []
         encode = source.vocabulary.encode
         longest = max(len(encode(self._written(question))) for question in questions)
-        more = longest + self.answer_tokens  # than the demonstrations, in the window
+        last = last_context(lm.config, longest + self.answer_tokens)  # these have room beside it
         with bar(len(self.lengths) * self.draws * len(questions)) as progress:
             for length in self.lengths:
                 found, shown = [], []
@@ -114,7 +114,6 @@ class FewShot:
                     rng = np.random.default_rng((self.seed, length, draw))
                     order = [demonstrations[i] for i in rng.permutation(len(demonstrations))]
                     tokens, count = self._context(source.vocabulary, order, longest, length)
-                    last = last_context(lm.config, more)
                     state = lm.read(tokens, memory=memory, last_context_length=last)
                     right = 0
                     for start in range(0, len(questions), self.rows):
