@@ -9,6 +9,7 @@ import pytest
 
 from fot_jax.data.lanes import Document
 from fot_jax.errors import UserError
+from fot_jax.evals import distraction
 from fot_jax.evals.distraction import PositiveMass
 from fot_jax.generate import LanguageModel
 from fot_jax.model import crossbatch
@@ -115,7 +116,15 @@ def test_every_memory_layer(tmp_path):
     assert matplotlib.image.imread(tmp_path / "x.png", format="png").shape[0] > 300
 
 
-def test_a_model_on_several_devices():
+def test_a_model_on_several_devices(monkeypatch):
+    """Measured on one of them: kernels are not for parameters that are spread over several."""
+    measure = distraction._measure
+
+    def on_one(model, plan, params, tokens):
+        assert {len(x.devices()) for x in jax.tree.leaves(params)} == {1}
+        return measure(model, plan, params, tokens)
+
+    monkeypatch.setattr(distraction, "_measure", on_one)
     one, source = lm_of(), Documents([40] * 3, alike=False)
     mesh = MeshShape(data=2, fsdp=2).make(jax.devices()[:4])
     lm = lm_of(change=lambda params: jax.device_put(params, partitioning.shardings(params, mesh)))
