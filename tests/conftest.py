@@ -1,13 +1,22 @@
-"""Eight CPU devices for every test, set before JAX starts."""
+"""For every test: eight CPU devices, and quick compilation, which takes longer than running."""
 
 import gc
 import os
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+# Before JAX starts. Processes that tests start inherit it.
+COMPILED = tempfile.TemporaryDirectory(prefix="fot_jax_compiled_")  # removed at exit
+os.environ |= {
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+    "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
 if version("jaxlib").startswith("0.10."):  # XLA ends where it does not know a flag
-    # Half the time of compiling for CPUs. Runs that tests start as processes do without.
+    # Half the time of compiling for CPUs.
     flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join(flags)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -28,19 +37,6 @@ def pytest_runtest_teardown():
 @pytest.fixture
 def one_device(monkeypatch):
     with runs.first_devices(monkeypatch, 1):
-        yield
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Of compiled programs, for processes that a module starts, too."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def quick(cache):
-    """`pytestmark = pytest.mark.usefixtures("quick")`: for modules that mostly compile."""
-    with runs.quick_compilation(cache):
         yield
 
 

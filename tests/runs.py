@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
 from fot_jax import cli
 from fot_jax.training import checkpoint
@@ -102,28 +101,6 @@ Compute.accumulation = 2
 Checkpoints.every = 7
 """
 
-QUICK = {  # compiling a program takes longer than running it, in these tests
-    "jax_disable_most_optimizations": True,
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-}
-
-
-@contextlib.contextmanager
-def quick_compilation(cache):
-    """Programs compiled without optimizations, and each of them once."""
-    settings = {**QUICK, "jax_compilation_cache_dir": str(cache)}
-    before = {name: jax.config.values[name] for name in settings}
-    try:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-
 
 @contextlib.contextmanager
 def first_devices(monkeypatch, count):
@@ -163,18 +140,12 @@ def train(experiment, workdir, *bindings):
     return cli.main(arguments(experiment, workdir, *bindings))
 
 
-def start(argv, cache, program=("-m", "fot_jax"), **options):
+def start(argv, program=("-m", "fot_jax"), **options):
     """`python -m fot_jax`, or another program, as a process with one device."""
-    environment = {name.upper(): str(value) for name, value in QUICK.items()}
-    environment |= {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "XLA_FLAGS": "",
-    }
     return subprocess.Popen(
         [sys.executable, *program, *argv],
         cwd=Path(__file__).parents[1],
-        env={**os.environ, **environment},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -32,8 +32,6 @@ TRANSFORMER_XL = (
     "PerplexityByContext.lookup = @Dense()",
 )
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.fixture
 def experiment(tmp_path, monkeypatch):

@@ -41,11 +41,11 @@ Packed.pack = 2
 """
 
 
-pytestmark = pytest.mark.usefixtures("quick", "one_device")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, quick):
+def trained(tmp_path_factory):
     """A workdir with a checkpoint of step 2."""
     directory = tmp_path_factory.mktemp("trained")
     (directory / "experiment.gin").write_text(DICTIONARY)
@@ -469,7 +469,7 @@ def test_made_up_data_needs_no_tensorflow(here, tmp_path):
         sys.exit(main())
     """
     argv = runs.arguments(here / "experiment.gin", here / "run", "train.steps = 2")
-    process = runs.start(argv, tmp_path / "cache", ("-c", code))
+    process = runs.start(argv, ("-c", code))
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     assert runs.steps_saved(here / "run") == [2]

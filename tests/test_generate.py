@@ -21,9 +21,6 @@ from test_transformer import LLAMA, random_params
 # --- Writing -------------------------------------------------------------------------------------
 
 
-pytestmark = pytest.mark.usefixtures("quick")
-
-
 @EVERY_MODEL
 @pytest.mark.parametrize("length, last", [(1, 64), (63, 64), (64, 64), (65, 32), (150, 32)])
 def test_greedy_tokens_are_the_most_likely_ones(name, length, last):

@@ -32,8 +32,6 @@ from fot_jax.model.transformer import ModelConfig
 from fot_jax.training.checkpoint_items import DataHandler
 from fot_jax.training.optim import adamw
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 def last_step(workdir):
     """Of the last whole line of metrics.jsonl."""
@@ -45,10 +43,10 @@ def last_step(workdir):
     return 0
 
 
-def interrupt(argv, cache, workdir, how, steps):
+def interrupt(argv, workdir, how, steps):
     """Starts a run, sends a signal so many steps beyond what was reported before; stderr."""
     target = last_step(workdir) + steps
-    process = runs.start(argv, cache)
+    process = runs.start(argv)
     while last_step(workdir) < target and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(how)
@@ -58,8 +56,8 @@ def interrupt(argv, cache, workdir, how, steps):
     return stderr
 
 
-def finish(argv, cache):
-    process = runs.start(argv, cache)
+def finish(argv):
+    process = runs.start(argv)
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
     return stderr
@@ -71,30 +69,30 @@ def truncate_largest_file(directory):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, cache):
+def unbroken(tmp_path_factory):
     """A run of 150 steps in a process that nothing disturbs."""
     directory = tmp_path_factory.mktemp("unbroken")
     more = "train.steps = 150\nCheckpoints.every = 7\nEvaluation.every = 35\n"
     experiment = write(directory, SWITCHING + more)
-    stderr = finish(runs.arguments(experiment, directory / "run"), cache)
+    stderr = finish(runs.arguments(experiment, directory / "run"))
     assert "step 150/150" in stderr
     return directory
 
 
 @pytest.mark.slow
-def test_killed_at_any_step_it_ends_as_if_unbroken(unbroken, cache, tmp_path):
+def test_killed_at_any_step_it_ends_as_if_unbroken(unbroken, tmp_path):
     """kill -9 twice, ^C, SIGTERM, and then its checkpoint damaged; schedule of d by accuracy."""
     workdir = tmp_path / "run"
     argv = runs.arguments(unbroken / "experiment.gin", workdir)
     rng = random.Random()
     for how in (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
-        said = interrupt(argv, cache, workdir, how, rng.randrange(3, 13))
+        said = interrupt(argv, workdir, how, rng.randrange(3, 13))
     stopped = last_step(workdir)
     assert f"stopped by SIGTERM after step {stopped}, which is saved" in said
     *_, before, newest = steps_saved(workdir)
     assert newest == stopped < 150
     truncate_largest_file(workdir / "checkpoints" / str(newest) / "params")
-    said = finish(argv, cache)
+    said = finish(argv)
     assert f"checkpoints/{newest} is damaged" in said and "Traceback" not in said
     assert f"resuming {workdir} after step {before}" in said
     assert curve(workdir) == curve(unbroken / "run")
@@ -103,17 +101,17 @@ def test_killed_at_any_step_it_ends_as_if_unbroken(unbroken, cache, tmp_path):
 
 
 @pytest.mark.slow
-def test_stopped_between_logged_steps_it_ends_as_if_unbroken(cache, tmp_path):
+def test_stopped_between_logged_steps_it_ends_as_if_unbroken(tmp_path):
     """Text in two lane groups, accumulation, metrics every 4 steps and checkpoints every 7."""
     corpus = write_corpus(tmp_path / "corpus")
     experiment = write(tmp_path, PACKED + f'Corpus.path = "{corpus}"\n')
-    finish(runs.arguments(experiment, tmp_path / "unbroken"), cache)
+    finish(runs.arguments(experiment, tmp_path / "unbroken"))
     argv = runs.arguments(experiment, tmp_path / "run")
-    interrupt(argv, cache, tmp_path / "run", signal.SIGKILL, 9)
-    said = interrupt(argv, cache, tmp_path / "run", signal.SIGTERM, 9)
+    interrupt(argv, tmp_path / "run", signal.SIGKILL, 9)
+    said = interrupt(argv, tmp_path / "run", signal.SIGTERM, 9)
     stopped = int(re.search(r"stopped by SIGTERM after step (\d+)", said)[1])
     assert stopped < 150 and steps_saved(tmp_path / "run")[-1] == stopped
-    said = finish(argv, cache)
+    said = finish(argv)
     assert f"resuming {tmp_path / 'run'} after step {stopped}" in said
     want = curve(tmp_path / "unbroken")
     assert curve(tmp_path / "run") == want
@@ -174,12 +172,12 @@ cli.run()
 """
 
 
-def test_a_process_that_can_save_no_longer_ends(tmp_path, cache):
+def test_a_process_that_can_save_no_longer_ends(tmp_path):
     """Threads of Orbax would keep it: they wait for a save that never comes."""
     experiment, checkpoints = tmp_path / "experiment.gin", tmp_path / "run" / "checkpoints"
     experiment.write_text(f"{DICTIONARY}\ntrain.steps = 99_999\n")
     argv = runs.arguments(experiment, tmp_path / "run")
-    process = runs.start(argv, cache, program=("-c", RETRIES_AT_ONCE))
+    process = runs.start(argv, program=("-c", RETRIES_AT_ONCE))
     try:
         while last_step(tmp_path / "run") < 8 and process.poll() is None:  # one is saved
             time.sleep(0.01)

@@ -19,8 +19,6 @@ from fot_jax.reading import MemoryConfig
 sys.path.append(str(Path(__file__).parent / "model"))
 from readers import model_of, random_text
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 def over(lm, devices):
     """The same model on several devices."""

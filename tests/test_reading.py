@@ -38,9 +38,6 @@ from test_transformer import LLAMA, random_params
 # --- Windows -------------------------------------------------------------------------------------
 
 
-pytestmark = pytest.mark.usefixtures("quick")
-
-
 @EVERY_MODEL
 @pytest.mark.parametrize("last", [32, 64])
 @pytest.mark.parametrize("length", [32, 33, 64, 65, 96, 118, 128, 150, 300])

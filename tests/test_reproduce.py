@@ -56,13 +56,10 @@ def tiny(reproduce, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_figure(reproduce, tiny, cache, tmp_path, monkeypatch, capsys):
+def test_a_figure(reproduce, tiny, tmp_path, monkeypatch, capsys):
     """Stopped in its second of four runs, it does that and the others, and none twice."""
     record = sys.modules["record"]
     real, verbs = record.fot, []
-    for name, value in runs.QUICK.items():
-        monkeypatch.setenv(name.upper(), str(value))
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
 
     def stopped(command):
         name = "--workdir" if command[0] == "train" else "--checkpoint"
@@ -148,13 +145,13 @@ def test_workdirs_are_local(reproduce, tiny, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_stops_it_with_what_it_has_saved(cache, tmp_path, how):
+def test_a_signal_stops_it_with_what_it_has_saved(tmp_path, how):
     """^C reaches the whole group, and training all the same just once."""
     tiny = [f"ModelConfig.{n} = 16" for n in ("hidden_size", "mlp_dim", "head_dim")]
     argv = ["dictionary_cpu", "--workdirs", str(tmp_path), "--results", str(tmp_path / "results")]
     argv += runs.bind(*tiny, "train.log_every = 1", "train.steps = 100_000")
     program = (str(REPRODUCE),)
-    process = runs.start(argv, cache, program, start_new_session=True, bufsize=1)
+    process = runs.start(argv, program, start_new_session=True, bufsize=1)
     while not (line := process.stderr.readline()).startswith("step 3/"):
         assert line, process.stdout.read()
     workdir = tmp_path / "dictionary_cpu" / "short_0"

@@ -34,9 +34,6 @@ from fot_jax.model.schemes import PreviousContext
 from fot_jax.model.transformer import ModelConfig
 from fot_jax.training.optim import adamw, constant_rate
 
-pytestmark = pytest.mark.usefixtures("quick")
-
-
 # --- Resuming ------------------------------------------------------------------------------------
 
 
@@ -82,7 +79,7 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, quick):
+def trained(tmp_path_factory):
     """A run of 12 steps on one device, in this process, with a checkpoint of every step."""
     directory = tmp_path_factory.mktemp("trained")
     experiment = write(directory, SWITCHING + EVERY_STEP)

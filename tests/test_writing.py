@@ -149,7 +149,7 @@ def wait_for(there):
 def test_a_signal_while_saving_leaves_nothing(workdir, tmp_path, signum):
     argv = ["generate", "--checkpoint", str(workdir), "--prompt", "train 5 train 5 train 5"]
     argv += ["--save_memory", str(tmp_path / "new" / "memory")]
-    process = runs.start(argv, tmp_path / "cache", ("-c", SLOW_TO_SAVE))
+    process = runs.start(argv, ("-c", SLOW_TO_SAVE))
     halves = (tmp_path / "new").glob
 
     def saving():  # after the check that it can be saved there, which makes a directory too
@@ -175,7 +175,7 @@ def test_a_signal_ends_it(workdir, tmp_path, signum, after):
     book = tmp_path / "book.txt"
     book.write_text("train 5 " * 3000)
     argv = ["generate", "--checkpoint", str(workdir), "--prompt_file", str(book)]
-    process = runs.start([*argv, "--max_new_tokens", "200000"], tmp_path / "cache")
+    process = runs.start([*argv, "--max_new_tokens", "200000"])
     time.sleep(after)
     process.send_signal(signum)
     _, stderr = process.communicate(timeout=60)
@@ -188,7 +188,7 @@ def test_a_signal_ends_it(workdir, tmp_path, signum, after):
 def test_text_is_there_before_the_end(workdir, tmp_path):
     """As a process, whose reader then goes away."""
     argv = ["generate", "--checkpoint", str(workdir), "--prompt", "train"]
-    process = runs.start([*argv, "--max_new_tokens", "200000"], tmp_path / "cache")
+    process = runs.start([*argv, "--max_new_tokens", "200000"])
     try:
         assert os.read(process.stdout.fileno(), 1)  # waits for it
         assert process.poll() is None

@@ -18,8 +18,6 @@ from fot_jax.model.lookup import Dense, TopK
 from fot_jax.model.transformer import ModelConfig, Transformer
 from fot_jax.reading import MemoryConfig
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 TASK = DictionaryLookup(document_tokens=64, key_length=2, value_length=3)  # 4 records of 7 a half
 SIZES = (32, 100, 640)  # 1, 3 and 20 windows: 4, 12, 80 records
 

@@ -17,8 +17,6 @@ from fot_jax.model.transformer import ModelConfig, Transformer
 from fot_jax.training import partitioning
 from fot_jax.training.partitioning import MeshShape
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 WINDOW = 8
 CONFIG = ModelConfig(
     *(31, 16, 1, 2, 2, 8, 24),

@@ -18,8 +18,6 @@ from fot_jax.model.lookup import Dense, TopK
 from fot_jax.model.transformer import ModelConfig, Transformer
 from fot_jax.reading import MemoryConfig
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 WINDOW = 8
 CONFIG = ModelConfig(
     vocab_size=31,

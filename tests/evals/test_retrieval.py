@@ -19,8 +19,6 @@ from fot_jax.training import partitioning
 from fot_jax.training.partitioning import MeshShape
 
 WINDOW, MEMORY = 8, 100
-pytestmark = pytest.mark.usefixtures("quick")
-
 CONFIG = ModelConfig(
     *(258, 16, 2, 4, 2, 8, 24),
     memory_layers=(0, 1),

@@ -22,8 +22,6 @@ from fot_jax.model.transformer import Transformer
 from fot_jax.reading import MemoryConfig
 from fot_jax.training.partitioning import MeshShape
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 T = LLAMA.local_context
 MODELS = pytest.mark.parametrize("config", [LLAMA, PAPER], ids=["llama", "paper"])
 TRANSFORMER_XL = dataclasses.replace(LLAMA, memory_layers=(0, 1, 2), memory_before=True)

@@ -14,8 +14,6 @@ from test_transformer import LLAMA
 from fot_jax.model import memory
 from fot_jax.model.lookup import Dense, attend
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 B, K, D = 2, LLAMA.num_kv_heads, LLAMA.head_dim
 SHARDS = pytest.mark.parametrize("shards", [1, 8])
 

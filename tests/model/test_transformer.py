@@ -15,8 +15,6 @@ from fot_jax.model import crossbatch
 from fot_jax.model.schemes import NoCrossbatch, Packed, PackedTable, PreviousContext
 from fot_jax.model.transformer import ModelConfig, RopeScaling, Transformer, rope_frequencies
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 LLAMA = ModelConfig(
     vocab_size=61,
     hidden_size=32,

@@ -40,14 +40,12 @@ def experiment(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def local(experiment, workdir, cache, *flags, processes=4, devices=2):
+def local(experiment, workdir, *flags, processes=4, devices=2):
     """The command as a process that has started; whatever comes, it does not outlive the test."""
     numbers = ["--processes", str(processes), "--devices", str(devices)]
-    quick = {name.upper(): str(value) for name, value in runs.QUICK.items()}
     process = subprocess.Popen(
         [*hosts.verb("local"), str(experiment), *numbers, "--workdir", str(workdir), *flags],
         cwd=hosts.ROOT,
-        env={**os.environ, **quick, "JAX_COMPILATION_CACHE_DIR": str(cache)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -94,10 +92,10 @@ def worker_of(pid):
 
 
 @pytest.fixture(scope="module")
-def unbroken(experiment, cache, tmp_path_factory):
+def unbroken(experiment, tmp_path_factory):
     """A run on four processes that nothing disturbs: its workdir, and what it said."""
     workdir = tmp_path_factory.mktemp("unbroken") / "run"
-    with local(experiment, workdir, cache) as process:
+    with local(experiment, workdir) as process:
         code, out, err = end(process)
     assert (code, err) == (0, ""), out
     return workdir, out
@@ -107,9 +105,8 @@ def unbroken(experiment, cache, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_four_processes_train_as_one(unbroken, experiment, cache, tmp_path):
-    with runs.quick_compilation(cache):
-        assert runs.train(experiment, tmp_path / "run") == 0
+def test_four_processes_train_as_one(unbroken, experiment, tmp_path):
+    assert runs.train(experiment, tmp_path / "run") == 0
     (*one, evaluated), (*four, evaluated_by_four) = map(runs.curve, (tmp_path / "run", unbroken[0]))
     assert len(one) == 60
     assert [row["step"] for row in four] == [row["step"] for row in one]
@@ -131,9 +128,9 @@ def test_whole_lines_say_whose_they_are(unbroken):
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_ends_as_if_unbroken(unbroken, experiment, cache, tmp_path):
+def test_killed_and_started_again_it_ends_as_if_unbroken(unbroken, experiment, tmp_path):
     workdir = tmp_path / "run"
-    with local(experiment, workdir, cache, "--restarts", "1") as process:
+    with local(experiment, workdir, "--restarts", "1") as process:
         before = commands(process, 4)
         wait_until(lambda: runs.steps_saved(workdir), "a checkpoint")
         os.kill(before[2], signal.SIGKILL)
@@ -150,11 +147,11 @@ def test_killed_and_started_again_it_ends_as_if_unbroken(unbroken, experiment, c
 
 
 @pytest.mark.slow
-def test_stopped_on_one_host_all_stop_alike_and_fewer_go_on(unbroken, experiment, cache, tmp_path):
+def test_stopped_on_one_host_all_stop_alike_and_fewer_go_on(unbroken, experiment, tmp_path):
     """4 processes, then 2, then 1: each time the same batches follow."""
     workdir, step = tmp_path / "run", 0
     for processes, devices in ((4, 2), (2, 4)):
-        with local(experiment, workdir, cache, processes=processes, devices=devices) as process:
+        with local(experiment, workdir, processes=processes, devices=devices) as process:
             started = commands(process, processes)
             enough = step + 6
             wait_until(lambda enough=enough: steps_done(workdir) >= enough, "a few steps")
@@ -164,8 +161,7 @@ def test_stopped_on_one_host_all_stop_alike_and_fewer_go_on(unbroken, experiment
         said = re.findall(r"^\[worker 0\] stopped by SIGTERM after step (\d+), which", out, re.M)
         step = int(*said)
         assert step < 60 and runs.steps_saved(workdir)[-1] == step
-    with runs.quick_compilation(cache):
-        assert runs.train(experiment, workdir) == 0
+    assert runs.train(experiment, workdir) == 0
     ours, theirs = runs.training_curve(workdir), runs.training_curve(unbroken[0])
     assert [row["step"] for row in ours] == list(range(1, 61))
     np.testing.assert_allclose(
@@ -183,8 +179,8 @@ def steps_done(workdir):
 # --- Ending --------------------------------------------------------------------------------------
 
 
-def test_a_failure_without_restarts(experiment, cache, tmp_path):
-    with local(experiment, tmp_path / "run", cache) as process:
+def test_a_failure_without_restarts(experiment, tmp_path):
+    with local(experiment, tmp_path / "run") as process:
         started = commands(process, 4)
         os.kill(started[2], signal.SIGKILL)
         code, _, err = end(process)
@@ -192,8 +188,8 @@ def test_a_failure_without_restarts(experiment, cache, tmp_path):
     assert not any(map(alive, started.values()))
 
 
-def test_stopped_early_it_leaves_nothing(experiment, cache, tmp_path):
-    with local(experiment, tmp_path / "run", cache, processes=2) as process:
+def test_stopped_early_it_leaves_nothing(experiment, tmp_path):
+    with local(experiment, tmp_path / "run", processes=2) as process:
         started = commands(process, 2)
         process.send_signal(signal.SIGTERM)
         code, _, err = end(process)
@@ -201,8 +197,8 @@ def test_stopped_early_it_leaves_nothing(experiment, cache, tmp_path):
     assert not any(map(alive, started.values()))
 
 
-def test_killed_it_leaves_no_processes(experiment, cache, tmp_path):
-    with local(experiment, tmp_path / "run", cache, processes=2) as process:
+def test_killed_it_leaves_no_processes(experiment, tmp_path):
+    with local(experiment, tmp_path / "run", processes=2) as process:
         workers = children(process.pid)
         started = commands(process, 2)
         process.kill()
@@ -210,9 +206,9 @@ def test_killed_it_leaves_no_processes(experiment, cache, tmp_path):
         wait_until(lambda: not any(map(alive, everyone)), "the end of all processes")
 
 
-def test_what_is_wrong_with_an_experiment_is_shown(experiment, cache, tmp_path):
+def test_what_is_wrong_with_an_experiment_is_shown(experiment, tmp_path):
     binding = ("--gin", "train.stepz = 3")
-    with local(experiment, tmp_path / "run", cache, *binding, processes=2) as process:
+    with local(experiment, tmp_path / "run", *binding, processes=2) as process:
         code, out, err = end(process)
     assert code == 1
     line = (
@@ -229,8 +225,8 @@ def test_what_is_wrong_with_an_experiment_is_shown(experiment, cache, tmp_path):
 @pytest.mark.parametrize(
     ("flag", "least"), [("--processes", 1), ("--devices", 1), ("--restarts", 0)]
 )
-def test_numbers_that_make_no_sense(experiment, cache, tmp_path, flag, least):
-    with local(experiment, tmp_path / "run", cache, flag, str(least - 1)) as process:
+def test_numbers_that_make_no_sense(experiment, tmp_path, flag, least):
+    with local(experiment, tmp_path / "run", flag, str(least - 1)) as process:
         code, out, err = end(process)
     assert (code, out) == (2, "")
     assert err == f"tpu: error: {flag} {least - 1}: give {least} or more\n"

@@ -47,9 +47,6 @@ SMALL = dataclasses.replace(  # grouped queries; a memory layer, then a scanned 
 )
 DEEPER = dataclasses.replace(PAPER, memory_layers=(0, 2), local_context=T)
 
-# Most of the time of these tests would go into optimising programs that run once.
-QUICK = {"xla_backend_optimization_level": 0}
-
 # The update is the gradient, exactly: the state of sgd without momentum keeps it.
 SGD = optax.sgd(1.0, momentum=0.0)
 
@@ -101,11 +98,6 @@ def step_of(
     def place(tree, by):
         return jax.device_put(tree, jax.devices()[0] if mesh is None else by(tree))
 
-    @functools.cache
-    def compiled():
-        state, batch = placed(random_params(config), make_batch(config, scheme, lanes))
-        return step.lower(state, batch).compile(compiler_options=QUICK)
-
     def placed(params, batch):
         state = TrainState(np.int32(7), params, SGD.init(params))
         return (
@@ -116,7 +108,7 @@ def step_of(
     def run(params, batch):
         state, batch = placed(params, batch)
         before = jax.tree.map(np.array, state)
-        after, info = compiled()(state, batch)
+        after, info = step(state, batch)
         assert int(after.step) == 8
         if mesh is not None:
             jax.tree.map(
@@ -387,8 +379,7 @@ def test_cross_entropy_in_chunks_is_that_of_the_whole(
 
     differentiate = jax.grad(objective, argnums=(0, 1), has_aux=True)
     args = jnp.float32(kernel), jnp.float32(hidden)
-    compiled = jax.jit(differentiate).lower(*args).compile(compiler_options=QUICK)
-    (d_kernel, d_hidden), sums = compiled(*args)
+    (d_kernel, d_hidden), sums = jax.jit(differentiate)(*args)
     for name, value in expected.items():
         np.testing.assert_allclose(getattr(sums, name), value, rtol=1e-5, err_msg=name)
     for got, want in (
@@ -538,8 +529,7 @@ def positive_mass(config, scheme, lanes, group_lanes, *, accumulation=1, mesh=No
     segments = np.repeat(1 + np.arange(lanes, dtype=np.int32), scheme.windows)[:, None]
     batch = {"inputs": tokens, "segment_ids": np.broadcast_to(segments, tokens.shape)}
     measure = make_positive_mass(Transformer(config), plan, accumulation)
-    args = random_params(config), batch
-    return np.asarray(measure.lower(*args).compile(compiler_options=QUICK)(*args))
+    return np.asarray(measure(random_params(config), batch))
 
 
 def test_positive_mass_of_an_untrained_model():
