@@ -151,10 +151,11 @@ def _carry_out(run: Run, record: Record, workdirs: Path) -> int:
     if not _result(run, workdirs).exists() and "evaluate" in record.done:
         record.done.remove("evaluate")
     for command in _commands(run, workdirs):
-        if command[1] not in record.done:
+        _, verb, *_ = command
+        if verb not in record.done:
             print(f"\n{run.name}: {shlex.join(command)}", flush=True)
-        if code := record.carry_out(command[1], command[1:]):
-            return code
+            if code := record.carry_out(verb, command[1:]):
+                return code
     return 0
 
 
