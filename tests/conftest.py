@@ -1,4 +1,4 @@
-"""For every test: eight CPU devices, and quick compilation, which takes longer than running."""
+"""For every test: eight CPU devices, and programs that are compiled quickly, as most run once."""
 
 import gc
 import os
