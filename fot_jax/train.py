@@ -29,7 +29,7 @@ from fot_jax.training import partitioning
 from fot_jax.training.agreement import Agreement
 from fot_jax.training.checkpoint import Checkpointer
 from fot_jax.training.checkpoint_items import names
-from fot_jax.training.metrics import Counts, Metrics, matmul_rate
+from fot_jax.training.metrics import Counts, Metrics, matmul_rate, when_ready
 from fot_jax.training.step import (
     ScheduleOfD,
     StepInfo,
@@ -212,7 +212,9 @@ def train(
     )
     batches, waited = Prefetch(lanes, place), 0.0
 
-    def finish(step: int, d: int | None, info: StepInfo, more: dict) -> None:
+    def finish(
+        step: int, d: int | None, info: StepInfo, ended: Callable[[], float], more: dict
+    ) -> None:
         """Takes in the report of a step, fetched while the next one runs."""
         nonlocal history, waited
         info = jax.device_get(info)
@@ -243,12 +245,13 @@ def train(
         }
         waited = batches.waited
         history = dataclasses.replace(history, counts=(0.0, 0.0, 0.0))
-        metrics.training(step, values, program.flops_of(d))
+        metrics.training(step, ended(), values, program.flops_of(d))
 
     def save(step: int) -> None:
         meta = {"model": dataclasses.asdict(model), "history": dataclasses.asdict(history)}
         place = lanes.state_of(snapshot)
-        checkpointer.save(step, state.params, state.beside, place, meta)
+        with metrics.untimed():
+            checkpointer.save(step, state.params, state.beside, place, meta)
 
     def run(evals, step: int) -> None:
         with metrics.untimed():
@@ -280,6 +283,7 @@ def train(
             compiled.add(now_d)
             batch, snapshot = ready.pop() if ready else next(batches)
             state, info = program.step_of(now_d)(state, batch)
+            ended = when_ready(info)
             if pending is not None:
                 finish(*pending)
             if not compiles:
@@ -289,7 +293,7 @@ def train(
                 mass = np.asarray(positive_mass(now_d)(state.params, batch))
                 layers = zip(model.memory_layers, mass, strict=True)
                 more = {f"positive_mass/layer_{layer}": float(x) for layer, x in layers}
-            pending = (step, now_d, info, more)
+            pending = (step, now_d, info, ended, more)
             if profile_steps and step == profile_steps[1]:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()

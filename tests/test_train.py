@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -32,6 +33,7 @@ from fot_jax.data.tasks import Text
 from fot_jax.data.vocabulary import TrainedSentencePiece
 from fot_jax.model.schemes import PreviousContext
 from fot_jax.model.transformer import ModelConfig
+from fot_jax.training.checkpoint import Checkpointer
 from fot_jax.training.optim import adamw, constant_rate
 
 # --- Resuming ------------------------------------------------------------------------------------
@@ -192,6 +194,23 @@ def test_metrics_have_what_was_asked_for_at_its_steps(trained):
         split: {f"{split}_perplexity/memory_{n}" for n in (0, 16)} for split in ("valid", "test")
     }
     assert evaluated == {5: names["valid"], 10: names["valid"], 12: names["test"]}
+
+
+def test_a_save_is_no_part_of_the_steps_around_it(tmp_path, one_device, monkeypatch):
+    """A step here takes some milliseconds."""
+    save, saving = Checkpointer.save, 2.0
+
+    def slow(*args, **kwargs):
+        time.sleep(saving)
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(Checkpointer, "save", slow)
+    experiment = write(tmp_path, runs.DICTIONARY)
+    assert runs.train(experiment, tmp_path / "run", "Checkpoints.every = 6") == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    _, *rows = [json.loads(line) for line in lines]  # the first step is compiled
+    assert len(rows) == 11
+    assert all(row["seconds_per_step"] < saving and row["utilisation"] <= 1 for row in rows)
 
 
 @pytest.mark.slow

@@ -13,8 +13,9 @@ import math
 import os
 import socket
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any
 
 import jax
@@ -80,6 +81,30 @@ def matmul_rate(dtype: Any = "float32") -> float:
             if end - start < 0.02 and size < 16384:  # too small to fill the device
                 size *= 2
                 break
+
+
+def when_ready(arrays: Any) -> Callable[[], float]:
+    """A function that waits for arrays and says when they were there, by time.perf_counter.
+
+    A step may have ended long before its report is fetched: a CPU computes it where it is called.
+    """
+    at = []
+
+    def watch():
+        try:
+            jax.block_until_ready(arrays)
+        except Exception:  # is raised where the arrays are fetched
+            pass
+        at.append(time.perf_counter())
+
+    watcher = threading.Thread(target=watch, daemon=True)  # a device that hangs holds up no exit
+    watcher.start()
+
+    def ended() -> float:
+        watcher.join()
+        return at[0]
+
+    return ended
 
 
 def utilisation(flops: float, seconds: float, rate: float) -> float:
@@ -152,19 +177,22 @@ class Metrics:
                 total=steps, initial=first_step, file=self._console, unit="step", dynamic_ncols=True
             )
 
-    def training(self, step: int, values: Mapping[str, Any], flops: float | None = None) -> None:
-        """Writes and shows what training measured, with its speed since the last call.
+    def training(
+        self, step: int, ended: float, values: Mapping[str, Any], flops: float | None = None
+    ) -> None:
+        """Writes and shows what training measured, with its speed since the last call's step.
 
         Adds tokens_per_second, seconds_per_step and, where `flops` and a peak are known,
         utilisation.
 
         Args:
           step: updates done.
+          ended: when the step ended, by time.perf_counter.
           values: name -> number; loss, perplexity and d are shown where present.
           flops: model FLOPs of one of the steps since the last call.
         """
         last_step, last_time = self._last
-        self._last = (step, time.perf_counter())
+        self._last = (step, ended)
         seconds = (self._last[1] - last_time) / max(step - last_step, 1)
         speed = {
             "tokens_per_second": self._tokens_per_step / seconds,
@@ -210,7 +238,10 @@ class Metrics:
 
     @contextlib.contextmanager
     def untimed(self) -> Iterator[None]:
-        """What happens inside, an evaluation say, does not count against the speed of training."""
+        """What happens inside, an evaluation or a save, does not count against the speed of steps.
+
+        No step is going on meanwhile.
+        """
         start = time.perf_counter()
         try:
             yield

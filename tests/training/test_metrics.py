@@ -4,6 +4,7 @@ import io
 import json
 import math
 import sys
+import threading
 import time
 import types
 
@@ -65,6 +66,16 @@ def test_matmul_rate_is_in_flop_per_second():
     assert metrics.utilisation(flops=10.0, seconds=2.0, rate=20.0) == 0.25
 
 
+def test_a_step_ends_when_its_arrays_are_there_not_when_they_are_fetched():
+    there = threading.Event()
+    first = metrics.when_ready(jnp.ones(()))
+    second = metrics.when_ready(types.SimpleNamespace(block_until_ready=there.wait))
+    first()
+    between = time.perf_counter()
+    there.set()
+    assert first() < between < second()
+
+
 # --- Files ---------------------------------------------------------------------------------------
 
 
@@ -79,7 +90,7 @@ def open_metrics(workdir, first_step=0, console=None, **more):
 def test_lines_hold_step_time_and_numbers(tmp_path):
     before = time.time()
     m = open_metrics(tmp_path / "run", peak_flops=100.0)
-    m.training(2, {"loss": jnp.float32(1.5), "d": 4}, flops=10.0)
+    m.training(2, time.perf_counter(), {"loss": jnp.float32(1.5), "d": 4}, flops=10.0)
     m.write(2, {"valid/loss": np.float64(2.5), "gradient_norm": math.inf})
     m.close()
     first, second = rows(tmp_path / "run")
@@ -138,7 +149,11 @@ def test_a_full_disk_is_one_line(tmp_path):
 def test_plain_lines_off_a_terminal(tmp_path):
     console = io.StringIO()
     m = open_metrics(tmp_path, console=console)
-    m.training(1, {"loss": 1.25, "perplexity": math.exp(1.25), "d": 2, "gradient_norm": 9.0})
+    m.training(
+        1,
+        time.perf_counter(),
+        {"loss": 1.25, "perplexity": math.exp(1.25), "d": 2, "gradient_norm": 9.0},
+    )
     m.write(1, {"valid/loss": 2.0})
     m.say("saved")
     first, second = console.getvalue().splitlines()
@@ -154,7 +169,7 @@ def test_a_bar_on_a_terminal(tmp_path):
 
     console = Terminal()
     m = open_metrics(tmp_path, first_step=4, console=console)
-    m.training(6, {"loss": 1.25})
+    m.training(6, 0.0, {"loss": 1.25})
     m.say("a line of its own")
     m.close()
     text = console.getvalue()
@@ -163,13 +178,13 @@ def test_a_bar_on_a_terminal(tmp_path):
 
 
 def test_evaluation_does_not_count_against_speed(tmp_path, monkeypatch):
-    clock = iter([0.0, 10.0, 70.0, 80.0])  # opened, evaluation from, to, reported
+    clock = iter([0.0, 10.0, 70.0])  # opened, evaluation from, to
     monkeypatch.setattr(metrics, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(metrics.time, "time", lambda: 1.0, raising=False)
     m = open_metrics(tmp_path)
     with m.untimed():
         pass
-    m.training(5, {})
+    m.training(5, 80.0, {})
     assert rows(tmp_path)[0]["seconds_per_step"] == 4.0
     assert rows(tmp_path)[0]["tokens_per_second"] == 25.0
 
@@ -178,7 +193,7 @@ def test_only_process_0_writes_and_speaks(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     console = io.StringIO()
     m = open_metrics(tmp_path, console=console)
-    m.training(1, {"loss": 1.0})
+    m.training(1, 0.0, {"loss": 1.0})
     m.say("hello")
     m.close()
     assert console.getvalue() == "" and list(tmp_path.iterdir()) == []
