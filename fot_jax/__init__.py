@@ -7,7 +7,11 @@ Scaling", 2023 (arXiv 2307.03170).
 Importing this package loads nothing heavy; `fot_jax.LanguageModel` loads JAX when first used.
 """
 
+import os
 from typing import Any
+
+# Buckets are read and written through gcsfs (buckets.py); else epath would take TensorFlow.
+os.environ["EPATH_USE_TF"] = "0"
 
 __version__ = "0.1.0"
 __all__ = ["LanguageModel"]

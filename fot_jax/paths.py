@@ -11,9 +11,13 @@ import time
 import uuid
 from collections.abc import Iterator
 
+import fsspec
 from etils import epath
 
 from fot_jax.errors import UserError
+
+for _scheme in ("gs", "gcs"):  # imported when first used
+    fsspec.register_implementation(_scheme, "fot_jax.buckets.Buckets", clobber=True)
 
 
 def path_of(text: epath.PathLike) -> epath.Path:
@@ -28,9 +32,29 @@ def path_of(text: epath.PathLike) -> epath.Path:
     return epath.Path(text)
 
 
+def in_bucket(path: epath.PathLike) -> bool:
+    """Whether it is a gs:// path."""
+    return str(path).startswith("gs://")
+
+
+def create(path: epath.PathLike, content: bytes) -> None:
+    """Writes a new file, if there is none yet: of several that try at once, one succeeds.
+
+    Raises:
+      FileExistsError: there is one. In a bucket it may be the caller's own: an answer may be lost
+        and the request repeated. Compare the content.
+      OSError: it cannot be written.
+    """
+    if in_bucket(path):
+        fsspec.filesystem("gs").pipe_file(str(path), content, mode="create")
+    else:
+        with open(path, "xb") as file:
+            file.write(content)
+
+
 def absolute(path: epath.PathLike) -> epath.Path:
     """The path from the root. (Path.absolute takes gs:// for a directory here.)"""
-    return epath.Path(path) if str(path).startswith("gs://") else epath.Path(path).absolute()
+    return epath.Path(path) if in_bucket(path) else epath.Path(path).absolute()
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import gc
 import os
 import tempfile
+import uuid
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +22,7 @@ if version("jaxlib").startswith("0.10."):  # XLA ends where it does not know a f
 os.environ["XLA_FLAGS"] = " ".join(flags)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import buckets  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 import runs  # noqa: E402
@@ -46,3 +48,25 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiment.gin").write_text(runs.DICTIONARY + runs.EVALUATED)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def _cloud():
+    cloud = buckets.Cloud()
+    os.environ |= cloud.environment  # read when a library is first used; processes inherit it
+    yield cloud
+    cloud.close()
+
+
+@pytest.fixture
+def cloud(_cloud):
+    """Google Cloud Storage on this machine, where gs:// paths lead from now on."""
+    _cloud.requests.clear()
+    yield _cloud
+    _cloud.forbidden, _cloud.anonymous, _cloud.broken, _cloud.before = set(), False, False, None
+
+
+@pytest.fixture
+def bucket(cloud):
+    """An empty bucket there."""
+    return cloud.bucket(f"test-{uuid.uuid4().hex}")
