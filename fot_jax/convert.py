@@ -80,10 +80,8 @@ def from_hugging_face(
       UserError: the directory is not complete, or of another architecture; the output is there.
     """
     source, output = _local(source), _output(output)
-    config = configs.read(source, memory_layers, local_context)
-    content = tensors.Reader(source, config)
-    dtype_of = _dtypes(content, dtype)
-    arrays = content.arrays
+    content = tensors.Reader(source, configs.read(source, memory_layers, local_context))
+    config, arrays, dtype_of = content.config, content.arrays, _dtypes(content, dtype)
     with new_directory(output) as half, bar(_bytes(content, dtype_of), "byte") as progress:
         if (vocabulary := tokenizers.vocabulary_of(source)) is not None:
             vocabulary.save(half / "vocabulary")

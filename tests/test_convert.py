@@ -15,6 +15,7 @@ import pytest
 import runs
 import torch
 import transformers
+from safetensors.numpy import save_file
 
 from fot_jax import convert
 from fot_jax.cli import main
@@ -68,6 +69,28 @@ def test_mistral(tmp_path):
     tokens = llamas.random_tokens(2, 16)
     found = LanguageModel.load(tmp_path / "b").logits(tokens, last_context_length=16)
     np.testing.assert_allclose(found, llamas.logits(theirs, tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("left", ["both", "the head alone"])
+def test_a_head_beside_an_embedding_that_config_json_ties_to_it(tmp_path, left):
+    """Read as transformers does, and written so that config.json says what the files have."""
+    llamas.save(tmp_path / "a")
+    llamas.edit(tmp_path / "a", tie_word_embeddings=True)
+    if left == "the head alone":
+        content = llamas.load(tmp_path / "a" / "model.safetensors")
+        del content["model.embed_tokens.weight"]
+        save_file(content, tmp_path / "a" / "model.safetensors", {"format": "pt"})
+    tokens = llamas.random_tokens(2, 16)
+    load = transformers.LlamaForCausalLM.from_pretrained
+    wanted = llamas.logits(load(tmp_path / "a").eval(), tokens)
+    assert fot("from-hf", tmp_path / "a", tmp_path / "b") == 0
+    assert fot("to-hf", tmp_path / "b", tmp_path / "c") == 0
+    assert fot("check", tmp_path / "a", tmp_path / "c") == 0
+    for directory in ("a", "b", "c"):
+        found = LanguageModel.load(tmp_path / directory).logits(tokens, last_context_length=16)
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
+    values = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert values["tie_word_embeddings"] == (left != "both")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -243,8 +266,6 @@ def test_checking_what_differs(two, capsys):
     content = llamas.load(path)
     content["model.layers.2.mlp.down_proj.weight"][5, 7] += 0.25
     content["model.norm.weight"][3] += 0.125
-    from safetensors.numpy import save_file
-
     save_file(content, path)
     capsys.readouterr()
     assert fot("check", "b", "c") == 1
@@ -403,8 +424,6 @@ def test_values_beyond_float16(two, capsys):
     path = two / "a" / "model.safetensors"
     content = llamas.load(path)
     content["model.layers.1.mlp.up_proj.weight"][3, 4] = -1e6
-    from safetensors.numpy import save_file
-
     save_file(content, path)
     assert refused(capsys, "from-hf", "a", "out", "--dtype", "float16") == (
         "layers/mlp/up of layer 1 has values up to 1e+06, beyond float16: choose bfloat16"
@@ -478,8 +497,6 @@ def test_infinite_values_do_not_hide_those_beyond_float16(two, capsys):
     path = two / "a" / "model.safetensors"
     content = llamas.load(path)
     content["model.norm.weight"][:3] = np.inf, np.nan, 1e30
-    from safetensors.numpy import save_file
-
     save_file(content, path)
     assert "final_norm/scale has values up to 1e+30, beyond float16" in refused(
         capsys, "from-hf", "a", "out", "--dtype", "float16"

@@ -133,6 +133,12 @@ def _read(fields: Fields) -> ModelConfig:
     for name in ("attention_bias", "mlp_bias"):
         fields.only(name, (False, None), False)
     fields.only("partial_rotary_factor", (1, 1.0, None), None)
+    fields.only("transformers_weights", (None,), None)  # files of other names
+    if fields.values.get("quantization_config"):
+        raise UserError(
+            f"{fields.path}: quantization_config: quantized weights are not supported: give the "
+            "model that they were made from"
+        )
     if model_type == "mistral":
         # The default of its configuration class, for files that leave it out.
         fields.only("sliding_window", (None,), 4096)

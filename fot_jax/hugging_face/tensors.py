@@ -8,6 +8,7 @@ by one, whatever the size of the files.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from fot_jax.model.transformer import ModelConfig
 
 SHARD = 5 * 10**9  # bytes of a file, as transformers cuts them
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -53,7 +55,7 @@ def of_model(c: ModelConfig) -> Iterator[Tensor]:
         if c.norm == "layernorm":
             yield Tensor(f"{name}.bias", (E,), f"{path}/bias", layer, False)
 
-    yield Tensor("model.embed_tokens.weight", (V, E), "embedding", None, False)
+    yield Tensor(_EMBEDDING, (V, E), "embedding", None, False)
     for i in range(c.num_layers):
         theirs = f"model.layers.{i}"
         yield from norm(f"{theirs}.input_layernorm", "layers/attention_norm", i)
@@ -75,7 +77,7 @@ def of_model(c: ModelConfig) -> Iterator[Tensor]:
                 yield Tensor(name, shape, f"layers/mlp/{ours}", i, True)
     yield from norm("model.norm", "final_norm")
     if not c.tie_embeddings:
-        yield Tensor("lm_head.weight", (V, E), "head", None, True)
+        yield Tensor(_HEAD, (V, E), "head", None, True)
 
 
 def by_parameter(c: ModelConfig) -> list[Tensor]:
@@ -92,15 +94,18 @@ class Entry(NamedTuple):
     """Where a tensor is, and what its file says of it."""
 
     file: epath.Path
+    name: str  # there
     shape: tuple[int, ...]
-    dtype: np.dtype
+    type: str  # as the file calls it, which may be one that no weight has
 
 
 class Reader:
     """The parameters of a Hugging Face directory, as ours, read when they are asked for.
 
+    They are those that `transformers` takes, or the directory is refused.
+
     Attributes:
-      config: of the model.
+      config: of the model; not tied where the files have a head that is not the embedding.
       arrays: our parameters by path: (shape, dtype).
     """
 
@@ -110,55 +115,87 @@ class Reader:
         Raises:
           UserError: a file is missing or damaged, or the tensors are not those of the model.
         """
-        self.directory, self.config = epath.Path(directory), config
-        self._files = _files(self.directory)
-        self._entries = self._files.entries
-        self._check_layers()
-        self._tensors = {(each.path, each.layer): each for each in of_model(config)}
+        self.directory = epath.Path(directory)
+        self._files, self._index = _files(self.directory)
+        self._entries = _by_usual_name(self._files.entries)
+        self._check_layers(config.num_layers)
+        self.config = self._tied(config)
+        self._tensors = {(each.path, each.layer): each for each in of_model(self.config)}
         self._check()
         self.arrays: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
         for each in self._tensors.values():
-            entry, layers = self._entries[each.name], each.layer is not None
+            dtype, layers = DTYPES[self._entries[each.name].type], each.layer is not None
             shape = each.shape[::-1] if each.transposed else each.shape
             shape = (config.num_layers, *shape) if layers else shape
-            before = self.arrays.get(each.path, (shape, entry.dtype))[1]
-            self.arrays[each.path] = shape, _wider(before, entry.dtype)
+            before = self.arrays.get(each.path, (shape, dtype))[1]
+            self.arrays[each.path] = shape, _wider(before, dtype)
 
     def read(self, path: str, layer: int | None = None) -> np.ndarray:
         """A parameter of ours, of one layer if it is of a layer."""
         tensor = self._tensors[path, layer]
-        x = self._files.read(tensor.name).astype(self.arrays[path][1], copy=False)
+        x = self._files.read(self._entries[tensor.name])
+        x = x.astype(self.arrays[path][1], copy=False)
         return np.ascontiguousarray(x.T) if tensor.transposed else x
 
-    def _check_layers(self) -> None:
+    def _check_layers(self, count: int) -> None:
         """Before all tensors of as many layers as config.json likes are listed."""
-        last = f"model.layers.{self.config.num_layers - 1}."
+        last = f"model.layers.{count - 1}."
         if not any(name.startswith(last) for name in self._entries):
             raise UserError(
                 f"{self.directory}: has no tensor {last}input_layernorm.weight, which config.json "
                 "needs: restore the files from a copy"
             )
 
+    def _tied(self, config: ModelConfig) -> ModelConfig:
+        """The configuration, with the head as the files have it.
+
+        As transformers ties them: either gives the other one; two that differ stay two.
+        """
+        if not config.tie_embeddings or _HEAD not in self._entries:
+            return config
+        head = self._entries[_HEAD]
+        embedding = self._entries.setdefault(_EMBEDDING, head)
+        if embedding is head:
+            del self._entries[_HEAD]
+        elif (
+            head.shape != embedding.shape
+            or not {head.type, embedding.type} <= set(DTYPES)
+            or not np.array_equal(*map(self._files.read, (head, embedding)))
+        ):
+            return dataclasses.replace(config, tie_embeddings=False)
+        return config
+
     def _check(self) -> None:
         wanted = {each.name: each.shape for each in self._tensors.values()}
         for name, shape in wanted.items():
             if name not in self._entries:
+                advice = "restore the files from a copy"
+                if name == _HEAD:
+                    advice += ", or set tie_word_embeddings where the embedding is the head"
                 raise UserError(
-                    f"{self.directory}: has no tensor {name}, which config.json needs: restore "
-                    "the files from a copy"
+                    f"{self.directory}: has no tensor {name}, which config.json needs: {advice}"
                 )
             entry = self._entries[name]
+            file = self._index.get(entry.name, entry.file)
+            if file != entry.file:
+                raise UserError(
+                    f"{entry.file}: has {entry.name}, which the index says is in {file.name}: get "
+                    "both and the index again"
+                )
+            if entry.type not in DTYPES:
+                raise UserError(
+                    f"{entry.file}: {entry.name} is of type {entry.type}: have {', '.join(DTYPES)}"
+                )
             if entry.shape != shape:
                 raise UserError(
-                    f"{entry.file}: {name} is {list(entry.shape)}, but {list(shape)} by "
+                    f"{entry.file}: {entry.name} is {list(entry.shape)}, but {list(shape)} by "
                     "config.json: mend config.json"
                 )
         for name, entry in self._entries.items():
-            tied = self.config.tie_embeddings and name == "lm_head.weight"
             # Angles, which older releases of transformers saved though they are computed.
-            if name not in wanted and not tied and not name.endswith("rotary_emb.inv_freq"):
+            if name not in wanted and name != _HEAD and ".rotary_emb." not in f".{name}":
                 raise UserError(
-                    f"{entry.file}: {name} is no tensor of a LLaMA: the model is of another "
+                    f"{entry.file}: {entry.name} is no tensor of a LLaMA: the model is of another "
                     "architecture than config.json says"
                 )
 
@@ -167,14 +204,44 @@ def _wider(a: np.dtype, b: np.dtype) -> np.dtype:
     return a if a == b else np.dtype(np.float32)
 
 
-def _files(directory: epath.Path):
-    """The files of tensors there: safetensors if there are any, else pickles."""
+def _by_usual_name(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """By the names of a model with its head.
+
+    transformers adds what the names of a model without its head lack, and takes away a prefix that
+    is there once more.
+    """
+    parts = "embed_tokens.", "layers.", "norm."
+    whole = tuple(f"model.{part}" for part in parts) + ("lm_head.",)
+    found: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        within = name.removeprefix("model.")
+        usual = f"model.{name}" if name.startswith(parts) else name
+        usual = within if within != name and within.startswith(whole) else usual
+        if (other := found.setdefault(usual, entry)) is not entry:
+            raise UserError(
+                f"{entry.file}: {other.name} and {name} are two names of one tensor: save the "
+                "model again"
+            )
+    return found
+
+
+def _files(directory: epath.Path) -> tuple[_Safetensors | _Pickles, dict[str, epath.Path]]:
+    """The files of tensors there, and in which of them an index says that each is.
+
+    The first that transformers looks for; it passes over the others.
+    """
+    if os.path.isfile(directory / "adapter_config.json"):
+        raise UserError(
+            f"{directory}: holds an adapter (adapter_config.json), which is not applied: merge it "
+            "into the model (peft: merge_and_unload), or remove it"
+        )
     for name, kind in ((_SAFETENSORS, _Safetensors), (_PICKLE, _Pickles)):
         index = directory / f"{name}.index.json"
-        if os.path.isfile(index):
-            return kind(*_indexed(index))
         if os.path.isfile(directory / name):
-            return kind([directory / name], None)
+            return kind([directory / name]), {}
+        if os.path.isfile(index):
+            files, where = _indexed(index)
+            return kind(files), where
     raise UserError(
         f"{directory}: no {_SAFETENSORS} (or index, or pytorch_model.bin): the directory has no "
         "weights"
@@ -202,47 +269,40 @@ def _indexed(index: epath.Path) -> tuple[list[epath.Path], dict[str, epath.Path]
     return files, where
 
 
-def _check_index(entries: dict[str, Entry], where: dict[str, epath.Path] | None) -> None:
-    for name, file in (where or {}).items():
-        if name not in entries or entries[name].file != file:
-            raise UserError(
-                f"{file}: has no tensor {name}, though the index says so: get both again"
-            )
+def _damaged(file: epath.Path, said: str) -> UserError:
+    with file.open("rb") as content:
+        if content.read(11) == b"version htt":  # https://git-lfs.github.com/spec/v1
+            return UserError(f"{file}: a pointer of Git LFS, not the file: run git lfs pull there")
+    return UserError(f"{file}: damaged{said}: get it again")
 
 
 class _Safetensors:
-    def __init__(self, files: list[epath.Path], where: dict[str, epath.Path] | None):
+    def __init__(self, files: list[epath.Path]):
         self.entries: dict[str, Entry] = {}
         for file in files:
             with _opened(file) as tensors:
                 for name in tensors.keys():
                     header = tensors.get_slice(name)
-                    dtype = DTYPES.get(header.get_dtype())
-                    if dtype is None:
-                        raise UserError(
-                            f"{file}: {name} is of type {header.get_dtype()}: have "
-                            f"{', '.join(DTYPES)}"
-                        )
-                    self.entries[name] = Entry(file, tuple(header.get_shape()), dtype)
-        _check_index(self.entries, where)
+                    shape = tuple(header.get_shape())
+                    self.entries[name] = Entry(file, name, shape, header.get_dtype())
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, entry: Entry) -> np.ndarray:
         # Opened anew each time: a file is mapped, and what was read of it stays in memory.
-        with _opened(self.entries[name].file) as tensors:
-            return tensors.get_tensor(name)
+        with _opened(entry.file) as tensors:
+            return tensors.get_tensor(entry.name)
 
 
 def _opened(file: epath.Path):
     try:
         return safetensors.safe_open(str(file), "numpy")
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{file}: damaged ({error}): get it again") from error
+        raise _damaged(file, f" ({error})") from error
 
 
 class _Pickles:
     """Files of torch.save, which only torch can read without running what is in them."""
 
-    def __init__(self, files: list[epath.Path], where: dict[str, epath.Path] | None):
+    def __init__(self, files: list[epath.Path]):
         try:
             import torch
         except ImportError as error:
@@ -253,20 +313,13 @@ class _Pickles:
         self._torch = torch
         self._held: tuple[Any, dict[str, Any]] = None, {}
         self.entries: dict[str, Entry] = {}
-        kinds = {
-            torch.float32: DTYPES["F32"],
-            torch.float16: DTYPES["F16"],
-            torch.bfloat16: DTYPES["BF16"],
-        }
+        kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
         for file in files:
             for name, tensor in self._load(file).items():
-                if getattr(tensor, "dtype", None) not in kinds:
-                    raise UserError(
-                        f"{file}: {name} is {getattr(tensor, 'dtype', 'no tensor')}: have "
-                        "float32, float16, bfloat16"
-                    )
-                self.entries[name] = Entry(file, tuple(tensor.shape), kinds[tensor.dtype])
-        _check_index(self.entries, where)
+                if not isinstance(tensor, torch.Tensor):
+                    raise UserError(f"{file}: {name} is no tensor: save tensors alone")
+                kind = kinds.get(tensor.dtype, str(tensor.dtype))
+                self.entries[name] = Entry(file, name, tuple(tensor.shape), kind)
 
     def _load(self, file: epath.Path) -> dict[str, Any]:
         if self._held[0] != file:
@@ -277,23 +330,22 @@ class _Pickles:
                         str(file), map_location="cpu", weights_only=True, mmap=mapped
                     )
             except Exception as error:  # torch raises many kinds, and advice that is none
-                raise UserError(
-                    f"{file}: damaged, or holds more than tensors: get it again"
-                ) from error
+                raise _damaged(file, ", or holds more than tensors") from error
             if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
                 raise UserError(f"{file}: holds a {type(tensors).__name__}, not named tensors")
             self._held = file, tensors
         return self._held[1]
 
-    def read(self, name: str) -> np.ndarray:
-        entry = self.entries[name]
+    def read(self, entry: Entry) -> np.ndarray:
         try:
-            tensor = self._load(entry.file)[name].detach().resolve_neg().contiguous()
-            if entry.dtype == DTYPES["BF16"]:
+            tensor = self._load(entry.file)[entry.name].detach().resolve_neg().contiguous()
+            if entry.type == "BF16":
                 return tensor.view(self._torch.int16).numpy().view(ml_dtypes.bfloat16)
             return tensor.numpy()
         except (RuntimeError, TypeError) as error:  # sparse ones and their like
-            raise UserError(f"{entry.file}: {name} is no plain tensor: save it as one") from error
+            raise UserError(
+                f"{entry.file}: {entry.name} is no plain tensor: save it as one"
+            ) from error
 
 
 # --- Writing -------------------------------------------------------------------------------------
