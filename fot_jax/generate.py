@@ -1,9 +1,10 @@
 """LanguageModel: a checkpoint as a library object that reads long text and writes more of it.
 
     lm = fot_jax.LanguageModel.load("workdirs/quickstart")
-    state = lm.read(lm.vocabulary.encode(book))         # into memory, window by window
+    state = lm.read(lm.encode(book))                    # into memory, window by window
     lm.save_memory(state, "book.memory")                # and back: lm.load_memory("book.memory")
-    lm.generate(lm.vocabulary.encode("def "), 100, state=state.copy())
+    new = lm.generate(lm.vocabulary.encode("def "), 100, state=state.copy())
+    print(lm.decode(new))
 
 How text is cut into windows, and what happens when the window is full, is that of LongLLaMA: see
 `inference.cut`.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from fot_jax import reading
+from fot_jax.data.vocabulary import Vocabulary, marked
 from fot_jax.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.model import inference, sampling, transformer
 from fot_jax.model import memory as memories
@@ -53,7 +55,7 @@ class LanguageModel:
 
     config: ModelConfig
     params: Any
-    vocabulary: Any = None
+    vocabulary: Vocabulary | None = None
     mesh: Mesh | None = None
 
     # --- Loading -----------------------------------------------------------------------------
@@ -88,7 +90,7 @@ class LanguageModel:
         return LanguageModel(config, params, loading.vocabulary_of(path), mesh)
 
     @staticmethod
-    def of(model: Transformer, params: Any, vocabulary: Any = None) -> LanguageModel:
+    def of(model: Transformer, params: Any, vocabulary: Vocabulary | None = None) -> LanguageModel:
         """From a model in training.
 
         Args:
@@ -112,6 +114,31 @@ class LanguageModel:
         whole = _whole(self.mesh, self.params)
         here = jax.tree.map(lambda x: x.addressable_data(0), whole)
         return dataclasses.replace(self, params=here, mesh=None)
+
+    # --- Text --------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text that begins here, with the marks that the vocabulary puts around it.
+
+        To read on from a state, `vocabulary.encode` gives the text alone.
+
+        Raises:
+          UserError: the checkpoint has no tokenizer; the text cannot be tokenized.
+        """
+        return marked(self._tokenizer(), text)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of tokens, without marks.
+
+        Raises:
+          UserError: the checkpoint has no tokenizer.
+        """
+        return self._tokenizer().decode(tokens)
+
+    def _tokenizer(self) -> Vocabulary:
+        if self.vocabulary is None:
+            raise UserError("the checkpoint has no tokenizer: give tokens in place of text")
+        return self.vocabulary
 
     # --- Reading -----------------------------------------------------------------------------
 
@@ -276,7 +303,7 @@ class LanguageModel:
         temperature: float = 1.0,
         top_p: float = 1.0,
         seed: int | Sequence[int] = 0,
-        stop: Sequence[int] = (),
+        stop: Sequence[int] | None = None,
         mask: Bool[np.ndarray, "B N"] | None = None,
         last_context_length: int | None = None,
         memory: MemoryConfig = EVERYTHING,
@@ -292,7 +319,7 @@ class LanguageModel:
           temperature: 0 takes the most likely token.
           top_p: draws among the fewest tokens whose probabilities sum to this.
           seed: of the draws, one for each row; of a number s, row r has s + r.
-          stop: tokens that end a row.
+          stop: tokens that end a row; None: those at which the vocabulary says that a text ends.
           mask, last_context_length, memory, state, progress: as of `logits`.
           when_read: called with the state when the prompts have been read, to save it, say.
 
@@ -334,6 +361,8 @@ class LanguageModel:
             new_tokens=int(max_new_tokens),
         )
         draw = sampling.Draw.of(temperature, top_p, seeds)
+        if stop is None:
+            stop = () if self.vocabulary is None else self.vocabulary.ends
         return self._write(state, pieces, int(max_new_tokens), draw, frozenset(stop), when_read)
 
     def _write(self, state, pieces, max_new_tokens, draw, stop, when_read):

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterable, Iterator, Sequence
 
 from fot_jax import memory_files
-from fot_jax.data.vocabulary import Vocabulary, frame
+from fot_jax.data.vocabulary import Vocabulary
 from fot_jax.errors import UserError
 from fot_jax.generate import LanguageModel
 from fot_jax.paths import path_of
@@ -37,7 +37,7 @@ def generate(
     Args:
       checkpoint: a workdir, a step inside it, or a Hugging Face directory.
       prompt, prompt_file: one of them: text, or a file of it in UTF-8.
-      max_new_tokens: it ends earlier where the model ends its document.
+      max_new_tokens: it ends earlier where the model ends its text.
       temperature, top_p, seed, last_context_length: as of LanguageModel.stream.
       config: what is kept in memory.
       memory: a saved memory to read on from; of `config` it takes the lookup alone.
@@ -67,7 +67,7 @@ def generate(
         raise UserError(f"{checkpoint}: the model has no memory layers: there is no memory to save")
     state = None if memory is None else lm.load_memory(memory, config.lookup)
     if state is None:  # a document begins
-        tokens = frame(lm.vocabulary, text)[:-1].tolist()
+        tokens = lm.encode(text)
     else:
         tokens = lm.vocabulary.encode(text)
 
@@ -82,7 +82,6 @@ def generate(
             temperature=temperature,
             top_p=top_p,
             seed=seed,
-            stop=[lm.vocabulary.eos],
             last_context_length=last_context_length,
             memory=config if state is None else EVERYTHING,
             state=state,

@@ -301,7 +301,8 @@ class Passkey(_Drawn):
         """Tokens, with fillers before and after the statement."""
         prompt = passkey_prompt(key, before, after)
         tokens = frame(self.vocabulary, f"{prompt} {key}")[:-1]
-        return np.split(tokens, [1 + len(self.vocabulary.encode(prompt))])
+        marks = len(self.vocabulary.before)
+        return np.split(tokens, [marks + len(self.vocabulary.encode(prompt))])
 
 
 def draw_passkey(rng: np.random.Generator, *, training: bool) -> int:

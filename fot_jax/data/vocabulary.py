@@ -39,6 +39,18 @@ class Vocabulary(Protocol):
     def eos(self) -> int:
         """Marks the end of a document."""
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """A text that a model writes ends at any of these tokens: at eos, as a rule."""
+
+    @property
+    def before(self) -> tuple[int, ...]:
+        """Marks that are put before a text: bos, as a rule."""
+
+    @property
+    def after(self) -> tuple[int, ...]:
+        """Marks that are put after a text even if it is to be continued: none, as a rule."""
+
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without marks around it."""
 
@@ -49,17 +61,38 @@ class Vocabulary(Protocol):
         """Writes what `load_vocabulary` reads, whole or not at all; may replace an older one."""
 
 
+def marked(vocabulary: Vocabulary, text: str) -> list[int]:
+    """Tokens of a text as a model is given it to go on from: with marks where it has some."""
+    return [*vocabulary.before, *vocabulary.encode(text), *vocabulary.after]
+
+
 def frame(vocabulary: Vocabulary, text: str) -> Int[np.ndarray, " N"]:
-    """A document: the mark of its beginning (bos; eos where there is none), its text, and eos."""
-    start = vocabulary.eos if vocabulary.bos is None else vocabulary.bos
-    return np.asarray([start, *vocabulary.encode(text), vocabulary.eos], np.int32)
+    """A document: the text with its marks, and eos."""
+    tokens = marked(vocabulary, text)
+    if vocabulary.after[-1:] != (vocabulary.eos,):
+        tokens.append(vocabulary.eos)
+    return np.asarray(tokens, np.int32)
+
+
+class _Marked:
+    """Marks as models are trained with from scratch: documents begin with one in any case."""
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return (self.eos,)
+
+    @property
+    def before(self) -> tuple[int, ...]:
+        return (self.eos if self.bos is None else self.bos,)
+
+    after = ()
 
 
 # --- Bytes and symbols ---------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Bytes:
+class Bytes(_Marked):
     """UTF-8: ids 0 … 255 are the bytes, 256 is bos, 257 eos."""
 
     size = 258
@@ -77,7 +110,7 @@ class Bytes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Symbols:
+class Symbols(_Marked):
     """Words of made-up data, separated by spaces: id i is names[i].
 
     Attributes:
@@ -136,7 +169,7 @@ SPACE = "▁"  # how SentencePiece writes a space
 
 
 @dataclasses.dataclass(frozen=True, init=False)
-class SentencePiece:
+class SentencePiece(_Marked):
     """A SentencePiece model, such as LLaMA's tokenizer.model."""
 
     model: bytes = dataclasses.field(repr=False)
@@ -268,7 +301,7 @@ COMMON_EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>")
 
 
 @dataclasses.dataclass(frozen=True, init=False)
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(_Marked):
     """A tokenizer.json. As in transformers, names of special tokens in a text are these tokens."""
 
     tokenizer: bytes = dataclasses.field(repr=False)

@@ -21,7 +21,7 @@ from fot_jax.model.lookup import Dense, Lookup
 from fot_jax.model.transformer import ModelConfig
 from fot_jax.paths import path_of
 from fot_jax.progress import bar
-from fot_jax.reading import State, all_of_a_text, last_context
+from fot_jax.reading import MemoryConfig, State, all_of_a_text, last_context
 
 # Fields of a row: the question, and its answer or list of answers; how a demonstration is written.
 FORMS = {
@@ -114,11 +114,13 @@ class FewShot:
                     rng = np.random.default_rng((self.seed, length, draw))
                     order = [demonstrations[i] for i in rng.permutation(len(demonstrations))]
                     tokens, count = self._context(source.vocabulary, order, longest, length)
-                    state = lm.read(tokens, memory=memory, last_context_length=last)
+                    state = None
+                    if tokens:
+                        state = lm.read(tokens, memory=memory, last_context_length=last)
                     right = 0
                     for start in range(0, len(questions), self.rows):
                         asked = questions[start : start + self.rows]
-                        right += self._right(lm, source.vocabulary, state, asked)
+                        right += self._right(lm, source.vocabulary, state, memory, asked)
                         progress(len(asked))
                     found.append(right / len(questions))
                     shown.append(count)
@@ -159,8 +161,7 @@ class FewShot:
 
     def _context(self, vocabulary, order, longest: int, length: int) -> tuple[list[int], int]:
         """Tokens of as many demonstrations as fit with any question, and how many these are."""
-        start = vocabulary.eos if vocabulary.bos is None else vocabulary.bos
-        tokens, count = [start], 0
+        tokens, count = list(vocabulary.before), 0
         room = length - longest - self.answer_tokens
         if room < len(tokens):
             raise UserError(
@@ -174,14 +175,22 @@ class FewShot:
             tokens, count = [*tokens, *more], count + 1
         return tokens, count
 
-    def _right(self, lm: LanguageModel, vocabulary, state: State, asked: Sequence[Example]) -> int:
+    def _right(
+        self,
+        lm: LanguageModel,
+        vocabulary,
+        state: State | None,
+        memory: MemoryConfig,
+        asked: Sequence[Example],
+    ) -> int:
         """How many of the questions are answered rightly."""
+        before = {"memory": memory} if state is None else {"state": state.repeated(len(asked))}
         written = lm.generate(
             [vocabulary.encode(self._written(example)) for example in asked],
             self.answer_tokens,
             temperature=0,
-            state=state.repeated(len(asked)),
-            stop=(vocabulary.eos,),
+            stop=vocabulary.ends,
+            **before,
         )
         lines = [vocabulary.decode(new).lstrip().partition("\n")[0] for new in written]
         return sum(

@@ -196,7 +196,7 @@ def _adapter(lm: LanguageModel, vocabulary: Any, memory: MemoryConfig, rows: int
                 prompts,
                 max(longest),
                 temperature=temperatures.pop(),
-                stop=(vocabulary.eos,),
+                stop=vocabulary.ends,
                 memory=memory,
                 last_context_length=last_context(lm.config, max(longest)),
             )
