@@ -257,8 +257,9 @@ def difference(a: np.ndarray, b: np.ndarray) -> Difference:
 def check(a: epath.PathLike, b: epath.PathLike) -> bool:
     """Compares two checkpoints, of either kind each, and prints where they differ most.
 
-    Their configurations, then tensors one by one; then logits of a text that is read with memory,
-    in float32, for which both models are held, one after the other.
+    Their configurations, but for rounding to float32; then tensors one by one; then logits of a
+    text that is read as each of them reads it and, where their memory differs, of the same text
+    without memory: in float32, for which both models are held, one after the other.
 
     Returns:
       Whether they are the same, but for the rounding where their types differ.
@@ -267,17 +268,16 @@ def check(a: epath.PathLike, b: epath.PathLike) -> bool:
       UserError: one of them cannot be read.
     """
     ours, theirs = reader(a), reader(b)
-    fields = [field.name for field in dataclasses.fields(ModelConfig)]
-    values = [(name, getattr(ours.config, name), getattr(theirs.config, name)) for name in fields]
-    same = True
-    for name, one, other in values:
-        if one != other:
-            print(f"{name}: {one} in {a}, {other} in {b}")
-            same = False
-    same = _check_tensors(ours, theirs) and same
+    differences = ours.config.differences(theirs.config)
+    for name, (one, other) in differences.items():
+        print(f"{name}: {one} in {a}, {other} in {b}")
+    same_tensors = _check_tensors(ours, theirs)
+    of_memory = [name for name in differences if name.startswith("memory_")]
     if ours.config.vocab_size == theirs.config.vocab_size:
-        _check_logits(a, b, ours.config)
-    return same
+        _check_logits(a, b, ours.config, bool(of_memory))
+    if same_tensors and differences and {*differences} <= {*of_memory, "local_context"}:
+        print(f"the same model, but for {', '.join(differences)}")
+    return same_tensors and not differences
 
 
 def _check_tensors(ours: Reader, theirs: Reader) -> bool:
@@ -317,14 +317,17 @@ def _check_tensors(ours: Reader, theirs: Reader) -> bool:
     return same and identical + rounded == compared
 
 
-def _check_logits(a: epath.PathLike, b: epath.PathLike, c: ModelConfig) -> None:
-    """Prints the largest difference between logits."""
+def _check_logits(a: epath.PathLike, b: epath.PathLike, c: ModelConfig, plain: bool) -> None:
+    """Prints the largest difference between logits; `plain`: without memory, too."""
     window = min(_WINDOW, c.local_context)
 
-    def logits(path):
-        lm = LanguageModel.load(path)
-        lm = dataclasses.replace(lm, config=dataclasses.replace(lm.config, local_context=window))
-        return lm.logits(tokens, last_context_length=max(1, window // 2))
+    def logits(path) -> list[np.ndarray]:
+        lm, found = LanguageModel.load(path), []
+        for layers in (lm.config.memory_layers, ())[: 1 + plain]:
+            config = dataclasses.replace(lm.config, local_context=window, memory_layers=layers)
+            lm = dataclasses.replace(lm, config=config)
+            found.append(lm.logits(tokens, last_context_length=max(1, window // 2)))
+        return found
 
     vocabulary = loading.vocabulary_of(a)
     tokens = np.arange(_PROBE) * 7919 % c.vocab_size
@@ -332,9 +335,11 @@ def _check_logits(a: epath.PathLike, b: epath.PathLike, c: ModelConfig) -> None:
         text = Path(__file__).read_text()[: 20 * _PROBE]
         tokens = np.resize(vocabulary.encode(text), _PROBE) % c.vocab_size
     tokens = tokens[None]
-    found = difference(logits(a), logits(b))
-    print(
-        f"logits of {_PROBE} tokens in windows of {window}, with memory: largest difference "
-        f"{found.size:.3g} (values up to {found.largest:.3g}) at token {found.where[1]}, entry "
-        f"{found.where[2]}"
-    )
+    ways = ("each with its own memory", "without memory") if plain else ("with memory",)
+    for way, x, y in zip(ways, *map(logits, (a, b)), strict=True):
+        found = difference(x, y)
+        print(
+            f"logits of {_PROBE} tokens in windows of {window}, {way}: largest difference "
+            f"{found.size:.3g} (values up to {found.largest:.3g}) at token {found.where[1]}, entry "
+            f"{found.where[2]}"
+        )

@@ -375,8 +375,9 @@ class History:
 
 def _compare_functions(initialize_from: str, there: ModelConfig, model: ModelConfig) -> None:
     """Warns where a checkpoint's parameters were those of another function than they will be."""
+    differences = there.differences(model)
     names = ("norm_epsilon", "qk_norm", "rope_theta", "rope_scaling", "norm", "mlp")
-    compared = [(name, getattr(there, name), getattr(model, name)) for name in names]
+    compared = [(name, *differences[name]) for name in names if name in differences]
     rotated = [
         tuple(i for i in range(c.num_layers) if c.memory_positions or i not in c.memory_layers)
         for c in (there, model)

@@ -177,6 +177,7 @@ def test_training_of_another_function_is_warned_of(here, one_device, caplog):
     assert runs.train("experiment.gin", "run", binding, "train.steps = 1") == 0
     assert "a was trained with norm_epsilon = 0.001, this run has 1e-06" in caplog.text
     caplog.clear()
+    llamas.edit(here / "a", rms_norm_eps=float(np.float32(1e-3)))
     binding = "ModelConfig.norm_epsilon = 1e-3", 'train.initialize_from = "a"'
     assert runs.train("experiment.gin", "other", *binding, "train.steps = 1") == 0
     assert "was trained with" not in caplog.text
@@ -240,10 +241,81 @@ def test_checking_the_same(two, capsys):
     assert lines[1].startswith(
         "logits of 200 tokens in windows of 16, with memory: largest difference 0 (values up to"
     )
-    assert fot("check", "a", "b") == 1  # the same tensors, read otherwise
+
+
+@pytest.mark.parametrize("window", [None, 12])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_checking_a_model_with_memory_and_what_it_came_from(two, capsys, dtype, window):
+    more = [] if window is None else ["--local_context", window]
+    fot("from-hf", "a", "c", "--memory_layers", "1", "--dtype", dtype, *more)
+    for pair in (("a", "c"), ("c", "a")):
+        capsys.readouterr()
+        assert fot("check", *pair) == 1
+        lines = [line for line in capsys.readouterr().out.splitlines() if "largest" not in line]
+        values = {"a": "()", "c": "(1,)"}
+        first, second = pair
+        assert lines[0] == (
+            f"memory_layers: {values[first]} in {first}, {values[second]} in {second}"
+        )
+        assert lines[-1] == "the same model, but for memory_layers" + (
+            ", local_context" if window else ""
+        )
+
+
+def apart(capsys):
+    """The differences of logits that were printed last."""
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["memory_layers: () in a, (1,) in b", "30 tensors compared, 30 the same"]
-    assert float(re.search("difference ([^ ]+)", lines[2])[1]) > 0.1
+    found = {}
+    for line in lines:
+        if match := re.match("logits of .* of .*, (.*): largest difference ([^ ]+) ", line):
+            found[match[1]] = float(match[2])
+    return found
+
+
+def test_what_the_logits_say_of_a_model_with_memory(two, capsys):
+    fot("check", "a", "b")
+    found = apart(capsys)
+    assert found["without memory"] == 0 and found["each with its own memory"] > 0.1
+    fot("from-hf", "a", "c", "--memory_layers", "1", "--dtype", "bfloat16")
+    capsys.readouterr()
+    fot("check", "a", "c")
+    assert 0 < apart(capsys)["without memory"] < 0.1
+    fot("from-hf", "a", "d", "--memory_layers", "2")
+    llamas.edit(two / "a", rope_theta=7.0, rope_parameters=None)
+    capsys.readouterr()
+    fot("check", "a", "d")
+    assert apart(capsys)["without memory"] > 0.1
+    llamas.edit(two / "a", mem_layers=[2])
+    fot("check", "a", "d")
+    assert apart(capsys).keys() == {"with memory"}
+
+
+def test_numbers_rounded_to_float32_are_the_same(two, capsys):
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.1,
+        "low_freq_factor": 1.1,
+        "high_freq_factor": 4.1,
+        "original_max_position_embeddings": 16,
+    }
+    exact = {"rms_norm_eps": 1e-5, "rope_theta": 10000.1, "rope_parameters": None}
+    llamas.edit(two / "a", **exact, rope_scaling=scaling)
+    shutil.copytree(two / "a", two / "c")
+    rounded = {name: float(np.float32(x)) for name, x in scaling.items() if isinstance(x, float)}
+    llamas.edit(
+        two / "c",
+        rms_norm_eps=9.99999975e-06,
+        rope_theta=float(np.float32(10000.1)),
+        rope_scaling=scaling | rounded,
+    )
+    capsys.readouterr()
+    assert fot("check", "a", "c") == 0
+    assert capsys.readouterr().out.startswith("30 tensors compared, 30 the same")
+    for field, value in (("rms_norm_eps", 1.00001e-5), ("rope_scaling", scaling | {"factor": 8})):
+        shutil.rmtree(two / "c")
+        shutil.copytree(two / "a", two / "c")
+        llamas.edit(two / "c", **{field: value})
+        assert fot("check", "a", "c") == 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

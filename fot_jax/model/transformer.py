@@ -118,6 +118,23 @@ class ModelConfig:
                     f"model.{field} = {getattr(self, field)!r}: choose one of {', '.join(allowed)}"
                 )
 
+    def differences(self, other: ModelConfig) -> dict[str, tuple[Any, Any]]:
+        """Fields that two models do not share, with both values, but for rounding to float32.
+
+        Files of other programs have, say, 9.99999975e-06 where 1e-5 was meant.
+        """
+        names = [field.name for field in dataclasses.fields(self)]
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
+        return {name: pair for name, pair in pairs.items() if not _same(*pair)}
+
+
+def _same(a: Any, b: Any) -> bool:
+    if dataclasses.is_dataclass(a) and type(a) is type(b):
+        return all(map(_same, dataclasses.astuple(a), dataclasses.astuple(b)))
+    if isinstance(a, float) and isinstance(b, float):
+        return np.float32(a) == np.float32(b)
+    return a == b
+
 
 class Output(NamedTuple):
     """What a forward pass gives beside the hidden states of its last layer."""
