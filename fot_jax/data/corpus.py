@@ -66,9 +66,18 @@ Part = Callable[[], Iterator[bytes]]  # opens a file of a split, or several: the
 def shard_of(
     parts: Sequence[Part], shard: int, shards: int, rng: np.random.Generator | None
 ) -> Iterator[bytes]:
-    """The documents of a shard; in order, or shuffled by generators that are alike in all shards.
+    """The documents of a shard, in order or shuffled; generators are alike in all shards."""
+    texts = dealt(parts, shard, shards, rng)
+    return texts if rng is None else _shuffled(texts, rng)
 
-    Shards are of whole parts where there are enough, so that no file is read twice.
+
+def dealt(
+    parts: Sequence[Part], shard: int, shards: int, rng: np.random.Generator | None
+) -> Iterator[bytes]:
+    """The documents of a shard in the order of its files.
+
+    Shards are of whole parts where there are enough, so that no file is read twice. So one may have
+    no documents, where files are empty; with a generator, another one the next time.
     """
     if rng is not None:
         parts = [parts[i] for i in rng.permutation(len(parts))]
@@ -76,9 +85,7 @@ def shard_of(
     texts = itertools.chain.from_iterable(
         part() for part in (parts[shard::shards] if whole else parts)
     )
-    if not whole:
-        texts = itertools.islice(texts, shard, None, shards)
-    return texts if rng is None else _shuffled(texts, rng)
+    return texts if whole else itertools.islice(texts, shard, None, shards)
 
 
 def _shuffled(texts: Iterator[bytes], rng: np.random.Generator) -> Iterator[bytes]:

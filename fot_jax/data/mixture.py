@@ -76,10 +76,11 @@ class Mixture:
                 f"Mixture.sources names {len(self.sources)}: name the same, or use another workdir"
             )
         (epoch, taken), *positions = positions
-        streams = [
-            source.stream(shard, shards, seed, at)
-            for source, at in zip(self._of_one_vocabulary(), positions, strict=True)
-        ]
+        streams = []
+        for source, at in zip(self._of_one_vocabulary(), positions, strict=True):
+            stream = source.stream(shard, shards, seed, at)
+            first = next(stream)  # one that has none says so now, not when it is first drawn
+            streams.append(itertools.chain([first], stream))
         ends = np.cumsum(self.weights) / np.sum(self.weights)
         for n in itertools.count(taken):
             drawn = np.random.default_rng((seed, shard, n)).random()

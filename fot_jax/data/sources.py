@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from fot_jax.data.corpus import SHUFFLED_BYTES, Corpus, parts_of, shard_of
+from fot_jax.data.corpus import SHUFFLED_BYTES, Corpus, Part, dealt, parts_of, shard_of
 from fot_jax.data.libraries import libraries
 from fot_jax.errors import UserError
+
+PATIENCE = 8  # passes over the files within which each shard must have a document, to start a run
+
+
+def patience(shards: int) -> int:
+    """Passes in a row in which a shard that has had documents may have none.
+
+    As files are shared out, so many come about only where the corpus has been changed. A shard that
+    is all there is has the same documents in each.
+    """
+    return max(1, 100 * (shards - 1))
 
 
 @contextlib.contextmanager
@@ -74,27 +85,71 @@ class CorpusSource:
     supports_arbitrary_sharding = True
     performs_internal_shuffling = True
 
-    def __init__(self, corpus: Corpus, splits: Sequence[str], failures: list[Exception]):
+    def __init__(
+        self,
+        corpus: Corpus,
+        splits: Sequence[str],
+        tokens_of: Callable[[bytes], np.ndarray],
+        failures: list[Exception],
+        of_mixture: bool = False,
+    ):
+        """Opens no file.
+
+        Args:
+          corpus: says which documents are left out.
+          splits: those it has.
+          tokens_of: of a document in UTF-8.
+          failures: gets the exceptions that TensorFlow makes texts of.
+          of_mixture: SeqIO repeats the dataset without end; it would stop where a pass has no
+            documents, so such a pass is followed by the next one at once.
+        """
         self.splits = splits
-        self._corpus, self._failures = corpus, failures
+        self._corpus, self._tokens_of = corpus, tokens_of
+        self._failures, self._of_mixture = failures, of_mixture
 
     def num_input_examples(self, split: str) -> None:
         return None  # not known without reading
 
+    def texts(self, split: str) -> Iterator[bytes]:
+        """Of all documents, in order."""
+        return itertools.chain.from_iterable(part() for part in self._parts(split))
+
+    def lengths(self, split: str, shard: int, shards: int, seed: int) -> Iterator[int]:
+        """Tokens of the documents that a shard has in its first passes, but in another order."""
+        parts = self._parts(split)
+        for number in range(min(PATIENCE, patience(shards))):
+            rng = np.random.default_rng((seed, number))
+            for tokens in self._tokenized(dealt(parts, shard, shards, rng)):
+                yield len(tokens)
+
     def get_dataset(self, split, shuffle=True, seed=None, shard_info=None) -> Any:
-        """Texts of a shard. Where SeqIO repeats the dataset, every pass is shuffled anew."""
+        """Tokens of a shard. Where SeqIO repeats the dataset, every pass is shuffled anew."""
         tf = libraries().tf
-        parts = parts_of(self._corpus, split)
-        if all(next(part(), None) is None for part in parts):
-            raise UserError(f"{self._corpus.path}: the {split} split is empty: give it some rows")
+        parts = self._parts(split)
         shard, shards = (shard_info.index, shard_info.num_shards) if shard_info else (0, 1)
         passes = itertools.count()
 
-        def texts():
-            rng = np.random.default_rng((seed, next(passes))) if shuffle else None
+        def rows():
             with kept_in(self._failures):
-                for text in shard_of(parts, shard, shards, rng):
-                    yield {self._corpus.text_field: text}
+                for _ in range(patience(shards) if shuffle and self._of_mixture else 1):
+                    rng = np.random.default_rng((seed, next(passes))) if shuffle else None
+                    tokenized = self._tokenized(shard_of(parts, shard, shards, rng))
+                    if (first := next(tokenized, None)) is None:
+                        continue
+                    for tokens in itertools.chain([first], tokenized):
+                        yield {"targets": tokens}
+                    return
 
-        signature = {self._corpus.text_field: tf.TensorSpec([], tf.string)}
-        return tf.data.Dataset.from_generator(texts, output_signature=signature)
+        signature = {"targets": tf.TensorSpec([None], tf.int32)}
+        return tf.data.Dataset.from_generator(rows, output_signature=signature)
+
+    def _parts(self, split: str) -> list[Part]:
+        parts = parts_of(self._corpus, split)
+        if all(next(part(), None) is None for part in parts):
+            raise UserError(f"{self._corpus.path}: the {split} split is empty: give it some rows")
+        return parts
+
+    def _tokenized(self, texts: Iterator[bytes]) -> Iterator[np.ndarray]:
+        """Tokens of those that are long enough."""
+        everything = map(self._tokens_of, texts)
+        return (x for x in everything if len(x) >= self._corpus.min_document_length)

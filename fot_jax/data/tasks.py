@@ -19,7 +19,7 @@ from fot_jax.data.caches import cache_of, cached_source, write_split
 from fot_jax.data.corpus import SPLITS, Corpus, parts_of
 from fot_jax.data.lanes import START, Document, Position, of_one_source
 from fot_jax.data.libraries import libraries
-from fot_jax.data.sources import CorpusSource, kept_in, tfds_source
+from fot_jax.data.sources import PATIENCE, CorpusSource, kept_in, patience, tfds_source
 from fot_jax.data.vocabulary import (
     Bytes,
     HuggingFaceTokenizer,
@@ -106,29 +106,42 @@ class Text:
         it does with caches and TensorFlow Datasets, its end mixes with its beginning). Going on
         from a position means reading up to it: use a cache if tokenizing that again takes too long.
 
+        Files are shared out anew in every epoch; where a shard has got empty ones alone, or too
+        short documents, it goes on to the next epoch.
+
         Raises:
-          UserError: as `documents`; or the shard is empty.
+          UserError: as `documents`; or, at the start, the shard has had none in PATIENCE epochs.
         """
         self._check_split("train")
         endless = len(self.corpora) > 1
-        if endless and self.piece_tokens is not None:
-            self._check_pieces(shard, shards)
         epoch, taken = of_one_source(position)
+        if endless:
+            self._check_shards(shard, shards, _seed_of(seed, 0))
+        empty, most = 0, patience(shards)
+        if position == START:
+            most = min(PATIENCE, most)
         while True:
             read = functools.partial(
                 self._read,
                 piece_tokens=self.piece_tokens,
                 split="train",
                 shuffle=True,
-                seed=int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]),
+                seed=_seed_of(seed, epoch),
                 shard_info=libraries().seqio.ShardInfo(shard, shards),
             )
             documents = read(self.provider, num_epochs=None if endless else 1, skip=taken)
             for document in documents:
                 taken += 1
                 yield (epoch, taken), document
-            if endless or taken == 0:
-                raise self._empty_shard(shard, shards, read)
+            if taken:
+                empty, most = 0, patience(shards)
+            elif endless or (empty := empty + 1) == most:
+                raise self._no_documents(self.corpora, shard, shards)
+            elif empty == 1:
+                logging.info(
+                    "%s: no document for shard %d of %d in epoch %d: on to the next epoch",
+                    *(self.corpora[0].path, shard, shards, epoch),
+                )
             epoch, taken = epoch + 1, 0
 
     # --- SeqIO -----------------------------------------------------------------------------------
@@ -151,16 +164,15 @@ class Text:
     def _make_task(self, corpus: Corpus) -> Any:
         seqio = libraries().seqio
         name = _task_name(corpus, self.vocabulary)
-        if self.cache_dir is None:
-            source, to_shuffle = self._source(corpus)
-            preprocessors = [
-                _tokenize(self.vocabulary, corpus.text_field, self._failures),
-                _at_least(corpus.min_document_length),
-                seqio.CacheDatasetPlaceholder(),
-            ]
-        else:
+        if self.cache_dir is not None:
             source, to_shuffle = cached_source(self.cache_dir, name, corpus)
             preprocessors = [_as_int32]
+        else:
+            source, to_shuffle = self._source(corpus)
+            preprocessors = [seqio.CacheDatasetPlaceholder()]
+            if not isinstance(source, CorpusSource):
+                tokenize = _tokenize(self._tokens_of, corpus.text_field, self._failures)
+                preprocessors = [tokenize, _at_least(corpus.min_document_length), *preprocessors]
         vocabulary = seqio.PassThroughVocabulary(self.vocabulary.size, self.vocabulary.eos)
         seqio.TaskRegistry.remove(name)
         return seqio.TaskRegistry.add(
@@ -176,7 +188,11 @@ class Text:
         if corpus.path.startswith("tfds:"):
             return tfds_source(corpus, self.data_dir)
         splits = [split for split in SPLITS if parts_of(corpus, split)]
-        return CorpusSource(corpus, splits, self._failures), None
+        several = len(self.corpora) > 1
+        return CorpusSource(corpus, splits, self._tokens_of, self._failures, several), None
+
+    def _tokens_of(self, text: bytes) -> np.ndarray:
+        return frame(self.vocabulary, text.decode(errors="replace"))
 
     def _read(
         self, provider: Any, skip: int = 0, piece_tokens: int | None = None, **options
@@ -214,8 +230,12 @@ class Text:
         """From the middle of one training document after another."""
         source, _ = self._source(corpus)
         self._check_has(corpus, source, "train")
-        for row in self._rows(source.get_dataset(split="train", shuffle=False)):
-            text = row[corpus.text_field].decode(errors="replace")
+        if isinstance(source, CorpusSource):
+            texts = source.texts("train")
+        else:
+            rows = self._rows(source.get_dataset(split="train", shuffle=False))
+            texts = (row[corpus.text_field] for row in rows)
+        for text in (text.decode(errors="replace") for text in texts):
             start = max(0, len(text) - TRAINING_EXCERPT) // 2
             excerpt = text[start : start + min(TRAINING_EXCERPT, characters)]
             characters -= len(excerpt)
@@ -242,34 +262,28 @@ class Text:
         there = ", ".join(source.splits) or "none"
         raise UserError(f"{where}: no {split} split (there is: {there}): {remedy}")
 
-    def _check_pieces(self, shard: int, shards: int) -> None:
-        """An endless search for the pieces of documents that are too short would have no end."""
+    def _check_shards(self, shard: int, shards: int, seed: int) -> None:
+        """What a mixture lacks would show when it is drawn, or never, in an endless search."""
         for corpus, task in zip(self.corpora, self._tasks, strict=True):
-            info = libraries().seqio.ShardInfo(shard, shards)
-            documents = self._read(
-                task, split="train", shuffle=False, num_epochs=1, shard_info=info
-            )
-            if all(len(document.tokens) < self.piece_tokens for document in documents):
-                raise self._no_documents(corpus, shard, shards)
+            if isinstance(task.source, CorpusSource):
+                lengths = task.source.lengths("train", shard, shards, seed)
+            else:
+                info = libraries().seqio.ShardInfo(shard, shards)
+                rows = self._read(task, split="train", shuffle=False, num_epochs=1, shard_info=info)
+                lengths = (len(document.tokens) for document in rows)
+            if all(length < (self.piece_tokens or 0) for length in lengths):
+                raise self._no_documents([corpus], shard, shards)
 
-    def _empty_shard(self, shard: int, shards: int, read: Callable) -> UserError:
-        """Says which corpus it is that has no documents for a shard."""
-        corpus = next(
-            corpus
-            for corpus, task in zip(self.corpora, self._tasks, strict=True)
-            if next(read(task, num_epochs=1), None) is None
-        )
-        return self._no_documents(corpus, shard, shards)
-
-    def _no_documents(self, corpus: Corpus, shard: int, shards: int) -> UserError:
+    def _no_documents(self, corpora: Sequence[Corpus], shard: int, shards: int) -> UserError:
         what, remedy = "no training document", "lower Data.lane_groups"
         if self.piece_tokens is not None:
             what = f"no piece of {self.piece_tokens} tokens"
             remedy = "lower Text.piece_tokens or Data.lane_groups"
-        if corpus.min_document_length:
-            what += f" of {corpus.min_document_length} tokens or more"
+        if least := max(corpus.min_document_length for corpus in corpora):
+            what += f" of {least} tokens or more"
             remedy += " or Corpus.min_document_length"
-        return UserError(f"{corpus.path}: {what} in shard {shard} of {shards}: {remedy}")
+        paths = ", ".join(corpus.path for corpus in corpora)
+        return UserError(f"{paths}: {what} in shard {shard} of {shards}: {remedy}")
 
 
 def cache(text: Text, directory: epath.PathLike, splits: Sequence[str] = SPLITS) -> None:
@@ -319,12 +333,18 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
-def _tokenize(vocabulary: Vocabulary, field: str, failures: list[Exception]) -> Callable:
+def _seed_of(seed: int, epoch: int) -> int:
+    return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+
+
+def _tokenize(
+    tokens_of: Callable[[bytes], np.ndarray], field: str, failures: list[Exception]
+) -> Callable:
     """A preprocessor: rows with a text to rows with "targets", the tokens of a document."""
 
     def encode(text: bytes) -> np.ndarray:
         with kept_in(failures):
-            return frame(vocabulary, text.decode(errors="replace"))
+            return tokens_of(text)
 
     def tokens(row: Mapping[str, Any]) -> dict[str, Any]:
         tf = libraries().tf

@@ -65,7 +65,7 @@ def epochs_of(source, shard, shards, count, seed=0):
     """Documents of a shard in each of its first epochs."""
     documents = collections.defaultdict(list)
     for (epoch, taken), document in source.stream(shard, shards, seed):
-        if epoch == count:
+        if epoch >= count:  # a shard may have none in one
             return [documents[i] for i in range(count)]
         documents[epoch].append(tuple(document.tokens.tolist()))
         assert taken == len(documents[epoch])

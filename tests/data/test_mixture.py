@@ -113,6 +113,14 @@ def test_lanes_go_on_after_epochs_of_text(text):
     assert len(position) == 6 and position[4] > 0  # epochs of text
 
 
+def test_a_source_without_documents_says_so_before_the_first(text):
+    """However rarely it is drawn."""
+    source = Mixture((SHORT, text), (1, 1e-9))
+    with pytest.raises(UserError, match="texts: no training document in shard 7 of 8: lower"):
+        take(source, 1, 7, 8)
+    assert len(take(source, 3, 6, 8)) == 3
+
+
 @pytest.mark.parametrize(
     ("sources", "weights", "message"),
     [

@@ -8,6 +8,7 @@ import itertools
 import json
 import random
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,15 @@ from corpora import (
     write,
     write_corpus,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fot_jax.data import corpus as corpus_module
 from fot_jax.data import tasks
 from fot_jax.data.corpus import shard_of
 from fot_jax.data.tasks import Corpus, Text
 from fot_jax.data.vocabulary import Bytes, SentencePiece, TrainedSentencePiece
+from fot_jax.errors import UserError
 
 # --- Reading files -------------------------------------------------------------------------------
 
@@ -92,6 +96,68 @@ def test_streams_are_a_function_of_their_arguments(tmp_path, files):
         for i in (0, 2, 3, 10, 13, 21):
             here = take(source, 3, shard, shards, position=whole[i][0])
             assert here == whole[i + 1 : i + 4]
+
+
+WORDS = {"short": "word", "long": "word " * 9}
+files = st.lists(st.lists(st.sampled_from(list(WORDS)), max_size=3), min_size=1, max_size=6)
+
+
+@settings(max_examples=8, deadline=None)
+@given(files, st.integers(1, 3), st.booleans(), st.booleans())
+def test_shards_of_files_some_of_which_are_empty(files, shards, leave_out, of_pieces):
+    """Each has documents or is refused at once; an epoch has each document once."""
+    with tempfile.TemporaryDirectory() as directory:
+        for i, kinds in enumerate(files):
+            rows = [{"text": f"{i}-{j} {WORDS[kind]}"} for j, kind in enumerate(kinds)]
+            write(Path(directory) / f"train-{i:05d}.jsonl", rows)
+        least = 30 if leave_out else 0
+        pieces = 40 if of_pieces else None
+        corpus = Corpus(directory, min_document_length=least)
+        source = text_over(corpus, piece_tokens=pieces)
+        wanted = []
+        for i, j in ((i, j) for i, kinds in enumerate(files) for j in range(len(kinds))):
+            tokens = framed(f"{i}-{j} {WORDS[files[i][j]]}")
+            if len(tokens) >= max(least, pieces or 0):
+                wanted.append(tokens[:pieces])
+        with_some = [kinds for kinds in files if "long" in kinds or kinds and not (least or pieces)]
+        epochs = []
+        for shard in range(shards):
+            try:
+                epochs.append(epochs_of(source, shard, shards, 2))
+            except UserError as error:
+                assert wanted == [] or "in shard" in str(error)
+                assert len(with_some) < max(shards, len(files) - len(with_some))
+                return
+        for epoch in range(2):
+            assert sorted(itertools.chain(*(each[epoch] for each in epochs))) == sorted(wanted)
+        (position, _), *then = take(source, 5, shards - 1, shards)
+        assert take(source, 4, shards - 1, shards, position=position) == then
+
+
+@pytest.mark.parametrize("piece_tokens", [None, 20])
+def test_mixtures_of_corpora_some_of_whose_files_are_empty(tmp_path, monkeypatch, piece_tokens):
+    """As often as their weights say, the documents of each equally often; and resumed."""
+    monkeypatch.setattr(tasks, "SHUFFLED_TOKENS", 500)  # of tiny corpora, read again and again
+    texts = [f"{i} " + "word " * 5 for i in range(6)]
+    for name, start, kept in (("a", 0, ["x"]), ("b", 3, [])):
+        for i in range(5):
+            rows = texts[start + i : start + i + 1] if i < 3 else kept
+            write(tmp_path / name / f"train-{i}.jsonl", [{"text": text} for text in rows])
+    corpora = [Corpus(str(tmp_path / name), min_document_length=10) for name in "ab"]
+    source = text_over(*corpora, piece_tokens=piece_tokens)
+    together = collections.Counter()
+    for shard in range(2):
+        stream = take(source, 300, shard, 2)
+        together.update(tokens for _, tokens in stream)
+        assert take(source, 20, shard, 2, position=stream[70][0]) == stream[71:91]
+    expected = {framed(text)[:piece_tokens] for text in texts}
+    assert together.keys() == expected
+    assert max(together.values()) < 2 * min(together.values())
+    for name in ("b", "a"):
+        for file in (tmp_path / name).iterdir():
+            write(file, [{"text": "short"}])
+        message = message_of(lambda: take(source, 1, 1, 2))
+        assert f"{tmp_path / name}: no " in message and "in shard 1 of 2" in message
 
 
 def test_corpora_larger_than_what_is_shuffled_among(tmp_path, monkeypatch):
