@@ -9,6 +9,7 @@ import errno
 import logging
 import re
 from typing import Any
+from urllib.parse import unquote
 
 import google.auth.exceptions
 from fsspec.asyn import sync_wrapper
@@ -36,7 +37,7 @@ class Buckets(GCSFileSystem):
         try:
             return await super()._request(method, path, *args, **kwargs)
         except Exception as error:
-            raise _of_a_disk(error, method, self._format_path(path, args), args) from error
+            raise of_a_disk(error, self._format_path(path, args)) from error
 
     async def _isdir(self, path: str) -> bool:
         return await self._is("directory", path)
@@ -69,23 +70,26 @@ class Buckets(GCSFileSystem):
     mkdir, rmdir = sync_wrapper(_mkdir), sync_wrapper(_rmdir)
 
 
-def _of_a_disk(error: Exception, method: str, url: str, args: tuple[str, ...]) -> Exception:
-    """An error of gcsfs, or of what is below it, as the one that a disk would give."""
-    bucket = re.search(r"/b/([^/?]+)(/o)?(\?|$)", url)  # asked for itself, or all of its names
-    path = "gs://" + "/".join(args[:2] or (bucket[1] if bucket else "...",))
+def of_a_disk(error: Exception, url: str) -> OSError:
+    """What gcsfs raises, or Google's libraries do, as the error that a disk would give."""
+    asked = re.search("/b/([^/?]+)(?:/o/([^/?]+))?", url)  # a bucket, and a name in it
+    name = asked and asked[2]
+    path = "gs://" + "/".join(map(unquote, filter(None, asked.groups() if asked else ())))
     said = " ".join(str(getattr(error, "message", None) or error).split())
     code = getattr(error, "code", None)
-    if isinstance(error, FileNotFoundError):
-        if bucket:
+    if isinstance(error, FileNotFoundError) or code == 404:
+        if not name:
             return OSError(errno.ENXIO, "there is no such bucket: mend the name", path)
         return FileNotFoundError(errno.ENOENT, "no such file", path)
     if isinstance(error, FileExistsError):
         return FileExistsError(errno.EEXIST, "is there already", path)
     if isinstance(error, google.auth.exceptions.GoogleAuthError) or code in (401, "401"):
         return PermissionError(errno.EACCES, f"not allowed ({said}): {_LOGIN}", path)
-    if type(error) is OSError and said.startswith("Forbidden: "):
-        said = said.split(" ", 2)[-1]
+    if code == 403 or type(error) is OSError and said.startswith("Forbidden: "):
+        said = re.sub(r"^(Forbidden: \S+|[A-Z]+ \S+:) ", "", said)  # what was asked
         return PermissionError(errno.EACCES, f"not allowed ({said}): {_ROLES}", path)
+    if code in (416, "416"):
+        return OSError(errno.EINVAL, "it ends before that", path)
     if isinstance(error, OSError) and error.errno:
         return error
     return OSError(errno.EIO, f"Google Cloud Storage failed ({said or type(error).__name__})", path)

@@ -41,9 +41,9 @@ def main(argv: list[str] | None = None) -> int:
         if error.errno == errno.EPIPE:  # whoever read what is printed has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
-        line = (
-            f"{error.filename or 'writing'}: {error.strerror}: mend that, or choose another place"
-        )
+        line = f"{error.filename or 'writing'}: {error.strerror}"
+        if not str(error.filename).startswith("gs://"):  # which say how to mend it
+            line += ": mend that, or choose another place"
     except Exception as error:
         if not _is_of_storage(error):
             raise
@@ -54,8 +54,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _is_of_storage(error: Exception) -> bool:
-    """Whether TensorFlow, which reads buckets, could not read or write something there."""
-    return type(error).__module__.startswith("tensorflow.") and "gs://" in str(error)
+    """Whether a library that reads buckets by itself could not read or write something there."""
+    of = type(error).__module__
+    return of.startswith(("google.auth.", "google.api_core.")) or (
+        of.startswith("tensorflow.") and "gs://" in str(error)
+    )
 
 
 def run() -> None:

@@ -26,7 +26,7 @@ from fot_jax.generate import LanguageModel
 from fot_jax.hugging_face import config as configs
 from fot_jax.hugging_face import loading, tensors, tokenizers
 from fot_jax.model.transformer import ModelConfig
-from fot_jax.paths import new_directory, path_of
+from fot_jax.paths import in_bucket, new_directory, path_of
 from fot_jax.progress import bar
 from fot_jax.training import checkpoint_stream
 
@@ -50,7 +50,7 @@ def reader(
     local_context: int | None = None,
 ) -> Reader:
     """Opens a checkpoint of either kind; the arguments after the path are for Hugging Face ones."""
-    path = _local(path)
+    path = path_of(path)
     if configs.is_directory(path):
         return tensors.Reader(path, configs.read(path, memory_layers, local_context))
     return checkpoint_stream.Reader(path)
@@ -79,10 +79,13 @@ def from_hugging_face(
     Raises:
       UserError: the directory is not complete, or of another architecture; the output is there.
     """
-    source, output = _local(source), _output(output)
+    source, output = path_of(source), _output(output)
     content = tensors.Reader(source, configs.read(source, memory_layers, local_context))
     config, arrays, dtype_of = content.config, content.arrays, _dtypes(content, dtype)
-    with new_directory(output) as half, bar(_bytes(content, dtype_of), "byte") as progress:
+    with (
+        new_directory(output, "checkpoints") as half,
+        bar(_bytes(content, dtype_of), "byte") as progress,
+    ):
         if (vocabulary := tokenizers.vocabulary_of(source)) is not None:
             vocabulary.save(half / "vocabulary")
         loading.keep_files(source, half)
@@ -117,7 +120,10 @@ def to_hugging_face(
     output = _output(output)
     content = reader(checkpoint)
     c, dtype_of = content.config, _dtypes(content, dtype)
-    with new_directory(output) as half, bar(_bytes(content, dtype_of), "byte") as progress:
+    with (
+        new_directory(output, configs.CONFIG) as half,
+        bar(_bytes(content, dtype_of), "byte") as progress,
+    ):
         tensors.write(half, c, dtype_of, functools.partial(_read, content, dtype_of), progress)
         marks = _others(content, half)
         if configs.needs_our_code(c):
@@ -207,16 +213,14 @@ def _bytes(content: Reader, dtype_of: Callable[[str], np.dtype]) -> int:
     return sum(math.prod(shape) * dtype_of(path).itemsize for path, (shape, _) in arrays)
 
 
-def _local(path: epath.PathLike) -> epath.Path:
-    path = path_of(path)
-    if str(path).startswith("gs://"):
-        raise UserError(f"{path}: give a path of this machine, and copy from or to there")
-    return path
-
-
 def _output(path: epath.PathLike) -> epath.Path:
     """A place for a new directory: nothing, or an empty one."""
-    path = _local(path)
+    path = path_of(path)
+    if in_bucket(path):  # where nothing can be written out of order
+        raise UserError(
+            f"{path}: give a directory of this machine, and copy it there: gcloud storage cp "
+            "--recursive"
+        )
     there = os.path.realpath(path)  # where a link leads
     if os.path.lexists(there) and not (os.path.isdir(there) and not os.listdir(there)):
         raise UserError(f"{path}: exists and is not empty: give a new directory")

@@ -16,7 +16,7 @@ from fot_jax.data.lanes import DocumentSource
 from fot_jax.errors import UserError, check_range
 from fot_jax.generate import LanguageModel
 from fot_jax.model.transformer import ModelConfig
-from fot_jax.paths import absolute, path_of
+from fot_jax.paths import absolute, path_of, write
 from fot_jax.provenance import provenance
 
 OF_RESULTS = "checkpoint", "made"  # what results hold beside the rows of each evaluation
@@ -122,10 +122,8 @@ def evaluate(
         source = source.with_vocabulary(lm.vocabulary)
     results = run_evals(lm, evaluation.evals, source, plots)
     if output is not None:
-        whole = epath.Path(f"{output}.partial")
         content = {"checkpoint": checkpoint, "made": provenance(), **results}
-        whole.write_text(json.dumps(content, indent=1) + "\n")
-        whole.replace(output)
+        write(output, json.dumps(content, indent=1) + "\n")
 
 
 def _directory_of(output: str) -> epath.Path:

@@ -31,7 +31,7 @@ from fot_jax.model.inference import Cache
 from fot_jax.model.lookup import Lookup
 from fot_jax.model.memory import Memory
 from fot_jax.model.transformer import ModelConfig
-from fot_jax.paths import absolute, new_directory, path_of
+from fot_jax.paths import in_bucket, kvstore, new_directory, path_of
 from fot_jax.reading import MemoryConfig, State
 from fot_jax.training.checkpoint_items import names
 
@@ -69,7 +69,7 @@ def save(path: epath.PathLike, state: State, fingerprint: Any, mesh: Mesh | None
         "places": state.places.tolist(),
         "window_dtype": jnp.dtype(state.cache.layers[0].k.dtype).name,
     }
-    with new_directory(path) as half:
+    with new_directory(path, DESCRIPTION) as half:
         try:
             shards, arrays = memories.shards_of(mesh), {}
             for i, layer in enumerate(state.memory.layers if content["limit"] else ()):
@@ -91,8 +91,11 @@ def check_place(path: epath.PathLike) -> None:
     path = _resolved(path)
     if path.exists() and not _is_memory(path):
         raise UserError(f"{path}: not a memory, so it is not replaced: give a new name")
-    missing = [parent for parent in path.parents if not parent.exists()]
-    with contextlib.suppress(_Writable), new_directory(path):
+    missing = []
+    if not in_bucket(path):  # where directories neither are made nor stay
+        missing = [parent for parent in path.parents if not parent.exists()]
+    with contextlib.suppress(_Writable), new_directory(path, DESCRIPTION) as half:
+        (half / DESCRIPTION).write_text("")
         raise _Writable
     for parent in missing:
         parent.rmdir()
@@ -114,7 +117,7 @@ def _is_memory(path: epath.Path) -> bool:
 def _resolved(path: epath.PathLike) -> epath.Path:
     """The path that a link leads to."""
     path = path_of(path)
-    return path if str(path).startswith("gs://") else epath.Path(os.path.realpath(path))
+    return path if in_bucket(path) else epath.Path(os.path.realpath(path))
 
 
 def load(
@@ -180,7 +183,7 @@ def _read_window(path: epath.Path, cache: Cache, crcs, places: np.ndarray) -> Ca
 def _spec(path: epath.Path, name: str) -> dict[str, Any]:
     return {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": str(absolute(path / name))},
+        "kvstore": kvstore(path / name),
         # A missing chunk is damage, not zeros.
         "fill_missing_data_reads": False,
         "store_data_equal_to_fill_value": True,

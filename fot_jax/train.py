@@ -24,7 +24,7 @@ from fot_jax.generate import LanguageModel
 from fot_jax.hugging_face import loading
 from fot_jax.model import schemes
 from fot_jax.model.transformer import ModelConfig
-from fot_jax.paths import path_of
+from fot_jax.paths import path_of, written_here
 from fot_jax.training import partitioning
 from fot_jax.training.agreement import Agreement
 from fot_jax.training.checkpoint import Checkpointer
@@ -190,9 +190,10 @@ def train(
     checkpointer.open()
     if jax.process_index() == 0:
         (workdir / "config.gin").write_text(config_text())
-        if restored is None and initialize_from is not None:
-            loading.keep_files(initialize_from, workdir)
-        source.vocabulary.save(workdir / "vocabulary")
+        if restored is None:
+            if initialize_from is not None:
+                loading.keep_files(initialize_from, workdir)
+            source.vocabulary.save(workdir / "vocabulary")
 
     # --- Loop ------------------------------------------------------------------------------------
     metrics = Metrics(
@@ -251,6 +252,7 @@ def train(
         meta = {"model": dataclasses.asdict(model), "history": dataclasses.asdict(history)}
         place = lanes.state_of(snapshot)
         with metrics.untimed():
+            metrics.send()
             checkpointer.save(step, state.params, state.beside, place, meta)
 
     def run(evals, step: int) -> None:
@@ -277,7 +279,8 @@ def train(
             run(evaluation.during, first_step)
         for step in range(first_step + 1, steps + 1):
             if profile_steps and step == max(profile_steps[0], first_step + 1) <= profile_steps[1]:
-                jax.profiler.start_trace(workdir / "profile")
+                profile = contextlib.ExitStack()
+                jax.profiler.start_trace(profile.enter_context(written_here(workdir / "profile")))
             now_d = None if d is None else d(step - 1, now_d, history.accuracy(step - 2))
             began, compiles = time.perf_counter(), now_d not in compiled
             compiled.add(now_d)
@@ -297,6 +300,7 @@ def train(
             if profile_steps and step == profile_steps[1]:
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
+                profile.close()
             stopped = stop(step)
             if checkpointer.failed():
                 retry_at = time.monotonic() + RETRY_SECONDS * 2 ** (checkpointer.failures - 1)

@@ -1,8 +1,8 @@
 """Google Cloud Storage on this machine: a server of objects, and a gate in front of it.
 
 The server is fake-gcs-server. The gate does what that does not: it knows rights, minds the
-conditions of plain uploads, remembers what was asked, and can do something before a request goes
-on.
+conditions of plain uploads and of joining, remembers what was asked, and can do something before a
+request goes on.
 """
 
 import contextlib
@@ -60,6 +60,8 @@ class _Gate(http.server.BaseHTTPRequestHandler):
             return self._refuse(403, f"robot@cloud does not have {permission} access.")
         if cloud.broken:
             return self._refuse(503, "We encountered an internal error. Please try again.")
+        if re.search(r"/compose\?.*ifGenerationMatch=", self.path) and not self._matches():
+            return self._refuse(412, "At least one of the pre-conditions did not hold.")
         path, kind = self.path, self.headers.get("Content-Type") or "application/octet-stream"
         if "uploadType=media" in path and "ifGenerationMatch=" in path:
             # Of these the server does not mind the condition; of those in parts it does.
@@ -83,6 +85,14 @@ class _Gate(http.server.BaseHTTPRequestHandler):
         self._answer(response.status, response.getheaders(), data)
 
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = _any
+
+    def _matches(self) -> bool:
+        """Whether the object that is asked for is of the generation that is expected."""
+        there = http.client.HTTPConnection("127.0.0.1", self.server.cloud.server_port)
+        with contextlib.closing(there):
+            there.request("GET", self.path.split("/compose?")[0])
+            generation = json.loads(there.getresponse().read()).get("generation", "0")
+        return f"ifGenerationMatch={generation}" in self.path
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":

@@ -298,7 +298,7 @@ def cache(text: Text, directory: epath.PathLike, splits: Sequence[str] = SPLITS)
     """
     text = dataclasses.replace(text, tokenizer=text.vocabulary, cache_dir=None)
     for corpus, task in zip(text.corpora, text._tasks, strict=True):
-        with new_directory(cache_of(directory, task.name)) as half:
+        with new_directory(cache_of(directory, task.name), "COMPLETED") as half:
             for split in splits:
                 if split in task.source.splits:
                     train = split == "train"

@@ -429,7 +429,7 @@ def load_vocabulary(directory: epath.PathLike) -> Vocabulary:
 
 def _write(directory: epath.PathLike, description: dict, files: dict[str, bytes]) -> None:
     checksums = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    with new_directory(directory) as half:
+    with new_directory(directory, "vocabulary.json") as half:
         for name, content in files.items():
             (half / name).write_bytes(content)
         (half / "vocabulary.json").write_text(

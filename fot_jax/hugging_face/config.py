@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from etils import epath
 
 from fot_jax.errors import UserError
 from fot_jax.model.transformer import ModelConfig, RopeScaling
-from fot_jax.paths import path_of
+from fot_jax.paths import is_file, path_of
 
 CONFIG = "config.json"
 MODEL_TYPES = ("llama", "mistral", "longllama", "fot")
@@ -41,7 +40,7 @@ def read(
     """The model of a Hugging Face directory.
 
     Args:
-      directory: on this machine.
+      directory: on this machine, or in a bucket.
       memory_layers: None: mem_layers of config.json, or none.
       local_context: None: that of config.json, or max_position_embeddings or, where rope scaling
         stretches another, that.
@@ -67,7 +66,7 @@ class Fields:
 
     def __init__(self, directory: epath.PathLike):
         self.path = epath.Path(directory) / CONFIG
-        if not os.path.isfile(self.path):
+        if not is_file(self.path):
             raise UserError(f"{directory}: no config.json: give a Hugging Face model directory")
         try:
             self.values = json.loads(self.path.read_text())

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
-import os
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -24,6 +24,7 @@ from etils import epath
 
 from fot_jax.errors import UserError
 from fot_jax.model.transformer import ModelConfig
+from fot_jax.paths import in_bucket, is_file, read_range
 
 SHARD = 5 * 10**9  # bytes of a file, as transformers cuts them
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"
@@ -230,16 +231,16 @@ def _files(directory: epath.Path) -> tuple[_Safetensors | _Pickles, dict[str, ep
 
     The first that transformers looks for; it passes over the others.
     """
-    if os.path.isfile(directory / "adapter_config.json"):
+    if is_file(directory / "adapter_config.json"):
         raise UserError(
             f"{directory}: holds an adapter (adapter_config.json), which is not applied: merge it "
             "into the model (peft: merge_and_unload), or remove it"
         )
     for name, kind in ((_SAFETENSORS, _Safetensors), (_PICKLE, _Pickles)):
         index = directory / f"{name}.index.json"
-        if os.path.isfile(directory / name):
+        if is_file(directory / name):
             return kind([directory / name]), {}
-        if os.path.isfile(index):
+        if is_file(index):
             files, where = _indexed(index)
             return kind(files), where
     raise UserError(
@@ -264,7 +265,7 @@ def _indexed(index: epath.Path) -> tuple[list[epath.Path], dict[str, epath.Path]
     where = {tensor: index.parent / name for tensor, name in where.items()}
     files = sorted(set(where.values()))
     for file in files:
-        if not os.path.isfile(file):
+        if not is_file(file):
             raise UserError(f"{file}: missing, though {index.name} names it: get it again")
     return files, where
 
@@ -279,30 +280,101 @@ def _damaged(file: epath.Path, said: str) -> UserError:
 class _Safetensors:
     def __init__(self, files: list[epath.Path]):
         self.entries: dict[str, Entry] = {}
+        # Anew each time: a file is mapped, and what was read of it stays in memory. Of one in a
+        # bucket no more is kept than its header.
+        self._opened = functools.cache(_opened) if in_bucket(files[0]) else _opened
         for file in files:
-            with _opened(file) as tensors:
+            with self._opened(file) as tensors:
                 for name in tensors.keys():
                     header = tensors.get_slice(name)
                     shape = tuple(header.get_shape())
                     self.entries[name] = Entry(file, name, shape, header.get_dtype())
 
     def read(self, entry: Entry) -> np.ndarray:
-        # Opened anew each time: a file is mapped, and what was read of it stays in memory.
-        with _opened(entry.file) as tensors:
+        with self._opened(entry.file) as tensors:
             return tensors.get_tensor(entry.name)
 
 
 def _opened(file: epath.Path):
+    if in_bucket(file):
+        return _InBucket(file)
     try:
         return safetensors.safe_open(str(file), "numpy")
     except (safetensors.SafetensorError, OSError) as error:
         raise _damaged(file, f" ({error})") from error
 
 
+class _InBucket:
+    """A file of safetensors in a bucket, as the library opens one of this machine.
+
+    The library wants a file that can be mapped, or all of it in memory. Of this one the header is
+    read once, and a tensor when it is asked for. https://github.com/huggingface/safetensors#format
+    """
+
+    def __init__(self, file: epath.Path):
+        self._file = file
+        try:
+            self._data = 8 + int.from_bytes(self._read(0, 8), "little")
+            if self._data > 10**8:  # the library's limit
+                raise ValueError("a header of more than 100 MB")
+            self._header = json.loads(self._read(8, self._data))
+            self._header.pop("__metadata__", None)
+            places = sorted(x["data_offsets"] for x in self._header.values())
+            ends = [0, *(stop for _, stop in places)]
+            if [start for start, _ in places] != ends[:-1]:
+                raise ValueError("tensors that overlap, or with something between them")
+            for name, x in self._header.items():
+                (start, stop), dtype = x["data_offsets"], DTYPES.get(x["dtype"])
+                if dtype is not None and math.prod(x["shape"]) * dtype.itemsize != stop - start:
+                    raise ValueError(f"{name} has {stop - start} bytes for {x['shape']}")
+            if self._data + ends[-1] != file.stat().length:
+                raise ValueError("it is cut off, or has something after its end")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise _damaged(file, f" ({error})") from error
+
+    def __enter__(self) -> _InBucket:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+    def keys(self) -> list[str]:
+        return list(self._header)
+
+    def get_slice(self, name: str) -> _InBucket._Slice:
+        return self._Slice(self._header[name])
+
+    class _Slice(NamedTuple):
+        of_header: dict[str, Any]
+
+        def get_dtype(self) -> str:
+            return self.of_header["dtype"]
+
+        def get_shape(self) -> list[int]:
+            return self.of_header["shape"]
+
+    def get_tensor(self, name: str) -> np.ndarray:
+        x = self._header[name]
+        start, stop = x["data_offsets"]
+        content = self._read(self._data + start, self._data + stop)
+        return np.frombuffer(content, DTYPES[x["dtype"]]).reshape(x["shape"])
+
+    def _read(self, start: int, stop: int) -> bytes:
+        content = read_range(self._file, start, stop)
+        if len(content) != stop - start:
+            raise ValueError("it is cut off")
+        return content
+
+
 class _Pickles:
     """Files of torch.save, which only torch can read without running what is in them."""
 
     def __init__(self, files: list[epath.Path]):
+        if in_bucket(files[0]):
+            raise UserError(
+                f"{files[0]}: a pickle, of which no part can be read alone: copy the directory "
+                "here, or give safetensors"
+            )
         try:
             import torch
         except ImportError as error:

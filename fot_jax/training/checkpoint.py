@@ -29,12 +29,13 @@ from orbax.checkpoint import checkpoint_managers
 
 from fot_jax.errors import UserError
 from fot_jax.model.transformer import ModelConfig, RopeScaling
-from fot_jax.paths import absolute, path_of
+from fot_jax.paths import absolute, google_errors, in_bucket, path_of
 from fot_jax.training import checkpoint_items as items
 
 T = TypeVar("T")
 
 BARRIER_SECONDS = 300  # for the last process to have written its part after the first has
+FINISHED = "commit_success.txt"  # Orbax's mark: in a bucket, a step without it is no checkpoint
 MOST_FAILURES = 5  # saves in a row, before the run ends
 
 
@@ -119,7 +120,25 @@ def locate(path: epath.PathLike) -> tuple[epath.Path, list[int]]:
 def complete_steps(directory: epath.PathLike) -> list[int]:
     """Steps whose checkpoints were written to the end, ascending."""
     directory = epath.Path(directory)
-    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.is_dir() else []
+    steps = ocp.utils.checkpoint_steps(directory) if directory.is_dir() else []
+    if 0 not in steps and _copied_unmarked(directory):
+        steps.append(0)
+    return sorted(steps)
+
+
+def _copied_unmarked(directory: epath.Path) -> bool:
+    """Whether step 0 is a conversion of fot_jax 0.1, without marks, copied into a bucket.
+
+    Training saves no step 0, and none without lane groups. Whether the copy is whole is seen by its
+    checksums.
+    """
+    if not in_bucket(directory):
+        return False
+    try:
+        _, _, of_opt_state = items.read_meta(directory / "0", 0)
+        return not of_opt_state and not items.read_data(directory / "0")
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
 
 
 class _Unreadable(Exception):
@@ -172,10 +191,22 @@ def _attempt(what: str, read: Callable[[], T]) -> T:
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):  # the device's memory, not the files
             raise
+        if why := _not_to_be_had(error):
+            raise UserError(why) from error
         failure = f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if not _all_agree(failure is None):
         raise _Unreadable(failure or f"{what}: another process cannot read it")
     return value
+
+
+def _not_to_be_had(error: Exception) -> str | None:
+    """Why a bucket does not give what is there, which may be whole."""
+    if isinstance(error, OSError) and str(error.filename).startswith("gs://"):
+        missing = isinstance(error, FileNotFoundError)
+        return None if missing else f"{error.filename}: cannot be read: {error.strerror}"
+    refused = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+    line = " ".join(str(error).split())[:300]
+    return f"cannot be read: {line}" if line.startswith(refused) else None
 
 
 def _warn(line: str) -> None:
@@ -310,26 +341,31 @@ class Checkpointer:
         if keep_every is not None:
             keep.append(checkpoint_managers.EveryNSteps(keep_every))
         try:
-            if self.directory.exists():
-                for left in ocp.utils.tmp_checkpoints(self.directory):
-                    _warn(f"{left}: a save that never finished: removing it")
+            if _copied_unmarked(self.directory):
+                (self.directory / "0" / FINISHED).write_text("")  # or Orbax would remove it
             # A save that fails in the background would be found out late, and end the run slowly.
             self.directory.mkdir(parents=True, exist_ok=True)
             trial = self.directory / f"trial-of-process-{jax.process_index()}"
             trial.write_text("")
+            with google_errors(self.directory):
+                list(ocp.path.step.standard_name_format().find_all(self.directory))  # may it look?
+                unfinished = ocp.utils.tmp_checkpoints(self.directory)
             trial.unlink()
-            return ocp.CheckpointManager(
-                self.directory,
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
-                    cleanup_tmp_directories=True,
-                    async_options=ocp.options.AsyncOptions(timeout_secs=BARRIER_SECONDS),
-                ),
-            )
+            for left in unfinished:
+                _warn(f"{left.get()}: a save that never finished: removing it")
+            with google_errors(self.directory):
+                return ocp.CheckpointManager(
+                    self.directory,
+                    options=ocp.CheckpointManagerOptions(
+                        preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
+                        cleanup_tmp_directories=True,
+                        async_options=ocp.options.AsyncOptions(timeout_secs=BARRIER_SECONDS),
+                    ),
+                )
         except OSError as error:
             raise UserError(
                 f"{self.directory}: cannot keep checkpoints here ({error.strerror or error}): "
-                f"choose another workdir"
+                f"{'mend that, or ' if in_bucket(self.directory) else ''}choose another workdir"
             ) from error
 
     def steps(self) -> list[int]:

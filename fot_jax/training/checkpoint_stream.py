@@ -1,7 +1,7 @@
 """Checkpoints larger than memory: parameters written and read slice by slice.
 
 The files are those of checkpoint.py: an Orbax item of parameters stacked by layer, whose checksums
-stand in meta. Here a layer of one parameter is held at a time. One process; a local disk.
+stand in meta. Here a layer of one parameter is held at a time. One process; writes to a disk.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from etils import epath
 
 from fot_jax.errors import UserError
 from fot_jax.model.transformer import ModelConfig
-from fot_jax.paths import absolute
+from fot_jax.paths import absolute, kvstore
 from fot_jax.training import checkpoint
 from fot_jax.training import checkpoint_items as items
 
@@ -120,6 +120,7 @@ def save(workdir: epath.Path, c: ModelConfig, arrays: Mapping[str, Stream]) -> N
     sealed = items.sealed_meta(0, meta, {"params": recorded, "opt_state": {}})
     (folder / "meta").mkdir()
     (folder / "meta" / "metadata").write_text(json.dumps(sealed))
+    (folder / checkpoint.FINISHED).write_text("")
 
 
 # --- Reading -------------------------------------------------------------------------------------
@@ -180,13 +181,13 @@ class Reader:
 
     def _array(self, path: str) -> ts.TensorStore | np.ndarray:
         """A parameter's array, as Orbax lays them out; in memory if chunks have several layers."""
-        folder = absolute(self._step / "params")
+        folder = self._step / "params"
         tree = json.loads((folder / "_METADATA").read_text())
         spec = {
             "driver": "zarr3" if tree.get("use_zarr3") else "zarr",
             "kvstore": {
                 "driver": "ocdbt",
-                "base": {"driver": "file", "path": f"{folder}/"},
+                "base": kvstore(folder),
                 "path": f"{path.replace('/', '.')}/",
             },
         }

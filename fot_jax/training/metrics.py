@@ -21,12 +21,14 @@ from typing import IO, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from etils import epath
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
 from fot_jax.errors import UserError
+from fot_jax.paths import Growing, in_bucket, write
 
 # --- Numbers -------------------------------------------------------------------------------------
 
@@ -169,8 +171,13 @@ class Metrics:
         self._console = console or sys.stderr
         self._workdir = workdir = epath.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        self._lines = _open_lines(workdir / "metrics.jsonl", first_step)
-        self._events = _open_events(workdir, first_step)
+        _drop_lines(workdir / "metrics.jsonl", first_step)
+        now = time.time()
+        events = f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}"
+        kind = Growing if in_bucket(workdir) else _open
+        self._files = kind(workdir / "metrics.jsonl"), kind(workdir / events)
+        self._lines, self._events = self._files[0], RecordWriter(self._files[1])
+        _begin_events(self._events, now, first_step)
         self._bar = None
         if self._console.isatty():
             self._bar = tqdm(
@@ -219,16 +226,36 @@ class Metrics:
         event = event_pb2.Event(
             wall_time=now, step=step, summary=summary_pb2.Summary(value=summary)
         )
+        line = json.dumps({"step": step, "time": round(now, 3), **clean})
         try:
-            print(json.dumps({"step": step, "time": round(now, 3), **clean}), file=self._lines)
-            self._lines.flush()
+            self._lines.write(f"{line}\n".encode())
             self._events.write(event.SerializeToString())
-            self._events.flush()
+            with self._kept_if_in_bucket():
+                self._lines.flush()
+                self._events.flush()
         except OSError as error:
             raise UserError(
                 f"{self._workdir}: metrics of step {step} cannot be written ({error.strerror}): "
                 f"make room, then run again to resume"
             ) from error
+
+    def send(self) -> None:
+        """Sends to a bucket what is not there yet: before a checkpoint, after whose step a resumed
+        run goes on writing."""
+        if self._speaks and in_bucket(self._workdir):
+            with self._kept_if_in_bucket():
+                self._files[0].send()
+                self._files[1].send()
+
+    @contextlib.contextmanager
+    def _kept_if_in_bucket(self) -> Iterator[None]:
+        """A bucket that fails for a while ends no run: what was not sent is sent later."""
+        try:
+            yield
+        except OSError as error:
+            if not in_bucket(self._workdir):
+                raise
+            logging.warning("metrics are not written yet: %s: %s", error.filename, error.strerror)
 
     def say(self, text: str) -> None:
         """Prints text without tearing the progress bar."""
@@ -251,8 +278,9 @@ class Metrics:
 
     def close(self) -> None:
         if self._speaks:
-            self._lines.close()
-            self._events.close()
+            for file in (self._lines, self._events):
+                with self._kept_if_in_bucket():
+                    file.close()
             if self._bar is not None:
                 self._bar.close()
 
@@ -273,16 +301,17 @@ class Metrics:
         print(f"step {step}/{self._steps}  {line}  ETA {eta}", file=self._console, flush=True)
 
 
-def _open_lines(path: epath.Path, first_step: int) -> IO[str]:
-    """Opens metrics.jsonl to append, without what a resumed run is about to write again."""
+def _open(path: epath.Path) -> IO[bytes]:
+    return path.open("ab")
+
+
+def _drop_lines(path: epath.Path, first_step: int) -> None:
+    """Takes out of metrics.jsonl what a resumed run is about to write again."""
     if path.exists():
         text = path.read_bytes().decode(errors="replace")
         kept = "".join(f"{line}\n" for line in text.splitlines() if _stays(line, first_step))
         if kept != text:
-            whole = path.parent / f"{path.name}.partial"
-            whole.write_text(kept)
-            whole.replace(path)
-    return path.open("a")
+            write(path, kept)
 
 
 def _stays(line: str, first_step: int) -> bool:
@@ -294,15 +323,11 @@ def _stays(line: str, first_step: int) -> bool:
         return False
 
 
-def _open_events(workdir: epath.Path, first_step: int) -> RecordWriter:
+def _begin_events(events: RecordWriter, now: float, first_step: int) -> None:
     """A new TensorBoard event file; TensorBoard then forgets what older ones say of later steps."""
-    now = time.time()
-    name = f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}"
-    events = RecordWriter((workdir / name).open("wb"))
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     events.write(event_pb2.Event(wall_time=now, file_version="brain.Event:2").SerializeToString())
     events.write(
         event_pb2.Event(wall_time=now, step=first_step + 1, session_log=start).SerializeToString()
     )
     events.flush()
-    return events

@@ -316,7 +316,7 @@ def test_damaged_vocabularies(tmp_path, trained):
 def test_a_directory_is_written_whole_or_not_at_all(tmp_path):
     Bytes().save(tmp_path / "vocabulary")
     with pytest.raises(KeyboardInterrupt):
-        with new_directory(tmp_path / "vocabulary") as half:
+        with new_directory(tmp_path / "vocabulary", "vocabulary.json") as half:
             (half / "vocabulary.json").write_text("half")
             raise KeyboardInterrupt
     assert load_vocabulary(tmp_path / "vocabulary") == Bytes()

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fot_jax import paths
 from fot_jax.errors import UserError
 from fot_jax.training import metrics
 from fot_jax.training.metrics import Counts, Metrics, first_nonfinite
@@ -138,7 +139,7 @@ def test_tensorboard_reads_the_events(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_one_line(tmp_path):
     m = open_metrics(tmp_path)
-    m._lines = open("/dev/full", "w")
+    m._lines = open("/dev/full", "wb")
     with pytest.raises(UserError, match="metrics of step 3 .*No space left"):
         m.write(3, {"loss": 1.0})
 
@@ -197,3 +198,95 @@ def test_only_process_0_writes_and_speaks(tmp_path, monkeypatch):
     m.say("hello")
     m.close()
     assert console.getvalue() == "" and list(tmp_path.iterdir()) == []
+
+
+# --- In a bucket ---------------------------------------------------------------------------------
+
+
+def events_of(content):
+    """(step, {name: number}) of every event of a file."""
+    import struct
+
+    from tensorboard.compat.proto import event_pb2
+
+    found = []
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        event = event_pb2.Event.FromString(content[12 : 12 + length])
+        found.append((event.step, {v.tag: v.simple_value for v in event.summary.value}))
+        content = content[16 + length :]
+    return found
+
+
+def in_bucket(bucket):
+    """Rows of metrics.jsonl, and events of all files."""
+    names = bucket.names("run/")
+    assert all(name == "run/metrics.jsonl" or "tfevents" in name for name in names)
+    lines = bucket.get("run/metrics.jsonl").decode().splitlines()
+    events = [e for name in names if "tfevents" in name for e in events_of(bucket.get(name))]
+    return [json.loads(line) for line in lines], [e for e in events if e[1]]
+
+
+def test_files_in_a_bucket_grow(bucket, cloud, monkeypatch):
+    """Each sending has what is new, and no more; what another run wrote stays."""
+    clock = types.SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(paths, "time", clock)
+    run = open_metrics(f"{bucket.url}/run")
+    run.write(1, {"loss": 1.0})
+    assert not bucket.names()  # no sending a step
+    for step in range(2, 40):
+        clock.now += 5
+        run.write(step, {"loss": float(step)})
+        if step == 20:
+            rows, events = in_bucket(bucket)
+            assert [row["step"] for row in rows] == [step for step, _ in events]
+            assert len(rows) in (19, 20)
+    run.send()
+    assert len(in_bucket(bucket)[0]) == 39
+    size = sum(len(content) for content in bucket.files("run/").values())
+    assert sum(sent for method, _, sent, _ in cloud.requests) < 2 * size + 60 * 500
+    run.write(40, {"loss": 40.0})
+    # Killed here: 40 is lost, and written again by the one that resumes after a checkpoint of 30.
+    other = open_metrics(f"{bucket.url}/run", first_step=30)
+    for step in range(31, 42):
+        other.write(step, {"loss": -1.0})
+    other.close()
+    rows, events = in_bucket(bucket)
+    assert [row["step"] for row in rows] == [*range(1, 42)]
+    assert [row["loss"] for row in rows] == [*map(float, range(1, 31)), *[-1.0] * 11]
+    assert [step for step, _ in events] == [*range(1, 40), *range(31, 42)]
+    names = [name for name in bucket.names("run/") if "tfevents" in name]
+    assert len(names) == 2 and events_of(bucket.get(names[1]))[1] == (31, {})  # a new session
+
+
+def test_what_a_bucket_does_not_take_is_sent_later(bucket, cloud, caplog):
+    run = open_metrics(f"{bucket.url}/run")
+    run.write(1, {"loss": 1.0})
+    cloud.forbidden = {"storage.objects.create"}
+    run.send()
+    assert "metrics are not written yet" in caplog.text and not bucket.names()
+    cloud.forbidden = set()
+    run.write(2, {"loss": 2.0})
+    run.close()
+    rows, events = in_bucket(bucket)
+    assert [row["step"] for row in rows] == [step for step, _ in events] == [1, 2]
+
+
+def test_an_answer_that_is_lost_doubles_nothing(bucket, cloud):
+    """The bucket has made one object of two, but the caller does not know, and asks again."""
+    file = paths.Growing(f"{bucket.url}/run/file")
+    file.write(b"one")
+    file.send()
+    lost = []
+
+    def lose(method, path):
+        if path.split("?")[0].endswith("/compose") and not lost:
+            lost.append(path)
+            bucket.put("run/file", b"onetwo")
+
+    cloud.before = lose
+    file.write(b"two")
+    file.send()
+    file.write(b"three")
+    file.close()
+    assert lost and bucket.files() == {"run/file": b"onetwothree"}
