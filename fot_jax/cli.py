@@ -176,7 +176,8 @@ def _parser() -> argparse.ArgumentParser:
         "--memory_size", type=int, metavar="N", help="keep the last N tokens; default: all"
     )
     generate.add_argument(
-        "--memory_dtype", help="float32, bfloat16, float16 or int8; default: as --dtype"
+        "--memory_dtype",
+        help="float32, bfloat16, float16 or int8; default: as the checkpoint says, or --dtype",
     )
     generate.add_argument(
         "--k", type=int, metavar="K", help="attend to the K best keys of memory; default: all"
@@ -212,8 +213,8 @@ def _parser() -> argparse.ArgumentParser:
                 "--local_context",
                 type=int,
                 metavar="N",
-                help="window of the model, in tokens; default: max_position_embeddings, or what "
-                "it was before rope scaling",
+                help="window of the model, in tokens; default: max_position_embeddings, or "
+                "what it was before rope scaling of type llama3",
             )
     check = kinds.add_parser("check", help="compare two checkpoints, tensors and logits")
     check.add_argument("a", metavar="A")

@@ -28,6 +28,7 @@ from fot_jax.hugging_face import loading, tensors, tokenizers
 from fot_jax.model.transformer import ModelConfig
 from fot_jax.paths import in_bucket, new_directory, path_of
 from fot_jax.progress import bar
+from fot_jax.reading import MemoryConfig
 from fot_jax.training import checkpoint_stream
 
 DTYPES = {dtype.name: dtype for dtype in tensors.DTYPES.values()}
@@ -237,6 +238,8 @@ def _json(value: Any) -> str:
 
 # --- Check ---------------------------------------------------------------------------------------
 
+_OF_READING = ("last_context_length", "memory_dtype")
+_FLOAT32 = MemoryConfig(storage="float32")
 _PROBE, _WINDOW = 200, 64  # tokens read, in windows of so many
 
 
@@ -272,14 +275,22 @@ def check(a: epath.PathLike, b: epath.PathLike) -> bool:
       UserError: one of them cannot be read.
     """
     ours, theirs = reader(a), reader(b)
-    differences = ours.config.differences(theirs.config)
+    differences = {
+        name: pair
+        for name, pair in ours.config.differences(theirs.config).items()
+        if name not in _OF_READING or None not in pair  # one of them leaves it open
+    }
     for name, (one, other) in differences.items():
         print(f"{name}: {one} in {a}, {other} in {b}")
     same_tensors = _check_tensors(ours, theirs)
     of_memory = [name for name in differences if name.startswith("memory_")]
     if ours.config.vocab_size == theirs.config.vocab_size:
         _check_logits(a, b, ours.config, bool(of_memory))
-    if same_tensors and differences and {*differences} <= {*of_memory, "local_context"}:
+    if (
+        same_tensors
+        and differences
+        and {*differences} <= {*of_memory, *_OF_READING, "local_context"}
+    ):
         print(f"the same model, but for {', '.join(differences)}")
     return same_tensors and not differences
 
@@ -330,7 +341,9 @@ def _check_logits(a: epath.PathLike, b: epath.PathLike, c: ModelConfig, plain: b
         for layers in (lm.config.memory_layers, ())[: 1 + plain]:
             config = dataclasses.replace(lm.config, local_context=window, memory_layers=layers)
             lm = dataclasses.replace(lm, config=config)
-            found.append(lm.logits(tokens, last_context_length=max(1, window // 2)))
+            found.append(
+                lm.logits(tokens, last_context_length=max(1, window // 2), memory=_FLOAT32)
+            )
         return found
 
     vocabulary = loading.vocabulary_of(a)

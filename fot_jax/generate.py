@@ -220,7 +220,8 @@ class LanguageModel:
           mask: 0 where a token is padding, to the left as a rule: nobody sees it, but it takes a
             place of its window.
           last_context_length: tokens that stay in the window at the end, at most the local
-            context; by default 1024, or the local context where that is less.
+            context; by default ModelConfig.last_context_length, else 1024, or the local context
+            where that is less.
           memory: what is kept of what leaves the window. Not with `state`, which has its own.
           state: what was read before; changed. None: nothing.
           progress: called with the number of tokens of a piece when it has been read.

@@ -43,8 +43,8 @@ class MemoryConfig:
     Attributes:
       size: most tokens kept, of each row, or of all together where they share; None: all.
       ring: what happens beyond them: True forgets the oldest, False refuses to read more.
-      storage: float32, bfloat16, float16 or int8 (with a scale for each key and value); None: the
-        type that the model computes in.
+      storage: float32, bfloat16, float16 or int8 (with a scale for each key and value); None:
+        ModelConfig.memory_dtype or, where that is None too, the type that the model computes in.
       lookup: Dense() attends to all of memory, TopK(k) to the best k keys of each head and query,
         ApproximateTopK(k, recall) to most of these.
       shared: one memory for all rows of a batch (the paper's multi-doc setting).
@@ -80,10 +80,11 @@ def all_of_a_text(c: ModelConfig, storage: str | None, lookup: Lookup) -> Memory
 def last_context(c: ModelConfig, more: int = 0) -> int:
     """How many tokens of a text stay in the window, when so many more are to have room beside them.
 
-    Of a model without memory layers all that fit, as it has no others; else LongLLaMA's 1,024.
+    Of a model without memory layers all that fit, as it has no others; else what its configuration
+    says, or LongLLaMA's 1,024.
     """
     room = c.local_context - more
-    return max(1, min(LAST_CONTEXT, room) if c.memory_layers else room)
+    return max(1, min(c.last_context_length or LAST_CONTEXT, room) if c.memory_layers else room)
 
 
 @dataclasses.dataclass
@@ -175,7 +176,7 @@ def begin(lm: Model, state: State | None, config: MemoryConfig, rows: int) -> St
     if lm.config.memory_before:
         config = _of_one_window(config, lm.config.local_context)
     dtype = lm.params["embedding"].dtype
-    storage = config.storage or dtype.name
+    storage = config.storage or lm.config.memory_dtype or dtype.name
     memory = memories.empty(lm.config, 1 if config.shared else rows, 0, storage, lm.mesh)
     cache = inference.empty_cache(lm.config, rows, dtype, lm.mesh)
     counts = (np.zeros(n, int) for n in (rows, rows, memory.rows))
@@ -228,7 +229,8 @@ def pieces(
       UserError: last_context_length is out of range, or memory is too small and no ring.
     """
     context = lm.config.local_context
-    last = min(LAST_CONTEXT, context) if last is None else last
+    if last is None:
+        last = min(lm.config.last_context_length or LAST_CONTEXT, context)
     if not 1 <= last <= context:
         raise UserError(f"last_context_length = {last}: give 1 to {context}, the local context")
     rows = range(state.rows)

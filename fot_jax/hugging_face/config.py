@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
 
 from fot_jax.errors import UserError
-from fot_jax.model.transformer import ModelConfig, RopeScaling
+from fot_jax.model.transformer import ROPE_SCALINGS, ModelConfig, RopeScaling
 from fot_jax.paths import is_file, path_of
 
 CONFIG = "config.json"
-MODEL_TYPES = ("llama", "mistral", "longllama", "fot")
+# Model types, and max_position_embeddings of files that leave it out.
+_LONGEST = {"llama": 2048, "mistral": 4096 * 32, "longllama": 2048, "fot": 2048}
+MODEL_TYPES = tuple(_LONGEST)
 # Architectures of these model types with another head, or none.
 _NOT_CAUSAL = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
@@ -43,7 +46,7 @@ def read(
       directory: on this machine, or in a bucket.
       memory_layers: None: mem_layers of config.json, or none.
       local_context: None: that of config.json, or max_position_embeddings or, where rope scaling
-        stretches another, that.
+        of LLaMA 3 stretches another, that.
 
     Raises:
       UserError: no config.json, or of a model that is no LLaMA; a field is missing or of no use.
@@ -51,14 +54,29 @@ def read(
     fields = Fields(directory)
     try:
         config = _read(fields)
+        if memory_layers is not None:
+            config = dataclasses.replace(config, memory_layers=tuple(memory_layers))
+        if local_context is not None:
+            config = dataclasses.replace(config, local_context=local_context)
+        _check_sliding_window(fields, config)
     except UserError as error:
         place = "" if str(error).startswith(str(fields.path)) else f"{fields.path}: "
         raise UserError(f"{place}{error}") from error
-    if memory_layers is not None:
-        config = dataclasses.replace(config, memory_layers=tuple(memory_layers))
-    if local_context is not None:
-        config = dataclasses.replace(config, local_context=local_context)
     return config
+
+
+def _check_sliding_window(fields: Fields, config: ModelConfig) -> None:
+    if fields.values["model_type"] != "mistral":
+        return  # LLaMA code passes the field over
+    name = "sliding_window"
+    # The default of its configuration class, for files that leave it out.
+    window = fields.values.get(name, 4096)
+    if window is not None and fields.number(name, 4096) < config.local_context:
+        raise UserError(
+            f"{name} = {window} is shorter than the window of {config.local_context} tokens, and "
+            f"layers that see less than the window are not supported: fot convert from-hf "
+            f"--local_context {window}, or less"
+        )
 
 
 class Fields:
@@ -107,9 +125,10 @@ class Fields:
                     raise UserError(f"{self.path}: {name} = {json.dumps(value)}: give a token id")
         return found
 
-    def only(self, name: str, allowed: Sequence[Any], default: Any):
-        """A field that has one of a few values."""
-        value = self.values.get(name, default)
+    def only(self, name: str, allowed: Sequence[Any], default: Any, within=None):
+        """A field that has one of a few values; of an object in it where `within` is its name."""
+        value = (self.values if within is None else self.values[within]).get(name, default)
+        name = name if within is None else f"{within}.{name}"
         if not any(
             value is each or type(value) is type(each) and value == each for each in allowed
         ):
@@ -138,9 +157,6 @@ def _read(fields: Fields) -> ModelConfig:
             f"{fields.path}: quantization_config: quantized weights are not supported: give the "
             "model that they were made from"
         )
-    if model_type == "mistral":
-        # The default of its configuration class, for files that leave it out.
-        fields.only("sliding_window", (None,), 4096)
     if model_type == "fot":
         family = {
             "norm": fields.only("norm", ("rmsnorm", "layernorm"), "rmsnorm"),
@@ -156,10 +172,12 @@ def _read(fields: Fields) -> ModelConfig:
             f"{fields.path}: hidden_size = {hidden} is not a multiple of num_attention_heads = "
             f"{heads}: add head_dim"
         )
-    theta, scaling = _rope(fields)
-    window = fields.number("max_position_embeddings", 2048)
-    if scaling is not None:
-        window = scaling.original_max_position
+    longest = fields.number("max_position_embeddings", _LONGEST[model_type])
+    theta, scaling = _rope(fields, longest)
+    # LLaMA 3.1 is LLaMA 3 beyond the window that scaling stretches. The others are trained in, or
+    # work from the first token on, and max_position_embeddings is their window in transformers.
+    stretched = scaling is not None and scaling.kind == "llama3"
+    window = scaling.original_max_position if stretched else longest
     return ModelConfig(
         vocab_size=fields.number("vocab_size"),
         hidden_size=hidden,
@@ -175,8 +193,23 @@ def _read(fields: Fields) -> ModelConfig:
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         rope_theta=theta,
         rope_scaling=scaling,
+        **_memory(fields),
         **family,
     )
+
+
+def _memory(fields: Fields) -> dict[str, Any]:
+    """How LongLLaMA's code reads a long text; of a directory that has no memory, nothing."""
+    found: dict[str, Any] = {}
+    if fields.values.get("last_context_length") is not None:
+        found["last_context_length"] = fields.number("last_context_length")
+    if fields.values.get("mem_layers"):
+        dtypes = ("float32", "bfloat16", "float16")
+        named = fields.only(
+            "mem_dtype", (*dtypes, *(f"torch.{name}" for name in dtypes)), "bfloat16"
+        )
+        found["memory_dtype"] = named.removeprefix("torch.")
+    return found
 
 
 def _memory_layers(fields: Fields) -> list[int]:
@@ -186,33 +219,66 @@ def _memory_layers(fields: Fields) -> list[int]:
     return layers
 
 
-def _rope(fields: Fields) -> tuple[float, RopeScaling | None]:
-    """The base of rotary positions, and their scaling."""
-    # transformers 5 has one object, rope_parameters, 4 had rope_theta and rope_scaling.
-    name = "rope_parameters" if fields.values.get("rope_parameters") else "rope_scaling"
+def _rope(fields: Fields, longest: int) -> tuple[float, RopeScaling | None]:
+    """The base of rotary positions, and their scaling, as transformers 5 makes them of config.json.
+
+    Args:
+      longest: max_position_embeddings.
+    """
+    # transformers 4 had rope_theta and rope_scaling, 5 has one object, rope_parameters, and takes
+    # the older one where it finds both.
+    name = "rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters"
     scaling = fields.values.get(name)
     if scaling is not None and not isinstance(scaling, dict):
         raise UserError(f"{fields.path}: {name} = {json.dumps(scaling)}: give an object")
-    theta = fields.number("rope_theta", 10_000.0, float)
     if not scaling:
-        return theta, None
-    if "rope_theta" in scaling:
-        theta = fields.number("rope_theta", None, float, within=name)
+        return fields.number("rope_theta", 10_000.0, float), None
+
+    def number(field: str, default: float | None = None, kind: type = float):
+        return fields.number(field, default, kind, within=name)
+
+    given = scaling.get("rope_theta") is not None
+    theta = number("rope_theta") if given else fields.number("rope_theta", 10_000.0, float)
+    fields.only("partial_rotary_factor", (1, 1.0, None), None, within=name)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return theta, None
-    if kind != "llama3":
+    if kind not in ROPE_SCALINGS:
         raise UserError(
             f"{fields.path}: {name} of type {json.dumps(kind)} is not supported: have default, "
-            "llama3"
+            f"{', '.join(ROPE_SCALINGS)}"
         )
-    longest = "original_max_position_embeddings"
+    if kind == "linear":
+        return theta, RopeScaling(number("factor"), kind=kind)
+    if kind == "dynamic":
+        return theta, RopeScaling(number("factor"), original_max_position=longest, kind=kind)
+    original = "original_max_position_embeddings"  # beside the object, or else in it
+    if fields.values.get(original) is not None:
+        first = fields.number(original)
+    else:
+        first = number(original, longest, int)
+    if kind == "llama3":
+        factors = (number(f) for f in ("factor", "low_freq_factor", "high_freq_factor"))
+        return theta, RopeScaling(*factors, first)
+    factor = number("factor", longest / first)
+    attention_factor = None
+    if scaling.get("attention_factor") is not None:
+        attention_factor = number("attention_factor")
+    elif scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        scales = (number(f) * 0.1 * math.log(max(factor, 1)) + 1 for f in _MSCALES)
+        attention_factor = next(scales) / next(scales)
     return theta, RopeScaling(
-        fields.number("factor", None, float, within=name),
-        fields.number("low_freq_factor", None, float, within=name),
-        fields.number("high_freq_factor", None, float, within=name),
-        fields.number(longest, None, within=name),
+        factor,
+        original_max_position=first,
+        kind=kind,
+        beta_fast=number("beta_fast", 32.0) if scaling.get("beta_fast") else 32.0,
+        beta_slow=number("beta_slow", 1.0) if scaling.get("beta_slow") else 1.0,
+        attention_factor=attention_factor,
+        truncate=fields.only("truncate", (True, False, None), True, within=name) or False,
     )
+
+
+_MSCALES = ("mscale", "mscale_all_dim")
 
 
 # --- Writing -------------------------------------------------------------------------------------
@@ -241,16 +307,7 @@ def content(c: ModelConfig, dtype: str, marks: dict[str, int | None]) -> dict[st
     for name in ("memory_gate", "memory_before"):
         if getattr(c, name):
             raise UserError(f"model.{name} = True: there is no PyTorch code for such models")
-    longest, scaling = c.local_context, c.rope_scaling
-    if scaling is not None:
-        longest = int(scaling.factor * scaling.original_max_position)
-    scaling = scaling and {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_position,
-    }
+    longest, scaling = _written(c)
     values = {
         "architectures": ["LlamaForCausalLM" if is_llama(c) else "FotForCausalLM"],
         "model_type": "llama" if is_llama(c) else "fot",
@@ -287,10 +344,33 @@ def content(c: ModelConfig, dtype: str, marks: dict[str, int | None]) -> dict[st
             },
             "mem_layers": list(c.memory_layers),
             "mem_positionals": c.memory_positions,
-            "mem_dtype": dtype,
-            "last_context_length": min(1024, c.local_context),
+        }
+    if c.memory_layers:
+        values |= {
+            "mem_dtype": c.memory_dtype or dtype,
+            "last_context_length": c.last_context_length or min(1024, c.local_context),
         }
     return values
+
+
+def _written(c: ModelConfig) -> tuple[int, dict[str, Any] | None]:
+    """max_position_embeddings, and rope_scaling as transformers 4 and 5 read it."""
+    s = c.rope_scaling
+    if s is None:
+        return c.local_context, None
+    values: dict[str, Any] = {"rope_type": s.kind, "factor": s.factor}
+    if s.kind == "linear":
+        return c.local_context, values
+    if s.kind == "dynamic":
+        return s.original_max_position, values
+    values["original_max_position_embeddings"] = s.original_max_position
+    if s.kind == "llama3":
+        names = ["low_freq_factor", "high_freq_factor"]
+    else:
+        names = ["beta_fast", "beta_slow", "truncate"]
+        names += ["attention_factor"] if s.attention_factor is not None else []
+    values |= {name: getattr(s, name) for name in names}
+    return int(s.factor * s.original_max_position), values
 
 
 def config_class(c: ModelConfig) -> str:

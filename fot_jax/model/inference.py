@@ -174,7 +174,7 @@ def read(
         q, k, v = transformer.queries_keys_values(c, layer, x)
         k_memory = transformer.rotate(k, before) if c.memory_before else k
         if not remembers or c.memory_positions:
-            q, k = transformer.rotate(q, rope), transformer.rotate(k, rope)
+            q, k = transformer.positioned(c, q, k, rope)
         new = LayerCache(k, v, None if of_layer.k_memory is None else k_memory)
         new = jax.tree.map(lambda x: x.swapaxes(1, 2), new)
         of_layer = jax.tree.map(functools.partial(memories.put, at=place), of_layer, new)

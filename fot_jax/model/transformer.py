@@ -33,35 +33,73 @@ from fot_jax.errors import UserError, check_range
 from fot_jax.model import cached_context, crossbatch, layout, schemes
 from fot_jax.model.cached_context import Cached
 
+ROPE_SCALINGS = ("llama3", "linear", "dynamic", "yarn")
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Frequency scaling of LLaMA 3.1 and later ("llama3"): long wavelengths are stretched.
+    """How rotary frequencies are changed so that a model reads further than it was first trained.
 
-    Wavelengths above original_max_position / low_freq_factor grow by `factor`, those below
-    original_max_position / high_freq_factor stay, those between are interpolated.
+    Attributes:
+      factor: how much further.
+      low_freq_factor, high_freq_factor: of "llama3".
+      original_max_position: tokens that the model was trained on before ("llama3", "yarn"), or
+        beyond which "dynamic" would change anything.
+      kind: as config.json names it.
+        "llama3" (LLaMA 3.1 and later): wavelengths above original_max_position / low_freq_factor
+        grow by `factor`, those below original_max_position / high_freq_factor stay, those between
+        are interpolated.
+        "linear": all wavelengths grow by `factor`.
+        "dynamic": none do within original_max_position tokens, and windows are no longer.
+        "yarn" (arXiv 2309.00071): frequencies that turn beta_fast times or more within
+        original_max_position stay, those that turn beta_slow times or less shrink by `factor`;
+        queries and keys grow by attention_factor.
+      beta_fast, beta_slow, attention_factor: of "yarn"; the last None: 0.1 ln(factor) + 1.
+      truncate: of "yarn": between which dimensions it interpolates is rounded to whole ones.
     """
 
     factor: float = 8.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    kind: str = "llama3"
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
 
     def __post_init__(self):
+        if self.kind not in ROPE_SCALINGS:
+            raise UserError(
+                f"RopeScaling.kind = {self.kind!r}: choose one of {', '.join(ROPE_SCALINGS)}"
+            )
         longest = {"original_max_position": self.original_max_position}
         check_range("RopeScaling", 1, factor=self.factor, **longest)
+        betas = {"beta_fast": self.beta_fast, "beta_slow": self.beta_slow}
+        check_range("RopeScaling", 1e-6, **betas, attention_factor=self.attention_factor)
         if not 0 < self.low_freq_factor < self.high_freq_factor < math.inf:
             raise UserError(
                 f"RopeScaling.low_freq_factor = {self.low_freq_factor} must be above 0 and below "
                 f"RopeScaling.high_freq_factor = {self.high_freq_factor}"
             )
 
+    @property
+    def score_factor(self) -> float:
+        """What rotated queries times rotated keys are multiplied by, beside the frequencies."""
+        if self.kind != "yarn":
+            return 1.0
+        attention_factor = self.attention_factor
+        if attention_factor is None:
+            attention_factor = 0.1 * math.log(self.factor) + 1
+        return attention_factor**2
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Everything that determines the parameters and the function of a model.
 
-    `local_context` is the window that positions are trained for.
+    `local_context` is the window that positions are trained for. How a long text is read where
+    nobody says otherwise is part of it as it is of LongLLaMA's config.json: the last two fields.
     """
 
     vocab_size: int
@@ -85,6 +123,10 @@ class ModelConfig:
     tie_embeddings: bool = False
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
+    # Tokens of a text that stay in the window at its end; None: LongLLaMA's 1,024. (At most all.)
+    last_context_length: int | None = None
+    # float32, bfloat16, float16 or int8; None: the type that the model computes in.
+    memory_dtype: str | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "memory_layers", tuple(sorted(set(self.memory_layers))))
@@ -94,6 +136,8 @@ class ModelConfig:
                 raise UserError(f"model.{field.name} = {value!r}: give a whole number, 1 or more")
         check_range("model", 1, rope_theta=self.rope_theta)
         check_range("model", 0, norm_epsilon=self.norm_epsilon)
+        last = {"last_context_length": self.last_context_length}
+        check_range("model", 1, 2**31 - 1, whole=True, **last)
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_heads = {self.num_heads} is not a multiple of model.num_kv_heads = "
@@ -106,17 +150,32 @@ class ModelConfig:
                 "model.memory_before gives keys of memory positions, model.memory_positions = "
                 "False takes them away: change one of them"
             )
+        scaling = self.rope_scaling
+        if scaling is not None:
+            if scaling.kind == "yarn" and self.rope_theta == 1:
+                raise UserError(
+                    'model.rope_theta = 1: RopeScaling.kind = "yarn" needs a larger one'
+                )
+            if scaling.kind == "dynamic" and self.local_context > scaling.original_max_position:
+                raise UserError(
+                    f"model.local_context = {self.local_context}: where it is longer than "
+                    f"{scaling.original_max_position}, dynamic scaling would turn every token by "
+                    "how long the text is: give at most that"
+                )
         for layer in self.memory_layers:
             if not 0 <= layer < self.num_layers:
                 raise UserError(
                     f"model.memory_layers has {layer}, but layers are numbered 0 … "
                     f"{self.num_layers - 1}"
                 )
-        for field, allowed in (("norm", ("rmsnorm", "layernorm")), ("mlp", ("swiglu", "gelu"))):
+        for field, allowed in (
+            ("norm", ("rmsnorm", "layernorm")),
+            ("mlp", ("swiglu", "gelu")),
+            ("memory_dtype", (None, "float32", "bfloat16", "float16", "int8")),
+        ):
             if getattr(self, field) not in allowed:
-                raise UserError(
-                    f"model.{field} = {getattr(self, field)!r}: choose one of {', '.join(allowed)}"
-                )
+                names = ", ".join(map(str, allowed))
+                raise UserError(f"model.{field} = {getattr(self, field)!r}: choose one of {names}")
 
     def differences(self, other: ModelConfig) -> dict[str, tuple[Any, Any]]:
         """Fields that two models do not share, with both values, but for rounding to float32.
@@ -284,7 +343,7 @@ def _block(c, plan, role, params, x, segments, rope, cached=None):
     if role.remembers and not c.memory_positions:
         q_local, k_local = q, k
     else:
-        q_local, k_local = rotate(q, rope), rotate(k, rope)
+        q_local, k_local = positioned(c, q, k, rope)
     k_memory = memory_keys(c, k) if role.remembers else None
     if role.cached is None:
         attended = crossbatch.attention(q_local, k_local, v, segments, plan, k_context=k_memory)
@@ -394,11 +453,30 @@ def _unit(x):
 def rope_frequencies(c: ModelConfig) -> np.ndarray:
     """Angle per position of each pair of dimensions: [D / 2] float64."""
     frequencies = c.rope_theta ** (-np.arange(0, c.head_dim, 2) / c.head_dim)
-    s = c.rope_scaling
-    if s is None:
+    return frequencies if c.rope_scaling is None else _scaled(c, c.rope_scaling, frequencies)
+
+
+def _scaled(c: ModelConfig, s: RopeScaling, frequencies: np.ndarray) -> np.ndarray:
+    if s.kind == "dynamic":  # and the window no longer than original_max_position
         return frequencies
-    turns = s.original_max_position * frequencies / (2 * np.pi)  # over the original context
-    keep = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    if s.kind == "linear":
+        return frequencies / s.factor
+    if s.kind == "llama3":
+        turns = s.original_max_position * frequencies / (2 * np.pi)  # over the original context
+        keep = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    else:
+
+        def pair(turns: float) -> float:
+            """Which pair of dimensions turns so often over the original context."""
+            wavelength = s.original_max_position / (turns * 2 * np.pi)
+            return c.head_dim / 2 * np.log(wavelength) / np.log(c.rope_theta)
+
+        low, high = pair(s.beta_fast), pair(s.beta_slow)
+        if s.truncate:
+            low, high = np.floor(low), np.ceil(high)
+        low, high = max(low, 0), min(high, c.head_dim - 1)
+        between = high - low or 0.001
+        keep = 1 - (np.arange(c.head_dim // 2) - low) / between
     keep = np.clip(keep, 0.0, 1.0)
     return frequencies * (keep + (1 - keep) / s.factor)
 
@@ -407,6 +485,15 @@ def rope_table(c: ModelConfig, length: int, start: int = 0) -> tuple[jax.Array, 
     """Cosine and sine of positions start … start + length - 1: two [T, 1, D / 2] float32."""
     angles = np.arange(start, start + length)[:, None, None] * rope_frequencies(c)
     return jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+
+
+def positioned(c: ModelConfig, q: Float[Array, "R T H D"], k: Float[Array, "R T K D"], rope):
+    """Queries and keys with rotary positions. Memory keys, as if at position 0, are as projected:
+
+    what YaRN multiplies both with is therefore in the queries.
+    """
+    q, k = rotate(q, rope), rotate(k, rope)
+    return (q if c.rope_scaling is None else q * c.rope_scaling.score_factor), k
 
 
 def rotate(x: Float[Array, "R T H D"], rope) -> Float[Array, "R T H D"]:

@@ -71,10 +71,14 @@ class FotConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.rms_norm_eps = rms_norm_eps
         # transformers 5 has one object, rope_parameters, 4 had rope_theta and rope_scaling.
-        rope = {"rope_theta": rope_theta, **(rope_parameters or rope_scaling or {})}
+        rope = {"rope_theta": rope_theta, **(rope_scaling or rope_parameters or {})}
         rope["rope_type"] = rope.get("rope_type") or rope.pop("type", "default")
-        if rope["rope_type"] not in ("default", "llama3"):
+        if rope["rope_type"] not in ("default", "linear", "dynamic", "yarn", "llama3"):
             raise ValueError(f"rope scaling of type {rope['rope_type']!r} is not supported")
+        if rope["rope_type"] in ("llama3", "yarn"):
+            original = "original_max_position_embeddings"  # beside the object, or else in it
+            rope.setdefault(original, max_position_embeddings)
+            rope[original] = kwargs.get(original) or rope[original]
         mem_layers = mem_layers or ()
         mem_dtype = str(mem_dtype).removeprefix("torch.")
         if mem_dtype not in ("float32", "bfloat16", "float16"):

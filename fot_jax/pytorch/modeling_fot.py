@@ -324,6 +324,8 @@ class Attention(nn.Module):
         if c.qk_norm:
             self.log_scale = nn.Parameter(torch.full((self.heads,), math.log(10.0)))
             self.scale = 1.0
+        if self.rotates:
+            self.scale *= attention_factor(c) ** 2
 
     def forward(self, x, rope, cache, expected):
         B, T, _ = x.shape
@@ -385,14 +387,41 @@ def rope_table(config):
     D = config.head_dim
     s = config.rope_parameters
     frequencies = s["rope_theta"] ** (-torch.arange(0, D, 2, dtype=torch.float64) / D)
-    if s["rope_type"] == "llama3":
-        turns = s["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-        keep = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
+    if s["rope_type"] == "linear":
+        frequencies = frequencies / s["factor"]
+    if s["rope_type"] in ("llama3", "yarn"):
+        original, factor = s["original_max_position_embeddings"], s.get("factor")
+        if s["rope_type"] == "llama3":
+            turns = original * frequencies / (2 * math.pi)
+            keep = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
+        else:
+            low, high = (  # pairs of dimensions that turn so often in the original window
+                D / 2 * math.log(original / (2 * math.pi * turns)) / math.log(s["rope_theta"])
+                for turns in (s.get("beta_fast") or 32, s.get("beta_slow") or 1)
+            )
+            if s.get("truncate", True):
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, D - 1)
+            keep = 1 - (torch.arange(D // 2, dtype=torch.float64) - low) / (high - low or 0.001)
+            factor = factor or config.max_position_embeddings / original
         keep = keep.clamp(0, 1)
-        frequencies = frequencies * (keep + (1 - keep) / s["factor"])
+        frequencies = frequencies * (keep + (1 - keep) / factor)
     positions = torch.arange(config.local_context, dtype=torch.float64)
     angles = torch.outer(positions, frequencies)
     return angles.cos().float(), angles.sin().float()
+
+
+def attention_factor(config):
+    """What YaRN multiplies queries and keys with."""
+    s = config.rope_parameters
+    if s["rope_type"] != "yarn":
+        return 1.0
+    if s.get("attention_factor") is not None:
+        return s["attention_factor"]
+    factor = s.get("factor")
+    factor = factor or config.max_position_embeddings / s["original_max_position_embeddings"]
+    log, of, of_all = 0.1 * math.log(max(factor, 1)), s.get("mscale"), s.get("mscale_all_dim")
+    return (of * log + 1) / (of_all * log + 1) if of and of_all else log + 1
 
 
 def rotate(x, rope):

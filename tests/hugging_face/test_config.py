@@ -66,6 +66,9 @@ def read(tmp_path, values, **how):
             },
         ),
         ({"model_type": "mistral", "sliding_window": None}, {}),
+        ({"model_type": "mistral"}, {}),
+        ({"model_type": "mistral", "sliding_window": 16}, {}),
+        ({"sliding_window": 8}, {}),  # which LLaMA code does not read
         (
             {
                 "model_type": "longllama",
@@ -77,12 +80,29 @@ def read(tmp_path, values, **how):
                 "last_context_length": 8,
                 "torch_attention": False,
             },
-            {"memory_layers": (1, 2), "memory_positions": False},
+            {
+                "memory_layers": (1, 2),
+                "memory_positions": False,
+                "memory_dtype": "bfloat16",
+                "last_context_length": 8,
+            },
         ),
+        (
+            {"mem_layers": [1], "mem_dtype": "torch.float16"},
+            {"memory_layers": (1,), "memory_dtype": "float16"},
+        ),
+        # Of LongLLaMA's configuration class, for files that leave it out.
+        ({"mem_layers": [1]}, {"memory_layers": (1,), "memory_dtype": "bfloat16"}),
+        ({"mem_layers": [], "mem_dtype": "bfloat16"}, {}),
     ],
 )
 def test_what_config_json_says(tmp_path, fields, expected):
     assert read(tmp_path, LLAMA | fields) == dataclasses.replace(OURS, **expected)
+
+
+def test_a_window_no_longer_than_the_sliding_one(tmp_path):
+    mistral = LLAMA | {"model_type": "mistral", "sliding_window": 15}
+    assert read(tmp_path, mistral, local_context=15).local_context == 15
 
 
 def test_memory_layers_and_window_are_the_callers(tmp_path):
@@ -100,8 +120,14 @@ def test_memory_layers_and_window_are_the_callers(tmp_path):
         ({"mlp_bias": True}, "mlp_bias = true is not supported"),
         ({"hidden_act": "gelu"}, 'hidden_act = "gelu" is not supported: have "silu"'),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
-        ({"model_type": "mistral"}, "sliding_window = 4096 is not supported"),
-        ({"model_type": "mistral", "sliding_window": 8}, "sliding_window = 8 is not supported"),
+        (
+            {"model_type": "mistral", "max_position_embeddings": None},
+            "sliding_window = 4096 is shorter than the window of 131072 tokens",
+        ),
+        (
+            {"model_type": "mistral", "sliding_window": 15},
+            "fot convert from-hf --local_context 15, or less",
+        ),
         ({"hidden_size": None}, "hidden_size is missing: add it"),
         ({"hidden_size": "many"}, 'hidden_size = "many": give a number above 0'),
         ({"hidden_size": 33}, "hidden_size = 33 is not a multiple of num_attention_heads = 8"),
@@ -110,9 +136,13 @@ def test_memory_layers_and_window_are_the_callers(tmp_path):
         ({"num_key_value_heads": 3}, "model.num_heads = 8 is not a multiple"),
         ({"tie_word_embeddings": "no"}, 'tie_word_embeddings = "no": give true or false'),
         (
-            {"rope_scaling": {"type": "linear", "factor": 2.0}},
-            'rope_scaling of type "linear" is not',
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "partial_rotary_factor": 0.5}},
+            "rope_scaling.partial_rotary_factor = 0.5 is not supported",
         ),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "RopeScaling.factor = 0.5: give 1"),
+        ({"mem_layers": [1], "mem_dtype": "int4"}, 'mem_dtype = "int4" is not supported: have'),
+        ({"last_context_length": 0}, "last_context_length = 0: give a number above 0"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling.factor is missing"),
         ({"rope_scaling": 3}, "rope_scaling = 3: give an object"),
         ({"mem_layers": [7]}, "model.memory_layers has 7, but layers are numbered 0 … 2"),
@@ -147,6 +177,7 @@ def models(draw):
     heads = draw(st.sampled_from([1, 2, 6]))
     layers = draw(st.integers(1, 4))
     scaling = st.builds(RopeScaling, st.floats(1, 64), st.just(1.0), st.floats(2, 8), st.just(32))
+    remembers = draw(st.sets(st.integers(0, layers - 1)))
     return ModelConfig(
         vocab_size=draw(st.integers(1, 99)),
         hidden_size=12 * draw(st.integers(1, 4)),
@@ -155,7 +186,9 @@ def models(draw):
         num_kv_heads=draw(st.sampled_from([n for n in (1, 2, 3, 6) if heads % n == 0])),
         head_dim=2 * draw(st.integers(1, 8)),
         mlp_dim=draw(st.integers(1, 99)),
-        memory_layers=tuple(draw(st.sets(st.integers(0, layers - 1)))),
+        memory_layers=tuple(draw(st.sets(st.integers(0, layers - 1), min_size=1)))
+        if remembers
+        else (),
         local_context=draw(st.integers(1, 4096)),
         norm=draw(st.sampled_from(["rmsnorm", "layernorm"])),
         norm_epsilon=draw(st.sampled_from([1e-6, 1e-5])),
@@ -165,6 +198,8 @@ def models(draw):
         tie_embeddings=draw(st.booleans()),
         rope_theta=draw(st.floats(1, 1e6)),
         rope_scaling=draw(st.none() | scaling),
+        last_context_length=draw(st.integers(1, 4096)) if remembers else None,
+        memory_dtype=draw(st.sampled_from(["float32", "bfloat16"])) if remembers else None,
     )
 
 

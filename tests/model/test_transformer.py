@@ -11,9 +11,10 @@ from test_crossbatch import visibility
 
 from fot_jax.errors import UserError
 from fot_jax.generate import LanguageModel
+from fot_jax.hugging_face import config as configs
 from fot_jax.model import crossbatch
 from fot_jax.model.schemes import NoCrossbatch, Packed, PackedTable, PreviousContext
-from fot_jax.model.transformer import ModelConfig, RopeScaling, Transformer, rope_frequencies
+from fot_jax.model.transformer import ModelConfig, RopeScaling, Transformer
 
 LLAMA = ModelConfig(
     vocab_size=61,
@@ -95,13 +96,7 @@ def to_transformers(c, params=None):
 
     rope = {"rope_type": "default", "rope_theta": c.rope_theta}
     if c.rope_scaling is not None:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": c.rope_scaling.factor,
-            "low_freq_factor": c.rope_scaling.low_freq_factor,
-            "high_freq_factor": c.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": c.rope_scaling.original_max_position,
-        }
+        rope |= configs.content(c, "float32", {})["rope_scaling"]
     config = transformers.LlamaConfig(
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
@@ -146,6 +141,7 @@ LLAMAS = {
     "grouped queries, tied": dict(num_kv_heads=1, tie_embeddings=True),
     "wide heads": dict(head_dim=20),
     "rope theta of Code Llama": dict(rope_theta=1e6, norm_epsilon=1e-5),
+    "yarn": dict(head_dim=16, rope_scaling=RopeScaling(4.0, original_max_position=32, kind="yarn")),
     "rope scaling of Llama 3": dict(rope_theta=500_000.0, head_dim=16, rope_scaling=SCALED),
 }
 
@@ -166,27 +162,12 @@ def test_equals_transformers(name):
         np.testing.assert_allclose(ours, want, atol=1e-4, rtol=1e-4)
 
 
-def test_rope_scaling_matters_at_the_length_tested():
-    config = dataclasses.replace(LLAMA, **LLAMAS["rope scaling of Llama 3"])
+@pytest.mark.parametrize("name", ["yarn", "rope scaling of Llama 3"])
+def test_rope_scaling_matters_at_the_length_tested(name):
+    config = dataclasses.replace(LLAMA, **LLAMAS[name])
     plain = dataclasses.replace(config, rope_scaling=None)
     tokens = random_tokens(config, 2, 96)
     assert np.abs(logits_of(config, tokens) - logits_of(plain, tokens)).max() > 1e-2
-
-
-@pytest.mark.parametrize(
-    "shape",
-    [
-        dict(head_dim=100),
-        dict(head_dim=128, rope_theta=1e6),
-        dict(head_dim=64, rope_theta=500_000.0, rope_scaling=RopeScaling(factor=32.0)),
-        dict(head_dim=128, rope_theta=500_000.0, rope_scaling=RopeScaling()),
-        dict(head_dim=128, rope_theta=500_000.0, rope_scaling=RopeScaling(4.0, 2.0, 3.0, 1024)),
-    ],
-)
-def test_rope_frequencies_are_those_of_transformers(shape):
-    config = dataclasses.replace(LLAMA, **shape)
-    want = to_transformers(config).model.rotary_emb.inv_freq.numpy()
-    np.testing.assert_allclose(rope_frequencies(config), want, rtol=1e-6)
 
 
 # --- A float64 version, written out -------------------------------------------------------------
