@@ -131,7 +131,8 @@ def to_hugging_face(
             for file in (Path(__file__).parent / "pytorch").glob("*_fot.py"):
                 (half / file.name).write_bytes(file.read_bytes())
         name = dtype_of("embedding").name
-        (half / configs.CONFIG).write_text(_json(configs.content(c, name, marks)))
+        values = configs.content(_as_read(content), name, marks)
+        (half / configs.CONFIG).write_text(_json(values))
         _output(output)  # or what has come there since would be lost
     _say_done(output, c, dtype_of)
 
@@ -144,14 +145,26 @@ def _say_done(output: epath.Path, c: ModelConfig, dtype_of: Callable[[str], np.d
     )
 
 
+def _kept(content: Reader) -> epath.Path:
+    """Where the files are that came with a model, if it came from Hugging Face."""
+    workdir = content.directory
+    return workdir if configs.is_directory(workdir) else workdir / loading.KEPT
+
+
+def _as_read(content: Reader) -> ModelConfig:
+    """The model; how it reads a long text, which a run may leave open, as where it came from."""
+    c, kept = content.config, _kept(content)
+    said = configs.Fields(kept).memory() if configs.is_directory(kept) else {}
+    return dataclasses.replace(c, **{k: x for k, x in said.items() if getattr(c, k) is None})
+
+
 def _others(content: Reader, output: epath.Path) -> dict[str, Any]:
     """Writes what is no weight: files that came with the model, or else new ones.
 
     Returns:
       The marks of a document, as config.json names them.
     """
-    workdir, marks = content.directory, {}
-    kept = workdir if configs.is_directory(workdir) else workdir / loading.KEPT
+    workdir, kept, marks = content.directory, _kept(content), {}
     if configs.is_directory(kept):
         marks = configs.Fields(kept).marks()
         for name in ("generation_config.json", *tokenizers.FILES):

@@ -160,7 +160,9 @@ def test_training_starts_from_either(here, one_device, kind):
         num_attention_heads=2,
         intermediate_size=32,
     )
-    fot("from-hf", "a", "b", "--memory_layers", "1")
+    of_memory = dict(mem_layers=[1], last_context_length=8, mem_dtype="float16")
+    llamas.edit(here / "a", **of_memory)
+    fot("from-hf", "a", "b")
     start = "a" if kind == "hugging face" else "b"
     bindings = "train.learning_rate = @constant_rate()", "constant_rate.value = 0.0"
     binding = f'train.initialize_from = "{start}"'
@@ -168,6 +170,9 @@ def test_training_starts_from_either(here, one_device, kind):
     runs.assert_same_parameters("run", "b")
     # What came with the model is there for to-hf.
     assert runs.files("run/hugging_face") == runs.files("b/hugging_face")
+    fot("to-hf", "run", "out")
+    values = json.loads((here / "out" / "config.json").read_text())
+    assert {name: values[name] for name in of_memory} == of_memory
 
 
 def test_training_of_another_function_is_warned_of(here, one_device, caplog):
@@ -216,10 +221,12 @@ def test_a_directory_of_longllama(tmp_path):
     )
     lm = LanguageModel.load(tmp_path / "old")
     assert lm.config.memory_layers == (1,)
+    assert lm.read(range(40)).memory.storage == "bfloat16"
     assert fot("to-hf", tmp_path / "old", tmp_path / "new") == 0
     assert fot("check", tmp_path / "old", tmp_path / "new") == 0
     values = json.loads((tmp_path / "new" / "config.json").read_text())
     assert values["model_type"] == "llama" and values["mem_layers"] == [1]
+    assert values["last_context_length"] == 8 and values["mem_dtype"] == "bfloat16"
 
 
 # --- Check ---------------------------------------------------------------------------------------

@@ -54,14 +54,14 @@ def read(
     fields = Fields(directory)
     try:
         config = _read(fields)
-        if memory_layers is not None:
-            config = dataclasses.replace(config, memory_layers=tuple(memory_layers))
-        if local_context is not None:
-            config = dataclasses.replace(config, local_context=local_context)
-        _check_sliding_window(fields, config)
     except UserError as error:
         place = "" if str(error).startswith(str(fields.path)) else f"{fields.path}: "
         raise UserError(f"{place}{error}") from error
+    if memory_layers is not None:
+        config = dataclasses.replace(config, memory_layers=tuple(memory_layers))
+    if local_context is not None:
+        config = dataclasses.replace(config, local_context=local_context)
+    _check_sliding_window(fields, config)
     return config
 
 
@@ -73,9 +73,9 @@ def _check_sliding_window(fields: Fields, config: ModelConfig) -> None:
     window = fields.values.get(name, 4096)
     if window is not None and fields.number(name, 4096) < config.local_context:
         raise UserError(
-            f"{name} = {window} is shorter than the window of {config.local_context} tokens, and "
-            f"layers that see less than the window are not supported: fot convert from-hf "
-            f"--local_context {window}, or less"
+            f"{fields.path}: {name} = {window} is shorter than the window of "
+            f"{config.local_context} tokens, and layers that see less than the window are not "
+            f"supported: fot convert from-hf --local_context {window}, or less"
         )
 
 
@@ -123,6 +123,18 @@ class Fields:
                 each = value if isinstance(value, list) else [value]
                 if not all(one is None or type(one) is int for one in each):
                     raise UserError(f"{self.path}: {name} = {json.dumps(value)}: give a token id")
+        return found
+
+    def memory(self) -> dict[str, Any]:
+        """How LongLLaMA's code reads a long text; of a directory without memory, nothing."""
+        found: dict[str, Any] = {}
+        if self.values.get("last_context_length") is not None:
+            found["last_context_length"] = self.number("last_context_length")
+        if self.values.get("mem_layers"):
+            dtypes = ("float32", "bfloat16", "float16")
+            spelled = (*dtypes, *(f"torch.{name}" for name in dtypes))
+            named = self.only("mem_dtype", spelled, "bfloat16")
+            found["memory_dtype"] = named.removeprefix("torch.")
         return found
 
     def only(self, name: str, allowed: Sequence[Any], default: Any, within=None):
@@ -193,23 +205,9 @@ def _read(fields: Fields) -> ModelConfig:
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         rope_theta=theta,
         rope_scaling=scaling,
-        **_memory(fields),
+        **fields.memory(),
         **family,
     )
-
-
-def _memory(fields: Fields) -> dict[str, Any]:
-    """How LongLLaMA's code reads a long text; of a directory that has no memory, nothing."""
-    found: dict[str, Any] = {}
-    if fields.values.get("last_context_length") is not None:
-        found["last_context_length"] = fields.number("last_context_length")
-    if fields.values.get("mem_layers"):
-        dtypes = ("float32", "bfloat16", "float16")
-        named = fields.only(
-            "mem_dtype", (*dtypes, *(f"torch.{name}" for name in dtypes)), "bfloat16"
-        )
-        found["memory_dtype"] = named.removeprefix("torch.")
-    return found
 
 
 def _memory_layers(fields: Fields) -> list[int]:
