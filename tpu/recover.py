@@ -41,18 +41,24 @@ class Step:
       if_still: only when the turn before wanted it too: what was seen may be passing, or the first
         sign of something else.
       failed: the answer of the worker that ended the run.
+      refused: the request FAILED, and not for want of capacity: asking again may not help.
+      running: all nodes are there.
+      denied: the account may not even look.
     """
 
     do: str
     why: str
     if_still: bool = False
     failed: dict | None = None
+    refused: bool = False
+    running: bool = False
+    denied: bool = False
 
 
 def recover(args: Namespace) -> int:
     """Creates, waits, sets up, starts, watches, deletes and creates again until the run is done.
 
-    Returns 0 when it has finished, 1 after --max_failures failures without a new checkpoint.
+    Returns 0 when it has finished, 1 after --max_failures failures (see _Failures).
     """
     pod = asked.pod_of(args.name, args.zone, args.project)
     slices = asked.slices_of(args.experiment, args.gin, args.topology)
@@ -79,7 +85,8 @@ def _until_done(
     pod: Pod, slices: asked.Slices, code: ship.Code, create: Argv, start: Argv, args: Namespace
 ) -> int:
     """Turn after turn; the exit code."""
-    failures = _Failures(pod, args.workdir, args.max_failures)
+    newest = _newest_checkpoint(pod, args.workdir)
+    failures = _Failures(pod, args.workdir, args.max_failures, newest)
     before, said, shown = Step("wait", ""), None, None
     while True:
         step = _look(pod, slices)
@@ -89,24 +96,39 @@ def _until_done(
             _say(pod, line)
         if step.do == "end":
             return 0
+        if step.running:
+            failures.requests = 0
         if acts and step.failed and step.failed["ended"] != shown:
             shown = step.failed["ended"]
-            if failures.too_many(verbs.failure(step.failed)):
+            if failures.of_the_run(verbs.failure(step.failed)):
                 return 1
         try:
             if acts and step.do == "create":
                 calls.call(create)
-                failures.count = 0
+                failures.asked_for_a_pod()
             elif acts and step.do == "delete":
+                # Before it is deleted, so that giving up leaves it for its owner to look at. (What
+                # was there before this watch is none of its failures.)
+                if said is not None and failures.of_requests(step.why, step.refused):
+                    return 1
                 calls.call(gcloud.delete(pod))
             elif acts and step.do == "start":
                 workers.set_up(pod, code, slices.workers)
                 workers.start(start, slices.workers)
+            elif step.denied and failures.of_requests(step.why, True):
+                return 1
         except UserError as error:
-            if failures.too_many(str(error)):
+            if step.do == "start":
+                gives_up = failures.of_the_run(str(error))
+            else:
+                done = "ALREADY_EXISTS" if step.do == "create" else "NOT_FOUND"
+                counts = done not in str(error) and not _passes(str(error))
+                gives_up = failures.of_requests(str(error), counts)
+            if gives_up:
                 return 1
         before, said = step, line
-        time.sleep(args.poll)
+        slow = step.denied or step.do in ("create", "delete")
+        time.sleep(args.poll * (failures.patience() if slow else 1))
 
 
 def _without_trouble(pod: Pod, code: ship.Code, create: Argv, start: Argv) -> list[Argv]:
@@ -132,13 +154,14 @@ def _look(pod: Pod, slices: asked.Slices) -> Step:
         if step is not None:
             return step
     except calls.CallFailed as error:  # the network, or Google's servers: they come back
-        return Step("wait", f"unknown: {error}")
+        denied = re.search("PERMISSION_DENIED|UNAUTHENTICATED", str(error)) is not None
+        return Step("wait", f"unknown: {error}", denied=denied)
     try:
         status = workers.status_command(pod)
         answers = workers.ask(status, slices.workers, calls.SHORT)
     except calls.CallFailed as error:
         return Step("start", f"ACTIVE, no worker answers: {error}", if_still=True)
-    return step_of_runs(answers, slices.workers)
+    return dataclasses.replace(step_of_runs(answers, slices.workers), running=True)
 
 
 def step_of_request(found: dict | None) -> Step:
@@ -147,7 +170,21 @@ def step_of_request(found: dict | None) -> Step:
         return Step("create", "no queued resource")
     state = verbs.state_of(found)
     why = f"{state}, {verbs.message_of(found)}" if verbs.message_of(found) else state
-    return Step("delete" if state in ("SUSPENDED", "FAILED") else "wait", why)
+    do = "delete" if state in ("SUSPENDED", "FAILED") else "wait"
+    return Step(do, why, refused=state == "FAILED" and not _passes(why))
+
+
+# What people wait for, and what of Google's servers and the network between comes back by itself.
+_PASSES = re.compile(
+    "UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|INTERNAL|HTTPError 5"
+    "|(?i:no more capacity|not enough (capacity|resources)|stockout)"
+    "|(?i:not done after|timed out|timeout|connection|network is unreachable|could not resolve)"
+)
+
+
+def _passes(why: str) -> bool:
+    """Whether what a request was refused for goes away by waiting."""
+    return _PASSES.search(why) is not None and "quota" not in why.lower()
 
 
 def step_of_nodes(nodes: list[dict], slices: int) -> Step | None:
@@ -184,30 +221,70 @@ def step_of_runs(answers: list[dict], expected: int) -> Step:
 # --- Failures ------------------------------------------------------------------------------------
 
 
+_MOST_PATIENCE = 32  # times --poll
+
+
 @dataclasses.dataclass
 class _Failures:
-    """Counts failures since the last checkpoint that was new, or the last new pod.
+    """What has failed without anything having come of it since; when to wait longer, and give up.
+
+    Runs that end with an error count from the last checkpoint that was new or, where checkpoints
+    cannot be seen, from the last new pod. Requests that Google Cloud refuses or that FAIL (no
+    quota, no such network, an account without rights) count from the last pod whose workers
+    answered. Preemption and want of capacity do not end the watch, however often: they are what it
+    is for. But each in a row without a new checkpoint, as each request that fails, doubles the
+    time until the next is asked for.
 
     Attributes:
       workdir: of the run; progress is only seen in a bucket.
       most: when to give up.
+      checkpoint: the newest that is known.
     """
 
     pod: Pod
     workdir: str
     most: int
-    count: int = 0
-    checkpoint: int = -1
+    checkpoint: int
+    runs: int = 0
+    requests: int = 0
+    lost: int = 0
 
-    def too_many(self, what: str) -> bool:
+    def of_the_run(self, what: str) -> bool:
         """Says what failed, counts it, and whether to give up."""
         _say(self.pod, what)
-        newest = _newest_checkpoint(self.pod, self.workdir)
-        self.count = 1 if newest > self.checkpoint else self.count + 1
-        self.checkpoint = newest
-        if self.count >= self.most:
-            _say(self.pod, f"given up after {self.count} failures without a new checkpoint")
-        return self.count >= self.most
+        self.runs = 1 if self._progress() else self.runs + 1
+        if self.runs >= self.most:
+            _say(self.pod, f"given up after {self.runs} failures without a new checkpoint")
+        return self.runs >= self.most
+
+    def of_requests(self, why: str, counts: bool) -> bool:
+        """Takes in that there is no pod for a request, or no longer; says whether to give up.
+
+        Args:
+          counts: False for preemption and the like.
+        """
+        if not counts:
+            self.lost = 0 if self._progress() else self.lost + 1
+            return False
+        self.requests += 1
+        if self.requests >= self.most:
+            _say(self.pod, f"given up after {self.requests} requests in a row that failed: {why}")
+        else:
+            _say(self.pod, f"request {self.requests} of {self.most} failed: {why}")
+        return self.requests >= self.most
+
+    def asked_for_a_pod(self) -> None:
+        if not self.workdir.startswith("gs://"):
+            self.runs = 0
+
+    def patience(self) -> int:
+        """How many times --poll to wait before the next pod."""
+        return min(2 ** max(self.requests, self.lost), _MOST_PATIENCE)
+
+    def _progress(self) -> bool:
+        """Whether there is a newer checkpoint than when last asked."""
+        before, self.checkpoint = self.checkpoint, _newest_checkpoint(self.pod, self.workdir)
+        return self.checkpoint > before
 
 
 def _newest_checkpoint(pod: Pod, workdir: str) -> int:

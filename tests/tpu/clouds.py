@@ -61,7 +61,7 @@ class Cloud:
     def plan(self, *lives, **more):
         lives = lives or (["ACTIVE"],)
         (self.directory / "plan.json").write_text(
-            json.dumps({"lives": lives, "workers": 2, **more})
+            json.dumps({"lives": lives, "workers": 2, "failure": "no more capacity", **more})
         )
 
     def train(self, **plan):

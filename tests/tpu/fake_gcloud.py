@@ -9,7 +9,8 @@ FAKE_GCLOUD is the directory. `plan.json` in it says what is going to happen:
   drops: what happens to the next calls of ssh and scp, one word each: "before" or "after" the
     command has run the connection is lost; "silent": the last worker is not reached, with a warning
     only; "fine".
-  create: an error of creating, if any.
+  create: errors of creating, one after the other; the last one stays.
+  failure: why a queued resource is FAILED.
 
 `state.json` is what has happened, `calls.jsonl` every command line. Workers are directories,
 NAME/NODE/WORKER, which are the homes of what ssh runs there. Buckets are buckets/NAME.
@@ -86,7 +87,9 @@ def changing():
 def create(args):
     with changing() as (plan, state):
         if plan.get("create"):
-            return error("create", plan["create"])
+            refused = plan["create"].pop(0) if len(plan["create"]) > 1 else plan["create"][0]
+            if refused:
+                return error("create", refused)
         if args.name in state["there"]:
             return error("create", "ALREADY_EXISTS: Requested entity already exists")
         lives, state["created"] = plan["lives"], state["created"] + 1
@@ -101,7 +104,7 @@ def create(args):
 
 
 def describe(args):
-    with changing() as (_, state):
+    with changing() as (plan, state):
         there = state["there"].get(args.name)
         now = there and there["life"][0]
         if there:
@@ -118,7 +121,7 @@ def describe(args):
             power_off(args.name)
         shown = {"state": now.split()[0]}
         if shown["state"] == "FAILED":
-            shown["failedData"] = {"error": {"code": 8, "message": "no more capacity"}}
+            shown["failedData"] = {"error": {"code": 8, "message": plan["failure"]}}
         print(json.dumps({"name": args.name, "state": shown}))
     return 0
 

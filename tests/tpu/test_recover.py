@@ -4,6 +4,7 @@ import pytest
 from clouds import POD, WORKDIR
 
 from tpu import recover
+from tpu.gcloud import Pod
 
 RECOVER = (*POD, *WORKDIR, "--spot", "--poll", "0.3")
 
@@ -105,12 +106,56 @@ def test_failures_with_progress_are_not_counted_together(cloud):
     assert len(cloud.starts(0)) == 5
 
 
+NO_QUOTA = "Quota limit for spot chips has been exceeded. Limit: 0 in zone."
+
+
 @pytest.mark.slow
-def test_creating_that_fails_is_given_up(cloud):
-    cloud.plan(create="RESOURCE_EXHAUSTED: Quota limit exceeded")
-    code, out, _ = cloud.tpu("recover", cloud.experiment, *RECOVER, "--max_failures", "2")
+@pytest.mark.parametrize(
+    "refused", [NO_QUOTA, "PERMISSION_DENIED: tpu.nodes.create", "Bad network"]
+)
+@pytest.mark.parametrize("at", ["create", "FAILED"])
+def test_requests_that_are_refused_are_given_up(cloud, refused, at):
+    """A quota of 0, say: creating is accepted, and the request FAILED later."""
+    how = {"create": [refused]} if at == "create" else {"failure": refused}
+    cloud.plan(["WAITING_FOR_RESOURCES", "FAILED"], **how)
+    code, out, _ = cloud.tpu("recover", cloud.experiment, *POD, *WORKDIR, "--poll", "0.05")
     assert code == 1
-    assert out.count("Quota limit exceeded") == 2
+    deleted = 0 if at == "create" else 2
+    assert [len(cloud.calls(verb)) for verb in ("create", "delete")] == [3, deleted]
+    *_, given_up, _ = out.splitlines()
+    assert "given up after 3 requests in a row that failed: " in given_up
+    assert given_up.endswith(refused)
+
+
+@pytest.mark.slow
+def test_what_passes_by_itself_is_waited_for(cloud):
+    """More often than --max_failures; requests that are refused count anew once there was a pod."""
+    busy = ["UNAVAILABLE: 503", "connection reset", "ALREADY_EXISTS: pod", "INTERNAL: try again"]
+    cloud.plan(
+        *[["FAILED"]] * 4,
+        ["ACTIVE", "ACTIVE until 2", "SUSPENDED"],
+        ["ACTIVE"],
+        create=[NO_QUOTA, NO_QUOTA, *busy, "", "", "", "", "", NO_QUOTA, NO_QUOTA, ""],
+    )
+    cloud.train(steps=5, hold={"1": 2})
+    out = cloud.works("recover", cloud.experiment, *POD, *WORKDIR, "--poll", "0.02")
+    assert len(cloud.calls("create")) == 14
+    assert out.count("request 1 of 3 failed") == out.count("request 2 of 3 failed") == 2
+
+
+def test_pods_are_asked_for_ever_more_seldom_without_progress(monkeypatch):
+    listed = iter(["", "gs://b/run/checkpoints/3/", "gs://b/run/checkpoints/3/"])
+    monkeypatch.setattr(recover.calls, "call", lambda *_: next(listed))
+    failures = recover._Failures(Pod("pod", "zone"), "gs://b/run", 100, -1)
+    patience = [failures.patience()]
+    for _ in range(7):
+        failures.of_requests("no quota", True)
+        patience.append(failures.patience())
+    assert patience == [1, 2, 4, 8, 16, 32, 32, 32]
+    failures.requests = 0
+    for wanted in (2, 1, 2):  # nothing new, a checkpoint, nothing new
+        failures.of_requests("preempted", False)
+        assert failures.patience() == wanted
 
 
 STATES = {

@@ -268,7 +268,7 @@ def test_without_gcloud(cloud):
 
 
 def test_errors_of_gcloud_are_one_line(cloud):
-    cloud.plan(create="PERMISSION_DENIED: The caller does not have permission")
+    cloud.plan(create=["PERMISSION_DENIED: The caller does not have permission"])
     code, _, err = cloud.tpu("create", cloud.experiment, *POD)
     assert code == 2
     assert err == (
