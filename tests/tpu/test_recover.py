@@ -137,7 +137,7 @@ def test_what_passes_by_itself_is_waited_for(cloud):
         ["ACTIVE"],
         create=[NO_QUOTA, NO_QUOTA, *busy, "", "", "", "", "", NO_QUOTA, NO_QUOTA, ""],
     )
-    cloud.train(steps=5, hold={"1": 2})
+    cloud.train(steps=5, hold={"5": 2})
     out = cloud.works("recover", cloud.experiment, *POD, *WORKDIR, "--poll", "0.02")
     assert len(cloud.calls("create")) == 14
     assert out.count("request 1 of 3 failed") == out.count("request 2 of 3 failed") == 2
