@@ -8,8 +8,10 @@ from __future__ import annotations
 import collections.abc
 import contextlib
 import difflib
+import filecmp
 import functools
 import inspect
+import io
 import logging
 import os
 import re
@@ -37,33 +39,100 @@ def load(files: list[str], bindings: list[str]) -> None:
 
     gin.clear_config()
     _register(gin)
-    for file in files:
-        if not Path(file).is_file():
-            raise UserError(f"no experiment file {file}: give the path of a .gin file")
-        for directory in _directories(os.path.abspath(file), set()):
-            gin.add_config_file_search_path(directory)
+    gin.config._FILE_READERS[:] = [_reader()]  # in place of open() with any encoding, and one start
     logging.disable(logging.ERROR)  # gin logs every place where it looks for an include in vain
     try:
         for file in files:
+            if not Path(file).is_file():
+                what = (
+                    f"{file} is a directory"
+                    if Path(file).is_dir()
+                    else f"no experiment file {file}"
+                )
+                raise UserError(f"{what}: give the path of a .gin file")
             with gin_errors(place=file):
                 gin.parse_config_file(os.path.abspath(file))
         for binding in bindings:
             with gin_errors(place=f"--gin {binding!r}"):
+                _check_names_are_ours(binding, f"--gin {binding!r}")
                 gin.parse_config(binding)
     finally:
         logging.disable(logging.NOTSET)
 
 
-def _directories(file: str, seen: set[str]) -> Iterator[str]:
-    """Of an experiment file and the files it includes, whose own includes are relative to them."""
-    seen.add(file)
-    yield os.path.dirname(file)
-    text = Path(file).read_text(errors="replace")
-    for included in re.findall(r"""^include\s+['"](.+)['"]""", text, re.MULTILINE):
-        for start in (os.getcwd(), os.path.dirname(file)):
-            path = os.path.normpath(os.path.join(start, included))
-            if os.path.isfile(path) and path not in seen:
-                yield from _directories(path, seen)
+def _reader() -> tuple[Callable, Callable]:
+    """How gin opens files that are included, and whether they are there.
+
+    Paths start where the command was given, as gin has it, or at the including file.
+    """
+    reading: list[str] = []  # a file, the one that it includes, and so on
+
+    def find(name: str) -> str | None:
+        starts = [os.getcwd(), *map(os.path.dirname, reversed(reading))]
+        paths = [os.path.normpath(os.path.join(start, name)) for start in starts]
+        if reading and all(map(os.path.isfile, paths[:2])):
+            here, beside = paths[:2]
+            if not filecmp.cmp(here, beside, shallow=False):
+                raise UserError(
+                    f"{_shown_path(reading[-1])}: include {name!r} may be {here} or {beside}: "
+                    "give the whole path"
+                )
+        return next(filter(os.path.isfile, paths), None)
+
+    @contextlib.contextmanager
+    def opened(name: str) -> Iterator[io.StringIO]:
+        path = find(name)
+        if path in reading:
+            circle = map(_shown_path, [*reading[reading.index(path) :], path])
+            raise UserError(f"{' -> '.join(circle)}: these files include each other in a circle")
+        text = _text_of(path)
+        _check_names_are_ours(text, _shown_path(path))
+        file = io.StringIO(text)
+        file.name = path
+        reading.append(path)
+        try:
+            yield file
+        except (tokenize.TokenError, TypeError, RecursionError) as error:
+            line = text[: file.tell()].count("\n")
+            if isinstance(error, tokenize.TokenError):
+                line = min(line, error.args[1][0])  # where the quotation begins
+            message = _gin_message(error, f"{_shown_path(path)}:{line}")
+            raise UserError(message) from None
+        except IndentationError as error:
+            error.filename = path
+            raise
+        finally:
+            reading.pop()
+
+    return opened, lambda name: find(name) is not None
+
+
+def _text_of(path: str) -> str:
+    """With the line ends and without the mark that some editors put at the beginning."""
+    content = Path(path).read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{_shown_path(path)}:{line}: not a text in UTF-8: save the file as one"
+        ) from error
+    return io.StringIO(text, newline=None).read()
+
+
+def _check_names_are_ours(text: str, place: str) -> None:
+    """Under dynamic registration, as in files of T5X, names would be those of Python's modules."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if re.match(r"\s*(from|import)\s+__gin__\b", line):
+            at = place if "\n" not in text and place.startswith("--gin") else f"{place}:{number}"
+            raise UserError(
+                f"{at}: {line.strip()}: leave that line out, imports of modules too, and write "
+                "names without a module: train.steps = 10"
+            )
+
+
+def _shown_path(path: str) -> str:
+    return os.path.relpath(path)
 
 
 def value_of(name: str) -> Any:
@@ -171,7 +240,7 @@ def gin_errors(place: str | None = None) -> Iterator[None]:
 
 def _gin_message(error: Exception, file: str | None) -> str | None:
     if file and isinstance(error, RecursionError):  # which cannot even be shown
-        return f"{file}: files include each other in a circle, or brackets are nested too deeply"
+        return f"{file}: brackets are nested too deeply"
     text = str(error).strip()
     first = text.splitlines()[0] if text else ""
     where = re.search(r'In file "([^"]+)", line (\d+)', text)
@@ -204,15 +273,14 @@ def _gin_message(error: Exception, file: str | None) -> str | None:
         return f"{missing[1]} needs {missing[2]}: {remedy}{'' if bare else ' = ...'}"
     if isinstance(error, SyntaxError):
         at = f"{os.path.relpath(error.filename)}:{error.lineno}" if error.filename else file
-        what = re.sub(r"malformed node or string.*\s+Failed", "Failed", error.msg).rstrip(".")
+        what = re.sub(r"(malformed node or string|invalid syntax).*\s+Failed", "Failed", error.msg)
+        what = " ".join(what.rstrip(".").split())
         return f"{at}: {what}: a line is NAME = VALUE, or include 'FILE.gin'"
     if isinstance(error, tokenize.TokenError):
         return f"{file}: a bracket or quote is not closed up to the end ({error.args[0]})"
     if isinstance(error, OSError) and "Unable to open file" in text:
         name = re.search(r"Unable to open file: (.*)\. Searched", text)[1]
         return f"no file {name} to include{place}: paths are relative to the experiment file"
-    if file and isinstance(error, UnicodeDecodeError):
-        return f"{file}: it, or a file it includes, is not a text in UTF-8: save it as one"
     if file and isinstance(error, TypeError):
         return f"{file}: {first}{place if where else ''}: give another value"
     return None

@@ -1,10 +1,18 @@
 """What is wrong in an experiment file, or in a --gin binding, is said in one line."""
 
+import contextlib
+import os
+import random
+import re
+from unittest import mock
+
+import gin
 import pytest
 import runs
 from runs import DICTIONARY, bind, refused_untouched
 
 from fot_jax import cli, experiment_files
+from fot_jax.errors import UserError
 from fot_jax.model import sizes
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -54,7 +62,11 @@ def test_no_experiment_file(here, capsys, verb):
         ),
         (
             "Data.lanes = (4,",
-            "broken.gin: a bracket or quote is not closed up to the end",
+            "broken.gin:3: a bracket or quote is not closed up to the end",
+        ),
+        (
+            'Data.lanes = """4\n\n\n',
+            "broken.gin:3: a bracket or quote is not closed up to the end",
         ),
         (
             "Data.lanes = float('nan')",
@@ -62,19 +74,44 @@ def test_no_experiment_file(here, capsys, verb):
         ),
         (
             "Data.lanes = {[1]: 2}",
-            "broken.gin: unhashable type: 'list': give another value",
+            "broken.gin:3: unhashable type: 'list': give another value",
         ),
         (
             "include 'broken.gin'",
-            "broken.gin: files include each other in a circle, or brackets are nested too deeply",
+            "broken.gin -> broken.gin: these files include each other in a circle",
+        ),
+        (
+            f"Data.lanes = {'[' * 999}",
+            "broken.gin:3: brackets are nested too deeply",
         ),
         (
             "include 'latin.gin'",
-            "broken.gin: it, or a file it includes, is not a text in UTF-8: save it as one",
+            "latin.gin:2: not a text in UTF-8: save the file as one",
         ),
         (
             "import nothing_there",
             "No module named 'nothing_there' (broken.gin:3): install it, or mend the import",
+        ),
+        (
+            "from __gin__ import dynamic_registration",
+            "broken.gin:3: from __gin__ import dynamic_registration: leave that line out, imports",
+        ),
+        (
+            "include 't5x.gin'",
+            "t5x.gin:1: from __gin__ import dynamic_registration: leave that line out, imports of "
+            "modules too, and write names without a module: train.steps = 10",
+        ),
+        (
+            "  Data.lanes = 4\n Data.lanes = 4",
+            "broken.gin:4: unindent does not match any outer indentation level: a line is NAME",
+        ),
+        (
+            "Data.lanes = lambda: 4",
+            "broken.gin:3: Failed to parse token 'lambda': a line is NAME = VALUE, or include",
+        ),
+        (
+            "include 'parts'",
+            "no file parts to include (broken.gin:3): paths are relative to the",
         ),
         (
             "include 'parts/nothing.gin'",
@@ -83,13 +120,26 @@ def test_no_experiment_file(here, capsys, verb):
     ],
 )
 def test_files_that_gin_cannot_read(here, capsys, line, message):
-    (here / "latin.gin").write_bytes(b"# caf\xe9\n")
+    (here / "latin.gin").write_bytes(b"# tea\n# caf\xe9\n")
+    (here / "parts").mkdir()
+    (here / "t5x.gin").write_text(
+        "from __gin__ import dynamic_registration\nfrom fot_jax import train\ntrain.train.seed = 3"
+    )
     (here / "broken.gin").write_text(f"include 'experiment.gin'\n\n{line}\n")
     assert refused_untouched(capsys, "train", "broken.gin").startswith(message)
 
 
+def test_a_directory_in_place_of_an_experiment_file(here, capsys):
+    line = refused_untouched(capsys, "train", str(here))
+    assert line == f"{here} is a directory: give the path of a .gin file"
+
+
 def test_bindings_that_gin_cannot_read(here, capsys):
     for binding, message in (
+        (
+            "from __gin__ import dynamic_registration",
+            "--gin 'from __gin__ import dynamic_registration': from __gin__ import dynamic",
+        ),
         ("Dta.lanes = 4", "unknown name 'Dta' (--gin 'Dta.lanes = 4'); did you mean Data"),
         ("Data.lanes = ", "--gin 'Data.lanes = ': Unable to parse value"),
         ("Data.lanes = (4", "--gin 'Data.lanes = (4': a bracket or quote is not closed"),
@@ -173,6 +223,82 @@ def test_included_files_include_others_beside_them(here, tmp_path_factory):
     (here / "mine.gin").write_text(f"include 'experiment.gin'\ninclude '{elsewhere}/all.gin'\n")
     experiment_files.load(["mine.gin"], [])
     assert experiment_files.value_of("train.steps") == 7
+
+
+def test_files_of_one_name_in_two_directories(here, capsys):
+    """Each is included by the file beside it; where two could be meant, neither is."""
+    for name, steps in (("a", 3), ("b", 4)):
+        (here / name).mkdir()
+        (here / name / "mine.gin").write_text("include 'common.gin'\n")
+        (here / name / "common.gin").write_text(f"{name}/train.steps = {steps}\n")
+    experiment_files.load(["a/mine.gin", "b/mine.gin"], [])
+    assert experiment_files.value_of("a/train.steps") == 3
+    assert experiment_files.value_of("b/train.steps") == 4
+    (here / "common.gin").write_text((here / "b" / "common.gin").read_text())
+    experiment_files.load(["b/mine.gin"], [])
+    line = refused_untouched(capsys, "train", "experiment.gin", "a/mine.gin")
+    assert line == (
+        f"a/mine.gin: include 'common.gin' may be {here}/common.gin or {here}/a/common.gin: give "
+        "the whole path"
+    )
+
+
+def _as_gin_reads_it(file):
+    """All values, or None where gin refuses the file; with the names that `load` registered."""
+    gin.clear_config()
+    with (
+        mock.patch.object(gin.config, "_FILE_READERS", [(open, os.path.isfile)]),
+        contextlib.suppress(Exception),
+    ):
+        gin.parse_config_file(file)
+        return gin.config_str()
+
+
+PIECES = [*"\t\\\r()[]{}'\"@%=:;#$\x0c\x00\u00a0é’", "\\\n", '"""']
+LINES = [
+    *("include 'steps.gin'", "include steps.gin", "include 'steps.gin' x", "include ''"),
+    *("include 'gone.gin'", "import os", "import os as o", "from os import path", "import"),
+    *("from . import x", "train:\n  steps = 3", "train:\n\tsteps = 3", "  train.steps = 3"),
+    *("train.steps = 1_000", "train.steps = +3", "train.steps = 1e400", "train.steps = 07"),
+    *("X = %X", "%X = 3", "train.steps = %UNSET", "a/b/train.steps = 3", "train = 3"),
+    *("train.steps = @a/b/cosine()", "fot_jax.train.steps = 3", "train.train.steps = 3"),
+    *("gin.macro.value = 3", "train.steps = f'x'", "train.steps = 'a' 'b'", "class.x = 3"),
+    *("train.steps = 1 + 2", "train.steps = {'a': [1]}", "train.steps = {[1]: 2}"),
+    *("train.steps =\n  3", "train.steps = \\\n  3", "train.steps = (1, 2", "train.steps = @"),
+    *("train.steps = lambda: 3", "train.steps = @Data.nothing()", "train.steps = 3  # three"),
+]
+
+
+def test_files_are_read_as_gin_reads_them_or_refused_in_a_line(here):
+    lines = DICTIONARY.splitlines(keepends=True)
+    (here / "steps.gin").write_text("train.steps = 7\n")
+    rng = random.Random(0)
+    read = []
+    for _ in range(300):
+        changed = list(lines)
+        i = rng.randrange(len(lines))
+        if rng.random() < 0.6:
+            changed.insert(i, rng.choice(LINES) + "\n")
+        else:
+            place = rng.randrange(len(lines[i]) + 1)
+            changed[i] = lines[i][:place] + rng.choice(PIECES) + lines[i][place:]
+        (here / "changed.gin").write_text("".join(changed), newline="")
+        try:
+            experiment_files.load(["changed.gin"], [])
+            values = gin.config_str()
+        except UserError as error:
+            assert re.search(r"changed\.gin:\d+", str(error)) and "\n" not in str(error)
+            values = None
+        assert values == _as_gin_reads_it("changed.gin"), "".join(changed)
+        read.append(values is not None)
+    assert 50 < sum(read) < 250
+    text = (here / "experiment.gin").read_text()
+    experiment_files.load(["experiment.gin"], [])
+    plain = gin.config_str()
+    windows = "\ufeff" + text.replace("\n", "\r\n")
+    (here / "windows.gin").write_text(windows, encoding="utf-8", newline="")
+    experiment_files.load(["windows.gin"], [])
+    assert gin.config_str() == plain
 
 
 def test_values_that_a_file_leaves_to_its_user(here, capsys):
