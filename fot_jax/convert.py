@@ -125,8 +125,8 @@ def to_hugging_face(
         new_directory(output, configs.CONFIG) as half,
         bar(_bytes(content, dtype_of), "byte") as progress,
     ):
+        marks = _others(content, half)  # may be refused, and is quick
         tensors.write(half, c, dtype_of, functools.partial(_read, content, dtype_of), progress)
-        marks = _others(content, half)
         if configs.needs_our_code(c):
             for file in (Path(__file__).parent / "pytorch").glob("*_fot.py"):
                 (half / file.name).write_bytes(file.read_bytes())
@@ -174,14 +174,20 @@ def _others(content: Reader, output: epath.Path) -> dict[str, Any]:
         vocabulary = load_vocabulary(workdir / "vocabulary")
         tokenizers.write(vocabulary, output)
         marks = {"bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos}
+    padding = _padding(marks, content.config.vocab_size)
+    if marks.get("pad_token_id") is not None:
+        marks["pad_token_id"] = padding
     if not (output / "generation_config.json").exists():
-        generation = {
-            "_from_model_config": True,
-            **marks,
-            "pad_token_id": marks.get("eos_token_id"),
-        }
+        generation = {"_from_model_config": True, **marks, "pad_token_id": padding}
         (output / "generation_config.json").write_text(_json(generation))
     return marks
+
+
+def _padding(marks: dict[str, Any], vocab_size: int) -> int | None:
+    """The token to fill rows with: the model's, or a text's end, of several the first."""
+    named = (marks.get("pad_token_id"), marks.get("eos_token_id"))
+    tokens = (i for each in named for i in (each if isinstance(each, list) else [each]))
+    return next((i for i in tokens if i is not None and 0 <= i < vocab_size), None)
 
 
 def _read(

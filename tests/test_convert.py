@@ -13,6 +13,7 @@ import llamas
 import numpy as np
 import pytest
 import runs
+import sentencepiece
 import torch
 import transformers
 from safetensors.numpy import save_file
@@ -132,6 +133,51 @@ def test_the_other_files_come_along(tmp_path):
         assert same, name
     values = json.loads((tmp_path / "c" / "config.json").read_text())
     assert (values["bos_token_id"], values["eos_token_id"]) == (3, 7)
+
+
+@pytest.mark.parametrize(
+    ("marks", "padding"),
+    [
+        ({"eos_token_id": [7, 9]}, 7),
+        ({"eos_token_id": [7, 9], "pad_token_id": 5}, 5),
+        ({"eos_token_id": [7, 9], "pad_token_id": [4, 5]}, 4),
+        ({"eos_token_id": 7, "pad_token_id": None}, 7),
+        ({"eos_token_id": [99, 7], "pad_token_id": -1}, 7),  # -1: none; 99: beyond the embedding
+        ({"eos_token_id": []}, None),
+        ({"eos_token_id": None, "pad_token_id": 99}, None),
+    ],
+)
+def test_what_rows_are_filled_with(tmp_path, marks, padding):
+    llamas.save(tmp_path / "a")
+    (tmp_path / "a" / "generation_config.json").unlink()
+    path = tmp_path / "a" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | marks))
+    assert fot("to-hf", tmp_path / "a", tmp_path / "b") == 0
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((tmp_path / "b" / name).read_text())
+        if name == "generation_config.json" or marks.get("pad_token_id") is not None:
+            assert values["pad_token_id"] == padding
+        assert values["eos_token_id"] == marks["eos_token_id"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    assert model.generation_config.pad_token_id == padding
+
+
+def test_a_vocabulary_that_no_tokenizer_json_can_follow(two, capsys):
+    shutil.rmtree(two / "b" / "hugging_face")
+    trainer = sentencepiece.SentencePieceTrainer
+    with open("unigram.model", "wb") as file:
+        text = iter(["def f(x): return x + y", "import os"] * 99)
+        trainer.train(sentence_iterator=text, model_writer=file, vocab_size=22, minloglevel=2)
+    SentencePiece(two / "unigram.model").save(two / "b" / "vocabulary")
+    assert refused(capsys, "to-hf", "b", "out") == (
+        "a tokenizer.json cannot make the tokens of this SentencePiece model: it is a unigram "
+        "model, whose scores are added with another rounding there: to convert the weights alone, "
+        "move the workdir's directory vocabulary away; its tokenizer.model is read by the library "
+        "sentencepiece"
+    )
+    (two / "b" / "vocabulary").rename(two / "elsewhere")
+    assert fot("to-hf", "b", "out") == 0
+    assert llamas.contents(two / "out") == llamas.contents(two / "a")
 
 
 def test_a_trained_checkpoint(here, one_device):

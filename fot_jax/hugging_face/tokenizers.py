@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from etils import epath
@@ -41,11 +42,11 @@ def vocabulary_of(directory: epath.PathLike) -> Vocabulary | None:
 def write(vocabulary: Vocabulary, directory: epath.Path) -> None:
     """Writes what `transformers.AutoTokenizer` makes the same tokens with.
 
-    But for a text in which the name of a mark stands, which is then that mark, or SPACE, which is
-    then a space.
+    But for a SPACE in a text, which SentencePiece itself takes for a space. Names of marks in a
+    text are text, unless the vocabulary is a tokenizer.json, in which they are these marks.
 
     Raises:
-      UserError: the vocabulary is one that its library cannot follow.
+      UserError: the vocabulary is one that the tokenizers library cannot follow.
     """
     files: dict[str, bytes] = {}
     if isinstance(vocabulary, HuggingFaceTokenizer):
@@ -64,6 +65,8 @@ def write(vocabulary: Vocabulary, directory: epath.Path) -> None:
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
     }
+    if not isinstance(vocabulary, HuggingFaceTokenizer):
+        config["split_special_tokens"] = True
     files[_CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
     for name, content in files.items():
         (directory / name).write_bytes(content)
@@ -110,44 +113,95 @@ def _sentence_piece(vocabulary: SentencePiece) -> tuple[Tokenizer, str | None, s
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(vocabulary.model)
+    if reason := _beyond_the_library(proto):
+        raise UserError(
+            f"a tokenizer.json cannot make the tokens of this SentencePiece model: {reason}: to "
+            "convert the weights alone, move the workdir's directory vocabulary away; its "
+            "tokenizer.model is read by the library sentencepiece"
+        )
     spec, normal = proto.trainer_spec, proto.normalizer_spec
     names = [piece.piece for piece in proto.pieces]
-    if spec.model_type == spec.BPE:
-        model = _byte_pairs(proto, names)
-    elif spec.model_type == spec.UNIGRAM:
-        pieces = [(piece.piece, piece.score) for piece in proto.pieces]
-        model = models.Unigram(pieces, spec.unk_id, spec.byte_fallback)
-    else:
-        raise UserError(
-            "the vocabulary is a SentencePiece model of whole words or characters: have byte pairs "
-            "and unigrams"
-        )
-    tokenizer = Tokenizer(model)
+    tokenizer = Tokenizer(_byte_pairs(proto))
     before: list[Any] = []
-    if normal.precompiled_charsmap:
-        before.append(normalizers.Precompiled(normal.precompiled_charsmap))
+    after = [
+        decoders.Replace(names[spec.unk_id], spec.unk_surface),
+        *(decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()),
+    ]
     if normal.remove_extra_whitespaces:
-        before += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    after = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if normal.add_dummy_prefix:  # also after a piece of the user's own, where it should not be
+        before += [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" +"), " ")]
+    if normal.add_dummy_prefix:
         before.append(normalizers.Prepend(SPACE))
-        after.append(decoders.Strip(" ", 1, 0))
-    tokenizer.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", SPACE)])
+    if normal.add_dummy_prefix or normal.remove_extra_whitespaces:
+        # Spaces at the beginning, but not that of what an unknown piece becomes.
+        surface, unknown = spec.unk_surface, ""
+        if surface.startswith(" ") and not spec.byte_fallback:
+            unknown = rf"(?!{re.escape(surface[1:])})"
+        count = "+" if normal.remove_extra_whitespaces else ""
+        after.append(decoders.Replace(Regex(rf"\A(?: {unknown}){count}"), ""))
+    before.append(normalizers.Replace(" ", SPACE))
+    if normal.remove_extra_whitespaces:
+        before.append(normalizers.Replace(Regex(rf"{SPACE}+\z"), ""))
+    tokenizer.normalizer = normalizers.Sequence(before)
     tokenizer.decoder = decoders.Sequence(after)
-    tokenizer.add_tokens(
-        [
-            AddedToken(piece.piece, normalized=False)
-            for piece in proto.pieces
-            if piece.type == piece.USER_DEFINED
-        ]
-    )
+    # Found in the text as it is normalized, as there, so that their spaces are SPACEs.
+    own = (piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED)
+    tokenizer.add_tokens([AddedToken(name, normalized=True) for name in own if " " not in name])
     bos = None if vocabulary.bos is None else names[vocabulary.bos]
     return tokenizer, bos, names[vocabulary.eos]
 
 
-def _byte_pairs(proto, names: list[str]) -> models.BPE:
+def _beyond_the_library(proto) -> str | None:
+    """What the tokenizers library has no way to do, or does otherwise; None where it can follow."""
+    spec, normal = proto.trainer_spec, proto.normalizer_spec
+    kind = type(proto.pieces[0])
+    of_type = {
+        each: {piece.piece: piece.score for piece in proto.pieces if piece.type == each}
+        for each in (kind.NORMAL, kind.USER_DEFINED, kind.UNUSED, kind.CONTROL, kind.UNKNOWN)
+    }
+    normals, own = of_type[kind.NORMAL], of_type[kind.USER_DEFINED]
+    marks = [*of_type[kind.CONTROL], *of_type[kind.UNKNOWN]]
+    letters = {letter for piece in normals for letter in piece}
+    scores = [score for piece, score in normals.items() if len(piece) > 1]
+    if spec.model_type == spec.UNIGRAM:
+        return "it is a unigram model, whose scores are added with another rounding there"
+    if spec.model_type != spec.BPE:
+        return "it is a model of whole words or characters, and not of byte pairs"
+    if normal.precompiled_charsmap:
+        return (
+            f"its normalizer ({normal.name or 'of its own'}) is applied to other groups of "
+            "characters there"
+        )
+    if proto.denormalizer_spec.precompiled_charsmap:
+        return "it changes texts that it decodes"
+    if spec.treat_whitespace_as_suffix or not normal.escape_whitespaces:
+        return "it writes spaces otherwise than before words (treat_whitespace_as_suffix)"
+    if own and normal.add_dummy_prefix:
+        return "it has user-defined symbols, and puts a space before a text (add_dummy_prefix)"
+    if normal.remove_extra_whitespaces and (
+        any({" ", SPACE} & {*piece} for piece in own)
+        or any(SPACE in piece[1:] for piece in normals)
+    ):
+        return "it removes spaces (remove_extra_whitespaces), and has pieces with spaces in them"
+    unknown = spec.unk_surface.strip()
+    if not spec.byte_fallback and (not unknown or {*unknown} & letters):
+        return "what it decodes unknown pieces to (unk_surface) may stand in a text"
+    if of_type[kind.UNUSED]:
+        return "it has pieces that are not used"
+    if any(len(name) == 1 for name in marks):
+        return "it has a mark whose name is a single character"
+    if letters - normals.keys() - own.keys():
+        return "some of its pieces have characters that are no pieces"
+    if len(set(scores)) < len(scores):
+        return "it has different pieces of the same score"
+    if any(proto.pieces[spec.unk_id].piece in piece for piece in (*normals, *own)):
+        return "it has a piece with the name of the unknown one in it"
+    return None
+
+
+def _byte_pairs(proto) -> models.BPE:
     """The file has no merges, but scores: the best whole of two neighbours comes first."""
-    scores = {p.piece: p.score for p in proto.pieces if p.type in (p.NORMAL, p.USER_DEFINED)}
+    names = [piece.piece for piece in proto.pieces]
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
     merges = []
     for piece in scores:
         halves = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
