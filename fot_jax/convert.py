@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from etils import epath
 
-from fot_jax.data.vocabulary import Symbols, load_vocabulary
+from fot_jax.data.vocabulary import HuggingFaceTokenizer, Symbols, Vocabulary, load_vocabulary
 from fot_jax.errors import UserError
 from fot_jax.generate import LanguageModel
 from fot_jax.hugging_face import config as configs
@@ -133,6 +133,7 @@ def to_hugging_face(
         name = dtype_of("embedding").name
         values = configs.content(_as_read(content), name, marks)
         (half / configs.CONFIG).write_text(_json(values))
+        _same_tokens(loading.vocabulary_of(content.directory), half)
         _output(output)  # or what has come there since would be lost
     _say_done(output, c, dtype_of)
 
@@ -167,19 +168,20 @@ def _others(content: Reader, output: epath.Path) -> dict[str, Any]:
     workdir, kept, marks = content.directory, _kept(content), {}
     if configs.is_directory(kept):
         marks = configs.Fields(kept).marks()
-        for name in ("generation_config.json", *tokenizers.FILES):
+        for name in (tokenizers.GENERATION, *tokenizers.FILES):
             if (kept / name).exists():
                 (kept / name).copy(output / name)
     elif (workdir / "vocabulary").exists():
         vocabulary = load_vocabulary(workdir / "vocabulary")
         tokenizers.write(vocabulary, output)
-        marks = {"bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos}
+        ends = vocabulary.ends[0] if len(vocabulary.ends) == 1 else list(vocabulary.ends)
+        marks = {"bos_token_id": vocabulary.bos, "eos_token_id": ends}
     padding = _padding(marks, content.config.vocab_size)
     if marks.get("pad_token_id") is not None:
         marks["pad_token_id"] = padding
-    if not (output / "generation_config.json").exists():
+    if not (output / tokenizers.GENERATION).exists():
         generation = {"_from_model_config": True, **marks, "pad_token_id": padding}
-        (output / "generation_config.json").write_text(_json(generation))
+        (output / tokenizers.GENERATION).write_text(_json(generation))
     return marks
 
 
@@ -188,6 +190,18 @@ def _padding(marks: dict[str, Any], vocab_size: int) -> int | None:
     named = (marks.get("pad_token_id"), marks.get("eos_token_id"))
     tokens = (i for each in named for i in (each if isinstance(each, list) else [each]))
     return next((i for i in tokens if i is not None and 0 <= i < vocab_size), None)
+
+
+def _same_tokens(vocabulary: Vocabulary | None, output: epath.Path) -> None:
+    """Has a written directory make the tokens of a vocabulary.
+
+    What came with a model may not: which class of tokenizer reads it depends on the type of the
+    model, which may have been another one. Then it is written in a form that has nothing open.
+    """
+    read = tokenizers.vocabulary_of(output)
+    known = isinstance(vocabulary, HuggingFaceTokenizer) and vocabulary.marks is not None
+    if vocabulary is not None and (read is None or known and read != vocabulary):
+        tokenizers.write(vocabulary, output)
 
 
 def _read(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from fot_jax import memory_files
 from fot_jax.data.vocabulary import Vocabulary
@@ -91,7 +91,7 @@ def generate(
         first = next(steps, None)
     if first is not None:
         new = (token for (token,) in itertools.chain([first], steps) if token is not None)
-        for piece in as_text(lm.vocabulary, tokens, new):
+        for piece in as_text(lm.vocabulary, new):
             print(piece, end="", flush=True)
         print()
 
@@ -122,22 +122,21 @@ def _prompt(prompt: str | None, prompt_file: str | None) -> str:
         ) from error
 
 
-def as_text(
-    vocabulary: Vocabulary, before: Sequence[int], tokens: Iterable[int], context: int = 16
-) -> Iterator[str]:
+def as_text(vocabulary: Vocabulary, tokens: Iterable[int], context: int = 16) -> Iterator[str]:
     """The text of tokens as they come; of a character that several make, when it is whole.
 
+    Together the pieces are the text of all tokens, as `decode` gives it.
+
     Args:
-      before: the tokens that they follow.
       context: tokens looked back on, so that spaces between pieces come out right.
     """
-    kept = list(before[-context:])
-    said = vocabulary.decode(kept)
+    kept: list[int] = []
+    said = ""
     for token in tokens:
         kept.append(token)
-        text = vocabulary.decode(kept)
-        if text.endswith("\ufffd"):  # half a character
+        if not vocabulary.settled(kept):
             continue
+        text = vocabulary.decode(kept)
         yield text[len(said) :]
         said = text
         if len(kept) > 4 * context:

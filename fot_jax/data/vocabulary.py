@@ -14,7 +14,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
@@ -57,6 +57,9 @@ class Vocabulary(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of tokens; marks, and ids outside the vocabulary, give nothing."""
 
+    def settled(self, ids: Sequence[int]) -> bool:
+        """Whether the text of these tokens stays what it is when others follow."""
+
     def save(self, directory: epath.PathLike) -> None:
         """Writes what `load_vocabulary` reads, whole or not at all; may replace an older one."""
 
@@ -86,6 +89,9 @@ class _Marked:
         return (self.eos if self.bos is None else self.bos,)
 
     after = ()
+
+    def settled(self, ids: Sequence[int]) -> bool:
+        return not self.decode(ids).endswith("\ufffd")  # half a character
 
 
 # --- Bytes and symbols ---------------------------------------------------------------------------
@@ -300,6 +306,30 @@ COMMON_BOS = ("<s>", "<|begin_of_text|>")
 COMMON_EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>")
 
 
+@dataclasses.dataclass(frozen=True)
+class Marks:
+    """Where a model's texts end, and what its tokenizer puts around them: as of Vocabulary."""
+
+    ends: tuple[int, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Infilling:
+    """How Code Llama is asked for what is missing in a text.
+
+    Attributes:
+      gap: what stands in the text for that.
+      normalizer, post_processor: of a tokenizer.json that puts the text before the gap and after it
+        in order, in place of the tokenizer's own; JSON.
+    """
+
+    gap: str
+    normalizer: str
+    post_processor: str
+
+
 @dataclasses.dataclass(frozen=True, init=False)
 class HuggingFaceTokenizer(_Marked):
     """A tokenizer.json. As in transformers, names of special tokens in a text are these tokens."""
@@ -307,9 +337,14 @@ class HuggingFaceTokenizer(_Marked):
     tokenizer: bytes = dataclasses.field(repr=False)
     bos_token: str | None
     eos_token: str
+    marks: Marks | None = None
+    splits_marks: bool = False
+    infilling: Infilling | None = None
 
     def __init__(self, path: epath.PathLike, bos: str | None = None, eos: str | None = None):
-        """Reads a tokenizer.json.
+        """Reads a tokenizer.json, to train a model from scratch with.
+
+        (The tokenizer of a model, as its other files complete it: hugging_face/tokenizers.py.)
 
         Args:
           path: of the file.
@@ -334,7 +369,10 @@ class HuggingFaceTokenizer(_Marked):
             bos = bos or next(filter(known.__contains__, COMMON_BOS), None)
             eos = eos or next(filter(known.__contains__, COMMON_EOS), None)
         if not eos:
-            raise UserError(f"{path}: which token ends a text is not known: set eos to its name")
+            raise UserError(
+                f"{path}: which token ends a text is not known: add eos_token, its name, to "
+                "tokenizer_config.json beside it"
+            )
         for name in filter(None, (bos, eos)):
             if name not in known:
                 raise UserError(
@@ -342,6 +380,32 @@ class HuggingFaceTokenizer(_Marked):
                 )
         object.__setattr__(self, "bos_token", bos)
         object.__setattr__(self, "eos_token", eos)
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: bytes,
+        bos_token: str | None,
+        eos_token: str,
+        marks: Marks | None = None,
+        splits_marks: bool = False,
+        infilling: Infilling | None = None,
+    ) -> HuggingFaceTokenizer:
+        """From its parts.
+
+        Args:
+          tokenizer: content of a tokenizer.json.
+          bos_token, eos_token: names of tokens in it.
+          marks: None: as for training from scratch, bos (eos where there is none) before a text,
+            which ends at eos.
+          splits_marks: names of special tokens in a text are text.
+          infilling: how a text with a gap is asked for.
+        """
+        self = cls.__new__(cls)
+        parts = (tokenizer, bos_token, eos_token, marks, splits_marks, infilling)
+        for field, part in zip(dataclasses.fields(cls), parts, strict=True):
+            object.__setattr__(self, field.name, part)
+        return self
 
     @functools.cached_property
     def size(self) -> int:
@@ -355,8 +419,24 @@ class HuggingFaceTokenizer(_Marked):
     def eos(self) -> int:
         return self._processor.token_to_id(self.eos_token)
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return super().ends if self.marks is None else self.marks.ends
+
+    @property
+    def before(self) -> tuple[int, ...]:
+        return super().before if self.marks is None else self.marks.before
+
+    @property
+    def after(self) -> tuple[int, ...]:
+        return () if self.marks is None else self.marks.after
+
     def encode(self, text: str) -> list[int]:
+        gap = self.infilling and self.infilling.gap
         try:
+            if gap and text.count(gap) == 1 and not text.endswith(gap):
+                before, after = text.split(gap)
+                return self._around_a_gap.encode(f" {before}", after).ids
             return self._processor.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library raises nothing more specific
             raise UserError(f"the text cannot be tokenized: {error}") from error
@@ -364,13 +444,27 @@ class HuggingFaceTokenizer(_Marked):
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(i) for i in ids if 0 <= i < self.size])
 
+    def settled(self, ids: Sequence[int]) -> bool:
+        """Not in a row of tokens of one byte: a wrong one makes all of them unreadable."""
+        seen = (i for i in reversed(ids) if 0 <= i < self.size and i not in self._unseen)
+        if next(seen, None) in self._bytes:
+            return False
+        return super().settled(ids) and (not self._cleans_up or self.decode(ids).endswith("\n"))
+
     def save(self, directory: epath.PathLike) -> None:
         config = {"bos_token": self.bos_token, "eos_token": self.eos_token}
         files = {
             "tokenizer.json": self.tokenizer,
             "tokenizer_config.json": json.dumps(config).encode(),
         }
-        _write(directory, {"kind": "HuggingFaceTokenizer"}, files)
+        description: dict[str, Any] = {"kind": "HuggingFaceTokenizer"}
+        if self.marks is not None:
+            description["marks"] = dataclasses.asdict(self.marks)
+        if self.splits_marks:
+            description["splits_marks"] = True
+        if self.infilling is not None:
+            description["infilling"] = dataclasses.asdict(self.infilling)
+        _write(directory, description, files)
 
     @functools.cached_property
     def _processor(self):
@@ -379,7 +473,53 @@ class HuggingFaceTokenizer(_Marked):
         processor = tokenizers.Tokenizer.from_buffer(self.tokenizer)
         processor.no_truncation()
         processor.no_padding()
+        processor.encode_special_tokens = self.splits_marks
         return processor
+
+    @functools.cached_property
+    def _around_a_gap(self):
+        import tokenizers
+
+        steps = {name: json.loads(getattr(self.infilling, name)) for name in _STEPS}
+        content = json.dumps({**json.loads(self.tokenizer), **steps})
+        processor = tokenizers.Tokenizer.from_str(content)
+        processor.no_truncation()
+        processor.no_padding()
+        return processor
+
+    @functools.cached_property
+    def _unseen(self) -> frozenset[int]:
+        """Tokens that decode to nothing."""
+        added = self._processor.get_added_tokens_decoder()
+        return frozenset(i for i, token in added.items() if token.special)
+
+    @functools.cached_property
+    def _bytes(self) -> frozenset[int]:
+        names = (f"<0x{byte:02X}>" for byte in range(256))
+        ids = map(self._processor.token_to_id, names)
+        return frozenset(i for i in ids if i is not None)
+
+    @functools.cached_property
+    def _cleans_up(self) -> bool:
+        return CLEAN_UP[0][0] in _replaced(json.loads(self.tokenizer)["decoder"])
+
+
+_STEPS = ("normalizer", "post_processor")
+
+# What `clean_up_tokenization_spaces` of transformers replaces in a text, in this order.
+CLEAN_UP = tuple(
+    (text, text.strip() if text == " ' " else text[1:])
+    for text in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+)
+
+
+def _replaced(decoder: dict | None) -> list[str]:
+    """The texts that a decoder of a tokenizer.json replaces."""
+    if decoder is None:
+        return []
+    parts = decoder.get("decoders", [])
+    own = decoder.get("pattern", {}).get("String")
+    return [own] * (own is not None) + [text for part in parts for text in _replaced(part)]
 
 
 def _token_name(config: epath.Path, names: dict, mark: str) -> str | None:
@@ -420,11 +560,29 @@ def load_vocabulary(directory: epath.PathLike) -> Vocabulary:
         case {"kind": "SentencePiece"}:
             return SentencePiece(directory / "tokenizer.model")
         case {"kind": "HuggingFaceTokenizer"}:
-            return HuggingFaceTokenizer(directory / "tokenizer.json")
+            vocabulary = HuggingFaceTokenizer(directory / "tokenizer.json")
+            return _completed(where, vocabulary, description)
     raise UserError(
         f"{where}: a vocabulary of unknown kind {description.get('kind')!r}: written by another "
         "version of fot_jax, or damaged"
     )
+
+
+def _completed(
+    where: epath.Path, vocabulary: HuggingFaceTokenizer, description: dict
+) -> HuggingFaceTokenizer:
+    """With what is told beside its files."""
+    try:
+        marks, infilling = description.get("marks"), description.get("infilling")
+        if marks is not None:
+            marks = Marks(**{name: tuple(map(int, ids)) for name, ids in marks.items()})
+        return HuggingFaceTokenizer.of(
+            *(vocabulary.tokenizer, vocabulary.bos_token, vocabulary.eos_token, marks),
+            bool(description.get("splits_marks", False)),
+            None if infilling is None else Infilling(**infilling),
+        )
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: damaged ({error}): restore it from a copy") from error
 
 
 def _write(directory: epath.PathLike, description: dict, files: dict[str, bytes]) -> None:

@@ -80,12 +80,12 @@ def _check_sliding_window(fields: Fields, config: ModelConfig) -> None:
 
 
 class Fields:
-    """What config.json says, checked as it is asked for."""
+    """What config.json says (or another file like it), checked as it is asked for."""
 
-    def __init__(self, directory: epath.PathLike):
-        self.path = epath.Path(directory) / CONFIG
+    def __init__(self, directory: epath.PathLike, name: str = CONFIG):
+        self.path = epath.Path(directory) / name
         if not is_file(self.path):
-            raise UserError(f"{directory}: no config.json: give a Hugging Face model directory")
+            raise UserError(f"{directory}: no {name}: give a Hugging Face model directory")
         try:
             self.values = json.loads(self.path.read_text())
         except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError

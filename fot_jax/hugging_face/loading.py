@@ -39,7 +39,7 @@ def keep_files(path: epath.PathLike, workdir: epath.Path) -> None:
         source = checkpoint.locate(path)[0].parent / KEPT
     if configs.is_directory(source):
         (workdir / KEPT).mkdir(exist_ok=True)
-        for name in (configs.CONFIG, "generation_config.json", *tokenizers.FILES):
+        for name in (configs.CONFIG, tokenizers.GENERATION, *tokenizers.FILES):
             if (source / name).exists():
                 (source / name).copy(workdir / KEPT / name, overwrite=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from typing import Any
 
 from etils import epath
@@ -11,32 +12,132 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.processors import TemplateProcessing
 
 from fot_jax.data.vocabulary import (
+    CLEAN_UP,
+    COMMON_EOS,
     SPACE,
     Bytes,
     HuggingFaceTokenizer,
+    Infilling,
+    Marks,
     SentencePiece,
     Symbols,
     Vocabulary,
 )
 from fot_jax.errors import UserError
+from fot_jax.hugging_face.config import CONFIG, Fields
+from fot_jax.paths import in_bucket
 
 _JSON, _CONFIG, _MODEL = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
+_TOKENIZERS = (_JSON, _MODEL, "vocab.json", "tekken.json")  # one of them, and there is a tokenizer
 FILES = (
-    *(_JSON, _CONFIG, _MODEL, "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja"),
+    *(*_TOKENIZERS, "merges.txt", _CONFIG, "special_tokens_map.json", "added_tokens.json"),
+    "chat_template.jinja",
 )
+GENERATION = "generation_config.json"
 
 
 def vocabulary_of(directory: epath.PathLike) -> Vocabulary | None:
     """The vocabulary of a Hugging Face directory; None where it has no tokenizer.
 
+    As `transformers.AutoTokenizer` reads it, which takes its files together (their classes have
+    defaults of their own, of marks, spaces and added tokens); texts end where `generate` ends them.
+
     Raises:
       UserError: its tokenizer cannot be read.
     """
     directory = epath.Path(directory)
-    if (directory / _JSON).exists():
-        return HuggingFaceTokenizer(directory / _JSON)
-    return SentencePiece(directory / _MODEL) if (directory / _MODEL).exists() else None
+    if not any((directory / name).exists() for name in _TOKENIZERS):
+        return None
+    if in_bucket(directory):
+        with tempfile.TemporaryDirectory() as here:
+            for name in (CONFIG, GENERATION, *FILES):
+                if (directory / name).exists():
+                    (directory / name).copy(epath.Path(here) / name)
+            return _read(epath.Path(here), directory)
+    return _read(directory, directory)
+
+
+def ends_of(directory: epath.PathLike) -> tuple[int, ...]:
+    """The tokens at any of which `generate` of transformers ends a text; maybe none.
+
+    Raises:
+      UserError: the file that tells is damaged.
+    """
+    name = GENERATION if (epath.Path(directory) / GENERATION).exists() else CONFIG
+    ends = Fields(directory, name).marks().get("eos_token_id")
+    return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+
+
+def _read(directory: epath.Path, named: epath.Path) -> HuggingFaceTokenizer:
+    """The tokenizer of a directory of this machine, called something else in messages."""
+    theirs = _auto_tokenizer(directory, named)
+    tokenizer = theirs.backend_tokenizer
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    ends = ends_of(directory)
+    names = [*map(tokenizer.id_to_token, ends), *COMMON_EOS]
+    known = tokenizer.get_vocab(with_added_tokens=True)
+    eos = theirs.eos_token or next(filter(known.__contains__, names), None)
+    if eos is None:
+        raise UserError(
+            f"{named}: which token ends a text is not known: add eos_token, its name, to {_CONFIG}"
+        )
+    if theirs.clean_up_tokenization_spaces and (
+        not isinstance(tokenizer.model, models.BPE)  # of which it asks again
+        or theirs.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
+    ):
+        own = [] if tokenizer.decoder is None else [tokenizer.decoder]
+        replaced = [decoders.Replace(*each) for each in CLEAN_UP]
+        tokenizer.decoder = decoders.Sequence([*own, decoders.Fuse(), *replaced])
+    return HuggingFaceTokenizer.of(
+        tokenizer.to_str().encode(),
+        *(theirs.bos_token, eos, _marks(tokenizer, ends), bool(theirs.split_special_tokens)),
+        _infilling(theirs),
+    )
+
+
+def _auto_tokenizer(directory: epath.Path, named: epath.Path) -> Any:
+    import transformers
+
+    said = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        theirs = transformers.AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # of any kind, from any of its files
+        if not (directory / _JSON).exists() and (directory / _MODEL).exists():
+            SentencePiece(directory / _MODEL)  # refused, if it is none
+        what = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+        raise UserError(
+            f"{named}: its tokenizer cannot be read ({what}): restore its files from a copy"
+        ) from error
+    finally:
+        transformers.logging.set_verbosity(said)
+    if not isinstance(theirs, transformers.PreTrainedTokenizerFast):
+        raise UserError(
+            f"{named}: its tokenizer is a program, {type(theirs).__name__}: save it as {_JSON}"
+        )
+    return theirs
+
+
+def _marks(tokenizer: Tokenizer, ends: tuple[int, ...]) -> Marks:
+    text = tokenizer.encode("a")
+    own = [i for i, mark in enumerate(text.special_tokens_mask) if not mark]
+    start, end = (own[0], own[-1] + 1) if own else (len(text.ids), len(text.ids))
+    return Marks(ends, tuple(text.ids[:start]), tuple(text.ids[end:]))
+
+
+def _infilling(theirs: Any) -> Infilling | None:
+    """Of Code Llama's tokenizer, which is changed for it."""
+    if getattr(theirs, "fill_token", None) is None:
+        return None
+    if None in (theirs.prefix_id, theirs.middle_id, theirs.suffix_id):
+        return None
+    theirs.set_infilling_processor(False, add_special_tokens=False)
+    content = json.loads(theirs.backend_tokenizer.to_str())
+    steps = (json.dumps(content[name]) for name in ("normalizer", "post_processor"))
+    return Infilling(theirs.fill_token, *steps)
 
 
 def write(vocabulary: Vocabulary, directory: epath.Path) -> None:
@@ -50,7 +151,7 @@ def write(vocabulary: Vocabulary, directory: epath.Path) -> None:
     """
     files: dict[str, bytes] = {}
     if isinstance(vocabulary, HuggingFaceTokenizer):
-        files[_JSON] = vocabulary.tokenizer
+        files[_JSON] = _with_marks(vocabulary)
         bos, eos = vocabulary.bos_token, vocabulary.eos_token
     else:
         tokenizer, (bos, eos) = _tokenizer(vocabulary)
@@ -65,11 +166,31 @@ def write(vocabulary: Vocabulary, directory: epath.Path) -> None:
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
     }
-    if not isinstance(vocabulary, HuggingFaceTokenizer):
+    if not isinstance(vocabulary, HuggingFaceTokenizer) or vocabulary.splits_marks:
         config["split_special_tokens"] = True
+    if (directory / _CONFIG).exists():  # of a model that came with it
+        older = Fields(directory, _CONFIG).values
+        kept = ("chat_template", "model_max_length")
+        config |= {name: older[name] for name in kept if name in older}
+        for name in ("special_tokens_map.json", "added_tokens.json"):  # said in tokenizer.json
+            (directory / name).unlink(missing_ok=True)
     files[_CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
     for name, content in files.items():
         (directory / name).write_bytes(content)
+
+
+def _with_marks(vocabulary: HuggingFaceTokenizer) -> bytes:
+    """A tokenizer.json that puts the marks around a text which the vocabulary has for it."""
+    tokenizer = Tokenizer.from_buffer(vocabulary.tokenizer)
+    before, after = vocabulary.before, vocabulary.after
+    if _marks(tokenizer, vocabulary.ends) == Marks(vocabulary.ends, before, after):
+        return vocabulary.tokenizer
+    names = {i: tokenizer.id_to_token(i) for i in (*before, *after)}
+    tokenizer.post_processor = TemplateProcessing(
+        single=[*map(names.get, before), "$A", *map(names.get, after)],
+        special_tokens=[(name, i) for i, name in names.items()],
+    )
+    return tokenizer.to_str().encode()
 
 
 def _tokenizer(vocabulary: Vocabulary) -> tuple[Tokenizer, tuple[str | None, str]]:

@@ -242,7 +242,7 @@ def test_marks_of_a_hugging_face_tokenizer(tmp_path, special, config, named, bos
 
 def test_marks_that_are_not_known(tmp_path):
     path = write_tokenizer(tmp_path, special=["<end>"])
-    with pytest.raises(UserError, match="which token ends a text is not known: set eos"):
+    with pytest.raises(UserError, match="which token ends a text is not known: add eos_token"):
         HuggingFaceTokenizer(path)
     assert HuggingFaceTokenizer(path, eos="<end>").eos == 0
     with pytest.raises(UserError, match="has no token '<no>': set bos and eos"):
