@@ -133,7 +133,8 @@ def to_hugging_face(
         name = dtype_of("embedding").name
         values = configs.content(_as_read(content), name, marks)
         (half / configs.CONFIG).write_text(_json(values))
-        _same_tokens(loading.vocabulary_of(content.directory), half)
+        if configs.is_directory(_kept(content)):
+            _same_tokens(loading.vocabulary_of(content.directory), half)
         _output(output)  # or what has come there since would be lost
     _say_done(output, c, dtype_of)
 
@@ -195,7 +196,7 @@ def _padding(marks: dict[str, Any], vocab_size: int) -> int | None:
 def _same_tokens(vocabulary: Vocabulary | None, output: epath.Path) -> None:
     """Has a written directory make the tokens of a vocabulary.
 
-    What came with a model may not: which class of tokenizer reads it depends on the type of the
+    The files that came with a model may not: which class of tokenizer reads it depends on the type of the
     model, which may have been another one. Then it is written in a form that has nothing open.
     """
     read = tokenizers.vocabulary_of(output)
