@@ -11,7 +11,8 @@ from typing import Any
 
 from etils import epath
 
-from fot_jax.data.corpus import SPLITS, Corpus
+from fot_jax.data.corpus import Corpus
+from fot_jax.data.files import SPLITS
 from fot_jax.data.lanes import Document
 from fot_jax.data.libraries import libraries
 from fot_jax.data.sources import to_shuffle

@@ -5,13 +5,13 @@ A split of a corpus is a list of parts, each of which can be opened and read fro
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import functools
-import gzip
 import itertools
 import json
+import lzma
 import math
-import re
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from fot_jax.data.files import READERS, SPLITS, files_of, splits_of, warn_once
 from fot_jax.errors import UserError, check_range
 from fot_jax.paths import path_of
 
-SPLITS = ("train", "valid", "test")
 SHUFFLED_BYTES = 32 * 2**20  # of the documents at hand, of which the next one is drawn
 
 
@@ -34,8 +34,9 @@ class Corpus:
 
     Attributes:
       path: a directory with train, valid and test as .jsonl or .jsonl.gz, possibly in shards
-        (train-00000.jsonl.gz); or "tfds:NAME" or "tfds:NAME/CONFIG", a data set prepared with
-        TensorFlow Datasets; or "standard_library": Python's own source files, a package a document.
+        (train-00000.jsonl.gz; data/files.py); or "tfds:NAME" or "tfds:NAME/CONFIG", a data set
+        prepared with TensorFlow Datasets; or "standard_library": Python's own source files, a
+        package a document.
       weight: share of this corpus among the documents of a mixture; any scale.
       min_document_length: tokens, marks included; shorter documents are left out.
       text_field: where in a row the text is.
@@ -109,11 +110,18 @@ def _shuffled(texts: Iterator[bytes], rng: np.random.Generator) -> Iterator[byte
         yield draw()
 
 
+def splits_in(corpus: Corpus) -> list[str]:
+    """The splits that it has."""
+    if corpus.path == "standard_library":
+        return list(SPLITS)
+    return splits_of(_directory(corpus))
+
+
 def parts_of(corpus: Corpus, split: str) -> list[Part]:
     """What a split consists of; nothing where there is none of that name."""
     if corpus.path == "standard_library":
         return [functools.partial(_package, files) for files in _packages().get(split, [])]
-    return [functools.partial(_jsonl, corpus, file) for file in _files(corpus, split)]
+    return [functools.partial(_jsonl, corpus, file) for file in files_of(_directory(corpus), split)]
 
 
 # --- JSON Lines ----------------------------------------------------------------------------------
@@ -125,7 +133,7 @@ def rows_of(path: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
       UserError: no such directory, or a broken row.
     """
-    for file in _files(Corpus(path), split):
+    for file in files_of(_directory(Corpus(path)), split):
         yield from _rows_of(file)
 
 
@@ -150,19 +158,15 @@ def field(place: str, row: dict[str, Any], name: str, kind: type) -> Any:
     return value
 
 
-def _files(corpus: Corpus, split: str) -> list[epath.Path]:
+def _directory(corpus: Corpus) -> epath.Path:
     directory = path_of(corpus.path)
     if not directory.is_dir():
+        what = "is no directory" if directory.exists() else "no such directory"
         raise UserError(
-            f"{directory}: no such directory: set Corpus.path to one with train.jsonl.gz "
+            f"{directory}: {what}: set Corpus.path to one with train.jsonl.gz "
             "and valid.jsonl.gz, to tfds:NAME, or to standard_library"
         )
-    name = re.compile(rf"{re.escape(split)}(-[^.]*)?\.jsonl(\.gz)?")
-    files = sorted((f for f in directory.iterdir() if name.fullmatch(f.name)), key=lambda f: f.name)
-    for file in files:
-        if file.with_name(file.name + ".gz") in files:
-            raise UserError(f"{file}: there is a {file.name}.gz too: remove one of them")
-    return files
+    return directory
 
 
 def _jsonl(corpus: Corpus, file: epath.Path) -> Iterator[bytes]:
@@ -181,11 +185,15 @@ def _rows_of(file: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
     try:
         with file.open("rb") as raw:
-            lines = gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw
-            for number, line in enumerate(lines, 1):
+            reader = READERS.get(file.suffix.lower(), READERS[""])
+            for number, line in enumerate(reader(raw), 1):
                 if line.strip():
                     yield f"{file}:{number}", _row(f"{file}:{number}", line)
-    except (OSError, EOFError, zlib.error) as error:
+            if number == 0 and reader is not READERS[""] and raw.tell() == 0:
+                raise EOFError("no bytes")  # which gzip takes for an empty file
+        if number == 0:
+            warn_once(f"{file}: empty")
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(
             f"{file}:{number + 1}: cannot be read ({error}): restore the file from a copy"
         ) from error
@@ -195,7 +203,12 @@ def _row(place: str, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: broken row, not JSON ({error}): mend or remove it") from error
+        why = str(error)
+        if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            why = "it is in UTF-16: write UTF-8"
+        elif line.strip() == b"[":
+            why = "an array begins: write one row a line, as jq -c '.[]' does"
+        raise UserError(f"{place}: broken row, not JSON ({why}): mend or remove it") from error
     if not isinstance(row, dict):
         raise UserError(f'{place}: broken row, not an object like {{"text": "..."}}: mend it')
     return row

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fot_jax.data.corpus import SPLITS
+from fot_jax.data.files import SPLITS
 from fot_jax.data.lanes import START, Document, Position, of_one_source
 from fot_jax.data.vocabulary import Bytes, Symbols, Vocabulary, frame
 from fot_jax.errors import UserError, check_range

@@ -16,7 +16,8 @@ from absl import logging
 from etils import epath
 
 from fot_jax.data.caches import cache_of, cached_source, write_split
-from fot_jax.data.corpus import SPLITS, Corpus, parts_of
+from fot_jax.data.corpus import Corpus, splits_in
+from fot_jax.data.files import SPLITS, not_read
 from fot_jax.data.lanes import START, Document, Position, of_one_source
 from fot_jax.data.libraries import libraries
 from fot_jax.data.sources import PATIENCE, CorpusSource, kept_in, patience, tfds_source
@@ -29,7 +30,7 @@ from fot_jax.data.vocabulary import (
     frame,
 )
 from fot_jax.errors import UserError, check_range
-from fot_jax.paths import new_directory
+from fot_jax.paths import new_directory, path_of
 
 CACHE_SHARDS = 64  # of a training split
 SHUFFLED_TOKENS = 2**23  # of the pieces at hand, of which the next one is drawn
@@ -187,8 +188,7 @@ class Text:
         """A data source, and how many documents to shuffle among (None: it shuffles)."""
         if corpus.path.startswith("tfds:"):
             return tfds_source(corpus, self.data_dir)
-        splits = [split for split in SPLITS if parts_of(corpus, split)]
-        several = len(self.corpora) > 1
+        splits, several = splits_in(corpus), len(self.corpora) > 1
         return CorpusSource(corpus, splits, self._tokens_of, self._failures, several), None
 
     def _tokens_of(self, text: bytes) -> np.ndarray:
@@ -259,6 +259,8 @@ class Text:
             remedy = (
                 f"a split is a file {split}.jsonl or {split}.jsonl.gz or {split}-00000.jsonl.gz"
             )
+            if names := not_read(path_of(corpus.path)):
+                remedy += f" (there are {names})"
         there = ", ".join(source.splits) or "none"
         raise UserError(f"{where}: no {split} split (there is: {there}): {remedy}")
 

@@ -8,7 +8,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from fot_jax.data.corpus import SPLITS
+from fot_jax.data.files import SPLITS
 from fot_jax.data.synthetic import KEY, QUESTION, DictionaryLookup, Passkey
 from fot_jax.errors import UserError
 from fot_jax.evals.dictionary import DictionaryAccuracy
