@@ -256,14 +256,18 @@ def _train(args) -> int:
         cluster.join()
     import gin
 
+    from fot_jax.training import workdir_lock
+
     if args.workdir == "":
         raise UserError("--workdir is empty: give a directory")
     name = Path(args.experiment[0]).stem
     if name == "config":  # fot train WORKDIR/config.gin
         name = Path(args.experiment[0]).resolve().parent.name
-    with experiment_files.gin_errors():
+    workdir = args.workdir or str(Path("workdirs") / name)
+    alone = contextlib.nullcontext() if args.dry_run else workdir_lock.held(workdir)
+    with alone, experiment_files.gin_errors():
         stopped = gin.get_configurable("train")(
-            workdir=args.workdir or str(Path("workdirs") / name),
+            workdir=workdir,
             config_text=gin.operative_config_str,
             dry_run=args.dry_run,
         )

@@ -10,7 +10,9 @@ SIGTERM for itself, and knows no other request.)
 from __future__ import annotations
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 AHEAD = 2  # steps between asking and doing, where there are several processes
 
@@ -50,3 +52,10 @@ class Agreement:
 
 def _key(what: str) -> str:
     return f"fot_jax/asked/{what}"
+
+
+def all_agree(fine: bool) -> bool:
+    """Whether it is fine on all processes, which wait for each other here."""
+    if jax.process_count() == 1:
+        return fine
+    return bool(multihost_utils.process_allgather(np.array(fine)).all())

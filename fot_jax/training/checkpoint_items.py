@@ -1,8 +1,8 @@
 """What a step directory holds, item by item, and how damage to it is noticed.
 
 params and opt_state are Orbax items; their shapes, types and checksums stand in meta. data has one
-file a lane group, so that any number of hosts can read back what it needs. meta is JSON with a CRC
-over itself.
+file a lane group, so that any number of hosts can read back what it needs, and a list of these with
+a CRC of each. meta and the list are JSON with a CRC over themselves.
 """
 
 from __future__ import annotations
@@ -127,13 +127,25 @@ def read_data(folder: epath.PathLike, groups: Iterable[int] | None = None):
       OSError, ValueError, zipfile.BadZipFile: a file is missing or damaged.
     """
     folder = epath.Path(folder) / "data"
-    saved = json.loads((folder / "groups.json").read_text())
+    saved = _saved_groups(folder)
     state = {}
     for group in saved if groups is None else sorted(set(groups) & set(saved)):
         content = (folder / _group_file(group)).read_bytes()
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:  # compares CRCs
+        if saved[group] not in (None, zlib.crc32(content)):
+            raise ValueError(f"{_group_file(group)} is not what was saved")
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             state[group] = dict(arrays)
     return state
+
+
+def _saved_groups(folder: epath.Path) -> dict[int, int | None]:
+    """The lane groups that were saved, and the CRC of each one's file."""
+    saved = json.loads((folder / "groups.json").read_text())
+    if isinstance(saved, list):  # of fot_jax 0.1
+        return dict.fromkeys(map(int, saved))
+    if saved["crc32"] != _crc32(saved["content"]):
+        raise ValueError("groups.json is not what was saved")
+    return {int(group): crc for group, crc in saved["content"].items()}
 
 
 def _group_file(group: int) -> str:
@@ -151,9 +163,13 @@ class DataHandler(ocp.AsyncCheckpointHandler):
         return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="lane_groups")]
 
     def finalize(self, directory: epath.Path) -> None:  # on one process, after all have written
-        names = [path.name for path in directory.iterdir() if path.name.startswith("group-")]
-        groups = sorted(int(name.removeprefix("group-").removesuffix(".npz")) for name in names)
-        (directory / "groups.json").write_text(json.dumps(groups))
+        files = sorted(path for path in directory.iterdir() if path.name.startswith("group-"))
+        content = {
+            path.name.removeprefix("group-").removesuffix(".npz"): zlib.crc32(path.read_bytes())
+            for path in files
+        }
+        sealed = {"crc32": _crc32(content), "content": content}
+        (directory / "groups.json").write_text(json.dumps(sealed))
 
     def save(self, directory, *args, **kwargs):
         raise NotImplementedError("saved asynchronously only")

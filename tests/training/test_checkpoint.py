@@ -353,6 +353,61 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypat
     assert store.steps() == [1]
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with room for 4 MiB."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount a file system here")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+def test_a_save_that_finds_no_room_leaves_none_of_it_and_the_next_one_fits(
+    small_disk, monkeypatch, caplog
+):
+    """Room that another program takes between asking for it and writing."""
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.integers(0, 2**32, 2**18, np.uint32))}  # 1 MiB, incompressible
+    store = Checkpointer(small_disk / "checkpoints")
+    store.open()
+    taken = small_disk / "taken"
+    taken.write_bytes(bytes(2**22 - 2**19))
+    plenty = shutil._ntuple_diskusage(2**30, 0, 2**30)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "disk_usage", lambda path: plenty)
+        store.save(1, params, {}, make_data(1), {})
+        with pytest.raises(UserError, match="no space left"):
+            store.wait()
+        assert list((small_disk / "checkpoints").iterdir()) == []
+    taken.unlink()
+    store.save(1, params, {}, make_data(1), {})
+    store.close()
+    assert store.steps() == [1]
+
+
+@pytest.mark.parametrize(("arrays", "size"), [(1, 10), (30, 100), (2, 2**18)])
+def test_a_save_asks_for_the_room_that_it_takes(tmp_path, monkeypatch, arrays, size):
+    rng = np.random.default_rng(0)
+    params = {str(i): jnp.asarray(rng.integers(0, 2**32, size, np.uint32)) for i in range(arrays)}
+    store = Checkpointer(tmp_path)
+    store.save(1, params, {}, make_data(1), {})
+    store.wait()
+    taken = sum(512 * path.stat().st_blocks for path in Path(tmp_path).rglob("*"))
+
+    def leave(free):
+        room = shutil._ntuple_diskusage(2**40, 2**40 - free, free)
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: room)
+
+    leave(taken - 1)
+    with pytest.raises(UserError, match="no space left for the checkpoint of step 2"):
+        store.save(2, params, {}, make_data(1), {})
+    leave(taken + 2**19)
+    store.save(2, params, {}, make_data(1), {})
+    store.close()
+    assert store.steps() == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("failure", "expected", "message"),
     [
