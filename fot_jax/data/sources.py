@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -50,8 +51,9 @@ def tfds_source(corpus: Corpus, data_dir: str | None) -> tuple[Any, int]:
             "data set in Text.data_dir"
         ) from error
     if not builder.info.splits:
-        where = f" --data_dir {data_dir}" if data_dir else ""
-        raise UserError(f"{corpus.path}: not prepared yet: run: tfds build {name}{where}")
+        raise UserError(
+            f"{corpus.path}: not prepared yet: {_how_to_prepare(builder, name, data_dir)}"
+        )
     fields = builder.info.features
     texts = [field for field in fields if fields[field].tf_dtype == tf.string]
     if corpus.text_field not in texts:
@@ -71,6 +73,23 @@ def tfds_source(corpus: Corpus, data_dir: str | None) -> tuple[Any, int]:
     return source, to_shuffle(
         sum(split.num_bytes for split in sizes), sum(split.num_examples for split in sizes)
     )
+
+
+def _how_to_prepare(builder: Any, name: str, data_dir: str | None) -> str:
+    """Without the command `tfds`, which does not start where Apache Beam is not installed."""
+    import tensorflow_datasets as tfds
+
+    if isinstance(builder, tfds.core.BeamBasedBuilder):
+        where = f" --data_dir {data_dir}" if data_dir else ""
+        return (
+            "that takes Apache Beam, in an environment of its own: tfds build "
+            f"{name}{where}; or give a directory of JSON Lines (README.md, Use your own text)"
+        )
+    where = f", data_dir={data_dir!r}" if data_dir else ""
+    code = f"import tensorflow_datasets as t; t.builder({name!r}{where}).download_and_prepare()"
+    # Imported by builders that come in a directory, PG-19's, and not among what TFDS requires.
+    missing = importlib.util.find_spec("importlib_resources") is None
+    return f'run: {"pip install importlib_resources && " if missing else ""}python -c "{code}"'
 
 
 def to_shuffle(size: int, documents: int) -> int:

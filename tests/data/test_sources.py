@@ -74,6 +74,22 @@ def test_data_sets_that_are_not_there(books, tmp_path):
         "tfds:no_such_set"
     )
     assert "tfds:few_books/other:" in first("tfds:few_books/other")
-    assert f"not prepared yet: run: tfds build pg19 --data_dir {books}" in first("tfds:pg19")
+    message = first("tfds:c4/en")
+    assert (
+        f"takes Apache Beam, in an environment of its own: tfds build c4/en --data_dir {books};"
+        in (message)
+    )
+    message = first("tfds:pg19")
+    assert "not prepared yet: run: pip install importlib_resources && python -c " in message or (
+        "not prepared yet: run: python -c " in message
+    )
     assert "'text' is none of its fields of text (book_text)" in first("tfds:few_books")
     assert "'book_id' is none of its fields" in first("tfds:few_books", "book_id")
+
+
+def test_a_data_set_is_prepared_as_the_message_says(books, tmp_path):
+    """`books` has made its builder known by name."""
+    source = text_over(Corpus("tfds:few_books", text_field="book_text"), data_dir=str(tmp_path))
+    message = message_of(lambda: next(source.documents("train")))
+    exec(message.split('python -c "')[1].removesuffix('"'), {})
+    assert len(read(dataclasses.replace(source).documents("train"))) == 30
