@@ -196,8 +196,8 @@ def _padding(marks: dict[str, Any], vocab_size: int) -> int | None:
 def _same_tokens(vocabulary: Vocabulary | None, output: epath.Path) -> None:
     """Has a written directory make the tokens of a vocabulary.
 
-    The files that came with a model may not: which class of tokenizer reads it depends on the type of the
-    model, which may have been another one. Then it is written in a form that has nothing open.
+    The files that came with a model may not: which class of tokenizer reads them depends on the
+    type of the model, which may have been another. Then they are written in a form without classes.
     """
     read = tokenizers.vocabulary_of(output)
     known = isinstance(vocabulary, HuggingFaceTokenizer) and vocabulary.marks is not None

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,24 @@ def test_reading_then_writing_is_writing():
     want = by_rules("llama", whole[:-1], [100, 70] + [1] * 69)[169:]
     np.testing.assert_array_equal(want.argmax(-1), new)
     assert lm.generate(text[100:], 70, temperature=0, state=again) == new
+
+
+def test_text_ends_at_any_end_of_the_vocabulary():
+    prompt = random_text(1, 20)[0].tolist()
+    whole = model_of("llama").generate(prompt, 40, temperature=0)
+    vocabulary = types.SimpleNamespace(
+        **{"ends": (whole[12], whole[7]), "before": (1,), "after": (2,)},
+        encode=lambda text: [len(text)],
+        decode=list,
+    )
+    lm = dataclasses.replace(model_of("llama"), vocabulary=vocabulary)
+    first = min(map(whole.index, vocabulary.ends))
+    assert lm.generate(prompt, 40, temperature=0) == whole[:first]
+    assert lm.generate(prompt, 40, temperature=0, stop=()) == whole
+    assert lm.encode("abc") == [1, 3, 2] and lm.decode((4, 5)) == [4, 5]
+    for call in (lambda: model_of("llama").encode("a"), lambda: model_of("llama").decode([1])):
+        with pytest.raises(UserError, match="the checkpoint has no tokenizer: give tokens"):
+            call()
 
 
 def test_draws_follow_the_distribution():

@@ -409,7 +409,11 @@ class HuggingFaceTokenizer(_Marked):
 
     @functools.cached_property
     def size(self) -> int:
-        return 1 + max(self._processor.get_vocab(with_added_tokens=True).values())
+        """Without the gap of `infilling`, which models have no row for: it is never a token."""
+        ids = self._processor.get_vocab(with_added_tokens=True)
+        if self.infilling is not None:
+            ids.pop(self.infilling.gap, None)
+        return 1 + max(ids.values())
 
     @property
     def bos(self) -> int | None:
@@ -432,12 +436,15 @@ class HuggingFaceTokenizer(_Marked):
         return () if self.marks is None else self.marks.after
 
     def encode(self, text: str) -> list[int]:
-        gap = self.infilling and self.infilling.gap
+        """Raises UserError for a text that cannot be tokenized, or that has several gaps."""
+        gap = None if self.infilling is None else self.infilling.gap
+        before, *after = [text] if gap is None else text.split(gap)
+        if len(after) > 1:
+            raise UserError(f"the text has {len(after)} gaps, {gap}: leave one of them")
         try:
-            if gap and text.count(gap) == 1 and not text.endswith(gap):
-                before, after = text.split(gap)
-                return self._around_a_gap.encode(f" {before}", after).ids
-            return self._processor.encode(text, add_special_tokens=False).ids
+            if any(after):
+                return self._around_a_gap.encode(f" {before}", *after).ids
+            return self._processor.encode(before, add_special_tokens=False).ids
         except Exception as error:  # the library raises nothing more specific
             raise UserError(f"the text cannot be tokenized: {error}") from error
 

@@ -99,6 +99,11 @@ def _read(directory: epath.Path, named: epath.Path) -> HuggingFaceTokenizer:
 def _auto_tokenizer(directory: epath.Path, named: epath.Path) -> Any:
     import transformers
 
+    for file in (_CONFIG, "special_tokens_map.json"):  # as of conversions of the first LLaMA
+        values = Fields(directory, file).values if (directory / file).exists() else {}
+        for mark in ("bos_token", "eos_token", "unk_token"):
+            if values.get(mark) == "":
+                raise UserError(f"{named / file}: {mark} is empty: give its name, or leave it out")
     said = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
@@ -110,7 +115,8 @@ def _auto_tokenizer(directory: epath.Path, named: epath.Path) -> Any:
             SentencePiece(directory / _MODEL)  # refused, if it is none
         what = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
         raise UserError(
-            f"{named}: its tokenizer cannot be read ({what}): restore its files from a copy"
+            f"{named}: transformers cannot read its tokenizer ({what}): mend {_CONFIG}, or restore "
+            "the tokenizer's files from a copy"
         ) from error
     finally:
         transformers.logging.set_verbosity(said)

@@ -240,6 +240,25 @@ def test_marks_of_a_hugging_face_tokenizer(tmp_path, special, config, named, bos
     assert load_vocabulary(tmp_path / "saved") == vocabulary
 
 
+def test_saved_before_marks_were(tmp_path):
+    """A tokenizer.json with names of its marks: begins with bos, or eos, and ends at eos."""
+    vocabulary = HuggingFaceTokenizer(write_tokenizer(tmp_path / "a"))
+    vocabulary.save(tmp_path / "saved")
+    path = tmp_path / "saved" / "vocabulary.json"
+    saved = json.loads(path.read_text())
+    assert saved.keys() == {"kind", "sha256"}
+    marks = {"ends": [1, 7], "before": [], "after": [0]}
+    path.write_text(json.dumps(saved | {"marks": marks, "splits_marks": True}))
+    newer = load_vocabulary(tmp_path / "saved")
+    assert (newer.ends, newer.before, newer.after) == ((1, 7), (), (0,))
+    assert (vocabulary.ends, vocabulary.before, vocabulary.after) == ((1,), (0,), ())
+    assert newer.encode("</s>") != vocabulary.encode("</s>") == [1]
+    for damaged in ({"marks": 3}, {"marks": {"ends": [1]}}, {"infilling": {"gap": "x"}}):
+        path.write_text(json.dumps(saved | damaged))
+        with pytest.raises(UserError, match="vocabulary.json: damaged"):
+            load_vocabulary(tmp_path / "saved")
+
+
 def test_marks_that_are_not_known(tmp_path):
     path = write_tokenizer(tmp_path, special=["<end>"])
     with pytest.raises(UserError, match="which token ends a text is not known: add eos_token"):

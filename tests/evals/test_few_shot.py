@@ -102,6 +102,30 @@ def test_the_first_questions_alone(directory):
     assert rows[0]["questions"] == 7 and rows[0]["interval"] == 0
 
 
+def test_a_vocabulary_without_a_mark_at_the_beginning(directory):
+    """Where no demonstration fits there is nothing to read before a question."""
+
+    class Plain(Bytes):
+        before, ends = (), (10, 257)
+
+    class Reader(Copier):
+        def read(self, tokens, *, memory, last_context_length):
+            return super().read([Bytes.bos, *tokens], memory=memory, last_context_length=0)
+
+        def generate(self, prompts, max_new_tokens, *, temperature, stop, state=None, memory=None):
+            self.alone = state is None
+            assert (memory is None) != self.alone and stop == (10, 257)
+            state = state or ({}, len(prompts))
+            how = {"temperature": temperature, "state": state, "stop": (Bytes.eos,)}
+            return super().generate(prompts, max_new_tokens, **how)
+
+    source = types.SimpleNamespace(vocabulary=Plain())
+    for length, alone in ((600, False), (55, True)):
+        reader = Reader()
+        (row,) = evaluation(directory, lengths=(length,), draws=1).run(reader, source)
+        assert reader.alone == alone == (row["demonstrations"] == 0)
+
+
 @pytest.mark.parametrize(
     ("how", "right"),
     [

@@ -19,8 +19,10 @@ from tokenizers.trainers import BpeTrainer
 from transformers.tokenization_utils_base import generate_merges
 
 from fot_jax import convert
-from fot_jax.data.vocabulary import load_vocabulary, marked
+from fot_jax.data.vocabulary import HuggingFaceTokenizer, frame, load_vocabulary, marked
+from fot_jax.errors import UserError
 from fot_jax.generate import LanguageModel
+from fot_jax.hugging_face import tokenizers
 from fot_jax.writing import as_text
 
 pytestmark = pytest.mark.torch
@@ -384,13 +386,18 @@ def weights(tmp_path_factory):
 @pytest.fixture
 def directory(request, tmp_path, weights):
     """In the layout named by the parameter, with that model."""
-    here = tmp_path / "published"
-    here.mkdir()
-    (here / "model.safetensors").symlink_to(weights / "model.safetensors")
     shape = json.loads((weights / "config.json").read_text())
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "model_type", "architectures"):
         shape.pop(name, None)
-    for name, content in LAYOUTS[request.param].items():
+    here = lay_out(LAYOUTS[request.param], tmp_path / "published", **shape)
+    (here / "model.safetensors").symlink_to(weights / "model.safetensors")
+    return here
+
+
+def lay_out(files, here, **shape):
+    """Writes files, and what the shape of the model is into config.json."""
+    here.mkdir()
+    for name, content in files.items():
         if name == "config.json":
             content = {**shape, **content}
         if isinstance(content, dict):
@@ -426,7 +433,7 @@ def check_same(vocabulary, theirs):
         want = theirs.decode(ids, skip_special_tokens=True)
         assert vocabulary.decode(ids) == want
         assert "".join(as_text(vocabulary, ids, context=3)) == want
-    assert vocabulary.size == len(theirs)
+    assert vocabulary.size == len(theirs) - (vocabulary.infilling is not None)
     assert vocabulary.bos == theirs.bos_token_id
     assert theirs.eos_token_id in (vocabulary.eos, None)
 
@@ -465,3 +472,87 @@ def test_as_transformers_reads_it(directory, tmp_path):
     convert.to_hugging_face(tmp_path / "ours", tmp_path / "back")
     check_same(lm.vocabulary, theirs_of(tmp_path / "back"))
     assert ends_of(model_of(tmp_path / "back")) == lm.vocabulary.ends
+
+
+# --- One by one ----------------------------------------------------------------------------------
+
+
+def vocabulary_of(name, tmp_path):
+    return tokenizers.vocabulary_of(lay_out(LAYOUTS[name], tmp_path / name))
+
+
+def test_documents_have_the_marks_that_the_model_was_trained_with(tmp_path):
+    """As its tokenizer puts them around a text, and its end behind, once."""
+    for name, before in {"2-model": [1], "smollm2": [], "bare-model": [], "eos-model": [1]}.items():
+        vocabulary = vocabulary_of(name, tmp_path)
+        tokens = [*before, *vocabulary.encode("a b"), vocabulary.eos]
+        assert frame(vocabulary, "a b").tolist() == tokens, name
+
+
+def test_a_gap_in_a_text(tmp_path):
+    """Code Llama's own way to be asked for what is missing."""
+    here = lay_out(LAYOUTS["code-llama-both"], tmp_path / "a")
+    ours = tokenizers.vocabulary_of(here)
+    for text in ("def f(x):\n  <FILL_ME>\n  return x", "<FILL_ME> b", "a<FILL_ME>", "é <FILL_ME>é"):
+        theirs = theirs_of(here)  # which a text with a gap changes
+        assert marked(ours, text) == theirs(text).input_ids
+        ours.save(tmp_path / "saved")
+        assert load_vocabulary(tmp_path / "saved").encode(text) == ours.encode(text)
+    with pytest.raises(UserError, match="the text has 2 gaps, <FILL_ME>: leave one of them"):
+        ours.encode("a<FILL_ME>b<FILL_ME>")
+    assert ours.size == len(sentencepiece.SentencePieceProcessor(model_proto=code_llama()))
+
+
+def test_what_is_trained_from_scratch_is_written_with_its_marks(tmp_path):
+    """A tokenizer.json that puts none around a text begins documents with one in training."""
+    (tmp_path / "tokenizer.json").write_text(smol())
+    ours = HuggingFaceTokenizer(tmp_path / "tokenizer.json")
+    assert ours.before == ours.ends == (ours.eos,) == (0,)
+    out = lay_out(layout(eos_token_id=0), tmp_path / "out")
+    tokenizers.write(ours, out)
+    assert theirs_of(out)("a b").input_ids == marked(ours, "a b")
+    read = tokenizers.vocabulary_of(out)
+    assert (read.before, read.after, read.ends) == (ours.before, ours.after, ours.ends)
+
+
+def test_other_models_of_pieces(tmp_path):
+    """Unigrams; text cleaned up after them; added tokens with numbers that they do not get."""
+    unigram = llama(model_type="unigram")
+    cleans = {**MARKS, "clean_up_tokenization_spaces": True}
+    apart = {**LEGACY, **MARKS, "added_tokens_decoder": decoder({"<x>": 510, "<y>": 505})}
+    for name, files in {
+        "a": layout(unigram, config={"tokenizer_class": "LlamaTokenizer"}),
+        "b": layout(unigram, config=cleans),
+        "c": layout(llama(), config=apart),
+    }.items():
+        here = lay_out(files, tmp_path / name)
+        vocabulary, theirs = tokenizers.vocabulary_of(here), theirs_of(here)
+        check_same(vocabulary, theirs)
+        ids = theirs("it 's a . , ! b ' c do n't , \n", add_special_tokens=False).input_ids
+        assert "".join(as_text(vocabulary, ids, context=2)) == theirs.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            layout(llama(), config={**MARKS, "bos_token": ""}),
+            "config.json: bos_token is empty: give",
+        ),
+        (layout(llama(), map={"eos_token": ""}), "tokens_map.json: eos_token is empty: give"),
+        (layout(llama(), config=MARKS, generation={"eos_token_id": "2"}), '= "2": give a token id'),
+        (layout(llama(), config={"added_tokens_decoder": [1]}), "cannot read its tokenizer"),
+        (layout(json="{}"), "cannot read its tokenizer"),
+        (layout(json=of_bytes(("<a>",)), config=FAST), "not known: add eos_token, its name, to"),
+        (layout(json=smol(), config={"tokenizer_class": "ByT5Tokenizer"}), "is a program, ByT5"),
+    ],
+)
+def test_refused_in_one_line(tmp_path, files, message):
+    with pytest.raises(UserError) as refused:
+        tokenizers.vocabulary_of(lay_out(files, tmp_path / "a"))
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_an_end_that_only_the_model_names(tmp_path):
+    files = layout(json=of_bytes(("<a>",)), config=FAST, eos_token_id=0)
+    assert tokenizers.vocabulary_of(lay_out(files, tmp_path / "a")).eos == 0
