@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from typing import Any
@@ -97,6 +98,8 @@ def _read(directory: epath.Path, named: epath.Path) -> HuggingFaceTokenizer:
 
 
 def _auto_tokenizer(directory: epath.Path, named: epath.Path) -> Any:
+    # Or it says, where there is no torch, that there is none, which is not needed here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 
     for file in (_CONFIG, "special_tokens_map.json"):  # as of conversions of the first LLaMA

@@ -24,7 +24,9 @@ class Copier:
     """Answers a question that was among the demonstrations, and goes on; else "no"."""
 
     def __init__(self, memory_layers=(1,), how="{}\n\nQuestion: ", context=1500):
-        self.config = types.SimpleNamespace(memory_layers=memory_layers, local_context=context)
+        self.config = types.SimpleNamespace(
+            memory_layers=memory_layers, local_context=context, last_context_length=None
+        )
         self.how, self.contexts, self.asked, self.memories, self.last = how, [], [], [], []
 
     def read(self, tokens, *, memory, last_context_length):

@@ -23,7 +23,9 @@ class Reader:
     """Writes down the number of a text, as far as `finds` lets it; remembers what it was asked."""
 
     def __init__(self, finds=lambda key, text: key, memory_layers=(1,), context=64):
-        self.config = types.SimpleNamespace(memory_layers=memory_layers, local_context=context)
+        self.config = types.SimpleNamespace(
+            memory_layers=memory_layers, local_context=context, last_context_length=None
+        )
         self.finds, self.texts, self.options = finds, [], []
 
     def generate(
