@@ -18,7 +18,7 @@ from gcsfs.core import GCSFileSystem  # gcsfs.GCSFileSystem asks about each buck
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints what it raises, with a traceback
 
 _LOGIN = "log in (gcloud auth application-default login)"
-_ROLES = "grant roles/storage.objectUser and roles/storage.bucketViewer on the bucket"
+_ROLES = "grant roles/storage.objectUser and roles/storage.legacyBucketReader on the bucket"
 
 
 class Buckets(GCSFileSystem):

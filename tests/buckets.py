@@ -52,8 +52,11 @@ class _Gate(http.server.BaseHTTPRequestHandler):
     def _any(self) -> None:
         body = self._body()
         permission, cloud = permission_of(self.command, self.path, body), self.server.cloud
+        asked = unquote(self.path)
+        if "/upload/" in asked and (name := re.search(rb'"name": ?"([^"]+)"', body[:2000])):
+            asked += f"&name={name[1].decode()}"
         if cloud.before is not None:
-            cloud.before(self.command, unquote(self.path))
+            cloud.before(self.command, asked)
         if cloud.anonymous:
             return self._refuse(401, f"Anonymous caller does not have {permission} access.")
         if permission in cloud.forbidden:
@@ -81,7 +84,7 @@ class _Gate(http.server.BaseHTTPRequestHandler):
         self.behind.request(self.command, path, body or None, headers)
         response = self.behind.getresponse()
         data = response.read()
-        cloud.requests.append((self.command, unquote(self.path), len(body), len(data)))
+        cloud.requests.append((self.command, asked, len(body), len(data)))
         self._answer(response.status, response.getheaders(), data)
 
     do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = _any
@@ -142,7 +145,8 @@ class Cloud:
       forbidden: permissions, "storage.objects.list" say, that nobody has.
       anonymous: whether nobody is logged in.
       broken: whether all requests fail as they do in an outage.
-      before: called with the method and path of each request, before it is answered.
+      before: called with the method and path of each request, before it is answered; an upload's
+        path has the name of the object in it.
       requests: (method, path, bytes sent, bytes received), of those that went through.
     """
 

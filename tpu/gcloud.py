@@ -88,9 +88,10 @@ def scp(pod: Pod, source: str, destination: str) -> Argv:
 
 
 def list_checkpoints(pod: Pod, workdir: str) -> Argv:
-    """The checkpoints in a bucket, one a line."""
+    """The marks of finished checkpoints in a bucket, one a line."""
+    marks = f"{workdir.rstrip('/')}/checkpoints/*/commit_success.txt"
     project = [f"--project={pod.project}"] if pod.project else []
-    return ["gcloud", "storage", "ls", f"{workdir.rstrip('/')}/checkpoints/", *project, "--quiet"]
+    return ["gcloud", "storage", "ls", marks, *project, "--quiet"]
 
 
 def _queued_resources(verb: str, *names: str) -> Argv:

@@ -295,7 +295,7 @@ def _newest_checkpoint(pod: Pod, workdir: str) -> int:
         listed = calls.call(gcloud.list_checkpoints(pod, workdir), calls.SHORT)
     except calls.CallFailed:
         return -1
-    steps = re.findall(r"/checkpoints/(\d+)/?$", listed, re.MULTILINE)
+    steps = re.findall(r"/checkpoints/(\d+)/commit_success.txt$", listed, re.MULTILINE)
     return max(map(int, steps), default=-1)
 
 

@@ -213,11 +213,11 @@ def scp(args):
 
 
 def storage_ls(url):
-    directory = ROOT / "buckets" / url.removeprefix("gs://")
-    if not directory.is_dir():
+    found = list((ROOT / "buckets").glob(url.removeprefix("gs://")))
+    if not found:
         print("ERROR: (gcloud.storage.ls) One or more URLs matched no objects.", file=sys.stderr)
         return 1
-    print("\n".join(f"{url}{each.name}/" for each in directory.iterdir()))
+    print("\n".join(f"gs://{each.relative_to(ROOT / 'buckets')}" for each in found))
     return 0
 
 

@@ -35,6 +35,7 @@ def main():
         print(f"step {step}")
         if worker == "0":
             (checkpoints / str(step)).mkdir(parents=True)
+            (checkpoints / str(step) / "commit_success.txt").touch()
         time.sleep(0.1)
 
 
