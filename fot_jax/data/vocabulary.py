@@ -13,6 +13,7 @@ import itertools
 import json
 import re
 import tempfile
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -552,6 +553,8 @@ def load_vocabulary(directory: epath.PathLike) -> Vocabulary:
     if not where.exists():
         raise UserError(f"{directory}: no vocabulary here: there is no vocabulary.json")
     description = _read_json(where)
+    if "crc32" in description and description.pop("crc32") != _crc32(description):
+        raise UserError(f"{where}: damaged: it is not what was saved: restore it from a copy")
     checksums = description.get("sha256")
     for name, checksum in checksums.items() if isinstance(checksums, dict) else ():
         if hashlib.sha256(_read(directory / name)).hexdigest() != checksum:
@@ -597,9 +600,13 @@ def _write(directory: epath.PathLike, description: dict, files: dict[str, bytes]
     with new_directory(directory, "vocabulary.json") as half:
         for name, content in files.items():
             (half / name).write_bytes(content)
-        (half / "vocabulary.json").write_text(
-            json.dumps({**description, "sha256": checksums}, indent=1)
-        )
+        described = {**description, "sha256": checksums}
+        sealed = {**described, "crc32": _crc32(described)}
+        (half / "vocabulary.json").write_text(json.dumps(sealed, indent=1))
+
+
+def _crc32(description: dict) -> int:
+    return zlib.crc32(json.dumps(description, sort_keys=True).encode())
 
 
 def _read(path: epath.Path) -> bytes:

@@ -246,6 +246,7 @@ def test_saved_before_marks_were(tmp_path):
     vocabulary.save(tmp_path / "saved")
     path = tmp_path / "saved" / "vocabulary.json"
     saved = json.loads(path.read_text())
+    assert isinstance(saved.pop("crc32"), int)  # later still
     assert saved.keys() == {"kind", "sha256"}
     marks = {"ends": [1, 7], "before": [], "after": [0]}
     path.write_text(json.dumps(saved | {"marks": marks, "splits_marks": True}))
@@ -302,6 +303,24 @@ def test_files_that_are_no_tokenizers(tmp_path):
             ) as info:
                 kind(tmp_path / name)
             assert "\n" not in str(info.value)
+
+
+def test_a_flipped_bit_of_vocabulary_json_is_seen(tmp_path):
+    """Any, but for those that are none of what it says."""
+    Symbols(("<s>", "</s>", "a", "b")).save(tmp_path)
+    path = tmp_path / "vocabulary.json"
+    whole, sound = path.read_bytes(), load_vocabulary(tmp_path)
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            assert load_vocabulary(tmp_path) == sound
+        except UserError as error:
+            assert str(path) in str(error)
+    path.write_bytes(whole.replace(b'"a"', b'"c"'))
+    with pytest.raises(UserError, match="vocabulary.json: damaged: it is not what was saved"):
+        load_vocabulary(tmp_path)
 
 
 def test_damaged_vocabularies(tmp_path, trained):
