@@ -83,7 +83,7 @@ def test_texts_that_cannot_be_trained_on(here, capsys):
     write_split(here, "a text for validation alone", split="valid")
     assert refused_texts(capsys, here) == (
         "texts: no train split (there is: valid): a split is a file train.jsonl or train.jsonl.gz "
-        "or train-00000.jsonl.gz"
+        "or train-00000.jsonl.gz, or a directory train of .jsonl.gz files"
     )
     write_split(here, "", rows=0)
     assert refused_texts(capsys, here) == "texts: the train split is empty: give it some rows"

@@ -56,7 +56,7 @@ class _File:
       path: of it.
       split: that its directory's name or its own says; None: neither does.
       word: how: "val"; a directory's with a slash.
-      stem: the name without what says how it is written.
+      stem: the name without what says how it is written; "" for a directory with data.
       is_read: as JSON Lines.
       fatal: why its split cannot be read while it is there; None where it is merely not read.
     """
@@ -105,7 +105,8 @@ def files_of(directory: epath.Path, split: str) -> list[epath.Path]:
 
 def not_read(directory: epath.Path) -> str:
     """Names of what looks like data and is of no split or not read; empty where nothing is."""
-    names = sorted(file.path.name for file in _found(directory) if not file.is_read)
+    others = [file for file in _found(directory) if not file.is_read]
+    names = sorted(file.path.name + ("" if file.stem else "/") for file in others)
     return _some(names, len(names))
 
 

@@ -257,10 +257,11 @@ class Text:
             where, remedy = f"{self.cache_dir}: the cache of {where}", "make it with fot cache"
         elif isinstance(source, CorpusSource) and split in SPLITS:
             remedy = (
-                f"a split is a file {split}.jsonl or {split}.jsonl.gz or {split}-00000.jsonl.gz"
+                f"a split is a file {split}.jsonl or {split}.jsonl.gz or {split}-00000.jsonl.gz, "
+                f"or a directory {split} of .jsonl.gz files"
             )
             if names := not_read(path_of(corpus.path)):
-                remedy += f" (there are {names})"
+                remedy += f"; not read: {names} (README.md, Use your own text)"
         there = ", ".join(source.splits) or "none"
         raise UserError(f"{where}: no {split} split (there is: {there}): {remedy}")
 

@@ -108,8 +108,14 @@ TWO = (
         (["train-0.jsonl", "train-1.jsonl.zst"], "train-1.jsonl.zst: JSON Lines are read as they"),
         (["train/0.jsonl", "train/1.parquet"], "1.parquet: JSON Lines are read as they are and"),
         ([*of(1, "train-{:05d}-of-{:05d}.parquet")], "no train split (there is: none): a split is"),
-        (["data/train-0.jsonl"], "or train-00000.jsonl.gz (there are data)"),
-        (of(9, "arxiv_{:04d}.jsonl"), "(there are arxiv_0000.jsonl, arxiv_0001.jsonl, arxiv_0002"),
+        (
+            ["data/train-0.jsonl"],
+            "or a directory train of .jsonl.gz files; not read: data/ (README.md, Use",
+        ),
+        (
+            of(9, "arxiv_{:04d}.jsonl"),
+            "; not read: arxiv_0000.jsonl, arxiv_0001.jsonl, arxiv_0002.jsonl, ar",
+        ),
         (
             of(2, "{:02d}.jsonl.zst"),
             "no train split (there is: none): a split is a file train.json",
@@ -139,7 +145,7 @@ def test_a_split_of_two_names(tmp_path, names):
         (["train-0.jsonl.zst"], "{}: not read: train-0.jsonl.zst"),  # the same rows, perhaps
         (["train-0.jsonl.bak", "train.txt"], "{}: not read: train-0.jsonl.bak, train.txt"),
         (["train_info.json"], "{}: not read: train_info.json"),
-        (["more/0.jsonl"], "{}: not read: more"),
+        (["more/0.jsonl"], "{}: not read: more/"),
         (
             ["train-3.jsonl", "train-1.jsonl"],
             "{}/train-0.jsonl: of such files these are not there: 2",
