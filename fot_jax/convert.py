@@ -88,6 +88,7 @@ def from_hugging_face(
         bar(_bytes(content, dtype_of), "byte") as progress,
     ):
         if (vocabulary := tokenizers.vocabulary_of(source)) is not None:
+            loading.check_rows(source, vocabulary, config.vocab_size)
             vocabulary.save(half / "vocabulary")
         loading.keep_files(source, half)
         streams = {

@@ -87,7 +87,9 @@ class LanguageModel:
         config, params = loading.model_of(path, jnp.dtype(dtype))
         if mesh is not None:
             params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-        return LanguageModel(config, params, loading.vocabulary_of(path), mesh)
+        vocabulary = loading.vocabulary_of(path)
+        loading.check_rows(path, vocabulary, config.vocab_size)
+        return LanguageModel(config, params, vocabulary, mesh)
 
     @staticmethod
     def of(model: Transformer, params: Any, vocabulary: Vocabulary | None = None) -> LanguageModel:
@@ -444,11 +446,17 @@ class LanguageModel:
             valid = _whole_numbers(mask, "a mask", 2) > 0
         if valid.shape != tokens.shape:
             raise UserError(f"a mask of shape {valid.shape} for tokens of shape {tokens.shape}")
-        outside = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
+        rows = self.config.vocab_size
+        outside = tokens[(tokens < 0) | (tokens >= rows)]
         if outside.size:
+            of_another = "the text was tokenized for another model"
+            if self.vocabulary is not None and outside[0] in range(rows, self.vocabulary.size):
+                of_another = (
+                    f"the tokenizer has {self.vocabulary.size}: leave what was added to it out of "
+                    "the text"
+                )
             raise UserError(
-                f"token {outside[0]} is outside the model's vocabulary of "
-                f"{self.config.vocab_size}: the text was tokenized for another model"
+                f"token {outside[0]} is outside the model's vocabulary of {rows}: {of_another}"
             )
         return tokens.astype(np.int32), valid
 

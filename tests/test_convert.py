@@ -117,7 +117,7 @@ def test_types_on_the_way(tmp_path, dtype):
 
 
 def test_the_other_files_come_along(tmp_path):
-    llamas.save(tmp_path / "a")
+    llamas.save(tmp_path / "a", vocab_size=280)
     TrainedSentencePiece(280).train(["def f(x): return x\n" * 99]).save(tmp_path / "vocabulary")
     (tmp_path / "vocabulary" / "tokenizer.model").rename(tmp_path / "a" / "tokenizer.model")
     (tmp_path / "a" / "tokenizer_config.json").write_text('{"add_bos_token": true}')

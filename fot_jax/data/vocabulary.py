@@ -409,6 +409,11 @@ class HuggingFaceTokenizer(_Marked):
         return self
 
     @functools.cached_property
+    def model_size(self) -> int:
+        """Without tokens that were added behind those of the tokenizer's own model."""
+        return 1 + max(self._processor.get_vocab(with_added_tokens=False).values(), default=-1)
+
+    @functools.cached_property
     def size(self) -> int:
         """Without the gap of `infilling`, which models have no row for: it is never a token."""
         ids = self._processor.get_vocab(with_added_tokens=True)

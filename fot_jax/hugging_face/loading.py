@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from fot_jax.data.vocabulary import Vocabulary, load_vocabulary
+from fot_jax.data.vocabulary import HuggingFaceTokenizer, Vocabulary, load_vocabulary
+from fot_jax.errors import UserError
 from fot_jax.hugging_face import config as configs
 from fot_jax.hugging_face import tokenizers
 from fot_jax.hugging_face.tensors import Reader
@@ -30,6 +31,31 @@ def vocabulary_of(path: epath.PathLike) -> Vocabulary | None:
     if configs.is_directory(workdir / KEPT) and not (workdir / "vocabulary").exists():
         return None  # converted from a directory that had none
     return load_vocabulary(workdir / "vocabulary")
+
+
+def check_rows(path: epath.PathLike, vocabulary: Vocabulary | None, rows: int) -> None:
+    """Whether a model can read what its tokenizer makes of texts.
+
+    As published models have them, rows may be more. Tokens that were added to the tokenizer may be
+    beyond them, such as one for padding; only a text in which one stands cannot be read.
+
+    Args:
+      path: of the checkpoint.
+      rows: of the embedding.
+
+    Raises:
+      UserError: the tokenizer is of another model.
+    """
+    if vocabulary is None:
+        return
+    own = isinstance(vocabulary, HuggingFaceTokenizer)
+    marks = (mark + 1 for mark in (*vocabulary.before, *vocabulary.after))
+    size = max(vocabulary.model_size if own else vocabulary.size, *marks, 0)
+    if size > rows:
+        raise UserError(
+            f"{path}: the tokenizer has {size} tokens, the model's embedding {rows} rows: get both "
+            "from the same model"
+        )
 
 
 def keep_files(path: epath.PathLike, workdir: epath.Path) -> None:
