@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import random
 import re
 import shutil
 import time
@@ -116,6 +117,31 @@ def test_resumes_around_the_switch_of_d(trained, tmp_path, one_device, after):
     assert runs.train(trained.experiment, workdir) == 0
     assert curve(workdir) == curve(trained.workdir)
     runs.assert_same_parameters(workdir, trained.workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_resumes_from_a_damaged_checkpoint_or_says_why_not(trained, tmp_path, one_device, seed):
+    """Any file of the two newest checkpoints, or of the vocabulary, damaged in any way."""
+    workdir, draw = trained.copy(tmp_path / "run"), random.Random(seed)
+    folders = workdir / "checkpoints" / "12", workdir / "checkpoints" / "11", workdir / "vocabulary"
+    files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+    file = draw.choice(files)
+    content = bytearray(file.read_bytes())
+    damage = draw.choice(["flip", "flip", "cut", "empty", "remove"])
+    if damage == "remove" or not content:
+        file.unlink()
+    elif damage == "flip":
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        file.write_bytes(content)
+    else:
+        file.write_bytes(content[: draw.randrange(len(content))] if damage == "cut" else b"")
+    code = runs.train(trained.experiment, workdir)
+    if code == 0:
+        assert curve(workdir) == curve(trained.workdir)
+        runs.assert_same_parameters(workdir, trained.workdir)
+    else:
+        assert code == 2 and file.parent == workdir / "vocabulary"
 
 
 @pytest.mark.slow

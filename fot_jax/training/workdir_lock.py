@@ -24,11 +24,12 @@ from typing import Any
 
 import fsspec
 import jax
+import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 from fot_jax.errors import UserError
 from fot_jax.paths import create, in_bucket, path_of
-from fot_jax.training.agreement import all_agree
 
 RUNNING = "running.json"
 BEAT_SECONDS, LEASE_SECONDS = 15.0, 60.0
@@ -43,19 +44,30 @@ def held(workdir: str) -> Iterator[None]:
     """
     path = path_of(workdir)
     with contextlib.ExitStack() as stack:
-        failure = None
+        failure = ""
         if jax.process_index() == 0:
             try:
                 kind = _in_bucket if in_bucket(path) else _on_disk
                 stack.enter_context(kind(str(path)))
             except UserError as error:
-                failure = error
+                failure = str(error)
             except OSError as error:
                 why = error.strerror or str(error)
-                failure = UserError(f"{workdir}: cannot be written ({why}): choose another workdir")
-        if not all_agree(failure is None):
-            raise failure or UserError(f"{workdir}: process 0 cannot have it")
+                failure = f"{workdir}: cannot be written ({why}): choose another workdir"
+        if failure := _said_by_the_first(failure):
+            raise UserError(failure)
         yield
+
+
+def _said_by_the_first(line: str) -> str:
+    """The line of process 0, on all."""
+    if jax.process_count() == 1:
+        return line
+    content = np.zeros(2048, np.uint8)
+    said = np.frombuffer(line.encode()[: content.size], np.uint8)
+    content[: said.size] = said
+    content = multihost_utils.broadcast_one_to_all(content)
+    return bytes(content).rstrip(b"\0").decode(errors="replace")
 
 
 # --- Who ----------------------------------------------------------------------------------------
