@@ -264,12 +264,15 @@ def test_workdirs_where_a_file_cannot_be_written(here, trained, capsys, name):
 
 def test_workdirs_that_cannot_keep_checkpoints(here, trained, capsys):
     (here / "file").write_text("")
-    for workdir in ("file", "file/run"):
+    (here / "run").mkdir()
+    (here / "run" / "checkpoints").write_text("")
+    for workdir, why in (
+        ("file", "file: cannot be written (File exists)"),
+        ("file/run", "file/run: cannot be written (Not a directory)"),
+        ("run", f"{here}/run/checkpoints: cannot keep checkpoints here (File exists)"),
+    ):
         line = refused_untouched(capsys, "train", "experiment.gin", "--workdir", workdir)
-        assert line == (
-            f"{here}/{workdir}/checkpoints: cannot keep checkpoints here (Not a directory): choose "
-            "another workdir"
-        )
+        assert line == f"{why}: choose another workdir"
         # One that still reads would abort the process when it exits.
         assert "prefetch" not in {thread.name for thread in threading.enumerate()}
 
