@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import runs
 import sentencepiece
 import torch
 import transformers
@@ -361,6 +362,22 @@ def byte_pairs():
 
 LAYOUTS = {**dict(sentence_pieces()), **dict(byte_pairs())}
 
+EXPERIMENT = """
+train.model = @ModelConfig()
+train.data = @Data()
+train.optimizer = @adamw
+train.learning_rate = @constant_rate()
+train.steps = 1
+train.scheme = @PreviousContext()
+train.checkpoints = @Checkpoints()
+constant_rate.value = 0.01
+Data.source = @Text()
+Data.lanes = 2
+Text.corpora = [@Corpus()]
+Text.tokenizer = @Bytes()
+ModelConfig.memory_layers = (0,)
+"""
+
 # --- What they are the tokenizers of -------------------------------------------------------------
 
 
@@ -474,6 +491,29 @@ def test_as_transformers_reads_it(directory, tmp_path):
     assert ends_of(model_of(tmp_path / "back")) == lm.vocabulary.ends
 
 
+@pytest.mark.parametrize("directory", ["mistral-1-model"], indirect=True)
+def test_training_goes_on_with_them(directory, tmp_path, monkeypatch):
+    """From the directory to a checkpoint, and to a directory of another type of model."""
+    theirs, texts = theirs_of(directory), tmp_path / "texts"
+    texts.mkdir()
+    for split in ("train", "valid"):
+        row = json.dumps({"text": TEXT[:3000]})
+        (texts / f"{split}.jsonl").write_text("\n".join([row] * 4))
+    shape = {"vocab_size": ROWS, "hidden_size": 64, "num_layers": 1, "num_heads": 2}
+    shape |= {"num_kv_heads": 2, "head_dim": 32, "mlp_dim": 8, "local_context": 64}
+    lines = [f"ModelConfig.{name} = {value}" for name, value in shape.items()]
+    (tmp_path / "experiment.gin").write_text("\n".join([EXPERIMENT, *lines]))
+    bindings = f'train.initialize_from = "{directory}"', f'Corpus.path = "{texts}"'
+    with runs.first_devices(monkeypatch, 1):
+        assert runs.train(tmp_path / "experiment.gin", tmp_path / "run", *bindings) == 0
+    trained = LanguageModel.load(tmp_path / "run").vocabulary
+    assert trained == tokenizers.vocabulary_of(directory)
+    convert.to_hugging_face(tmp_path / "run", tmp_path / "out")
+    check_same(trained, theirs)
+    check_same(trained, theirs_of(tmp_path / "out"))
+    assert ends_of(model_of(tmp_path / "out")) == trained.ends
+
+
 # --- One by one ----------------------------------------------------------------------------------
 
 
@@ -551,6 +591,13 @@ def test_refused_in_one_line(tmp_path, files, message):
     with pytest.raises(UserError) as refused:
         tokenizers.vocabulary_of(lay_out(files, tmp_path / "a"))
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_in_a_bucket(tmp_path, bucket):
+    here = lay_out(LAYOUTS["llama-3-instruct"], tmp_path / "a")
+    bucket.copy(here, "a")
+    found = tokenizers.vocabulary_of(f"{bucket.url}/a")
+    assert found is not None and found == tokenizers.vocabulary_of(here)
 
 
 def test_an_end_that_only_the_model_names(tmp_path):
