@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from fot_jax.data.corpus import Corpus
 from fot_jax.data.files import SPLITS
@@ -38,19 +39,18 @@ def write_split(
       examples, targets_tokens, targets_max_tokens.
 
     Raises:
-      UserError: the directory cannot be written.
+      OSError: the directory cannot be written.
     """
-    tf, seqio = libraries().tf, libraries().seqio
+    seqio = libraries().seqio
     files, lengths = _record_files(directory, split, shards), []
-    try:
-        with contextlib.ExitStack() as stack:
-            writers = [stack.enter_context(tf.io.TFRecordWriter(file)) for file in files]
-            for i, document in enumerate(documents):
-                example = seqio.dict_to_tfexample({"targets": document.tokens})
-                writers[i % shards].write(example.SerializeToString())
-                lengths.append(len(document.tokens))
-    except tf.errors.OpError as error:
-        raise UserError(f"{directory.parent}: cannot write the cache: {error.message}") from error
+    with contextlib.ExitStack() as stack:
+        # Not TensorFlow's writer: there is one way into a bucket.
+        opened = [stack.enter_context(epath.Path(file).open("wb")) for file in files]
+        writers = [RecordWriter(file) for file in opened]
+        for i, document in enumerate(documents):
+            example = seqio.dict_to_tfexample({"targets": document.tokens})
+            writers[i % shards].write(example.SerializeToString())
+            lengths.append(len(document.tokens))
     info = {
         "num_shards": shards,
         "features": {"targets": {"shape": [None], "dtype": "int32"}},
