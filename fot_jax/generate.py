@@ -51,12 +51,14 @@ class LanguageModel:
       vocabulary: data/vocabulary.py.
       mesh: devices that hold it. Over its axis "memory", if there is one, memory is sharded.
         Parameters stay where they are; windows and what is computed are on every device.
+      files: the directory with what came with a Hugging Face model beside its weights.
     """
 
     config: ModelConfig
     params: Any
     vocabulary: Vocabulary | None = None
     mesh: Mesh | None = None
+    files: epath.Path | None = None
 
     # --- Loading -----------------------------------------------------------------------------
 
@@ -89,22 +91,28 @@ class LanguageModel:
             params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         vocabulary = loading.vocabulary_of(path)
         loading.check_rows(path, vocabulary, config.vocab_size)
-        return LanguageModel(config, params, vocabulary, mesh)
+        return LanguageModel(config, params, vocabulary, mesh, loading.files_of(path))
 
     @staticmethod
-    def of(model: Transformer, params: Any, vocabulary: Vocabulary | None = None) -> LanguageModel:
+    def of(
+        model: Transformer,
+        params: Any,
+        vocabulary: Vocabulary | None = None,
+        files: epath.Path | None = None,
+    ) -> LanguageModel:
         """From a model in training.
 
         Args:
           params: as `model.init` gives them, stacked by layer, on any mesh.
           vocabulary: what text is tokenized with.
+          files: the directory with what came with the model that it was made of.
         """
         sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
         mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
         if isinstance(mesh, AbstractMesh) or mesh is not None and mesh.size == 1:
             mesh = None
         by_layer = inference.parameters_by_layer(params, model.dtype)
-        return LanguageModel(model.config, by_layer, vocabulary, mesh)
+        return LanguageModel(model.config, by_layer, vocabulary, mesh, files)
 
     def on_one_device(self) -> LanguageModel:
         """The same model, its parameters whole on the first device that this process has of it.
@@ -304,9 +312,11 @@ class LanguageModel:
         max_new_tokens: int,
         *,
         temperature: float = 1.0,
+        top_k: int | None = None,
         top_p: float = 1.0,
         seed: int | Sequence[int] = 0,
         stop: Sequence[int] | None = None,
+        until: Callable[[list[int]], bool] | None = None,
         mask: Bool[np.ndarray, "B N"] | None = None,
         last_context_length: int | None = None,
         memory: MemoryConfig = EVERYTHING,
@@ -320,9 +330,12 @@ class LanguageModel:
           prompts: of different lengths: each is read and continued as if alone (but for a memory
             that they share). With `mask`, an array padded to one length, as of `logits`.
           temperature: 0 takes the most likely token.
+          top_k: draws among so many of the most likely tokens; None: all.
           top_p: draws among the fewest tokens whose probabilities sum to this.
           seed: of the draws, one for each row; of a number s, row r has s + r.
           stop: tokens that end a row; None: those at which the vocabulary says that a text ends.
+          until: asked after each token with all that its row has written; True ends the row, which
+            keeps the token.
           mask, last_context_length, memory, state, progress: as of `logits`.
           when_read: called with the state when the prompts have been read, to save it, say.
 
@@ -330,7 +343,7 @@ class LanguageModel:
           After each step the new token of every row, None for rows that have ended.
 
         `state` then holds the prompts and what was written, without stop tokens, and without the
-        last token where max_new_tokens ended it.
+        last token where max_new_tokens or `until` ended it.
 
         Raises:
           UserError: as of `logits`; or a number out of range.
@@ -340,6 +353,7 @@ class LanguageModel:
         rows = len(prompts)
         check_range("generate", 0, whole=True, max_new_tokens=max_new_tokens)
         check_range("generate", 0, temperature=temperature)
+        check_range("generate", 1, whole=True, top_k=top_k)
         check_range("generate", 0, 1, top_p=top_p)
         seeds = list(seed) if isinstance(seed, Sequence | np.ndarray) else [seed] * rows
         if len(seeds) != rows:
@@ -363,12 +377,13 @@ class LanguageModel:
             lengths=lengths,
             new_tokens=int(max_new_tokens),
         )
-        draw = sampling.Draw.of(temperature, top_p, seeds)
+        draw = sampling.Draw.of(temperature, top_k, top_p, seeds)
         if stop is None:
             stop = () if self.vocabulary is None else self.vocabulary.ends
-        return self._write(state, pieces, int(max_new_tokens), draw, frozenset(stop), when_read)
+        most = int(max_new_tokens)
+        return self._write(state, pieces, most, draw, frozenset(stop), until, when_read)
 
-    def _write(self, state, pieces, max_new_tokens, draw, stop, when_read):
+    def _write(self, state, pieces, max_new_tokens, draw, stop, until, when_read):
         """The steps of `stream`."""
         for piece in pieces:
             last = piece
@@ -381,16 +396,22 @@ class LanguageModel:
             *(last.hidden, last.length, draw.numbers),
         )
         ended = np.zeros(state.rows, bool)
+        written: list[list[int]] = [[] for _ in ended]
         for step in range(1, max_new_tokens + 1):
             fetched = np.asarray(token).tolist()
             ended |= [each in stop for each in fetched]
+            now = [None if end else each for each, end in zip(fetched, ended, strict=True)]
+            if until is not None:
+                for row in np.flatnonzero(~ended):
+                    written[row].append(fetched[row])
+                    ended[row] = until(written[row])
             if not ended.all() and step < max_new_tokens:  # computed while this one is looked at
                 reading.make_room(self, state, ~ended)
                 token, state.cache = sampling.next_token(
                     *(self.config, draw.among, state.config.lookup, self.mesh, self.params),
                     *(state.cache, state.memory, token, ~ended, draw.numbers, np.int32(step)),
                 )
-            yield [None if end else each for each, end in zip(fetched, ended, strict=True)]
+            yield now
             if ended.all():
                 return
 

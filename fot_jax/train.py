@@ -257,7 +257,8 @@ def train(
 
     def run(evals, step: int) -> None:
         with metrics.untimed():
-            lm = LanguageModel.of(program.transformer, state.params, source.vocabulary)
+            files = workdir / loading.KEPT if (workdir / loading.KEPT).exists() else None
+            lm = LanguageModel.of(program.transformer, state.params, source.vocabulary, files)
             results = run_evals(lm, evals, evaluated, workdir / "plots")
         values = {k: x for e in evals for k, x in e.scalars(results[e.name]).items()}
         if values:

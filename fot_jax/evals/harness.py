@@ -1,29 +1,28 @@
-"""Tasks of EleutherAI's lm-evaluation-harness, on a model with memory (paper §5, short tasks).
-
-Texts longer than the local context are read window by window into memory, and nothing is cut off;
-of models without memory the last window sees no other.
-"""
+"""Tasks of EleutherAI's lm-evaluation-harness, on a model with memory (paper §5, short tasks)."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
-import itertools
+import json
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
 from fot_jax.data.lanes import DocumentSource
 from fot_jax.errors import UserError, check_range
-from fot_jax.evals import plots
+from fot_jax.evals import plots, ruler
+from fot_jax.evals.harness_adapter import adapter
 from fot_jax.generate import LanguageModel
+from fot_jax.hugging_face import config as configs
+from fot_jax.hugging_face import tokenizers
 from fot_jax.model.lookup import Dense, Lookup
 from fot_jax.model.transformer import ModelConfig
-from fot_jax.reading import MemoryConfig, all_of_a_text, last_context
-
-DEFAULT_NEW_TOKENS = 256  # where a task does not say how many
+from fot_jax.reading import all_of_a_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +33,15 @@ class LmEval:
       tasks: names, as `lm-eval ls tasks` prints them, or of those in `include_path`.
       include_path: a directory with tasks of one's own (YAML).
       num_fewshot: demonstrations; None: as a task says.
-      limit: the first so many questions of each task; None: all.
+      limit: the first so many questions of each task, and length; None: all.
+      lengths: tokens of question and answer, of tasks that make questions of any length: RULER's.
+        None: of tasks that do not.
+      apply_chat_template, fewshot_as_multiturn, system_instruction: questions as turns of a chat,
+        written as the checkpoint's own template says; demonstrations as turns of their own; a first
+        turn of the system. As the harness's options.
       rows: so many texts are read side by side.
       lookup, storage: of memory, as MemoryConfig.
-      seed: of the harness's draws, which demonstrations, say.
+      seed: of draws, the harness's (which demonstrations, say) and the model's.
       name: of the plot, and in results.
     """
 
@@ -45,6 +49,10 @@ class LmEval:
     include_path: str | None = None
     num_fewshot: int | None = None
     limit: int | None = None
+    lengths: tuple[int, ...] | None = None
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = True
+    system_instruction: str | None = None
     rows: int = 8
     lookup: Lookup = Dense()
     storage: str | None = None
@@ -57,6 +65,10 @@ class LmEval:
         check_range("LmEval", 0, 2**32 - 1, seed=self.seed)
         if not self.tasks:
             raise UserError("LmEval.tasks = (): give the name of one task or more")
+        if self.lengths == ():
+            raise UserError("LmEval.lengths = (): give one length or more, or None")
+        for length in self.lengths or ():
+            check_range("LmEval", 1, 2**30, whole=True, lengths=length)
 
     def check(self, model: ModelConfig) -> None:
         """Raises UserError, whatever the model, where there is no harness."""
@@ -69,164 +81,221 @@ class LmEval:
             )
 
     def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
-        """One row a task and metric: value, standard error where there is one.
+        """One row a task, length and metric: value, standard error where there is one.
 
         Of the source only the vocabulary is used.
 
         Raises:
-          UserError: the harness is not installed, or knows no such task.
+          UserError: the harness is not installed, or knows no such task; or a task asks for what
+            cannot be had of this model, or here.
         """
         self.check(lm.config)
-        from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager, get_task_dict
+        with self._templates(lm) as templates, tempfile.TemporaryDirectory() as directory:
+            if self.lengths:
+                tokenizers.write(source.vocabulary, epath.Path(directory))
+            model = adapter(
+                *(lm, source.vocabulary, all_of_a_text(lm.config, self.storage, self.lookup)),
+                rows=self.rows,
+                seed=self.seed,
+                settings=_generation_config(lm),
+                templates=templates,
+            )
+            rows = []
+            for length in self.lengths or (None,):
+                rows += self._rows(model, length, directory)
+        return rows
 
-        manager = TaskManager(include_path=self.include_path)
+    def _rows(self, model: Any, length: int | None, tokenizer: str) -> list[dict[str, Any]]:
+        """The rows of one length, of question and answer."""
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+
+        evaluation = self
+
+        class Manager(TaskManager):
+            """Says what is wrong with tasks."""
+
+            def load(self, task_list):
+                if length is not None:
+                    ruler.check(evaluation.tasks, length, model.tok_encode)
+                try:
+                    loaded = super().load(task_list)
+                except Exception as error:  # from its YAML, templates, functions and data
+                    raise evaluation._cannot_load(error) from error
+                evaluation._check_tasks(loaded["tasks"])
+                return loaded
+
+        metadata = {"tokenizer": tokenizer, "max_seq_lengths": [length]}
+        manager = Manager(
+            include_path=self.include_path, metadata=None if length is None else metadata
+        )
         if unknown := [task for task in self.tasks if task not in manager.all_tasks]:
             raise UserError(
                 f"LmEval.tasks: the harness knows no {', '.join(unknown)}: see lm-eval ls tasks, "
                 "or set LmEval.include_path to a directory with it"
             )
-        try:
-            get_task_dict([*self.tasks], manager)
-        except Exception as error:  # of any kind, from its YAML, templates, functions and data
-            what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            raise UserError(
-                f"LmEval.tasks: the harness cannot load {', '.join(self.tasks)} ({what}): mend the "
-                "task, or see to its data"
-            ) from error
-        memory = all_of_a_text(lm.config, self.storage, self.lookup)
         seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
         found = simple_evaluate(
-            model=_adapter(lm, source.vocabulary, memory, self.rows),
+            model=model,
             tasks=list(self.tasks),
             num_fewshot=self.num_fewshot,
             limit=self.limit,
+            apply_chat_template=self.apply_chat_template,
+            fewshot_as_multiturn=self.fewshot_as_multiturn,
+            system_instruction=self.system_instruction,
             task_manager=manager,
             log_samples=False,
             **dict.fromkeys(seeds, self.seed),
         )
-        rows = [
-            {
-                "task": task,
-                "metric": name,
-                "value": float(value),
-                "stderr": _number(metrics.get(f"{metric}_stderr,{kind}")),
-            }
-            for task, metrics in found["results"].items()
-            for name, value in metrics.items()
-            for metric, _, kind in [name.partition(",")]
-            if kind and not metric.endswith("_stderr")
-        ]
+        rows = []
+        for task, metrics in found["results"].items():
+            for name, value in metrics.items():
+                metric, _, kind = name.partition(",")
+                if not kind or metric.endswith("_stderr"):
+                    continue
+                row = {"task": task}
+                if length is not None:
+                    if metric.isdecimal() and int(metric) != length:
+                        continue  # RULER's tasks have a metric for every length
+                    row["length"] = length
+                    name = f"{ruler.METRIC},{kind}" if metric.isdecimal() else name
+                error = _number(metrics.get(f"{metric}_stderr,{kind}"))
+                rows.append({**row, "metric": name, "value": float(value), "stderr": error})
         if not rows:
             raise UserError(
                 f"LmEval.tasks: {', '.join(self.tasks)} measures nothing: mend the task"
             )
         return rows
 
+    def _cannot_load(self, error: Exception) -> UserError:
+        what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        advice = "mend the task, or see to its data"
+        if self.lengths is None and "tokenizer" in what:  # what RULER's tasks are missing
+            advice = "set LmEval.lengths"
+        return UserError(
+            f"LmEval.tasks: the harness cannot load {', '.join(self.tasks)} ({what}): {advice}"
+        )
+
+    def _check_tasks(self, tasks: dict[str, Any]) -> None:
+        """Raises UserError for those that cannot be asked."""
+        for name, task in tasks.items():
+            if getattr(task, "UNSAFE_CODE", False):
+                raise UserError(
+                    f"LmEval.tasks: {name} runs code that the model writes: leave it out"
+                )
+            if getattr(task, "MULTIMODAL", False):
+                raise UserError(f"LmEval.tasks: {name} asks about images or sounds: leave it out")
+            if self.lengths and task.get_config("custom_dataset") is None:
+                raise UserError(
+                    f"LmEval.lengths: {name} has questions of its own length: leave lengths out, "
+                    "in an LmEval of its own"
+                )
+
+    @contextlib.contextmanager
+    def _templates(self, lm: LanguageModel) -> Iterator[Any]:
+        """The tokenizer that has the chat template, if one is wanted.
+
+        Raises:
+          UserError: the checkpoint has none.
+        """
+        if not self.apply_chat_template:
+            yield None
+            return
+        import transformers
+
+        with tempfile.TemporaryDirectory() as directory:
+            for name in (configs.CONFIG, *tokenizers.FILES):
+                if lm.files is not None and (lm.files / name).exists():
+                    (lm.files / name).copy(epath.Path(directory) / name)
+            tokenizer = None
+            if os.listdir(directory):
+                tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+            if tokenizer is None or not tokenizer.chat_template:
+                raise UserError(
+                    "LmEval.apply_chat_template: the checkpoint has no chat template: put "
+                    "chat_template.jinja beside its tokenizer, or leave this out"
+                )
+            yield tokenizer
+
     def scalars(self, rows) -> dict[str, float]:
-        """Every metric of every task."""
-        return {f"{self.name}/{row['task']}/{row['metric']}": row["value"] for row in rows}
+        """Every metric of every task, and length."""
+        return {
+            "/".join(map(str, (self.name, row["task"], row["metric"], *_length(row)))): row["value"]
+            for row in rows
+        }
 
     def table(self, rows) -> str:
         """The rows as text."""
         wide = max(len(row["task"]) for row in rows)
         lines = []
         for row in rows:
+            length = "".join(f" {length:>9,d}" for length in _length(row))
             error = "" if row["stderr"] is None else f" ±{row['stderr']:.3f}"
-            lines.append(f"{row['task']:<{wide}}  {row['metric']:<24} {row['value']:8.3f}{error}")
+            value = f"{row['metric']:<24} {row['value']:8.3f}{error}"
+            lines.append(f"{row['task']:<{wide}}{length}  {value}")
         return "\n".join(lines)
 
     def plot(self, rows, path: epath.Path) -> None:
-        """A bar for every metric that is a share, as a PNG."""
+        """A bar for every metric that is a share, or a curve by length, as a PNG."""
         shares = [row for row in rows if 0 <= row["value"] <= 1]
         if not shares:
             return
         figure, axes = plots.new()
-        figure.set_figheight(max(2.5, 0.8 + 0.3 * len(shares)))
-        names = [f"{row['task']}: {row['metric'].partition(',')[0]}" for row in shares]
-        errors = [100 * (row["stderr"] or 0) for row in shares]
-        axes.barh(names, [100 * row["value"] for row in shares], xerr=errors, capsize=3)
-        axes.invert_yaxis()
-        axes.set_xlim(0, 100)
-        axes.set_xlabel("%")
+        if self.lengths:
+            metrics = {row["metric"].partition(",")[0] for row in shares}
+            alone = len(metrics) == 1
+            of_curve: dict[str, list[dict[str, Any]]] = {}
+            for row in sorted(shares, key=lambda row: row["length"]):
+                of_curve.setdefault(row["task"] if alone else _curve(row), []).append(row)
+            for name, points in of_curve.items():
+                lengths = [row["length"] for row in points]
+                values, errors = _percent(points)
+                axes.errorbar(lengths, values, yerr=errors, fmt="o-", capsize=4, label=name)
+            plots.sizes_along(axes, sorted(set(self.lengths)))
+            axes.set_ylim(-3, 103)
+            axes.set_xlabel("question and answer (tokens)")
+            axes.set_ylabel(f"{metrics.pop()} (%)" if alone else "%")
+            axes.legend()
+        else:
+            figure.set_figheight(max(2.5, 0.8 + 0.3 * len(shares)))
+            values, errors = _percent(shares)
+            axes.barh([_curve(row) for row in shares], values, xerr=errors, capsize=3)
+            axes.invert_yaxis()
+            axes.set_xlim(0, 100)
+            axes.set_xlabel("%")
         plots.save(figure, path)
+
+
+def _length(row: dict[str, Any]) -> tuple[int, ...]:
+    return (row["length"],) if "length" in row else ()
+
+
+def _curve(row: dict[str, Any]) -> str:
+    return f"{row['task']}: {row['metric'].partition(',')[0]}"
+
+
+def _percent(rows: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """Values, and their standard errors."""
+    return [100 * row["value"] for row in rows], [100 * (row["stderr"] or 0) for row in rows]
+
+
+def _generation_config(lm: LanguageModel) -> dict[str, Any]:
+    """The settings that came with a model, if it has some.
+
+    Raises:
+      UserError: they cannot be read.
+    """
+    path = None if lm.files is None else lm.files / "generation_config.json"
+    if path is None or not path.exists():
+        return {}
+    try:
+        settings = json.loads(path.read_text())
+        if isinstance(settings, dict):
+            return settings
+    except ValueError:
+        pass
+    raise UserError(f"{path}: damaged, no JSON object: restore it from a copy")
 
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) else None
-
-
-def _adapter(lm: LanguageModel, vocabulary: Any, memory: MemoryConfig, rows: int):
-    """The model as the harness wants it."""
-    from lm_eval.api.model import TemplateLM
-
-    start = vocabulary.eos if vocabulary.bos is None else vocabulary.bos
-
-    class Adapter(TemplateLM):
-        eot_token_id = vocabulary.eos
-        prefix_token_id = start
-
-        def tok_encode(self, string, add_special_tokens=None, **kwargs):
-            tokens = list(vocabulary.encode(string))
-            return tokens if add_special_tokens is False else [start, *tokens]
-
-        def _loglikelihood_tokens(self, requests, **kwargs):
-            texts = [[*context, *continuation] for _, context, continuation in requests]
-            found = []
-            for scores, (_, _, continuation) in zip(_scores(texts), requests, strict=True):
-                nats, correct = (x[len(x) - len(continuation) :] for x in scores)
-                found.append((-float(nats.sum()), bool(correct.all())))
-            return found
-
-        def loglikelihood_rolling(self, requests, disable_tqdm=False):
-            texts = [self.tok_encode(request.args[0]) for request in requests]
-            return [-float(nats.sum()) for nats, _ in _scores(texts)]
-
-        def generate_until(self, requests, disable_tqdm=False):
-            return [text for some in _batches(requests, rows) for text in self._write(some)]
-
-        def _write(self, requests):
-            prompts = [self.tok_encode(request.args[0]) for request in requests]
-            wanted = [request.args[1] for request in requests]
-            longest = [each.get("max_gen_toks", DEFAULT_NEW_TOKENS) for each in wanted]
-            temperatures = {each.get("temperature", 0) or 0 for each in wanted}
-            if len(temperatures) > 1:
-                return [text for request in requests for text in self._write([request])]
-            written = lm.generate(
-                prompts,
-                max(longest),
-                temperature=temperatures.pop(),
-                stop=vocabulary.ends,
-                memory=memory,
-                last_context_length=last_context(lm.config, max(longest)),
-            )
-            tokens = (new[:most] for new, most in zip(written, longest, strict=True))
-            texts = map(vocabulary.decode, tokens)
-            return [_until(text, each) for text, each in zip(texts, wanted, strict=True)]
-
-    def _scores(texts: Sequence[list[int]]):
-        """(nats, correct) of every token but the first of each text, in order."""
-        found: list[Any] = [None] * len(texts)
-        last = last_context(lm.config)
-        by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for _, alike in itertools.groupby(by_length, key=lambda i: len(texts[i])):
-            for some in _batches(list(alike), rows):
-                texts_now = [texts[i] for i in some]
-                scores = lm.score(texts_now, memory=memory, last_context_length=last)
-                for i, nats, correct in zip(some, *scores, strict=True):
-                    found[i] = (nats, correct)
-        return found
-
-    return Adapter()
-
-
-def _batches(items: Sequence, size: int) -> list[Sequence]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _until(text: str, wanted: dict[str, Any]) -> str:
-    """Up to the first of the strings that a task ends answers with."""
-    stops = wanted.get("until") or []
-    for stop in [stops] if isinstance(stops, str) else stops:
-        text = text.partition(stop)[0] if stop else text
-    return text

@@ -58,12 +58,17 @@ def check_rows(path: epath.PathLike, vocabulary: Vocabulary | None, rows: int) -
         )
 
 
+def files_of(path: epath.PathLike) -> epath.Path | None:
+    """The directory with what came with a model beside its weights; None where nothing did."""
+    if configs.is_directory(path):
+        return epath.Path(path)
+    kept = checkpoint.locate(path)[0].parent / KEPT
+    return kept if configs.is_directory(kept) else None
+
+
 def keep_files(path: epath.PathLike, workdir: epath.Path) -> None:
     """Copies into a workdir what came with a model beside its weights, for `fot convert to-hf`."""
-    source = epath.Path(path)
-    if not configs.is_directory(source):
-        source = checkpoint.locate(path)[0].parent / KEPT
-    if configs.is_directory(source):
+    if (source := files_of(path)) is not None:
         (workdir / KEPT).mkdir(exist_ok=True)
         for name in (configs.CONFIG, tokenizers.GENERATION, *tokenizers.FILES):
             if (source / name).exists():

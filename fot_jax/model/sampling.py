@@ -16,7 +16,7 @@ import numpy as np
 from fot_jax.model import inference, transformer
 from fot_jax.model.inference import Cache
 
-MOST_LIKELY, TOP_P, ANY = "most likely", "top p", "any"
+MOST_LIKELY, LIKELY, ANY = "most likely", "likely", "any"
 
 
 class Numbers(NamedTuple):
@@ -24,6 +24,7 @@ class Numbers(NamedTuple):
 
     keys: jax.Array  # [B]
     temperature: np.float32
+    top_k: np.int32
     top_p: np.float32
 
 
@@ -34,15 +35,19 @@ class Draw(NamedTuple):
     numbers: Numbers
 
     @classmethod
-    def of(cls, temperature: float, top_p: float, seeds: Sequence[int]) -> Draw:
-        """Among the fewest tokens that have the probability top_p together; or, at temperature 0,
-        always the most likely one. Every row has a seed of its own."""
+    def of(cls, temperature: float, top_k: int | None, top_p: float, seeds: Sequence[int]) -> Draw:
+        """Among the top_k most likely tokens, and of these the fewest that have a share of top_p of
+        their probability; or, at temperature 0, always the most likely one. Every row has a seed of
+        its own."""
         temperature = min(float(temperature), 1e30)  # in float32, all that follows is infinite
-        among = MOST_LIKELY if temperature < 1e-30 else TOP_P if top_p < 1 else ANY
+        few = top_k is not None or top_p < 1
+        among = MOST_LIKELY if temperature < 1e-30 else LIKELY if few else ANY
+        top_k = 2**31 - 1 if top_k is None else min(top_k, 2**31 - 1)
         # A key takes 32 bits of a seed.
         keys = [jax.random.fold_in(jax.random.key(s % 2**32), s // 2**32) for s in seeds]
         keys = jnp.stack(keys)
-        return cls(among, Numbers(keys, np.float32(temperature), np.float32(top_p)))
+        numbers = np.float32(temperature), np.int32(top_k), np.float32(top_p)
+        return cls(among, Numbers(keys, *numbers))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -74,10 +79,11 @@ def _choose(among: str, logits, numbers: Numbers, step) -> jax.Array:
     if among == MOST_LIKELY:
         return logits.argmax(-1).astype(jnp.int32)
     logits = (logits - logits.max(-1, keepdims=True)) / numbers.temperature
-    if among == TOP_P:
+    if among == LIKELY:
         descending = -jnp.sort(-logits, -1)
-        p = jax.nn.softmax(descending, -1)
-        kept = (jnp.cumsum(p, -1) - p < numbers.top_p).at[:, 0].set(True)
+        kept = jnp.arange(logits.shape[-1]) < numbers.top_k
+        p = jax.nn.softmax(jnp.where(kept, descending, -jnp.inf), -1)
+        kept = (kept & (jnp.cumsum(p, -1) - p < numbers.top_p)).at[:, 0].set(True)
         least = jnp.where(kept, descending, jnp.inf).min(-1, keepdims=True)
         logits = jnp.where(logits >= least, logits, -jnp.inf)
     keys = jax.vmap(jax.random.fold_in, (0, None))(numbers.keys, step)
