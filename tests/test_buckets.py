@@ -7,7 +7,7 @@ import sys
 import pytest
 from etils import epath
 
-from fot_jax.paths import create
+from fot_jax.paths import create, written_here
 
 
 @pytest.fixture
@@ -48,6 +48,15 @@ def test_no_bucket_is_made_or_removed(cloud, bucket):
     epath.Path(bucket.url).rmtree(missing_ok=True)
     epath.Path(bucket.url).unlink(missing_ok=True)
     bucket.put("still", "there")
+
+
+def test_what_cannot_write_there_is_copied(bucket, tmp_path):
+    for directory in (f"{bucket.url}/run/profile", tmp_path / "run" / "profile"):
+        with written_here(directory) as here:
+            (epath.Path(here) / "plugins").mkdir(parents=True)
+            (epath.Path(here) / "plugins" / "trace").write_text("trace")
+    assert bucket.files() == {"run/profile/plugins/trace": b"trace"}
+    assert (tmp_path / "run" / "profile" / "plugins" / "trace").read_text() == "trace"
 
 
 ASKED = {
@@ -95,7 +104,7 @@ def test_what_is_refused_does_not_pass_for_a_file_that_is_not_there(look, files,
 
 CREATES = """
 import sys
-from fot_jax.paths import create
+from fot_jax.paths import create, written_here
 sys.stdin.readline()
 try:
     create(sys.argv[1], sys.argv[2].encode())
