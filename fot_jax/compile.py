@@ -31,6 +31,7 @@ from fot_jax.topologies import Topology, topology_of
 from fot_jax.training import costs
 from fot_jax.training.partitioning import MeshShape
 from fot_jax.training.step import ScheduleOfD
+from fot_jax.units import bytes_of
 
 GIB = 2**30
 
@@ -224,7 +225,7 @@ def compile_program(program: Program, compute: Compute, name: str) -> Report:
         **known,
         fits=True,
         used=memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
-        available=chip.hbm_bytes // chip.devices,
+        available=chip.program_bytes,
         parameters=parameters,
         optimizer=optimizer,
         batch=batch,
@@ -266,13 +267,12 @@ def _least_messages(program: Program, plan: Plan, compute: Compute) -> int:
 
 def _out_of_memory(error: Exception) -> tuple[int, int]:
     """Bytes needed and available, as the compiler says them; or raises its error."""
-    units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    found = re.search(r"\(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG])\)", str(error))
-    found = found or re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", str(error))
+    size = r"([\d.]+[KMGTPE]?i?B?)"
+    found = re.search(rf"\({size}\) exceeds available HBM \({size}\)", str(error))
+    found = found or re.search(rf"Used {size} of {size} hbm", str(error))
     if not found:
         raise error
-    used, used_unit, available, unit = found.groups()
-    return round(float(used) * units[used_unit]), round(float(available) * units[unit])
+    return bytes_of(found[1]), bytes_of(found[2])
 
 
 # --- Suggestions ---------------------------------------------------------------------------------
@@ -295,9 +295,12 @@ def suggestions(
         for fsdp in sorted({rest // tensor // n for n in (1, 4, 16) if rest // tensor >= n})
         if rest % (fsdp * tensor) == 0
     ]
-    own = dataclasses.replace(compute.mesh, data=rest // (compute.mesh.fsdp * compute.mesh.tensor))
+    # The file's own, if it leaves a device for a row: the slice may be another one than it is for.
+    own = compute.mesh.fsdp * compute.mesh.tensor
+    if rest >= own:
+        meshes.insert(0, dataclasses.replace(compute.mesh, data=rest // own))
     refused, tried = None, False
-    for mesh in dict.fromkeys((own, *meshes)):
+    for mesh in dict.fromkeys(meshes):
         microbatches = sorted({1, 2, 4, compute.accumulation})
         for accumulation, remat in itertools.product(microbatches, ("none", *REMAT_POLICIES)):
             try:
@@ -325,7 +328,7 @@ def table(report: Report) -> str:
     verdict = "fits" if report.fits else "DOES NOT FIT"
     lines = [
         f"{several}{report.topology}: {verdict}: {_gib(report.used)} of "
-        f"{_gib(report.available)} GiB of a device's memory",
+        f"{_gib(report.available)} GiB that a program may take of a device's memory",
         f"  mesh {mesh}; remat {report.remat}; {report.accumulation} microbatches"
         + ("" if report.d is None else f"; d = {report.d}"),
     ]

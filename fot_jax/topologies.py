@@ -19,7 +19,7 @@ class Chip:
     Attributes:
       cores: TensorCores that the name of a slice counts of a chip.
       devices: JAX devices of a chip.
-      hbm_bytes: memory of a chip.
+      program_bytes: memory of a device that a program may take.
       flops: bfloat16 products, FLOP/s of a chip.
       hbm_rate: bytes/s between a chip and its memory.
       ici_rate: bytes/s that a chip can send to its neighbours, all links together, one way.
@@ -30,7 +30,7 @@ class Chip:
 
     cores: int
     devices: int
-    hbm_bytes: int
+    program_bytes: int
     flops: float
     hbm_rate: float
     ici_rate: float
@@ -42,28 +42,34 @@ class Chip:
 
 _BASE = "tpu-ubuntu2204-base"
 
-# Memory, FLOP/s and rates: the "System architecture" page of each chip in Cloud TPU's
+
+def _gib(number: float) -> int:
+    return round(number * 2**30)
+
+
+# Memory: what the compiler says is available where a program takes more (libtpu 0.0.42.1), to two
+# digits. FLOP/s and rates: the "System architecture" page of each chip in Cloud TPU's
 # documentation; links of v2 … v4: Jouppi et al., arXiv 2304.01433, tables 1 and 4.
 CHIPS = {
-    "v2": Chip(2, 2, 16 * 2**30, 46e12, 700e9, 248e9, "v2", _BASE, None, None),
+    "v2": Chip(2, 2, _gib(7.48), 46e12, 700e9, 248e9, "v2", _BASE, None, None),
     "v3": Chip(
-        *(2, 2, 32 * 2**30, 123e12, 900e9, 280e9, "v3", _BASE),
+        *(2, 2, _gib(15.48), 123e12, 900e9, 280e9, "v3", _BASE),
         *("ct3p-hightpu-4t", "tpu-v3-slice"),
     ),
     "v4": Chip(
-        *(2, 1, 32 * 2**30, 275e12, 1228e9, 300e9, "v4", _BASE),
+        *(2, 1, _gib(30.75), 275e12, 1228e9, 300e9, "v4", _BASE),
         *("ct4p-hightpu-4t", "tpu-v4-podslice"),
     ),
     "v5e": Chip(
-        *(1, 1, 16 * 2**30, 197e12, 819e9, 200e9, "v5litepod", "v2-alpha-tpuv5-lite"),
+        *(1, 1, _gib(15.75), 197e12, 819e9, 200e9, "v5litepod", "v2-alpha-tpuv5-lite"),
         *("ct5lp-hightpu-4t", "tpu-v5-lite-podslice"),
     ),
     "v5p": Chip(
-        *(2, 1, 95 * 2**30, 459e12, 2765e9, 600e9, "v5p", "v2-alpha-tpuv5"),
+        *(2, 1, _gib(95.74), 459e12, 2765e9, 600e9, "v5p", "v2-alpha-tpuv5"),
         *("ct5p-hightpu-4t", "tpu-v5p-slice"),
     ),
     "v6e": Chip(
-        *(1, 1, 32 * 2**30, 918e12, 1640e9, 400e9, "v6e", "v2-alpha-tpuv6e"),
+        *(1, 1, _gib(31.25), 918e12, 1640e9, 400e9, "v6e", "v2-alpha-tpuv6e"),
         *("ct6e-standard-4t", "tpu-v6e-slice"),
     ),
 }

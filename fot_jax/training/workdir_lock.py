@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,21 +42,41 @@ def held(workdir: str) -> Iterator[None]:
     Raises:
       UserError: another run is going on there, or nothing can be written.
     """
-    path = path_of(workdir)
+    path = str(path_of(workdir))
+    taking = (_take_in_bucket if in_bucket(path) else _take_on_disk)(path)
     with contextlib.ExitStack() as stack:
-        failure = ""
-        if jax.process_index() == 0:
-            try:
-                kind = _in_bucket if in_bucket(path) else _on_disk
-                stack.enter_context(kind(str(path)))
-            except UserError as error:
-                failure = str(error)
-            except OSError as error:
-                why = error.strerror or str(error)
-                failure = f"{workdir}: cannot be written ({why}): choose another workdir"
-        if failure := _said_by_the_first(failure):
-            raise UserError(failure)
+        while True:
+            said = ""
+            if jax.process_index() == 0:
+                try:
+                    if (taken := _taken(taking)) is None:
+                        said = _WAITING
+                    else:
+                        stack.enter_context(taken)
+                except UserError as error:
+                    said = str(error)
+                except OSError as error:
+                    why = error.strerror or str(error)
+                    said = f"{workdir}: cannot be written ({why}): choose another workdir"
+            # While the first one waits, the others hear of it, or they would take it for gone.
+            said = _said_by_the_first(said)
+            if said != _WAITING:
+                break
+        if said:
+            raise UserError(said)
         yield
+
+
+_WAITING = "waiting"
+# Goes on while it waits for another run to show whether it lives; ends with what has the workdir.
+_Taking = Generator[None, None, contextlib.AbstractContextManager[None]]
+
+
+def _taken(taking: _Taking) -> contextlib.AbstractContextManager[None] | None:
+    try:
+        return next(taking)
+    except StopIteration as end:
+        return end.value
 
 
 def _said_by_the_first(line: str) -> str:
@@ -95,10 +115,11 @@ def _machine() -> str | None:
 
 
 def _began(pid: int) -> str | None:
-    """When a process of this machine began, in ticks; None: there is none."""
+    """When a process of this machine began, in ticks; None: there is none, or it has ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else fields[18]
+    except (OSError, IndexError, ValueError):
         return None
 
 
@@ -106,7 +127,7 @@ def _lives_here(owner: dict[str, Any]) -> bool | None:
     """Whether a process goes on; None: it is not of this machine."""
     if owner.get("machine") is None or owner["machine"] != _machine():
         return None
-    return _began(owner["pid"]) == owner["began"]
+    return _began(owner.get("pid")) == owner.get("began") is not None
 
 
 def _owner(content: bytes) -> dict[str, Any]:
@@ -130,6 +151,11 @@ def _refused(workdir: str, owner: dict[str, Any]) -> UserError:
 # --- Disks ---------------------------------------------------------------------------------------
 
 
+def _take_on_disk(workdir: str) -> _Taking:
+    yield from ()  # there is nothing to wait for
+    return _on_disk(workdir)
+
+
 @contextlib.contextmanager
 def _on_disk(workdir: str) -> Iterator[None]:
     made = _make(workdir)
@@ -141,13 +167,21 @@ def _on_disk(workdir: str) -> Iterator[None]:
             os.pwrite(file, json.dumps(_me()).encode(), 0)
             yield
         finally:
-            with contextlib.suppress(OSError):  # with all of the workdir
+            if _is_of(path, file):  # the workdir may have been moved, and another run begun
                 os.unlink(path)
             os.close(file)
     finally:
         for directory in made:  # where nothing was written
             with contextlib.suppress(OSError):
                 os.rmdir(directory)
+
+
+def _is_of(path: str, file: int) -> bool:
+    """Whether a name is that of an open file."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file))
+    except OSError:
+        return False
 
 
 def _make(directory: str) -> list[str]:
@@ -168,7 +202,7 @@ def _locked(workdir: str, path: str) -> int:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The one that held it may have removed it in between, and another made a new one.
-            if os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file)):
+            if _is_of(path, file):
                 return file
         except BlockingIOError:
             owner = _owner(os.pread(file, 4096, 0))
@@ -183,8 +217,7 @@ def _locked(workdir: str, path: str) -> int:
 # --- Buckets -------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _in_bucket(workdir: str) -> Iterator[None]:
+def _take_in_bucket(workdir: str) -> _Taking:
     path, me = f"{workdir.rstrip('/')}/{RUNNING}", _me()
     while True:
         made = False
@@ -202,19 +235,30 @@ def _in_bucket(workdir: str) -> Iterator[None]:
             continue
         owner, generation, _ = found
         if owner.get("token") == me["token"]:
-            break
-        if _lives_here(owner) or _lives_here(owner) is None and _gives_signs(workdir, path, found):
+            return _in_bucket(workdir, path, generation)
+        lives = _lives_here(owner)
+        if lives is None:
+            lives = yield from _gives_signs(workdir, path, found)
+        if lives:
             raise _refused(workdir, owner)
         logging.warning("%s: its run (%s) is no more: going on", workdir, owner.get("host"))
         _remove(path, generation)
+
+
+@contextlib.contextmanager
+def _in_bucket(workdir: str, path: str, generation: str) -> Iterator[None]:
     ended = threading.Event()
-    beats = threading.Thread(target=_beat, args=(workdir, path, generation, ended), daemon=True)
-    beats.start()
     try:
+        _beat(path, generation, 0)  # without the right to, others would take this run for dead
+        beats = threading.Thread(
+            target=_keep_beating, args=(workdir, path, generation, ended), daemon=True
+        )
+        beats.start()
         yield
-    finally:
         ended.set()
         beats.join()
+    finally:
+        ended.set()
         with contextlib.suppress(OSError):
             _remove(path, generation)
 
@@ -230,7 +274,9 @@ def _read(path: str) -> tuple[dict[str, Any], str, str] | None:
     return _owner(content), str(info["generation"]), (info.get("metadata") or {}).get("beat", "")
 
 
-def _gives_signs(workdir: str, path: str, found: tuple[dict[str, Any], str, str]) -> bool:
+def _gives_signs(
+    workdir: str, path: str, found: tuple[dict[str, Any], str, str]
+) -> Generator[None, None, bool]:
     """Whether the owner, of another machine, is seen to live within the lease."""
     host = found[0].get("host", "another machine")
     logging.warning(
@@ -239,19 +285,21 @@ def _gives_signs(workdir: str, path: str, found: tuple[dict[str, Any], str, str]
     )
     deadline = time.monotonic() + LEASE_SECONDS
     while time.monotonic() < deadline:
-        time.sleep(min(5.0, LEASE_SECONDS / 4))
+        time.sleep(1.0)
+        yield
         if (now := _read(path)) != found:
             return now is not None and now[1] == found[1]
     return False
 
 
-def _beat(workdir: str, path: str, generation: str, ended: threading.Event) -> None:
+def _keep_beating(workdir: str, path: str, generation: str, ended: threading.Event) -> None:
     """Gives signs of life until the run has ended, or ends it where another one has taken over."""
-    bucket, name = path.removeprefix("gs://").split("/", 1)
-    files, count = fsspec.filesystem("gs"), 0
+    count = 0
     while not ended.wait(BEAT_SECONDS):
         count += 1
-        try:
+        with contextlib.suppress(
+            OSError
+        ):  # the network: there is time until LEASE_SECONDS are over
             found = _read(path)
             if found is None or found[1] != generation:
                 print(
@@ -261,13 +309,16 @@ def _beat(workdir: str, path: str, generation: str, ended: threading.Event) -> N
                     flush=True,
                 )
                 os._exit(2)
-            files.call(
-                *("PATCH", "b/{}/o/{}", bucket, name),
-                ifGenerationMatch=generation,
-                json={"metadata": {"beat": str(count)}},
-            )
-        except OSError:  # the network: there is time until LEASE_SECONDS are over
-            continue
+            _beat(path, generation, count)
+
+
+def _beat(path: str, generation: str, count: int) -> None:
+    bucket, name = path.removeprefix("gs://").split("/", 1)
+    fsspec.filesystem("gs").call(
+        *("PATCH", "b/{}/o/{}", bucket, name),
+        ifGenerationMatch=generation,
+        json={"metadata": {"beat": str(count)}},
+    )
 
 
 def _remove(path: str, generation: str) -> None:

@@ -1,5 +1,6 @@
 """One run at a time in a workdir, on a disk and in a bucket."""
 
+import contextlib
 import json
 import os
 import random
@@ -128,6 +129,37 @@ def soon(monkeypatch):
 def as_of_another_machine(bucket):
     content = json.loads(bucket.get(f"run/{RUNNING}"))
     bucket.put(f"run/{RUNNING}", json.dumps(content | {"machine": "another", "host": "pod-7"}))
+
+
+def test_a_workdir_that_is_moved_away_is_another(tmp_path):
+    """The run that goes on in it removes no name of the one that was begun in its place."""
+    run, moved = str(tmp_path / "run"), str(tmp_path / "moved")
+    with contextlib.ExitStack() as first:
+        first.enter_context(held(run))
+        os.rename(run, moved)
+        with held(run):
+            first.close()
+            with pytest.raises(UserError, match="a run is going on there"):
+                with held(run):
+                    pass
+
+
+def test_without_the_right_to_give_signs_of_life_there_is_no_run(bucket, cloud):
+    cloud.forbidden = {"storage.objects.update"}
+    with pytest.raises(UserError, match="cannot be written .*does not have storage.objects.update"):
+        with held(f"{bucket.url}/run"):
+            pass
+    assert bucket.names() == []
+
+
+def test_in_a_bucket_a_process_that_nobody_waited_for_is_dead(bucket):
+    process, said = holder(f"{bucket.url}/run")
+    assert said == "held"
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+    with held(f"{bucket.url}/run"):
+        pass
+    process.wait()
 
 
 def test_in_a_bucket_another_machine_that_lives_is_seen_to(bucket, soon, monkeypatch, caplog):
