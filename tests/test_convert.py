@@ -525,7 +525,7 @@ def test_what_is_refused(two, capsys):
         "model.memory_layers has 3, but layers are numbered 0 … 2"
     )
     assert refused(capsys, "from-hf", "a", "out", "--local_context", "0") == (
-        "model.local_context = 0: give a whole number, 1 or more"
+        "model.local_context = 0: give a whole number from 1 to 4,194,304"
     )
     for direction in ("from-hf", "to-hf"):
         assert refused(capsys, direction, "a", "gs://a/b") == (

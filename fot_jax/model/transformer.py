@@ -33,6 +33,18 @@ from fot_jax.errors import UserError, check_range
 from fot_jax.model import cached_context, crossbatch, layout, schemes
 from fot_jax.model.cached_context import Cached
 
+# Beyond what anyone trains, and far below where shapes and tables of positions are too large to be
+# made at all.
+_LARGEST = {
+    "vocab_size": 2**27,
+    "hidden_size": 2**20,
+    "num_layers": 2**14,
+    "num_heads": 2**14,
+    "num_kv_heads": 2**14,
+    "head_dim": 2**14,
+    "mlp_dim": 2**22,
+    "local_context": 2**22,
+}
 ROPE_SCALINGS = ("llama3", "linear", "dynamic", "yarn")
 
 
@@ -130,12 +142,12 @@ class ModelConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "memory_layers", tuple(sorted(set(self.memory_layers))))
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (not isinstance(value, int) or value < 1):
-                raise UserError(f"model.{field.name} = {value!r}: give a whole number, 1 or more")
-        check_range("model", 1, rope_theta=self.rope_theta)
-        check_range("model", 0, norm_epsilon=self.norm_epsilon)
+        for name, most in _LARGEST.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= most:
+                raise UserError(f"model.{name} = {value!r}: give a whole number from 1 to {most:,}")
+        check_range("model", 1, 1e18, rope_theta=self.rope_theta)
+        check_range("model", 0, 1, norm_epsilon=self.norm_epsilon)
         last = {"last_context_length": self.last_context_length}
         check_range("model", 1, 2**31 - 1, whole=True, **last)
         if self.num_heads % self.num_kv_heads:

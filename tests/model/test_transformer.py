@@ -472,7 +472,7 @@ def test_bfloat16_is_close_and_parameters_stay_float32(family):
     [
         (dict(num_heads=3), "model.num_heads = 3 is not a multiple of model.num_kv_heads = 2"),
         (dict(head_dim=7), "model.head_dim = 7 is odd"),
-        (dict(num_layers=0), "model.num_layers = 0: give a whole number, 1 or more"),
+        (dict(num_layers=0), "model.num_layers = 0: give a whole number from 1 to 16,384"),
         (dict(hidden_size=32.0), "model.hidden_size = 32.0: give a whole number"),
         (dict(memory_layers=(1, 4)), "memory_layers has 4, but layers are numbered 0 … 2"),
         (dict(memory_layers=(-1,)), "memory_layers has -1, but layers are numbered 0 … 2"),
