@@ -32,6 +32,7 @@ from fot_jax.model.transformer import ModelConfig, RopeScaling
 from fot_jax.paths import absolute, google_errors, in_bucket, path_of
 from fot_jax.training import checkpoint_items as items
 from fot_jax.training.agreement import all_agree
+from fot_jax.units import in_bytes
 
 T = TypeVar("T")
 
@@ -194,10 +195,23 @@ def _attempt(what: str, read: Callable[[], T]) -> T:
             raise
         if why := _not_to_be_had(error):
             raise UserError(why) from error
-        failure = f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        failure = f"{what}: {_reason(error)}"
     if not all_agree(failure is None):
         raise _Unreadable(failure or f"{what}: another process cannot read it")
     return value
+
+
+def _reason(error: Exception) -> str:
+    """What a person needs of an error; of TensorStore's, which tell all their drivers, the end."""
+    if str(error).startswith("Encountered error while reading") and error.__cause__ is not None:
+        error = error.__cause__  # Orbax's own tells the array's whole specification
+    line = re.split(r" \[[\w ]+(?:\[\d+\])?='", " ".join(str(error).split()))[0]
+    files = list(re.finditer(r'local file "([^"]+)"', line))
+    if not files:
+        return f"{type(error).__name__}: {line[:150]}"
+    said = line[files[-1].end() :].strip(": ")[:150]
+    missing = "is missing" if "NOT_FOUND" in line else "cannot be read"
+    return f"{epath.Path(files[-1][1]).name}: {said or missing}"
 
 
 def _not_to_be_had(error: Exception) -> str | None:
@@ -512,8 +526,8 @@ class Checkpointer:
 
     def _no_space(self, what: str) -> str:
         return (
-            f"{self.directory}: no space left for {what}: {self._needed / 1e9:.3f} GB needed, "
-            f"{self._free() / 1e9:.3f} GB free: make room or lower keep_last"
+            f"{self.directory}: no space left for {what}: {in_bytes(self._needed)} needed, "
+            f"{in_bytes(self._free())} free: make room or lower keep_last"
         )
 
     def _free(self) -> float:

@@ -467,6 +467,19 @@ def test_bfloat16_is_close_and_parameters_stay_float32(family):
 # --- Bad input -----------------------------------------------------------------------------------
 
 
+SIZES = [each.name for each in dataclasses.fields(ModelConfig) if each.type == "int"]
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("value", [0, -1, 2**31, 2**40, 2**63, 8.0, True, "8", None])
+def test_sizes_have_bounds(name, value):
+    """A slip of the keyboard is said, and no shape or table is made of it."""
+    with pytest.raises(
+        UserError, match=rf"model.{name} = .*: give a whole number from 1 to [\d,]+"
+    ):
+        dataclasses.replace(LLAMA, **{name: value})
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
