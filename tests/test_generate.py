@@ -138,6 +138,52 @@ def test_stop_tokens_end_a_row():
     assert steps == [[None, None]]  # and nothing after that
 
 
+def test_until_ends_a_row_after_the_token():
+    lm = model_of("llama")
+    prompts = [random_text(1, n, seed=n)[0].tolist() for n in (20, 30)]
+    whole = lm.generate(prompts, 40, temperature=0)
+    seen = []
+
+    def until(new):
+        seen.append(list(new))
+        return len(new) == (5 if new == whole[0][: len(new)] else 9)
+
+    steps = list(lm.stream(prompts, 40, temperature=0, until=until))
+    ended = [*whole[0][:5], *[None] * 4], whole[1][:9]
+    assert steps == [list(pair) for pair in zip(*ended, strict=True)]
+    assert len(seen) == 5 + 9
+    state = lm.read(np.zeros((2, 1), int))
+    new = lm.generate(prompts, 40, temperature=0, until=lambda row: len(row) == 5, state=state)
+    more = random_text(2, 10, seed=3)
+    got = lm.logits(more, state=state)
+    for row in range(2):
+        text = [0, *prompts[row], *new[row][:4], *more[row]]
+        feeds = [1, len(prompts[row]), *[1] * 4, 10]
+        np.testing.assert_allclose(got[row], by_rules("llama", text, feeds)[-10:], atol=1e-4)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (None, 0.6), (8, 0.7), (1, 0.5), (99, 1.0)])
+def test_tokens_are_drawn_among_those_of_transformers(top_k, top_p):
+    import torch
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    lm, count = model_of("llama"), 1000
+    prompt = random_text(1, 20)[0].tolist()
+    scores = torch.tensor(lm.logits([prompt])[:, -1])
+    warpers = [TemperatureLogitsWarper(0.8), TopPLogitsWarper(top_p)]
+    if top_k is not None:
+        warpers.insert(1, TopKLogitsWarper(top_k))
+    for warper in warpers:
+        scores = warper(None, scores)
+    want = scores.softmax(-1)[0].numpy()
+    draw = functools.partial(lm.generate, max_new_tokens=1, temperature=0.8, seed=range(count))
+    drawn = draw([prompt] * count, top_k=top_k, top_p=top_p)
+    found = np.bincount([token for (token,) in drawn], minlength=len(want)) / count
+    assert (found[want == 0] == 0).all()
+    np.testing.assert_allclose(found, want, atol=5 * (0.25 / count) ** 0.5)
+
+
 def test_what_a_state_holds_after_writing():
     """Prompt and new tokens, without stop tokens; read on, it is as if all had been one text."""
     lm = model_of("llama")
@@ -289,6 +335,7 @@ def test_bad_numbers():
         (dict(last_context_length=65), "last_context_length = 65: give 1 to 64, the local context"),
         (dict(last_context_length=0), "last_context_length = 0: give 1 to 64, the local context"),
         (dict(temperature=-1), "generate.temperature = -1: give 0 or more"),
+        (dict(top_k=0), "generate.top_k = 0: give 1 or more"),
         (dict(top_p=1.5), "generate.top_p = 1.5: give a number from 0 to 1"),
         (dict(seed=-1), "generate.seed = -1: give a number from 0"),
         (dict(seed=[1, 2]), "2 seeds for 1 prompts: give one for each"),

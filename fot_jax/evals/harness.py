@@ -90,9 +90,14 @@ class LmEval:
             cannot be had of this model, or here.
         """
         self.check(lm.config)
+        for length in self.lengths or ():
+            ruler.check(self.tasks, length, source.vocabulary.encode)
         with self._templates(lm) as templates, tempfile.TemporaryDirectory() as directory:
+            metadata: dict[str, Any] = {}
             if self.lengths:
                 tokenizers.write(source.vocabulary, epath.Path(directory))
+                metadata["tokenizer"] = directory
+            manager = self._manager(metadata)
             model = adapter(
                 *(lm, source.vocabulary, all_of_a_text(lm.config, self.storage, self.lookup)),
                 rows=self.rows,
@@ -102,22 +107,23 @@ class LmEval:
             )
             rows = []
             for length in self.lengths or (None,):
-                rows += self._rows(model, length, directory)
+                if length is not None:
+                    metadata["max_seq_lengths"] = [length]  # which the manager gives to tasks
+                rows += self._rows(model, manager, length)
         return rows
 
-    def _rows(self, model: Any, length: int | None, tokenizer: str) -> list[dict[str, Any]]:
-        """The rows of one length, of question and answer."""
-        from lm_eval import simple_evaluate
+    def _manager(self, metadata: dict[str, Any]) -> Any:
+        """What loads tasks, and says what is wrong with them.
+
+        Raises:
+          UserError: there is no such task.
+        """
         from lm_eval.tasks import TaskManager
 
         evaluation = self
 
         class Manager(TaskManager):
-            """Says what is wrong with tasks."""
-
             def load(self, task_list):
-                if length is not None:
-                    ruler.check(evaluation.tasks, length, model.tok_encode)
                 try:
                     loaded = super().load(task_list)
                 except Exception as error:  # from its YAML, templates, functions and data
@@ -125,15 +131,18 @@ class LmEval:
                 evaluation._check_tasks(loaded["tasks"])
                 return loaded
 
-        metadata = {"tokenizer": tokenizer, "max_seq_lengths": [length]}
-        manager = Manager(
-            include_path=self.include_path, metadata=None if length is None else metadata
-        )
+        manager = Manager(include_path=self.include_path, metadata=metadata)
         if unknown := [task for task in self.tasks if task not in manager.all_tasks]:
             raise UserError(
                 f"LmEval.tasks: the harness knows no {', '.join(unknown)}: see lm-eval ls tasks, "
                 "or set LmEval.include_path to a directory with it"
             )
+        return manager
+
+    def _rows(self, model: Any, manager: Any, length: int | None) -> list[dict[str, Any]]:
+        """The rows of one length, of question and answer."""
+        from lm_eval import simple_evaluate
+
         seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
         found = simple_evaluate(
             model=model,

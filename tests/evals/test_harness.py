@@ -7,7 +7,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from fot_jax.data.vocabulary import Bytes
+from fot_jax.data.vocabulary import Bytes, TrainedSentencePiece
 from fot_jax.errors import UserError
 from fot_jax.evals.harness import LmEval
 from fot_jax.generate import Scores
@@ -129,6 +129,24 @@ def tasks(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_index(tasks):
+    """Of the harness's 14,000 files, which takes seconds each time."""
+    from lm_eval.tasks.manager import TaskIndex
+
+    build, made = TaskIndex.build, {}
+
+    def once(paths):
+        key = tuple(map(str, paths))
+        if key not in made:
+            made[key] = build(paths)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskIndex, "build", staticmethod(once))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     """Of data sets, which would otherwise be in the home directory."""
@@ -175,11 +193,96 @@ def test_as_asked_for(tasks):
     assert speaker.last == {2048, 2048 - 12}  # all that fits, beside what is written
 
 
+class Parrot(Speaker):
+    """Writes down the last so many tokens of what it reads."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most, self.lengths = most, []
+
+    def generate(self, prompts, max_new_tokens, **options):
+        self.lengths += [len(prompt) + max_new_tokens for prompt in prompts]
+        return [prompt[-self.most :] for prompt in prompts]
+
+
+RULER = (
+    "niah_single_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "ruler_vt",
+    "ruler_cwe",
+    "ruler_fwe",
+)
+
+
+@pytest.fixture(scope="module")
+def english():
+    """Tokens of about half a word, as RULER's code wants them."""
+    sentences = (
+        "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.",
+        "Memorize and track the chain(s) of variable assignment hidden in the following text.",
+        "Find all variables that are assigned the value in the text above.",
+        "One of the special magic numbers for the uuid is: 0123456789-abcdef.",
+        "ABCDEFGHIJKLMNOPQRSTUVWXYZ VAR = VAR Question: Answer: jkqxz",
+    )
+    vocabulary = TrainedSentencePiece(460).train(sentences * 50)
+    return types.SimpleNamespace(vocabulary=vocabulary)
+
+
+@pytest.mark.slow
+def test_ruler_by_length(english, tmp_path):
+    """All is found in questions that are given back whole, little in their last 2,000 tokens."""
+    lengths, parrot = (2_000, 3_500), Parrot(2_000)
+    each = LmEval(RULER, lengths=lengths, limit=3, name="ruler")
+    rows = each.run(parrot, english)
+    assert [(row["length"], row["task"]) for row in rows] == [
+        (n, x) for n in lengths for x in RULER
+    ]
+    assert {row["metric"] for row in rows} == {"string_match,none"}
+    found = {(row["task"], row["length"]): row["value"] for row in rows}
+    assert all(found[task, 2_000] == 1 for task in RULER)
+    assert 0 < sum(found[task, 3_500] for task in RULER) < len(RULER)
+    asked = np.reshape(parrot.lengths, (2, -1))
+    assert asked.shape == (2, 3 * len(RULER))
+    for length, some in zip(lengths, asked, strict=True):
+        assert (length / 2 < some).all() and (some < 1.1 * length).all(), some
+    assert each.scalars(rows)["ruler/ruler_vt/string_match,none/2000"] == 1
+    assert "ruler_vt            2,000  string_match,none           1.000" in each.table(rows)
+    each.plot(rows, tmp_path / "x.png")
+    assert matplotlib.image.imread(tmp_path / "x.png", format="png").shape[0] > 300
+
+
+@pytest.mark.parametrize(
+    ("task", "length", "message"),
+    [
+        ("ruler_vt", 9_999, "the demonstration of ruler_vt takes "),  # bytes are too many
+        ("ruler_cwe", 1_500, "LmEval.lengths: 1500: a question of ruler_cwe takes "),
+        ("ruler_fwe", 300, "LmEval.lengths: 300: a question of ruler_fwe takes "),
+        (
+            "niah_single_1",
+            300,
+            "cannot load niah_single_1 (ValueError: Could not generate any samp",
+        ),
+        ("choices", 300, "LmEval.lengths: choices has questions of its own length"),
+        ("niah_single_1", None, "AssertionError: No tokenizer or pretrained provided"),
+    ],
+)
+@pytest.mark.slow
+def test_lengths_that_cannot_be_had(tasks, task, length, message):
+    lengths = None if length is None else (length,)
+    with pytest.raises(UserError) as raised:
+        evaluation(tasks, task, lengths=lengths).run(Speaker(), SOURCE)
+    assert message in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda tasks: LmEval(()), "LmEval.tasks = ()"),
         (lambda tasks: LmEval(("a",), rows=0), "LmEval.rows = 0"),
+        (lambda tasks: LmEval(("a",), lengths=()), "LmEval.lengths = (): give one length or more"),
+        (lambda tasks: LmEval(("a",), lengths=(9, 0)), "LmEval.lengths = 0"),
+        (lambda tasks: evaluation(tasks, "choices", apply_chat_template=True), "no chat template"),
         (lambda tasks: evaluation(tasks, "choices", "no_such"), "the harness knows no no_such"),
         (lambda tasks: LmEval(("a",), "nowhere"), "LmEval.include_path = 'nowhere': no such dir"),
         (lambda tasks: LmEval(("a",), seed=2**32), "LmEval.seed = 4294967296"),
