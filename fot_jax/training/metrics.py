@@ -199,8 +199,10 @@ class Metrics:
           flops: model FLOPs of one of the steps since the last call.
         """
         last_step, last_time = self._last
+        # Threads see steps end, and may be late where something else, a profile say, holds Python.
+        ended = max(ended, last_time + 1e-6)
         self._last = (step, ended)
-        seconds = (self._last[1] - last_time) / max(step - last_step, 1)
+        seconds = (ended - last_time) / max(step - last_step, 1)
         speed = {
             "tokens_per_second": self._tokens_per_step / seconds,
             "seconds_per_step": seconds,

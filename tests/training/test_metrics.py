@@ -102,6 +102,16 @@ def test_lines_hold_step_time_and_numbers(tmp_path):
     assert second == {"step": 2, "time": second["time"], "valid/loss": 2.5, "gradient_norm": None}
 
 
+def test_speed_is_never_below_zero(tmp_path):
+    m = open_metrics(tmp_path, peak_flops=1.0)
+    start = time.perf_counter()
+    for step, ended in ((1, start + 2), (2, start + 1), (3, start + 5)):  # the first was seen late
+        m.training(step, ended, {}, flops=1.0)
+    m.close()
+    assert all(row["seconds_per_step"] > 0 for row in rows(tmp_path))
+    assert rows(tmp_path)[2]["seconds_per_step"] == pytest.approx(3, abs=0.01)
+
+
 def test_a_resumed_run_has_each_step_once(tmp_path):
     m = open_metrics(tmp_path)
     for step in range(1, 8):
