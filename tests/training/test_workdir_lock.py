@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -182,6 +183,40 @@ def test_in_a_bucket_another_machine_that_is_gone_is_waited_for(bucket, soon, ca
     bucket.put(f"run/{RUNNING}", "no JSON")
     with held(url):
         pass
+
+
+TWO = """
+import sys
+from fot_jax.training import cluster, workdir_lock
+cluster.join()
+workdir_lock.LEASE_SECONDS = 4.0
+with workdir_lock.held(sys.argv[1]):
+    print("held")
+cluster.finish()
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_of_a_run_wait_for_a_machine_that_is_gone(bucket):
+    url = f"{bucket.url}/run"
+    kill(holder(url)[0])
+    as_of_another_machine(bucket)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    membership = {"XLA_FLAGS": "", "FOT_COORDINATOR": coordinator, "FOT_PROCESSES": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO, url],
+            env={**os.environ, **membership, "FOT_PROCESS_ID": str(i)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert all("held" in lines for lines in said)
+    assert [process.returncode for process in processes] == [0, 0]
 
 
 def test_a_run_that_was_taken_for_dead_ends_itself(bucket, soon, monkeypatch):
