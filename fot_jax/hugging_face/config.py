@@ -184,6 +184,9 @@ def _read(fields: Fields) -> ModelConfig:
             f"{fields.path}: hidden_size = {hidden} is not a multiple of num_attention_heads = "
             f"{heads}: add head_dim"
         )
+    # Of its configuration class, too, for files that leave it out; null is as many as heads.
+    eight = model_type == "mistral" and "num_key_value_heads" not in fields.values
+    kv_heads = 8 if eight else heads
     longest = fields.number("max_position_embeddings", _LONGEST[model_type])
     theta, scaling = _rope(fields, longest)
     # LLaMA 3.1 is LLaMA 3 beyond the window that scaling stretches. The others are trained in, or
@@ -195,7 +198,7 @@ def _read(fields: Fields) -> ModelConfig:
         hidden_size=hidden,
         num_layers=fields.number("num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=fields.number("num_key_value_heads", heads),
+        num_kv_heads=fields.number("num_key_value_heads", kv_heads),
         head_dim=fields.number("head_dim", hidden // heads),
         mlp_dim=fields.number("intermediate_size"),
         memory_layers=tuple(_memory_layers(fields)),

@@ -66,7 +66,15 @@ def read(tmp_path, values, **how):
             },
         ),
         ({"model_type": "mistral", "sliding_window": None}, {}),
-        ({"model_type": "mistral"}, {}),
+        ({"model_type": "mistral"}, {"num_kv_heads": 8}),
+        (
+            {"model_type": "mistral", "num_attention_heads": 16, "head_dim": 4},
+            {"num_heads": 16, "num_kv_heads": 8},
+        ),
+        (
+            {"model_type": "mistral", "num_attention_heads": 4, "num_key_value_heads": None},
+            {"num_heads": 4, "num_kv_heads": 4, "head_dim": 8},
+        ),
         ({"model_type": "mistral", "sliding_window": 16}, {}),
         ({"sliding_window": 8}, {}),  # which LLaMA code does not read
         (
