@@ -9,6 +9,7 @@ import errno
 import functools
 import importlib.metadata
 import os
+import re
 import signal
 import sys
 import traceback
@@ -70,8 +71,13 @@ def run() -> None:
     _leave_tpus_to_machines_that_have_some()
     try:
         code = main()
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        # What the others meet when a process of the run has ended; it said itself what of.
+        if gone := re.search(r"Gloo [\w-]+ failed: .*?([^]:]*)$", str(error).splitlines()[0]):
+            line = f"fot: error: another process of this run is gone ({gone[1].strip()})"
+            print(f"{line}: see what that one said", file=sys.stderr)
+        else:
+            traceback.print_exc()
         code = 1
     if code in (1, 2):
         with contextlib.suppress(OSError):
