@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+import jax
 import matplotlib.image
 import pytest
 import runs
@@ -479,3 +480,28 @@ def test_made_up_data_needs_no_tensorflow(here, tmp_path):
     assert (here / "run" / "plots" / "perplexity_by_context.png").exists()
     (events,) = (here / "run").glob("events.out.tfevents.*")
     assert b"valid_perplexity/memory_16" in events.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            "UNKNOWN: Gloo all-reduce failed: [external/gloo/pair.cc:538] Read error "
+            "[127.0.0.1]:52145: Connection reset by peer\n  In call to configurable 'train'",
+            "fot: error: another process of this run is gone (Connection reset by peer): see what "
+            "that one said\n",
+        ),
+        ("INTERNAL: something else", None),
+    ],
+)
+def test_that_another_process_is_gone_is_one_line(monkeypatch, capsys, error, said):
+    def main():
+        raise jax.errors.JaxRuntimeError(error)
+
+    codes = []
+    monkeypatch.setattr(cli, "main", main)
+    monkeypatch.setattr(cli.os, "_exit", codes.append)
+    with pytest.raises(SystemExit):
+        cli.run()
+    err = capsys.readouterr().err
+    assert codes == [1] and (err == said if said else "Traceback" in err and error in err)
