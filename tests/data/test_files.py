@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import itertools
 import json
 import logging
 import lzma
@@ -196,6 +197,7 @@ def test_what_is_not_read_is_named(tmp_path, caplog, others, warning):
         ),
         ("train.jsonl", b"\n\0\0\0\0", "train.jsonl:2: broken row, not JSON"),
     ],
+    ids=itertools.count(),  # contents differ from one process to the next: they have a time
 )
 def test_content_that_is_refused_with_its_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
