@@ -1,6 +1,7 @@
 """What the harness asks of a model, against its own `hf` adapter on the same directory."""
 
 import json
+import types
 
 import hypothesis.strategies as st
 import llamas
@@ -10,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from fot_jax.errors import UserError
+from fot_jax.evals.harness import LmEval
 from fot_jax.evals.harness_adapter import LENGTHS, adapter, writing
 from fot_jax.generate import LanguageModel
 from fot_jax.reading import EVERYTHING
@@ -178,6 +180,7 @@ def test_writing_stops_at_the_first_of_several_ends(both, monkeypatch):
     assert end not in lm.vocabulary.decode(read[0][0][:-1])
 
 
+@pytest.mark.parametrize("both", [True], indirect=True)
 def test_repeats_are_draws_of_their_own_whatever_the_rows(both):
     _, _, lm = both
     how = {"max_gen_toks": 6, "do_sample": True, "temperature": 2.0}
@@ -191,7 +194,7 @@ def test_repeats_are_draws_of_their_own_whatever_the_rows(both):
     assert len({found[0][i] for i in (0, 1, 3, 4, 5)}) > 3
 
 
-def test_settings_of_generation_config(both):
+def test_settings_of_generation_config():
     """It holds where a task does not say; what it asks for that cannot be had is refused."""
     sampled = {"do_sample": True, "temperature": 1}
     assert writing("t", sampled, {"top_p": 0.9}) == (256, 1.0, 50, 0.9, ())
@@ -222,6 +225,7 @@ def test_settings_that_cannot_be_had_are_named(asked, message):
         writing("a_task", asked, {})
 
 
+@pytest.mark.parametrize("both", [True], indirect=True)
 def test_questions_that_cannot_be_asked_are_named(both):
     _, ours, _ = both
     with pytest.raises(UserError, match="a_task: an answer of question 0 is '', of which"):
@@ -241,3 +245,121 @@ def test_chats_are_written_as_hf_writes_them(both, system):
         assert text == hf.apply_chat_template(ends, add_generation_prompt=not last)
         assert ours.tok_encode(text) == hf.tok_encode(text)
     assert ours.chat_template(True) == TEMPLATE
+
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {directory}/rows.jsonl
+test_split: test
+fewshot_split: test
+output_type: {kind}
+doc_to_text: "{{{{q}}}}"
+doc_to_target: {target}
+{more}
+"""
+KINDS = {
+    "choices": (
+        "multiple_choice",
+        "gold",
+        """
+doc_to_choice: "{{c}}"
+metric_list:
+  - metric: acc
+  - metric: acc_norm
+  - metric: acc_mutual_info
+""",
+    ),
+    "likely": (
+        "loglikelihood",
+        '"{{a}}"',
+        """
+metric_list:
+  - metric: acc
+""",
+    ),
+    "rolled": (
+        "loglikelihood_rolling",
+        '"{{q}}{{a}}"',
+        """
+metric_list:
+  - metric: word_perplexity
+  - metric: bits_per_byte
+""",
+    ),
+    "written": (
+        "generate_until",
+        '"{{a}}"',
+        """
+generation_kwargs:
+  until: ["o", "."]
+  max_gen_toks: 9
+  temperature: 1
+  do_sample: false
+metric_list:
+  - metric: exact_match
+  - metric: chrf
+""",
+    ),
+    "begun": (
+        "generate_until",
+        '"{{a}}"',
+        """
+gen_prefix: "he"
+generation_kwargs:
+  max_completion_tokens: 7
+metric_list:
+  - metric: chrf
+""",
+    ),
+}
+
+
+@pytest.mark.parametrize("both", [True], indirect=True)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_fewshot": 2, "system_instruction": "lord "},
+        {"apply_chat_template": True, "num_fewshot": 1, "system_instruction": "lord"},
+        {"apply_chat_template": True, "num_fewshot": 2, "fewshot_as_multiturn": False},
+    ],
+    ids=" ".join,
+)
+def test_whole_evaluations_are_those_of_hf(both, options, tmp_path, monkeypatch):
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    hf, _, lm = both
+    rows = [
+        {"q": q, "c": ["ld", "hello", " a"], "gold": i % 3, "a": ("world", "hello.")[i % 2]}
+        for i, q in enumerate(("hello wor", "world ", "a\n", "hello hello", "r", "dad "))
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name, (kind, target, more) in KINDS.items():
+        task = TASK.format(name=name, kind=kind, target=target, more=more, directory=tmp_path)
+        (tmp_path / f"{name}.yaml").write_text(task)
+    seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+
+    class Own(TaskManager):
+        """Without the harness's tasks, which takes seconds."""
+
+        def __init__(self, **how):
+            super().__init__(**how, include_defaults=False)
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", Own)
+    want = simple_evaluate(
+        model=hf,
+        tasks=[*KINDS],
+        task_manager=Own(include_path=str(tmp_path)),
+        **dict.fromkeys(seeds, 0),
+        **options,
+    )["results"]
+    each = LmEval(tuple(KINDS), include_path=str(tmp_path), rows=1, **options)
+    found = each.run(lm, types.SimpleNamespace(vocabulary=lm.vocabulary))
+    assert {row["task"] for row in found} == {*KINDS}
+    for row in found:
+        assert row["value"] == pytest.approx(want[row["task"]][row["metric"]], rel=1e-4), row
