@@ -36,7 +36,7 @@ def write(path, begins):
     names = [*sorted(few), *("".join(merge) for merge in MERGES)]
     tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, list(MERGES)))
     tokenizer.pre_tokenizer, tokenizer.decoder = letters, decoders.ByteLevel()
-    marks = SPECIAL if begins else SPECIAL[1:]
+    marks = SPECIAL if begins else ("<pad>", *SPECIAL[1:])  # as many: programs are compiled once
     tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in marks])
     ids = {mark: tokenizer.token_to_id(mark) for mark in marks}
     if begins:
