@@ -19,7 +19,7 @@ __all__ = ["LanguageModel"]
 
 def __getattr__(name: str) -> Any:
     if name == "LanguageModel":
-        from fot_jax.generate import LanguageModel
+        from fot_jax.inference.language_model import LanguageModel
 
         return LanguageModel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,8 +16,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fot_jax import experiment_files
-from fot_jax.errors import UserError
+from fot_jax import gin_files
+from fot_jax.common.errors import UserError
 from fot_jax.training import cluster
 
 _GOOGLE = "0x1ae0"  # as a vendor of PCI devices
@@ -113,7 +113,7 @@ def _interrupted(signum, frame) -> None:
 def _interrupted_saving(path: str | None, signum, frame) -> None:
     """The same, after what is half-written at `path` has been removed."""
     if path is not None:
-        from fot_jax.paths import remove_half_written
+        from fot_jax.common.paths import remove_half_written
 
         remove_half_written(path)
     _interrupted(signum, frame)
@@ -257,7 +257,7 @@ def _experiment_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _train(args) -> int:
     _keep_freed_memory()
-    experiment_files.load(args.experiment, args.gin)
+    gin_files.load(args.experiment, args.gin)
     if not args.dry_run:
         cluster.join()
     import gin
@@ -271,7 +271,7 @@ def _train(args) -> int:
         name = Path(args.experiment[0]).resolve().parent.name
     workdir = args.workdir or str(Path("workdirs") / name)
     alone = contextlib.nullcontext() if args.dry_run else workdir_lock.held(workdir)
-    with alone, experiment_files.gin_errors():
+    with alone, gin_files.gin_errors():
         stopped = gin.get_configurable("train")(
             workdir=workdir,
             config_text=gin.operative_config_str,
@@ -286,12 +286,12 @@ def _compile(args) -> int:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    experiment_files.load(args.experiment, args.gin)
-    experiment_files.without_documents()
-    experiment_files.take_over("train", "compile_experiment")
+    gin_files.load(args.experiment, args.gin)
+    gin_files.without_documents()
+    gin_files.take_over("train", "compile_experiment")
     import gin
 
-    with experiment_files.gin_errors():
+    with gin_files.gin_errors():
         fits = gin.get_configurable("compile_experiment")(
             topology=args.topology, suggest=args.suggest, as_json=args.json
         )
@@ -300,22 +300,22 @@ def _compile(args) -> int:
 
 def _evaluate(args) -> int:
     _keep_freed_memory()
-    experiment_files.load(args.experiment, args.gin)
+    gin_files.load(args.experiment, args.gin)
     import gin
 
     for ours, of_training in (("evaluation", "train.evaluation"), ("source", "Data.source")):
-        value = experiment_files.value_of(of_training)  # where experiments say it
-        if value is not None and experiment_files.value_of(f"evaluate.{ours}") is None:
+        value = gin_files.value_of(of_training)  # where experiments say it
+        if value is not None and gin_files.value_of(f"evaluate.{ours}") is None:
             gin.bind_parameter(f"evaluate.{ours}", value)
-    with experiment_files.gin_errors():
+    with gin_files.gin_errors():
         gin.get_configurable("evaluate")(checkpoint=args.checkpoint, output=args.output)
     return 0
 
 
 def _generate(args) -> int:
-    from fot_jax import writing
+    from fot_jax.inference import generate as writing
+    from fot_jax.inference.prefill import MemoryConfig
     from fot_jax.model.lookup import Dense, TopK
-    from fot_jax.reading import MemoryConfig
 
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a model writes what it likes
@@ -368,12 +368,12 @@ def _check(args) -> int:
 
 
 def _cache(args) -> int:
-    experiment_files.load(args.experiment, args.gin)
+    gin_files.load(args.experiment, args.gin)
     import gin
 
     from fot_jax.data import tasks
 
-    with experiment_files.gin_errors():
+    with gin_files.gin_errors():
         source = gin.get_configurable("Data")().source
         if not isinstance(source, tasks.Text):
             raise UserError(
@@ -387,15 +387,15 @@ def _cache(args) -> int:
 def _bench(args) -> int:
     if args.name == "train":
         _keep_freed_memory()
-        from fot_jax import bench
+        from fot_jax.bench import train as bench
 
         bench.train(as_json=args.json)
     elif args.name == "memory":
-        from fot_jax import bench_memory
+        from fot_jax.bench import memory as bench_memory
 
         bench_memory.memory(as_json=args.json)
     else:
-        from fot_jax import bench_pytorch
+        from fot_jax.bench import pytorch as bench_pytorch
 
         bench_pytorch.pytorch(as_json=args.json)
     return 0

@@ -20,16 +20,16 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from etils import epath
 
+from fot_jax.checkpoints import loading, stream
+from fot_jax.common.errors import UserError
+from fot_jax.common.paths import in_bucket, new_directory, path_of
+from fot_jax.common.progress import bar
 from fot_jax.data.vocabulary import HuggingFaceTokenizer, Symbols, Vocabulary, load_vocabulary
-from fot_jax.errors import UserError
-from fot_jax.generate import LanguageModel
 from fot_jax.hugging_face import config as configs
-from fot_jax.hugging_face import loading, tensors, tokenizers
+from fot_jax.hugging_face import tensors, tokenizers
+from fot_jax.inference.language_model import LanguageModel
+from fot_jax.inference.prefill import MemoryConfig
 from fot_jax.model.transformer import ModelConfig
-from fot_jax.paths import in_bucket, new_directory, path_of
-from fot_jax.progress import bar
-from fot_jax.reading import MemoryConfig
-from fot_jax.training import checkpoint_stream
 
 DTYPES = {dtype.name: dtype for dtype in tensors.DTYPES.values()}
 
@@ -54,7 +54,7 @@ def reader(
     path = path_of(path)
     if configs.is_directory(path):
         return tensors.Reader(path, configs.read(path, memory_layers, local_context))
-    return checkpoint_stream.Reader(path)
+    return stream.Reader(path)
 
 
 # --- Verbs ---------------------------------------------------------------------------------------
@@ -92,13 +92,13 @@ def from_hugging_face(
             vocabulary.save(half / "vocabulary")
         loading.keep_files(source, half)
         streams = {
-            path: checkpoint_stream.Stream(
+            path: stream.Stream(
                 *(shape, dtype_of(path), path.startswith("layers/")),
                 functools.partial(_read, content, dtype_of, path, progress=progress),
             )
             for path, (shape, _) in arrays.items()
         }
-        checkpoint_stream.save(half, config, streams)
+        stream.save(half, config, streams)
         _output(output)  # or what has come there since would be lost
     _say_done(output, config, dtype_of)
 

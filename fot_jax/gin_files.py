@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 
 _FLAGS_OF_TRAIN = ["workdir", "config_text", "dry_run"]  # not for experiment files to set
 _FLAGS_OF_EVALUATE = ["checkpoint", "output"]
@@ -165,11 +165,12 @@ def take_over(of: str, to: str) -> None:
 
 
 def _register(gin) -> None:
-    from fot_jax import compile, evaluate, experiment, train
+    from fot_jax import train
     from fot_jax.data import mixture, synthetic, tasks
     from fot_jax.evals import (
         dictionary,
         distraction,
+        evaluate,
         few_shot,
         harness,
         passkey,
@@ -178,7 +179,8 @@ def _register(gin) -> None:
         sample,
     )
     from fot_jax.model import lookup, schemes, sizes, transformer
-    from fot_jax.training import optim, partitioning, step
+    from fot_jax.tpu_compile import compile
+    from fot_jax.training import experiment, optim, partitioning, step
 
     names = [
         *(train.train, experiment.Data, experiment.Compute, experiment.Checkpoints),

@@ -15,20 +15,20 @@ import numpy as np
 import optax
 from absl import logging
 
+from fot_jax.checkpoints import loading
+from fot_jax.checkpoints.items import names
+from fot_jax.checkpoints.manager import Checkpointer
+from fot_jax.common.agreement import Agreement
+from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
+from fot_jax.common.paths import path_of, written_here
 from fot_jax.data.lanes import DocumentSource, Lanes, Prefetch
 from fot_jax.data.vocabulary import load_vocabulary
-from fot_jax.errors import LARGEST_SEED, UserError, check_range
-from fot_jax.evaluate import Evaluation, run_evals
-from fot_jax.experiment import Checkpoints, Compute, Data, make_program
-from fot_jax.generate import LanguageModel
-from fot_jax.hugging_face import loading
+from fot_jax.evals.evaluate import Evaluation, run_evals
+from fot_jax.inference.language_model import LanguageModel
 from fot_jax.model import schemes
 from fot_jax.model.transformer import ModelConfig
-from fot_jax.paths import path_of, written_here
 from fot_jax.training import partitioning
-from fot_jax.training.agreement import Agreement
-from fot_jax.training.checkpoint import Checkpointer
-from fot_jax.training.checkpoint_items import names
+from fot_jax.training.experiment import Checkpoints, Compute, Data, make_program
 from fot_jax.training.metrics import Counts, Metrics, matmul_rate, when_ready
 from fot_jax.training.step import (
     ScheduleOfD,

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from fot_jax import cli
-from fot_jax.training import checkpoint
+from fot_jax.checkpoints import manager as checkpoint
 from fot_jax.training.partitioning import MeshShape
 
 MODEL = """

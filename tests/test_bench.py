@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from fot_jax import bench_memory, bench_pytorch
-from fot_jax.errors import UserError
+from fot_jax.bench import memory as bench_memory
+from fot_jax.bench import pytorch as bench_pytorch
+from fot_jax.common.errors import UserError
 
 
 @pytest.mark.slow

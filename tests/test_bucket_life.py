@@ -13,9 +13,9 @@ import pytest
 import runs
 
 from fot_jax import LanguageModel, cli, convert
+from fot_jax.checkpoints import manager as checkpoint
 from fot_jax.data.vocabulary import Bytes
 from fot_jax.hugging_face import tokenizers
-from fot_jax.training import checkpoint
 from tpu.local import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.torch]

@@ -18,9 +18,9 @@ import runs
 from runs import DICTIONARY, EVALUATED, bind, refused, refused_untouched
 
 from fot_jax import cli
+from fot_jax.common.errors import UserError
 from fot_jax.data import tasks
 from fot_jax.data.vocabulary import Bytes
-from fot_jax.errors import UserError
 from fot_jax.evals.perplexity import PerplexityByContext
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from fot_jax import convert
 from fot_jax.cli import main
 from fot_jax.data.vocabulary import SentencePiece, TrainedSentencePiece
-from fot_jax.generate import LanguageModel
+from fot_jax.inference.language_model import LanguageModel
 
 pytestmark = pytest.mark.torch
 
@@ -447,7 +447,7 @@ def large(tmp_path_factory):
 PEAK = """
 import resource, sys
 from fot_jax import convert
-from fot_jax.training import checkpoint_stream
+from fot_jax.checkpoints import stream
 import fot_jax.cli, jax
 jax.devices()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

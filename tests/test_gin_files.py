@@ -11,8 +11,8 @@ import pytest
 import runs
 from runs import DICTIONARY, bind, refused_untouched
 
-from fot_jax import cli, experiment_files
-from fot_jax.errors import UserError
+from fot_jax import cli, gin_files
+from fot_jax.common.errors import UserError
 from fot_jax.model import sizes
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -221,8 +221,8 @@ def test_included_files_include_others_beside_them(here, tmp_path_factory):
     (elsewhere / "parts" / "steps.gin").write_text("train.steps = 7\n")
     (elsewhere / "all.gin").write_text("include 'parts/steps.gin'\n")
     (here / "mine.gin").write_text(f"include 'experiment.gin'\ninclude '{elsewhere}/all.gin'\n")
-    experiment_files.load(["mine.gin"], [])
-    assert experiment_files.value_of("train.steps") == 7
+    gin_files.load(["mine.gin"], [])
+    assert gin_files.value_of("train.steps") == 7
 
 
 def test_files_of_one_name_in_two_directories(here, capsys):
@@ -231,11 +231,11 @@ def test_files_of_one_name_in_two_directories(here, capsys):
         (here / name).mkdir()
         (here / name / "mine.gin").write_text("include 'common.gin'\n")
         (here / name / "common.gin").write_text(f"{name}/train.steps = {steps}\n")
-    experiment_files.load(["a/mine.gin", "b/mine.gin"], [])
-    assert experiment_files.value_of("a/train.steps") == 3
-    assert experiment_files.value_of("b/train.steps") == 4
+    gin_files.load(["a/mine.gin", "b/mine.gin"], [])
+    assert gin_files.value_of("a/train.steps") == 3
+    assert gin_files.value_of("b/train.steps") == 4
     (here / "common.gin").write_text((here / "b" / "common.gin").read_text())
-    experiment_files.load(["b/mine.gin"], [])
+    gin_files.load(["b/mine.gin"], [])
     line = refused_untouched(capsys, "train", "experiment.gin", "a/mine.gin")
     assert line == (
         f"a/mine.gin: include 'common.gin' may be {here}/common.gin or {here}/a/common.gin: give "
@@ -284,7 +284,7 @@ def test_files_are_read_as_gin_reads_them_or_refused_in_a_line(here):
             changed[i] = lines[i][:place] + rng.choice(PIECES) + lines[i][place:]
         (here / "changed.gin").write_text("".join(changed), newline="")
         try:
-            experiment_files.load(["changed.gin"], [])
+            gin_files.load(["changed.gin"], [])
             values = gin.config_str()
         except UserError as error:
             assert re.search(r"changed\.gin:\d+", str(error)) and "\n" not in str(error)
@@ -293,11 +293,11 @@ def test_files_are_read_as_gin_reads_them_or_refused_in_a_line(here):
         read.append(values is not None)
     assert 50 < sum(read) < 250
     text = (here / "experiment.gin").read_text()
-    experiment_files.load(["experiment.gin"], [])
+    gin_files.load(["experiment.gin"], [])
     plain = gin.config_str()
     windows = "\ufeff" + text.replace("\n", "\r\n")
     (here / "windows.gin").write_text(windows, encoding="utf-8", newline="")
-    experiment_files.load(["windows.gin"], [])
+    gin_files.load(["windows.gin"], [])
     assert gin.config_str() == plain
 
 

@@ -24,12 +24,12 @@ from runs import (
 )
 
 from fot_jax import train as train_module
+from fot_jax.checkpoints.items import DataHandler
 from fot_jax.data.synthetic import DictionaryLookup
+from fot_jax.evals.evaluate import Evaluation
 from fot_jax.evals.perplexity import PerplexityByContext
-from fot_jax.evaluate import Evaluation
 from fot_jax.model.schemes import PreviousContext
 from fot_jax.model.transformer import ModelConfig
-from fot_jax.training.checkpoint_items import DataHandler
 from fot_jax.training.optim import adamw
 
 

@@ -14,7 +14,8 @@ import matplotlib.image
 import pytest
 import runs
 
-from fot_jax import cli, provenance
+from fot_jax import cli
+from fot_jax.evals import provenance
 
 ROOT = Path(__file__).parents[1]
 REPRODUCE = ROOT / "experiments" / "reproduce"

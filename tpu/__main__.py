@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 from tpu import manifest, recover, verbs
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from fot_jax.errors import UserError
-from fot_jax.topologies import Topology, topology_of
+from fot_jax.common.errors import UserError
+from fot_jax.common.topologies import Topology, topology_of
 from tpu.gcloud import Pod
 
 _NAME = r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?"
@@ -80,12 +80,14 @@ def slices_of(files: list[str], bindings: list[str], topology: str | None) -> Sl
       UserError: they ask for none, or for something that does not exist, or whose devices the mesh
         does not use exactly; or they do not parse.
     """
-    from fot_jax import experiment_files  # brings JAX: only where an experiment is read
+    from fot_jax import (
+        gin_files,  # brings JAX: only where an experiment is read
+    )
 
-    experiment_files.load(files, bindings)
+    gin_files.load(files, bindings)
     import gin
 
-    with experiment_files.gin_errors():
+    with gin_files.gin_errors():
         compute = gin.get_configurable("Compute")()
     name = compute.topology if topology is None else topology
     if name is None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 from tpu.gcloud import Argv
 
 DROPPED = 255  # exit code of ssh, and so of gcloud, when a connection fails

@@ -19,7 +19,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 from fot_jax.training.cluster import Place
 
 LONGEST_LINE = 4096  # bytes

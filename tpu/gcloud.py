@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from fot_jax.topologies import Topology
+from fot_jax.common.topologies import Topology
 
 Argv = list[str]
 

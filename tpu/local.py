@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 from tpu.worker import STOPPED, dies_with_parent
 
 GRACE_SECONDS = 15  # for workers to end on their own after one has failed

@@ -6,7 +6,7 @@ import json
 import re
 from argparse import Namespace
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 from tpu import asked, ship, verbs
 
 _JOB_SET = """\

@@ -23,7 +23,7 @@ import re
 import time
 from argparse import Namespace
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 from tpu import asked, calls, gcloud, ship, verbs, workers
 from tpu.gcloud import Argv, Pod
 

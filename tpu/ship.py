@@ -14,7 +14,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PARTS = (

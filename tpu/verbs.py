@@ -7,7 +7,7 @@ import re
 import time
 from argparse import Namespace
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 from tpu import asked, calls, gcloud, ship, workers
 from tpu.gcloud import Pod
 

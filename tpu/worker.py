@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 from fot_jax.training import cluster
 from fot_jax.training.cluster import Place
 from tpu import control

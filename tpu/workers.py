@@ -7,7 +7,7 @@ import json
 import shlex
 import time
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 from tpu import calls, gcloud
 from tpu.gcloud import Argv, Pod
 from tpu.on_worker import ANSWER

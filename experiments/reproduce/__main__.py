@@ -21,7 +21,7 @@ from figure import Figure, Run
 from figures import FIGURES
 from record import Record, read_object
 
-from fot_jax.provenance import provenance
+from fot_jax.evals.provenance import provenance
 
 HERE = Path(__file__).parent
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fot_jax.generate import LanguageModel
+from fot_jax.inference.language_model import LanguageModel
 from fot_jax.model import crossbatch, lookup
 from fot_jax.model import memory as memories
 from fot_jax.model.memory import LayerMemory

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from fot_jax.bench_memory import MODEL, best_of, print_table
-from fot_jax.errors import UserError
+from fot_jax.bench.memory import MODEL, best_of, print_table
+from fot_jax.common.errors import UserError
 
 NEW_TOKENS = 64
 
@@ -53,7 +53,7 @@ def pytorch(as_json: bool = False, lengths: Sequence[int] = (2048, 8192, 32768))
 
 
 def _in_a_process(kind: str, length: int) -> dict[str, float]:
-    argv = [sys.executable, "-m", "fot_jax.bench_pytorch", kind, str(length)]
+    argv = [sys.executable, "-m", "fot_jax.bench.pytorch", kind, str(length)]
     done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

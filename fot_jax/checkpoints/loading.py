@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from fot_jax.checkpoints import manager as checkpoint
+from fot_jax.checkpoints.items import names, tree_of
+from fot_jax.common.errors import UserError
 from fot_jax.data.vocabulary import HuggingFaceTokenizer, Vocabulary, load_vocabulary
-from fot_jax.errors import UserError
 from fot_jax.hugging_face import config as configs
 from fot_jax.hugging_face import tokenizers
 from fot_jax.hugging_face.tensors import Reader
-from fot_jax.model import inference
+from fot_jax.inference import forward as inference
 from fot_jax.model.transformer import ModelConfig
-from fot_jax.training import checkpoint
-from fot_jax.training.checkpoint_items import names, tree_of
 
 KEPT = "hugging_face"  # of a workdir: what came with a model beside its weights
 

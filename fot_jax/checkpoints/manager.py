@@ -1,7 +1,7 @@
 """Checkpoints: parameters, optimizer state, the lanes' place in the data, and what describes them.
 
 Saving goes on in the background, and a step appears only when all of it is written. Reading
-compares checksums (checkpoint_items.py), so whatever happened to the files, what is restored is
+compares checksums (items.py), so whatever happened to the files, what is restored is
 what was saved; a damaged checkpoint is passed over for the one before it.
 """
 
@@ -27,12 +27,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
-from fot_jax.errors import UserError
+from fot_jax.checkpoints import items
+from fot_jax.common.agreement import all_agree
+from fot_jax.common.errors import UserError
+from fot_jax.common.paths import absolute, google_errors, in_bucket, path_of
+from fot_jax.common.units import in_bytes
 from fot_jax.model.transformer import ModelConfig, RopeScaling
-from fot_jax.paths import absolute, google_errors, in_bucket, path_of
-from fot_jax.training import checkpoint_items as items
-from fot_jax.training.agreement import all_agree
-from fot_jax.units import in_bytes
 
 T = TypeVar("T")
 

@@ -19,11 +19,11 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from fot_jax.errors import UserError
+from fot_jax.checkpoints import items
+from fot_jax.checkpoints import manager as checkpoint
+from fot_jax.common.errors import UserError
+from fot_jax.common.paths import absolute, kvstore
 from fot_jax.model.transformer import ModelConfig
-from fot_jax.paths import absolute, kvstore
-from fot_jax.training import checkpoint
-from fot_jax.training import checkpoint_items as items
 
 # --- Writing -------------------------------------------------------------------------------------
 
@@ -34,7 +34,7 @@ class Stream:
 
     Attributes:
       read: the slice of an index, or the whole of None.
-      checksum: as of `checkpoint_items.checksums`, once it is written.
+      checksum: as of `items.checksums`, once it is written.
     """
 
     shape: tuple[int, ...]

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 import fsspec
 from etils import epath
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 
 for _scheme in ("gs", "gcs"):  # imported when first used
-    fsspec.register_implementation(_scheme, "fot_jax.buckets.Buckets", clobber=True)
+    fsspec.register_implementation(_scheme, "fot_jax.common.buckets.Buckets", clobber=True)
 
 
 def path_of(text: epath.PathLike) -> epath.Path:
@@ -91,7 +91,7 @@ def google_errors(directory: epath.PathLike) -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith(("google.auth.", "google.api_core.")):
             raise
-        from fot_jax.buckets import of_a_disk
+        from fot_jax.common.buckets import of_a_disk
 
         bucket = str(directory).removeprefix("gs://").split("/")[0]
         raise of_a_disk(error, f"/b/{bucket}") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,13 +12,13 @@ from typing import Any
 from etils import epath
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from fot_jax.common.errors import UserError
+from fot_jax.common.paths import path_of
 from fot_jax.data.corpus import Corpus
 from fot_jax.data.files import SPLITS
 from fot_jax.data.lanes import Document
-from fot_jax.data.libraries import libraries
 from fot_jax.data.sources import to_shuffle
-from fot_jax.errors import UserError
-from fot_jax.paths import path_of
+from fot_jax.data.tensorflow_imports import libraries
 
 
 def cache_of(directory: epath.PathLike, task_name: str) -> epath.Path:

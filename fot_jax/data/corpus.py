@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from fot_jax.common.errors import UserError, check_range
+from fot_jax.common.paths import path_of
 from fot_jax.data.files import READERS, SPLITS, files_of, splits_of, warn_once
-from fot_jax.errors import UserError, check_range
-from fot_jax.paths import path_of
 
 SHUFFLED_BYTES = 32 * 2**20  # of the documents at hand, of which the next one is drawn
 

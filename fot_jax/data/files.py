@@ -21,7 +21,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 
 SPLITS = ("train", "valid", "test")
 READERS = {  # by what a name ends in: an open file to its lines

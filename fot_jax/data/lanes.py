@@ -23,8 +23,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Float, Int
 
+from fot_jax.common.errors import UserError
 from fot_jax.data.vocabulary import Vocabulary
-from fot_jax.errors import UserError
 
 
 class Document(NamedTuple):

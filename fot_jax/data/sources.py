@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from fot_jax.common.errors import UserError
 from fot_jax.data.corpus import SHUFFLED_BYTES, Corpus, Part, dealt, parts_of, shard_of
-from fot_jax.data.libraries import libraries
-from fot_jax.errors import UserError
+from fot_jax.data.tensorflow_imports import libraries
 
 PATIENCE = 8  # passes over the files within which each shard must have a document, to start a run
 

@@ -16,10 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fot_jax.common.errors import UserError, check_range
 from fot_jax.data.files import SPLITS
 from fot_jax.data.lanes import START, Document, Position, of_one_source
 from fot_jax.data.vocabulary import Bytes, Symbols, Vocabulary, frame
-from fot_jax.errors import UserError, check_range
 
 
 class _Drawn:

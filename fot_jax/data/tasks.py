@@ -15,12 +15,14 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from fot_jax.common.errors import UserError, check_range
+from fot_jax.common.paths import new_directory, path_of
 from fot_jax.data.caches import cache_of, cached_source, write_split
 from fot_jax.data.corpus import Corpus, splits_in
 from fot_jax.data.files import SPLITS, not_read
 from fot_jax.data.lanes import START, Document, Position, of_one_source
-from fot_jax.data.libraries import libraries
 from fot_jax.data.sources import PATIENCE, CorpusSource, kept_in, patience, tfds_source
+from fot_jax.data.tensorflow_imports import libraries
 from fot_jax.data.vocabulary import (
     Bytes,
     HuggingFaceTokenizer,
@@ -29,8 +31,6 @@ from fot_jax.data.vocabulary import (
     Vocabulary,
     frame,
 )
-from fot_jax.errors import UserError, check_range
-from fot_jax.paths import new_directory, path_of
 
 CACHE_SHARDS = 64  # of a training split
 SHUFFLED_TOKENS = 2**23  # of the pieces at hand, of which the next one is drawn

@@ -21,8 +21,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
-from fot_jax.errors import UserError, check_range
-from fot_jax.paths import new_directory, path_of
+from fot_jax.common.errors import UserError, check_range
+from fot_jax.common.paths import new_directory, path_of
 
 
 class Vocabulary(Protocol):

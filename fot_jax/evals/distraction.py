@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
+from fot_jax.common.progress import bar
 from fot_jax.data.lanes import DocumentSource
-from fot_jax.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.evals import plots
-from fot_jax.generate import LanguageModel
+from fot_jax.inference.language_model import LanguageModel
 from fot_jax.model import crossbatch
 from fot_jax.model.schemes import PreviousContext
 from fot_jax.model.transformer import ModelConfig, Transformer
-from fot_jax.progress import bar
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,12 +12,12 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from etils import epath
 
+from fot_jax.common.errors import UserError, check_range
+from fot_jax.common.paths import absolute, path_of, write
 from fot_jax.data.lanes import DocumentSource
-from fot_jax.errors import UserError, check_range
-from fot_jax.generate import LanguageModel
+from fot_jax.evals.provenance import provenance
+from fot_jax.inference.language_model import LanguageModel
 from fot_jax.model.transformer import ModelConfig
-from fot_jax.paths import absolute, path_of, write
-from fot_jax.provenance import provenance
 
 OF_RESULTS = "checkpoint", "made"  # what results hold beside the rows of each evaluation
 

@@ -12,16 +12,16 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
+from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
+from fot_jax.common.paths import path_of
+from fot_jax.common.progress import bar
 from fot_jax.data import corpus
 from fot_jax.data.lanes import DocumentSource
-from fot_jax.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.evals import plots
-from fot_jax.generate import LanguageModel
+from fot_jax.inference.language_model import LanguageModel
+from fot_jax.inference.prefill import MemoryConfig, State, all_of_a_text, last_context
 from fot_jax.model.lookup import Dense, Lookup
 from fot_jax.model.transformer import ModelConfig
-from fot_jax.paths import path_of
-from fot_jax.progress import bar
-from fot_jax.reading import MemoryConfig, State, all_of_a_text, last_context
 
 # Fields of a row: the question, and its answer or list of answers; how a demonstration is written.
 FORMS = {

@@ -13,16 +13,16 @@ from typing import Any
 
 from etils import epath
 
+from fot_jax.common.errors import UserError, check_range
 from fot_jax.data.lanes import DocumentSource
-from fot_jax.errors import UserError, check_range
 from fot_jax.evals import plots, ruler
 from fot_jax.evals.harness_adapter import adapter
-from fot_jax.generate import LanguageModel
 from fot_jax.hugging_face import config as configs
 from fot_jax.hugging_face import tokenizers
+from fot_jax.inference.language_model import LanguageModel
+from fot_jax.inference.prefill import all_of_a_text
 from fot_jax.model.lookup import Dense, Lookup
 from fot_jax.model.transformer import ModelConfig
-from fot_jax.reading import all_of_a_text
 
 
 @dataclasses.dataclass(frozen=True)

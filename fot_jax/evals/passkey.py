@@ -8,14 +8,14 @@ from collections.abc import Iterator
 import numpy as np
 from etils import epath
 
+from fot_jax.common.errors import LARGEST_SEED, UserError, because_of, check_range
+from fot_jax.common.progress import bar
 from fot_jax.data.lanes import DocumentSource
 from fot_jax.data.synthetic import Passkey, draw_passkey
-from fot_jax.errors import LARGEST_SEED, UserError, because_of, check_range
 from fot_jax.evals import plots
-from fot_jax.generate import LanguageModel
+from fot_jax.inference.language_model import LanguageModel
+from fot_jax.inference.prefill import MemoryConfig, all_of_a_text, last_context
 from fot_jax.model.lookup import Dense, Lookup
-from fot_jax.progress import bar
-from fot_jax.reading import MemoryConfig, all_of_a_text, last_context
 
 
 @dataclasses.dataclass(frozen=True)

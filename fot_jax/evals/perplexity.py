@@ -10,13 +10,13 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
+from fot_jax.common.errors import UserError, check_range
+from fot_jax.common.progress import bar
 from fot_jax.data.lanes import Document, DocumentSource
-from fot_jax.errors import UserError, check_range
 from fot_jax.evals import plots
-from fot_jax.generate import LanguageModel
+from fot_jax.inference.language_model import LanguageModel
+from fot_jax.inference.prefill import EVERYTHING, MemoryConfig
 from fot_jax.model.lookup import Dense, Lookup
-from fot_jax.progress import bar
-from fot_jax.reading import EVERYTHING, MemoryConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,13 +12,13 @@ from etils import epath
 from jax.experimental import io_callback
 from jaxtyping import Int
 
+from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.data.lanes import DocumentSource
-from fot_jax.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.evals import plots
-from fot_jax.generate import LanguageModel
+from fot_jax.inference.language_model import LanguageModel
+from fot_jax.inference.prefill import MemoryConfig
 from fot_jax.model.lookup import TopK
 from fot_jax.model.transformer import ModelConfig
-from fot_jax.reading import MemoryConfig
 
 CONTEXT = 12  # tokens shown on either side
 BINS = 100  # of positions, in the plot

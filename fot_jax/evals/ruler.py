@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 
 METRIC = "string_match"  # share of what is to be found that an answer has; named by length there
 

@@ -6,10 +6,10 @@ import dataclasses
 
 from etils import epath
 
+from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.data.lanes import DocumentSource
-from fot_jax.errors import LARGEST_SEED, UserError, check_range
-from fot_jax.generate import LanguageModel
-from fot_jax.reading import MemoryConfig
+from fot_jax.inference.language_model import LanguageModel
+from fot_jax.inference.prefill import MemoryConfig
 
 
 @dataclasses.dataclass(frozen=True)

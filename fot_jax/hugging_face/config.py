@@ -15,9 +15,9 @@ from typing import Any
 
 from etils import epath
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
+from fot_jax.common.paths import is_file, path_of
 from fot_jax.model.transformer import ROPE_SCALINGS, ModelConfig, RopeScaling
-from fot_jax.paths import is_file, path_of
 
 CONFIG = "config.json"
 # Model types, and max_position_embeddings of files that leave it out.

@@ -22,9 +22,9 @@ import numpy as np
 import safetensors
 from etils import epath
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
+from fot_jax.common.paths import in_bucket, is_file, read_range
 from fot_jax.model.transformer import ModelConfig
-from fot_jax.paths import in_bucket, is_file, read_range
 
 SHARD = 5 * 10**9  # bytes of a file, as transformers cuts them
 _SAFETENSORS, _PICKLE = "model.safetensors", "pytorch_model.bin"

@@ -12,6 +12,8 @@ from etils import epath
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
+from fot_jax.common.errors import UserError
+from fot_jax.common.paths import in_bucket
 from fot_jax.data.vocabulary import (
     CLEAN_UP,
     COMMON_EOS,
@@ -24,9 +26,7 @@ from fot_jax.data.vocabulary import (
     Symbols,
     Vocabulary,
 )
-from fot_jax.errors import UserError
 from fot_jax.hugging_face.config import CONFIG, Fields
-from fot_jax.paths import in_bucket
 
 _JSON, _CONFIG, _MODEL = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 _TOKENIZERS = (_JSON, _MODEL, "vocab.json", "tekken.json")  # one of them, and there is a tokenizer

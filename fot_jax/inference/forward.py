@@ -23,10 +23,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from fot_jax.model import attention as parts_of
 from fot_jax.model import lookup as lookups
 from fot_jax.model import memory as memories
 from fot_jax.model import transformer
+from fot_jax.model.attention import partial_softmax as parts_of
 from fot_jax.model.lookup import Lookup
 from fot_jax.model.memory import LayerMemory, Memory
 from fot_jax.model.transformer import ModelConfig

@@ -7,13 +7,13 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 
-from fot_jax import memory_files
+from fot_jax.common.errors import UserError
+from fot_jax.common.paths import path_of
+from fot_jax.common.progress import bar
 from fot_jax.data.vocabulary import Vocabulary
-from fot_jax.errors import UserError
-from fot_jax.generate import LanguageModel
-from fot_jax.paths import path_of
-from fot_jax.progress import bar
-from fot_jax.reading import EVERYTHING, MemoryConfig, State
+from fot_jax.inference import memory_files
+from fot_jax.inference.language_model import LanguageModel
+from fot_jax.inference.prefill import EVERYTHING, MemoryConfig, State
 
 
 def generate(

@@ -24,14 +24,16 @@ from etils import epath
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
-from fot_jax import reading
+from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.data.vocabulary import Vocabulary, marked
-from fot_jax.errors import LARGEST_SEED, UserError, check_range
-from fot_jax.model import inference, sampling, transformer
+from fot_jax.inference import forward as inference
+from fot_jax.inference import prefill as reading
+from fot_jax.inference import sampling
+from fot_jax.inference.prefill import EVERYTHING, SHARED, MemoryConfig, State
 from fot_jax.model import memory as memories
+from fot_jax.model import transformer
 from fot_jax.model.lookup import Lookup
 from fot_jax.model.transformer import ModelConfig, Transformer
-from fot_jax.reading import EVERYTHING, SHARED, MemoryConfig, State
 
 
 class Scores(NamedTuple):
@@ -73,7 +75,7 @@ class LanguageModel:
         Raises:
           UserError: nothing there, or nothing whole; fewer devices.
         """
-        from fot_jax.hugging_face import loading
+        from fot_jax.checkpoints import loading
 
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"dtype = {dtype!r}: choose one of float32, bfloat16")
@@ -426,7 +428,7 @@ class LanguageModel:
         Raises:
           UserError: something else is there, or it cannot be written.
         """
-        from fot_jax import memory_files
+        from fot_jax.inference import memory_files
 
         memory_files.save(path, state, self._fingerprint, self.mesh)
 
@@ -440,14 +442,14 @@ class LanguageModel:
         Raises:
           UserError: nothing there, damaged, or the memory of another model.
         """
-        from fot_jax import memory_files
+        from fot_jax.inference import memory_files
 
         return memory_files.load(path, self.config, self._fingerprint, lookup, self.mesh)
 
     @functools.cached_property
     def _fingerprint(self) -> dict[str, Any]:
         """What keys and values depend on."""
-        from fot_jax.training.checkpoint_items import checksums
+        from fot_jax.checkpoints.items import checksums
 
         config = dataclasses.asdict(self.config)
         leaves = jax.tree.leaves(self.params)

@@ -24,16 +24,16 @@ import tensorstore as ts
 from etils import epath
 from jax.sharding import Mesh
 
-from fot_jax.errors import UserError
-from fot_jax.model import inference
+from fot_jax.checkpoints.items import names
+from fot_jax.common.errors import UserError
+from fot_jax.common.paths import in_bucket, kvstore, new_directory, path_of
+from fot_jax.inference import forward as inference
+from fot_jax.inference.forward import Cache
+from fot_jax.inference.prefill import MemoryConfig, State
 from fot_jax.model import memory as memories
-from fot_jax.model.inference import Cache
 from fot_jax.model.lookup import Lookup
 from fot_jax.model.memory import Memory
 from fot_jax.model.transformer import ModelConfig
-from fot_jax.paths import in_bucket, kvstore, new_directory, path_of
-from fot_jax.reading import MemoryConfig, State
-from fot_jax.training.checkpoint_items import names
 
 DESCRIPTION = "memory.json"
 VERSION = 1

@@ -19,10 +19,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
-from fot_jax.errors import UserError, check_range
-from fot_jax.model import inference
+from fot_jax.common.errors import UserError, check_range
+from fot_jax.inference import forward as inference
+from fot_jax.inference.forward import Cache
 from fot_jax.model import memory as memories
-from fot_jax.model.inference import Cache
 from fot_jax.model.lookup import Dense, Lookup
 from fot_jax.model.memory import Memory
 from fot_jax.model.transformer import ModelConfig

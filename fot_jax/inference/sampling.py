@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fot_jax.model import inference, transformer
-from fot_jax.model.inference import Cache
+from fot_jax.inference import forward as inference
+from fot_jax.inference.forward import Cache
+from fot_jax.model import transformer
 
 MOST_LIKELY, LIKELY, ANY = "most likely", "likely", "any"
 

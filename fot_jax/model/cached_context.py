@@ -20,7 +20,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from fot_jax.model import crossbatch
-from fot_jax.model.attention import MASKED
+from fot_jax.model.attention.partial_softmax import MASKED
 from fot_jax.model.lookup import ApproximateTopK, Dense, Lookup
 from fot_jax.model.schemes import CachedContext
 

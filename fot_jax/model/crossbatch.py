@@ -23,17 +23,17 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from fot_jax.errors import UserError
-from fot_jax.model import attention as parts_of
-from fot_jax.model import gpu_kernels, kernel_lists, tpu_kernels
-from fot_jax.model.attention import SAME_DOCUMENT, Pairs
+from fot_jax.common.errors import UserError
+from fot_jax.model.attention import gpu, pair_lists, tpu
+from fot_jax.model.attention import partial_softmax as parts_of
+from fot_jax.model.attention.partial_softmax import SAME_DOCUMENT, Pairs
 from fot_jax.model.layout import HEAD_AXIS, ROW_AXES
 from fot_jax.model.schemes import Scheme
 
 # --- Plan ----------------------------------------------------------------------------------------
 
 Pair = tuple[int, int, int]  # query row, key row, what it sees
-Lists = Pairs | kernel_lists.Lists  # many of them, laid out for a device
+Lists = Pairs | pair_lists.Lists  # many of them, laid out for a device
 
 
 class Contexts(NamedTuple):
@@ -53,7 +53,7 @@ class Plan:
       mesh: None for one device.
       group_devices: devices that a crossbatch group spans, and its rows travel around.
       contexts: all of them; positives: those alone, for the positive attention mass.
-      engine: the module that attends: attention.py, or tpu_kernels.py, gpu_kernels.py.
+      engine: the module that attends: attention.py, or tpu.py, gpu.py.
     """
 
     mesh: Mesh | AbstractMesh | None = None
@@ -121,7 +121,7 @@ def make_plan(
     def lay_out(per_device: list[list[Pair]], keys: int) -> Lists:
         if engine is parts_of:
             return _schedule(per_device, local_rows, slots)
-        return kernel_lists.list_pairs(per_device, local_rows, keys)
+        return pair_lists.list_pairs(per_device, local_rows, keys)
 
     edges = [  # (query row, context) over all groups
         (start + row, context._replace(row=start + context.row))
@@ -184,11 +184,11 @@ def _engine(mesh: Mesh | AbstractMesh | None, window: int):
         parts_of.tile_of(window),
     )
     if device.platform == "tpu" and device.device_kind not in ("TPU v2", "TPU v3"):
-        return tpu_kernels if tile % 128 == 0 else parts_of
+        return tpu if tile % 128 == 0 else parts_of
     major = str(getattr(device, "compute_capability", "")).split(".")[0]  # AMD's are words
     ampere_or_later = device.platform == "gpu" and major.isdigit() and int(major) >= 8
-    if ampere_or_later and tile % gpu_kernels.SMALLEST_BLOCK == 0:
-        return gpu_kernels
+    if ampere_or_later and tile % gpu.SMALLEST_BLOCK == 0:
+        return gpu
     return parts_of
 
 
@@ -365,8 +365,8 @@ _attention.defvjp(_forward, _backward)
 
 
 def _no_parts(plan: Plan, q_t: jax.Array, window: int):
-    if plan.engine is tpu_kernels:
-        return tpu_kernels.no_parts(q_t, parts_of.tile_of(window))
+    if plan.engine is tpu:
+        return tpu.no_parts(q_t, parts_of.tile_of(window))
     return parts_of.no_parts(q_t)
 
 
@@ -374,7 +374,7 @@ def _local_pairs(plan: Plan, q: jax.Array) -> Lists:
     R, T, H, _ = q.shape
     if plan.engine is parts_of:
         return parts_of.every_row(R, SAME_DOCUMENT, parts_of.slots_of(H, T, T, plan.platform))
-    return kernel_lists.every_row(R)
+    return pair_lists.every_row(R)
 
 
 def _zeros(tree):

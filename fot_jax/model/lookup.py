@@ -20,10 +20,10 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from fot_jax.errors import UserError, check_range
-from fot_jax.model import attention as parts_of
+from fot_jax.common.errors import UserError, check_range
 from fot_jax.model import memory as memories
-from fot_jax.model.attention import MASKED, Parts
+from fot_jax.model.attention import partial_softmax as parts_of
+from fot_jax.model.attention.partial_softmax import MASKED, Parts
 from fot_jax.model.memory import AXIS, LayerMemory, Stored
 
 # Of products that choose keys: TPUs and GPUs would round float32, and each pass in its own way.

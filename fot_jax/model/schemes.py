@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import jax
 
-from fot_jax.errors import UserError, check_range
-from fot_jax.model.attention import ANY_DOCUMENT, SAME_DOCUMENT
+from fot_jax.common.errors import UserError, check_range
+from fot_jax.model.attention.partial_softmax import ANY_DOCUMENT, SAME_DOCUMENT
 from fot_jax.model.lookup import Dense, Lookup
 
 

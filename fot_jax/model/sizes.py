@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 from fot_jax.model.crossbatch import Plan
 from fot_jax.model.transformer import ModelConfig, RopeScaling, Transformer
 

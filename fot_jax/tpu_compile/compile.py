@@ -22,16 +22,16 @@ import jax.numpy as jnp
 import optax
 from jax.experimental import topologies
 
-from fot_jax.errors import UserError
-from fot_jax.experiment import Compute, Data, Program, make_program
+from fot_jax.common.errors import UserError
+from fot_jax.common.topologies import Topology, topology_of
+from fot_jax.common.units import bytes_of
 from fot_jax.model import schemes
 from fot_jax.model.crossbatch import Plan
 from fot_jax.model.transformer import REMAT_POLICIES, ModelConfig
-from fot_jax.topologies import Topology, topology_of
-from fot_jax.training import costs
+from fot_jax.tpu_compile import costs
+from fot_jax.training.experiment import Compute, Data, Program, make_program
 from fot_jax.training.partitioning import MeshShape
 from fot_jax.training.step import ScheduleOfD
-from fot_jax.units import bytes_of
 
 GIB = 2**30
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from fot_jax.model.attention import LOOP_SCOPE
+from fot_jax.model.attention.partial_softmax import LOOP_SCOPE
 
 # --- Products, from the traced program -----------------------------------------------------------
 

@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 
 CONTROL_PORT = 8475  # of worker 0's supervisor, unless FOT_WORKERS says another
 METADATA_HOST = "metadata.google.internal"

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
+from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
+from fot_jax.common.topologies import topology_of
 from fot_jax.data.lanes import FIELDS, DocumentSource
-from fot_jax.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.model import cached_context, crossbatch, schemes
 from fot_jax.model.transformer import ModelConfig, Transformer
-from fot_jax.topologies import topology_of
 from fot_jax.training import partitioning
 from fot_jax.training.flops import training_flops
 from fot_jax.training.partitioning import MeshShape

@@ -27,8 +27,8 @@ from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
-from fot_jax.errors import UserError
-from fot_jax.paths import Growing, in_bucket, write
+from fot_jax.common.errors import UserError
+from fot_jax.common.paths import Growing, in_bucket, write
 
 # --- Numbers -------------------------------------------------------------------------------------
 

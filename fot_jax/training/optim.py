@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fot_jax.errors import UserError, check_range
+from fot_jax.common.errors import UserError, check_range
 
 # --- Schedules -----------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 from fot_jax.model.layout import AXES, CACHED, PARAMETERS, ROW_AXES
 
 

@@ -16,7 +16,7 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fot_jax.errors import LARGEST_SEED, UserError, check_range
+from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.model import cached_context, crossbatch, layout, schemes
 from fot_jax.model.cached_context import Cached
 from fot_jax.model.transformer import Transformer

@@ -28,8 +28,8 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from fot_jax.errors import UserError
-from fot_jax.paths import create, in_bucket, path_of
+from fot_jax.common.errors import UserError
+from fot_jax.common.paths import create, in_bucket, path_of
 
 RUNNING = "running.json"
 BEAT_SECONDS, LEASE_SECONDS = 15.0, 60.0

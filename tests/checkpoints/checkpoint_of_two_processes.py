@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fot_jax.training.checkpoint import Checkpointer
+from fot_jax.checkpoints.manager import Checkpointer
 
 
 def whole(step):

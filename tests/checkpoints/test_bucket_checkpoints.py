@@ -8,12 +8,12 @@ import pytest
 import runs
 
 from fot_jax import LanguageModel, convert
+from fot_jax.checkpoints import loading
+from fot_jax.checkpoints import manager as checkpoint
+from fot_jax.checkpoints.manager import Checkpointer, locate
+from fot_jax.common.errors import UserError
+from fot_jax.common.paths import new_directory, remove_half_written
 from fot_jax.data.vocabulary import Bytes, load_vocabulary
-from fot_jax.errors import UserError
-from fot_jax.hugging_face import loading
-from fot_jax.paths import new_directory, remove_half_written
-from fot_jax.training import checkpoint
-from fot_jax.training.checkpoint import Checkpointer, locate
 
 pytestmark = pytest.mark.torch
 TOKENS = llamas.random_tokens(1, 40)

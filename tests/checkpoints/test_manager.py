@@ -16,10 +16,11 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fot_jax.errors import UserError
+from fot_jax.checkpoints import items
+from fot_jax.checkpoints import manager as checkpoint
+from fot_jax.checkpoints.manager import Checkpointer
+from fot_jax.common.errors import UserError
 from fot_jax.model.transformer import ModelConfig, RopeScaling
-from fot_jax.training import checkpoint, checkpoint_items
-from fot_jax.training.checkpoint import Checkpointer
 
 optimizer = optax.adamw(1e-2)
 
@@ -144,7 +145,7 @@ def test_arrays_may_be_donated_and_data_changed_right_after_save(tmp_path):
 def test_a_step_shows_only_when_complete(tmp_path, monkeypatch):
     """The save is stopped just before its last file; the step must not show up till it goes on."""
     reached, go_on = threading.Event(), threading.Event()
-    finalize = checkpoint_items.DataHandler.finalize
+    finalize = items.DataHandler.finalize
 
     def slow(self, directory):
         reached.set()
@@ -153,7 +154,7 @@ def test_a_step_shows_only_when_complete(tmp_path, monkeypatch):
 
     store = Checkpointer(tmp_path)
     save(store, 1)
-    monkeypatch.setattr(checkpoint_items.DataHandler, "finalize", slow)
+    monkeypatch.setattr(items.DataHandler, "finalize", slow)
     params = make_params(2)
     store.save(2, params, make_opt_state(params), make_data(2), {"name": "at 2"})
     assert reached.wait(30)
@@ -167,7 +168,7 @@ def test_a_step_shows_only_when_complete(tmp_path, monkeypatch):
 
     again = Checkpointer(half_written)
     assert_is_step(restore(again), 1)
-    monkeypatch.setattr(checkpoint_items.DataHandler, "finalize", finalize)
+    monkeypatch.setattr(items.DataHandler, "finalize", finalize)
     save(again, 2)
     assert_is_step(restore(again), 2)
 
@@ -444,7 +445,7 @@ def test_a_save_that_fails_in_the_background_is_raised(
     def fail(self, directory):
         raise failure
 
-    monkeypatch.setattr(checkpoint_items.DataHandler, "finalize", fail)
+    monkeypatch.setattr(items.DataHandler, "finalize", fail)
     params = make_params(2)
     store.save(2, params, make_opt_state(params), make_data(2), {})
     with pytest.raises(expected, match=message):

@@ -11,12 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from fot_jax.errors import UserError
+from fot_jax.checkpoints import items, stream
+from fot_jax.checkpoints import manager as checkpoint
+from fot_jax.checkpoints.manager import Checkpointer
+from fot_jax.common.errors import UserError
 from fot_jax.model.transformer import ModelConfig
-from fot_jax.training import checkpoint
-from fot_jax.training import checkpoint_items as items
-from fot_jax.training import checkpoint_stream as stream
-from fot_jax.training.checkpoint import Checkpointer
 
 CONFIG = ModelConfig(61, 32, 3, 4, 2, 8, 48, (1,), 16)
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from etils import epath
 
-from fot_jax.paths import create, written_here
+from fot_jax.common.paths import create, written_here
 
 
 @pytest.fixture

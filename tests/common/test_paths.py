@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from fot_jax.errors import UserError
-from fot_jax.paths import absolute, path_of
-from fot_jax.training.checkpoint import Checkpointer
+from fot_jax.checkpoints.manager import Checkpointer
+from fot_jax.common.errors import UserError
+from fot_jax.common.paths import absolute, path_of
 
 
 def test_paths_of_this_machine_and_of_buckets(tmp_path, monkeypatch):

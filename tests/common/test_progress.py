@@ -3,7 +3,7 @@
 import io
 import sys
 
-from fot_jax import progress
+from fot_jax.common import progress
 
 
 class Terminal(io.StringIO):

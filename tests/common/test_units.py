@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fot_jax import units
+from fot_jax.common import units
 
 
 @pytest.mark.parametrize(

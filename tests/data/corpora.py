@@ -8,10 +8,10 @@ import json
 
 import pytest
 
+from fot_jax.common.errors import UserError
 from fot_jax.data import tasks
 from fot_jax.data.tasks import Corpus, Text
 from fot_jax.data.vocabulary import Bytes
-from fot_jax.errors import UserError
 
 
 def framed(text):

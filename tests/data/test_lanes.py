@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fot_jax.common.errors import UserError
 from fot_jax.data import lanes as lanes_module
 from fot_jax.data.lanes import FIELDS, Document, Lanes, Prefetch
-from fot_jax.errors import UserError
 
 # --- Documents whose every token says where it is from -------------------------------------------
 

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_synthetic import contents, take
 
+from fot_jax.common.errors import UserError
 from fot_jax.data.corpus import Corpus
 from fot_jax.data.lanes import Lanes, of_one_source
 from fot_jax.data.mixture import Mixture
 from fot_jax.data.synthetic import DictionaryLookup, Passkey
 from fot_jax.data.tasks import Text
 from fot_jax.data.vocabulary import Bytes
-from fot_jax.errors import UserError
 
 SHORT = Passkey(document_tokens=300, eval_documents=3)
 LONG = Passkey(document_tokens=500, eval_documents=2)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fot_jax.common.errors import UserError
 from fot_jax.data.lanes import Lanes
 from fot_jax.data.synthetic import (
     CONFIGURABLE,
@@ -20,7 +21,6 @@ from fot_jax.data.synthetic import (
     passkey_prompt,
 )
 from fot_jax.data.vocabulary import Bytes, Symbols, TrainedSentencePiece
-from fot_jax.errors import UserError
 
 SOURCES = (DictionaryLookup(document_tokens=80), Passkey(document_tokens=700))
 

@@ -27,12 +27,12 @@ from corpora import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fot_jax.common.errors import UserError
 from fot_jax.data import corpus as corpus_module
 from fot_jax.data import tasks
 from fot_jax.data.corpus import shard_of
 from fot_jax.data.tasks import Corpus, Text
 from fot_jax.data.vocabulary import Bytes, SentencePiece, TrainedSentencePiece
-from fot_jax.errors import UserError
 
 # --- Reading files -------------------------------------------------------------------------------
 

@@ -16,6 +16,8 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from fot_jax.common.errors import UserError
+from fot_jax.common.paths import new_directory
 from fot_jax.data.vocabulary import (
     Bytes,
     HuggingFaceTokenizer,
@@ -25,8 +27,6 @@ from fot_jax.data.vocabulary import (
     frame,
     load_vocabulary,
 )
-from fot_jax.errors import UserError
-from fot_jax.paths import new_directory
 
 
 def python_sources(count=40):

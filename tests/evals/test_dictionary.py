@@ -8,15 +8,15 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from fot_jax.common.errors import UserError
 from fot_jax.data.files import SPLITS
 from fot_jax.data.synthetic import KEY, QUESTION, DictionaryLookup, Passkey
-from fot_jax.errors import UserError
 from fot_jax.evals.dictionary import DictionaryAccuracy
-from fot_jax.generate import LanguageModel, Scores
+from fot_jax.inference.language_model import LanguageModel, Scores
+from fot_jax.inference.prefill import MemoryConfig
 from fot_jax.model import crossbatch
 from fot_jax.model.lookup import Dense, TopK
 from fot_jax.model.transformer import ModelConfig, Transformer
-from fot_jax.reading import MemoryConfig
 
 TASK = DictionaryLookup(document_tokens=64, key_length=2, value_length=3)  # 4 records of 7 a half
 SIZES = (32, 100, 640)  # 1, 3 and 20 windows: 4, 12, 80 records

@@ -9,11 +9,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from fot_jax.common.errors import UserError
 from fot_jax.data.vocabulary import Bytes
-from fot_jax.errors import UserError
 from fot_jax.evals.few_shot import FewShot
+from fot_jax.inference.prefill import EVERYTHING, MemoryConfig
 from fot_jax.model.lookup import TopK
-from fot_jax.reading import EVERYTHING, MemoryConfig
 
 SOURCE = types.SimpleNamespace(vocabulary=Bytes())
 DEMONSTRATION = re.compile(r"Question: (.*)\nType: (.*)\n\n")

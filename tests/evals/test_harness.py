@@ -7,12 +7,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from fot_jax.common.errors import UserError
 from fot_jax.data.vocabulary import Bytes, TrainedSentencePiece
-from fot_jax.errors import UserError
 from fot_jax.evals.harness import LmEval
-from fot_jax.generate import Scores
+from fot_jax.inference.language_model import Scores
+from fot_jax.inference.prefill import EVERYTHING, MemoryConfig
 from fot_jax.model.lookup import TopK
-from fot_jax.reading import EVERYTHING, MemoryConfig
 
 SOURCE = types.SimpleNamespace(vocabulary=Bytes())
 ANIMALS = [("cow", "moo"), ("dog", "woof"), ("cat", "meow"), ("pig", "oink"), ("owl", "hoot")]

@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 from fot_jax.evals.harness import LmEval
 from fot_jax.evals.harness_adapter import LENGTHS, adapter, writing
-from fot_jax.generate import LanguageModel
-from fot_jax.reading import EVERYTHING
+from fot_jax.inference.language_model import LanguageModel
+from fot_jax.inference.prefill import EVERYTHING
 
 pytestmark = [pytest.mark.slow, pytest.mark.torch]
 

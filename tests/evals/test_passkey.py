@@ -8,12 +8,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from fot_jax.common.errors import UserError
 from fot_jax.data.synthetic import FILLER, PASSKEY_QUESTION, TASK, Passkey
 from fot_jax.data.vocabulary import Bytes
-from fot_jax.errors import UserError
 from fot_jax.evals.passkey import PasskeyRetrieval
+from fot_jax.inference.prefill import EVERYTHING, MemoryConfig, last_context
 from fot_jax.model.lookup import Dense, TopK
-from fot_jax.reading import EVERYTHING, MemoryConfig, last_context
 
 SOURCE = types.SimpleNamespace(vocabulary=Bytes())
 STATEMENT = re.compile(r" The pass key is (\d{5})\. Remember it\. \1 is the pass key\. ")

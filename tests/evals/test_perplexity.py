@@ -9,14 +9,14 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from fot_jax.common.errors import UserError
 from fot_jax.data.lanes import Document
-from fot_jax.errors import UserError
 from fot_jax.evals.perplexity import PerplexityByContext
-from fot_jax.generate import LanguageModel
+from fot_jax.inference.language_model import LanguageModel
+from fot_jax.inference.prefill import MemoryConfig
 from fot_jax.model import crossbatch
 from fot_jax.model.lookup import Dense, TopK
 from fot_jax.model.transformer import ModelConfig, Transformer
-from fot_jax.reading import MemoryConfig
 
 WINDOW = 8
 CONFIG = ModelConfig(

@@ -8,11 +8,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from fot_jax.common.errors import UserError
 from fot_jax.data.lanes import Document
 from fot_jax.data.vocabulary import Bytes
-from fot_jax.errors import UserError
 from fot_jax.evals.retrieval import RetrievalTable
-from fot_jax.generate import LanguageModel
+from fot_jax.inference.language_model import LanguageModel
 from fot_jax.model import crossbatch
 from fot_jax.model.transformer import ModelConfig, Transformer
 from fot_jax.training import partitioning

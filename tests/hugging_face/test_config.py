@@ -7,7 +7,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 from fot_jax.hugging_face import config as configs
 from fot_jax.model.transformer import ModelConfig, RopeScaling
 

@@ -20,11 +20,11 @@ from tokenizers.trainers import BpeTrainer
 from transformers.tokenization_utils_base import generate_merges
 
 from fot_jax import convert
+from fot_jax.common.errors import UserError
 from fot_jax.data.vocabulary import HuggingFaceTokenizer, frame, load_vocabulary, marked
-from fot_jax.errors import UserError
-from fot_jax.generate import LanguageModel
 from fot_jax.hugging_face import tokenizers
-from fot_jax.writing import as_text
+from fot_jax.inference.generate import as_text
+from fot_jax.inference.language_model import LanguageModel
 
 pytestmark = pytest.mark.torch
 TEXT = (Path(sysconfig.get_path("stdlib")) / "json" / "decoder.py").read_text()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 from fot_jax.hugging_face import config as configs
 from fot_jax.model.transformer import rope_frequencies
 

@@ -11,10 +11,10 @@ import transformers
 from safetensors.numpy import save_file
 
 from fot_jax.cli import main
+from fot_jax.common.errors import UserError
 from fot_jax.data.vocabulary import TrainedSentencePiece
-from fot_jax.errors import UserError
-from fot_jax.generate import LanguageModel
 from fot_jax.hugging_face import tokenizers
+from fot_jax.inference.language_model import LanguageModel
 
 pytestmark = pytest.mark.torch
 TEXT = "def f(x):\n    return x + 1\n"

@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.numpy import save_file
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 from fot_jax.hugging_face import config as configs
 from fot_jax.hugging_face import tensors
 

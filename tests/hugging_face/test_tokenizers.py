@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
+from fot_jax.common.errors import UserError
 from fot_jax.data.vocabulary import (
     Bytes,
     HuggingFaceTokenizer,
@@ -22,7 +23,6 @@ from fot_jax.data.vocabulary import (
     TrainedSentencePiece,
     frame,
 )
-from fot_jax.errors import UserError
 from fot_jax.hugging_face import tokenizers
 
 pytestmark = pytest.mark.torch

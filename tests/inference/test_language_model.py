@@ -2,22 +2,18 @@
 
 import dataclasses
 import functools
-import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
-from readers import EVERY_MODEL, C, by_rules, config_of, model_of, random_text, reach
-
-from fot_jax.errors import UserError
-from fot_jax.generate import LanguageModel
-from fot_jax.model.transformer import Transformer
-from fot_jax.reading import MemoryConfig
-
-sys.path.append(str(Path(__file__).parent / "model"))
 import rules
+from readers import EVERY_MODEL, C, by_rules, config_of, model_of, random_text, reach
 from test_transformer import LLAMA, random_params
+
+from fot_jax.common.errors import UserError
+from fot_jax.inference.language_model import LanguageModel
+from fot_jax.inference.prefill import MemoryConfig
+from fot_jax.model.transformer import Transformer
 
 # --- Writing -------------------------------------------------------------------------------------
 
@@ -258,7 +254,8 @@ def test_generates_without_memory():
 
 
 def test_a_token_needs_no_compilation_and_no_copy_of_memory():
-    from fot_jax.model import inference, sampling
+    from fot_jax.inference import forward as inference
+    from fot_jax.inference import sampling
 
     lm = model_of("llama")
     prompt = random_text(1, 4500)[0].tolist()

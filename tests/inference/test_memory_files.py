@@ -3,21 +3,17 @@
 import dataclasses
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import runs
-
-from fot_jax.errors import UserError
-from fot_jax.generate import LanguageModel
-from fot_jax.model.lookup import TopK
-from fot_jax.reading import MemoryConfig
-
-sys.path.append(str(Path(__file__).parent / "model"))
 from readers import model_of, random_text
+
+from fot_jax.common.errors import UserError
+from fot_jax.inference.language_model import LanguageModel
+from fot_jax.inference.prefill import MemoryConfig
+from fot_jax.model.lookup import TopK
 
 
 def over(lm, devices):
@@ -76,7 +72,7 @@ def test_of_one_device_onto_eight_and_back(tmp_path):
 
 
 def test_chunks_of_files(tmp_path, monkeypatch):
-    from fot_jax import memory_files
+    from fot_jax.inference import memory_files
 
     monkeypatch.setattr(memory_files, "CHUNK", 2**12)
     lm = model_of("llama")

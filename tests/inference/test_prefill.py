@@ -4,12 +4,12 @@ import dataclasses
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
@@ -24,16 +24,13 @@ from readers import (
     random_text,
     reach,
 )
+from test_transformer import LLAMA, random_params
 
-from fot_jax.errors import UserError
-from fot_jax.generate import LanguageModel
+from fot_jax.common.errors import UserError
+from fot_jax.inference.language_model import LanguageModel
+from fot_jax.inference.prefill import MemoryConfig
 from fot_jax.model.lookup import ApproximateTopK, TopK
 from fot_jax.model.transformer import Transformer
-from fot_jax.reading import MemoryConfig
-
-sys.path.append(str(Path(__file__).parent / "model"))
-import rules
-from test_transformer import LLAMA, random_params
 
 # --- Windows -------------------------------------------------------------------------------------
 
@@ -281,7 +278,7 @@ def test_parameters_on_a_training_mesh_give_the_same(name):
 
 def test_growing_memory_compiles_few_programs():
     """A text fed bit by bit."""
-    from fot_jax.model import inference
+    from fot_jax.inference import forward as inference
 
     lm = model_of("llama")
     text = random_text(1, 6000, seed=9)

@@ -11,15 +11,15 @@ import pytest
 from jax.test_util import check_grads
 from test_transformer import LLAMA, PAPER, forward, plan_of, random_params, random_tokens
 
+from fot_jax.common.errors import UserError
 from fot_jax.data.lanes import Document, Lanes
-from fot_jax.errors import UserError
-from fot_jax.generate import LanguageModel
+from fot_jax.inference.language_model import LanguageModel
+from fot_jax.inference.prefill import MemoryConfig
 from fot_jax.model import cached_context, crossbatch
 from fot_jax.model.cached_context import Cached
 from fot_jax.model.lookup import ApproximateTopK, Dense, TopK
 from fot_jax.model.schemes import CachedContext, PreviousContext
 from fot_jax.model.transformer import Transformer
-from fot_jax.reading import MemoryConfig
 from fot_jax.training.partitioning import MeshShape
 
 T = LLAMA.local_context

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 from fot_jax.model import crossbatch, layout
 from fot_jax.model.schemes import NoCrossbatch, Packed, PackedTable, PreviousContext
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_memory import SHARDS, fill, mesh_of, one_softmax, tokens_of
 from test_transformer import LLAMA
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 from fot_jax.model import memory
 from fot_jax.model.lookup import ApproximateTopK, Dense, TopK, attend
 

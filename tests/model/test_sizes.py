@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from fot_jax.errors import UserError
-from fot_jax.model import crossbatch, inference, memory, sizes
+from fot_jax.common.errors import UserError
+from fot_jax.inference import forward as inference
+from fot_jax.model import crossbatch, memory, sizes
 from fot_jax.model.lookup import TopK
 from fot_jax.model.schemes import PackedTable, PreviousContext
 from fot_jax.model.transformer import Transformer

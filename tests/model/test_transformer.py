@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from test_crossbatch import visibility
 
-from fot_jax.errors import UserError
-from fot_jax.generate import LanguageModel
+from fot_jax.common.errors import UserError
 from fot_jax.hugging_face import config as configs
+from fot_jax.inference.language_model import LanguageModel
 from fot_jax.model import crossbatch
 from fot_jax.model.schemes import NoCrossbatch, Packed, PackedTable, PreviousContext
 from fot_jax.model.transformer import ModelConfig, RopeScaling, Transformer

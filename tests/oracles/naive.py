@@ -3,18 +3,13 @@
 For test_step.py, which wants its gradient, and test_flops.py, which counts its products.
 """
 
-import sys
-from pathlib import Path
-
 import jax
 import numpy as np
 import torch
 import torch.nn.functional as F
+from test_crossbatch import visibility
 
-sys.path.append(str(Path(__file__).parents[1] / "model"))
-from test_crossbatch import visibility  # noqa: E402
-
-from fot_jax.model.schemes import PreviousContext  # noqa: E402
+from fot_jax.model.schemes import PreviousContext
 
 
 def objective(c, scheme, params, batch, group_rows, z_loss=0.0, detached=False):

@@ -2,18 +2,14 @@
 
 import dataclasses
 import functools
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-from fot_jax.generate import LanguageModel
-from fot_jax.model.transformer import Transformer
-
-sys.path.append(str(Path(__file__).parent / "model"))
 import rules
 from test_transformer import LLAMA, PAPER, random_params
+
+from fot_jax.inference.language_model import LanguageModel
+from fot_jax.model.transformer import Transformer
 
 C = 64  # local context
 MODELS = {

@@ -7,20 +7,23 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import llamas
 import ml_dtypes
 import numpy as np
 import pytest
+import rules
 import safetensors.numpy
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_transformer import LLAMA, PAPER, random_params
 
 from fot_jax import convert
-from fot_jax.generate import LanguageModel
+from fot_jax.checkpoints import items, stream
+from fot_jax.inference.language_model import LanguageModel
+from fot_jax.inference.prefill import MemoryConfig
 from fot_jax.model.lookup import TopK
 from fot_jax.model.transformer import RopeScaling, Transformer
 from fot_jax.pytorch import modeling_fot
@@ -30,13 +33,6 @@ from fot_jax.pytorch.modeling_fot import (
     FotForCausalLM,
     FotLlamaForCausalLM,
 )
-from fot_jax.reading import MemoryConfig
-from fot_jax.training import checkpoint_items as items
-from fot_jax.training import checkpoint_stream as stream
-
-sys.path.append(str(Path(__file__).parents[1] / "model"))
-import rules
-from test_transformer import LLAMA, PAPER, random_params
 
 pytestmark = pytest.mark.torch
 

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from fot_jax.topologies import CHIPS, SHAPES, topology_of
+from fot_jax.common.topologies import CHIPS, SHAPES, topology_of
 from tpu import gcloud
 from tpu.gcloud import Pod
 

@@ -10,7 +10,7 @@ import tarfile
 import pytest
 from clouds import REPOSITORY
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 from tpu import ship
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from clouds import POD, WORKDIR
 
-from fot_jax.topologies import CHIPS
+from fot_jax.common.topologies import CHIPS
 
 
 @pytest.mark.slow

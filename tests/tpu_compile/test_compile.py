@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import pytest
 import runs
 
-from fot_jax import cli, compile, topologies
-from fot_jax.experiment import Compute
+from fot_jax import cli
+from fot_jax.common import topologies
+from fot_jax.tpu_compile import compile
+from fot_jax.training.experiment import Compute
 from fot_jax.training.partitioning import MeshShape
 
 EXPERIMENT = f"""{runs.MODEL}
@@ -208,7 +210,7 @@ SOME = compile.Report(
 )
 
 
-EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.gin"))
+EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.gin"))
 FOR_PODS = [path for path in EXPERIMENTS if path.stem not in ("quickstart", "dictionary_37m")]
 
 

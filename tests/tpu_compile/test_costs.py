@@ -12,9 +12,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from test_transformer import LLAMA, shapes_of
 
 from fot_jax.model import crossbatch, schemes
-from fot_jax.model.attention import LOOP_SCOPE
+from fot_jax.model.attention.partial_softmax import LOOP_SCOPE
 from fot_jax.model.transformer import Transformer
-from fot_jax.training import costs, optim
+from fot_jax.tpu_compile import costs
+from fot_jax.training import optim
 from fot_jax.training.step import TrainState, make_train_step
 
 F32 = 4

@@ -21,9 +21,10 @@ import numpy as np  # noqa: E402
 import test_step  # noqa: E402
 from jax.experimental import multihost_utils  # noqa: E402
 
+from fot_jax.checkpoints import items  # noqa: E402
 from fot_jax.model import crossbatch  # noqa: E402
 from fot_jax.model.transformer import Transformer  # noqa: E402
-from fot_jax.training import checkpoint_items, partitioning  # noqa: E402
+from fot_jax.training import partitioning  # noqa: E402
 from fot_jax.training.partitioning import MeshShape  # noqa: E402
 from fot_jax.training.step import TrainState, make_train_step  # noqa: E402
 
@@ -51,7 +52,7 @@ def main(directory):
         trace = multihost_utils.process_allgather(after.opt_state[0].trace, tiled=True)
         if jax.process_index() == 0:
             path = Path(directory) / f"{number}.npz"
-            np.savez(path, loss=info.sums.loss, **checkpoint_items.names(trace))
+            np.savez(path, loss=info.sums.loss, **items.names(trace))
     cluster.finish()
 
 

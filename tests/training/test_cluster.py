@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import runs
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 from fot_jax.training import cluster
 
 NAMES = (

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fot_jax import paths
-from fot_jax.errors import UserError
+from fot_jax.common import paths
+from fot_jax.common.errors import UserError
 from fot_jax.training import metrics
 from fot_jax.training.metrics import Counts, Metrics, first_nonfinite
 

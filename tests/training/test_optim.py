@@ -9,7 +9,7 @@ import optax
 import pytest
 import torch
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 from fot_jax.training import optim
 
 LAYERS = 3

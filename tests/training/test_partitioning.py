@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 from test_transformer import LLAMA, PAPER, shapes_of
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 from fot_jax.model import crossbatch, schemes
 from fot_jax.model.transformer import Transformer
 from fot_jax.training import optim, partitioning

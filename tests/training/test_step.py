@@ -18,7 +18,8 @@ import pytest
 from naive import gradient
 from test_transformer import LLAMA, PAPER, lane_segments, random_params, random_tokens
 
-from fot_jax.errors import UserError
+from fot_jax.checkpoints import items
+from fot_jax.common.errors import UserError
 from fot_jax.model import cached_context, crossbatch
 from fot_jax.model.schemes import (
     CachedContext,
@@ -28,7 +29,7 @@ from fot_jax.model.schemes import (
     PreviousContext,
 )
 from fot_jax.model.transformer import Transformer
-from fot_jax.training import checkpoint_items, partitioning
+from fot_jax.training import partitioning
 from fot_jax.training import step as steps
 from fot_jax.training.partitioning import MeshShape
 from fot_jax.training.step import (
@@ -256,7 +257,7 @@ def test_four_processes(tmp_path):
         with np.load(tmp_path / f"{number}.npz") as got:
             np.testing.assert_allclose(got["loss"], sums["loss"], rtol=1e-5)
             leaves = {name: got[name] for name in got if name != "loss"}
-            assert_gradient(checkpoint_items.tree_of(leaves), want)
+            assert_gradient(items.tree_of(leaves), want)
 
 
 @pytest.mark.parametrize("config", [SMALL, DEEPER], ids=["llama", "paper"])

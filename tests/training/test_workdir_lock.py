@@ -13,7 +13,7 @@ import time
 import pytest
 import runs
 
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 from fot_jax.training import workdir_lock
 from fot_jax.training.workdir_lock import RUNNING, held
 

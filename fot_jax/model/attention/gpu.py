@@ -18,8 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from fot_jax.model.attention import ANY_DOCUMENT, MASKED, NOTHING, Parts
-from fot_jax.model.kernel_lists import Lists
+from fot_jax.model.attention.pair_lists import Lists
+from fot_jax.model.attention.partial_softmax import ANY_DOCUMENT, MASKED, NOTHING, Parts
 
 SMALLEST_BLOCK = 16  # that a GPU's matrix units multiply
 # Of those tried on an H100 (64 or 128 of each, 4 or 8 warps, 2 or 3 stages) none was faster by more

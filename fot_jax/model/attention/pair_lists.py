@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fot_jax.model.attention import NOTHING, SAME_DOCUMENT
+from fot_jax.model.attention.partial_softmax import NOTHING, SAME_DOCUMENT
 
 
 class Lists(NamedTuple):

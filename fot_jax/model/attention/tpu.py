@@ -23,8 +23,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from fot_jax.model.attention import ANY_DOCUMENT, MASKED, NOTHING
-from fot_jax.model.kernel_lists import Lists
+from fot_jax.model.attention.pair_lists import Lists
+from fot_jax.model.attention.partial_softmax import ANY_DOCUMENT, MASKED, NOTHING
 
 
 class Parts(NamedTuple):

@@ -10,18 +10,19 @@ import pytest
 from jax.experimental import pallas as pl
 from test_crossbatch import brute_force, check, mesh_of, ours, random_inputs, visibility
 
-from fot_jax.model import crossbatch, gpu_kernels, tpu_kernels
+from fot_jax.model import crossbatch
+from fot_jax.model.attention import gpu, tpu
 from fot_jax.model.schemes import NoCrossbatch, Packed, PackedTable, PreviousContext
 
 
-@pytest.fixture(params=[tpu_kernels, gpu_kernels], ids=["tpu", "gpu"])
+@pytest.fixture(params=[tpu, gpu], ids=["tpu", "gpu"])
 def interpreted(request, monkeypatch):
     """Plans choose kernels whatever the device, which then are interpreted."""
 
     def with_tile(tile: int):
         monkeypatch.setattr(crossbatch, "_engine", lambda mesh, window: request.param)
         monkeypatch.setattr(crossbatch.parts_of, "tile_of", lambda length: min(tile, length))
-        monkeypatch.setattr(gpu_kernels, "BLOCK", 2)
+        monkeypatch.setattr(gpu, "BLOCK", 2)
         interpreted = functools.partial(pl.pallas_call, interpret=True)
         monkeypatch.setattr(request.param.pl, "pallas_call", interpreted)
         return request.param
@@ -88,7 +89,7 @@ def test_positive_mass(interpreted):
 )
 def test_compiles_for_gpus(monkeypatch, window, kv_heads, dim, dtype):
     """As far as a machine without one can: to what Triton's compiler is given."""
-    monkeypatch.setattr(crossbatch, "_engine", lambda mesh, window: gpu_kernels)
+    monkeypatch.setattr(crossbatch, "_engine", lambda mesh, window: gpu)
     plan = crossbatch.make_plan(PreviousContext(d=2), 4, heads=8, window=window)
 
     def gradients(q, k, v, segments):
@@ -112,10 +113,10 @@ def test_devices_that_have_kernels(monkeypatch):
         return crossbatch._engine(None, window).__name__.split(".")[-1]
 
     assert engine("tpu", "TPU v3") == engine("cpu", "cpu") == "attention"
-    assert engine("tpu", "TPU v5 lite") == "tpu_kernels"
+    assert engine("tpu", "TPU v5 lite") == "tpu"
     assert engine("tpu", "TPU v5 lite", 200) == "attention"
-    assert engine("gpu", "NVIDIA H100", compute_capability="9.0") == "gpu_kernels"
-    assert engine("gpu", "NVIDIA B200", 48, compute_capability="10.0") == "gpu_kernels"
+    assert engine("gpu", "NVIDIA H100", compute_capability="9.0") == "gpu"
+    assert engine("gpu", "NVIDIA B200", 48, compute_capability="10.0") == "gpu"
     assert engine("gpu", "NVIDIA H100", 72, compute_capability="9.0") == "attention"
     assert engine("gpu", "Tesla V100", compute_capability="7.0") == "attention"
     assert engine("gpu", "AMD Instinct", compute_capability="gfx942") == "attention"

@@ -1,0 +1,1 @@
+"""What every room uses: errors, paths on disks and in buckets, progress, sizes, agreement."""

@@ -1,0 +1,1 @@
+"""How a trained model reads long text into its memory, and writes."""

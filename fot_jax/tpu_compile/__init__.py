@@ -1,0 +1,1 @@
+"""`fot compile`: what the TPU compiler says of an experiment, without a TPU."""
