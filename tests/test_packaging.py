@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import graphlib
 import importlib.metadata
 import re
 import subprocess
@@ -67,6 +68,21 @@ def test_every_import_is_declared(declared):
                     continue
                 known = {canonicalize_name(d) for d in distributions[top]}
                 assert known & declared.keys(), f"{module}: {name} is not in setup.cfg"
+
+
+def test_rooms_import_each_other_in_one_direction():
+    """Rooms: the folders and files that stand in fot_jax/. TopologicalSorter refuses circles."""
+    rooms = {}
+    for module in PACKAGE.rglob("*.py"):
+        room = module.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(module.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "fot_jax":
+                of_top = node.module == "fot_jax"
+                names = [a.name for a in node.names] if of_top else [node.module.split(".")[1]]
+                rooms.setdefault(room, set()).update(set(names) - {room})
+    rooms.pop("__init__")  # offers what is in the rooms, when it is asked for
+    order = list(graphlib.TopologicalSorter(rooms).static_order())
+    assert order.index("common") < order.index("model") < order.index("train")
 
 
 def test_constraints_name_one_version_of_everything_declared(declared):

@@ -17,7 +17,7 @@ from fot_jax.data.vocabulary import HuggingFaceTokenizer, Vocabulary, load_vocab
 from fot_jax.hugging_face import config as configs
 from fot_jax.hugging_face import tokenizers
 from fot_jax.hugging_face.tensors import Reader
-from fot_jax.inference import forward as inference
+from fot_jax.model.parameters import parameters_by_layer
 from fot_jax.model.transformer import ModelConfig
 
 KEPT = "hugging_face"  # of a workdir: what came with a model beside its weights
@@ -76,7 +76,7 @@ def keep_files(path: epath.PathLike, workdir: epath.Path) -> None:
 
 
 def model_of(path: epath.PathLike, dtype) -> tuple[ModelConfig, Any]:
-    """Configuration and parameters, as of `inference.parameters_by_layer`, none held twice.
+    """Configuration and parameters, as of `parameters_by_layer`, none held twice.
 
     Args:
       dtype: of matrices; vectors are float32.
@@ -88,7 +88,7 @@ def model_of(path: epath.PathLike, dtype) -> tuple[ModelConfig, Any]:
         content = Reader(path, configs.read(path))
         return content.config, _by_layer(content, dtype)
     config, params = checkpoint.load_model(path)
-    return config, inference.parameters_by_layer(params, dtype, use_up=True)
+    return config, parameters_by_layer(params, dtype, use_up=True)
 
 
 def params_of(path: epath.PathLike, target: Any) -> tuple[ModelConfig, Any]:

@@ -33,6 +33,7 @@ from fot_jax.inference.prefill import EVERYTHING, SHARED, MemoryConfig, State
 from fot_jax.model import memory as memories
 from fot_jax.model import transformer
 from fot_jax.model.lookup import Lookup
+from fot_jax.model.parameters import parameters_by_layer
 from fot_jax.model.transformer import ModelConfig, Transformer
 
 
@@ -49,7 +50,7 @@ class LanguageModel:
 
     Attributes:
       config: of the model.
-      params: from `inference.parameters_by_layer`; matrices in the type computed in.
+      params: from `parameters_by_layer`; matrices in the type computed in.
       vocabulary: data/vocabulary.py.
       mesh: devices that hold it. Over its axis "memory", if there is one, memory is sharded.
         Parameters stay where they are; windows and what is computed are on every device.
@@ -113,7 +114,7 @@ class LanguageModel:
         mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
         if isinstance(mesh, AbstractMesh) or mesh is not None and mesh.size == 1:
             mesh = None
-        by_layer = inference.parameters_by_layer(params, model.dtype)
+        by_layer = parameters_by_layer(params, model.dtype)
         return LanguageModel(model.config, by_layer, vocabulary, mesh, files)
 
     def on_one_device(self) -> LanguageModel:

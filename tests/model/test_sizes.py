@@ -13,6 +13,7 @@ from fot_jax.common.errors import UserError
 from fot_jax.inference import forward as inference
 from fot_jax.model import crossbatch, memory, sizes
 from fot_jax.model.lookup import TopK
+from fot_jax.model.parameters import parameters_by_layer
 from fot_jax.model.schemes import PackedTable, PreviousContext
 from fot_jax.model.transformer import Transformer
 
@@ -87,7 +88,7 @@ def test_every_size_traces_at_inference(name):
     init = functools.partial(Transformer(config).init, plan=crossbatch.Plan())
     shape = jax.eval_shape
     params = shape(init, jax.random.key(0), tokens, tokens)["params"]
-    params = shape(functools.partial(inference.parameters_by_layer, dtype=jnp.bfloat16), params)
+    params = shape(functools.partial(parameters_by_layer, dtype=jnp.bfloat16), params)
     cache = shape(lambda: inference.empty_cache(config, 2, jnp.bfloat16))
     state = shape(lambda: memory.empty(config, 2, 2**20, "int8"))
     vectors = 2 * 2 * len(config.memory_layers) * config.num_kv_heads * 2**20

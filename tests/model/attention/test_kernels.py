@@ -112,11 +112,11 @@ def test_devices_that_have_kernels(monkeypatch):
         monkeypatch.setattr(jax, "devices", lambda: [device])
         return crossbatch._engine(None, window).__name__.split(".")[-1]
 
-    assert engine("tpu", "TPU v3") == engine("cpu", "cpu") == "attention"
+    assert engine("tpu", "TPU v3") == engine("cpu", "cpu") == "partial_softmax"
     assert engine("tpu", "TPU v5 lite") == "tpu"
-    assert engine("tpu", "TPU v5 lite", 200) == "attention"
+    assert engine("tpu", "TPU v5 lite", 200) == "partial_softmax"
     assert engine("gpu", "NVIDIA H100", compute_capability="9.0") == "gpu"
     assert engine("gpu", "NVIDIA B200", 48, compute_capability="10.0") == "gpu"
-    assert engine("gpu", "NVIDIA H100", 72, compute_capability="9.0") == "attention"
-    assert engine("gpu", "Tesla V100", compute_capability="7.0") == "attention"
-    assert engine("gpu", "AMD Instinct", compute_capability="gfx942") == "attention"
+    assert engine("gpu", "NVIDIA H100", 72, compute_capability="9.0") == "partial_softmax"
+    assert engine("gpu", "Tesla V100", compute_capability="7.0") == "partial_softmax"
+    assert engine("gpu", "AMD Instinct", compute_capability="gfx942") == "partial_softmax"
