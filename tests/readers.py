@@ -5,8 +5,8 @@ import functools
 
 import numpy as np
 import pytest
-import rules
-from test_transformer import LLAMA, PAPER, random_params
+from oracles import reading as rules
+from tiny import LLAMA, PAPER, random_params
 
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.model.transformer import Transformer

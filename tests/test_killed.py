@@ -22,6 +22,7 @@ from runs import (
     write,
     write_corpus,
 )
+from tiny import tiny
 
 from fot_jax import train as train_module
 from fot_jax.checkpoints.items import DataHandler
@@ -29,7 +30,6 @@ from fot_jax.data.synthetic import DictionaryLookup
 from fot_jax.evals.evaluate import Evaluation
 from fot_jax.evals.perplexity import PerplexityByContext
 from fot_jax.model.schemes import PreviousContext
-from fot_jax.model.transformer import ModelConfig
 from fot_jax.training.optim import adamw
 
 
@@ -214,7 +214,7 @@ def test_a_signal_while_the_last_step_is_saved_leaves_out_the_evaluation(tmp_pat
     def run():
         return train_module.train(
             str(tmp_path),
-            ModelConfig(64, 16, 2, 2, 2, 8, 32, (1,), 16),
+            tiny(vocab_size=64, local_context=16),
             train_module.Data(DictionaryLookup(32, 1, 1), lanes=4),
             adamw,
             learning_rate,

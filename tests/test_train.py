@@ -25,6 +25,7 @@ from runs import (
     write,
     write_corpus,
 )
+from tiny import tiny
 
 from fot_jax import cli
 from fot_jax import train as train_module
@@ -34,7 +35,6 @@ from fot_jax.data.synthetic import DictionaryLookup
 from fot_jax.data.tasks import Text
 from fot_jax.data.vocabulary import TrainedSentencePiece
 from fot_jax.model.schemes import PreviousContext
-from fot_jax.model.transformer import ModelConfig
 from fot_jax.training.optim import adamw, constant_rate
 
 # --- Resuming ------------------------------------------------------------------------------------
@@ -376,7 +376,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(tmp_path, one_device, ca
     def run(steps):
         return train_module.train(
             str(tmp_path),
-            ModelConfig(64, 16, 2, 2, 2, 8, 32, (1,), 16),
+            tiny(vocab_size=64, local_context=16),
             train_module.Data(OneBadDocument(32, 1, 1, weight=weight), lanes=4),
             adamw,
             constant_rate(0.01),

@@ -15,12 +15,13 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tiny import tiny
 
 from fot_jax.checkpoints import items
 from fot_jax.checkpoints import manager as checkpoint
 from fot_jax.checkpoints.manager import Checkpointer
 from fot_jax.common.errors import UserError
-from fot_jax.model.transformer import ModelConfig, RopeScaling
+from fot_jax.model.transformer import RopeScaling
 
 optimizer = optax.adamw(1e-2)
 
@@ -315,12 +316,7 @@ def test_a_workdir_its_checkpoints_and_a_step_are_found(saved, tmp_path):
 
 
 def test_a_model_comes_with_its_configuration(tmp_path):
-    config = ModelConfig(
-        *(64, 8, 3, 2, 1, 4, 16),
-        memory_layers=(1,),
-        local_context=32,
-        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16),
-    )
+    config = tiny(rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16))
     store = Checkpointer(tmp_path / "run" / "checkpoints")
     meta = {"model": dataclasses.asdict(config)}
     store.save(3, make_params(3), {}, {}, meta)

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from tiny import tiny
 
 from fot_jax.checkpoints import items, stream
 from fot_jax.checkpoints import manager as checkpoint
 from fot_jax.checkpoints.manager import Checkpointer
 from fot_jax.common.errors import UserError
-from fot_jax.model.transformer import ModelConfig
 
-CONFIG = ModelConfig(61, 32, 3, 4, 2, 8, 48, (1,), 16)
+CONFIG = tiny()
 
 
 def parameters(dtype=np.float32, seed=0):

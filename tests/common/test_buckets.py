@@ -104,7 +104,7 @@ def test_what_is_refused_does_not_pass_for_a_file_that_is_not_there(look, files,
 
 CREATES = """
 import sys
-from fot_jax.paths import create, written_here
+from fot_jax.common.paths import create, written_here
 sys.stdin.readline()
 try:
     create(sys.argv[1], sys.argv[2].encode())

@@ -21,7 +21,7 @@ def test_importing_it_imports_neither_tensorflow_nor_seqio():
 READ_IN_A_THREAD = """
 import jax, sys, threading
 from fot_jax.data.tasks import Bytes, Corpus, Text
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 
 def read(path):
     try:

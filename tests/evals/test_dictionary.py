@@ -7,16 +7,15 @@ import jax
 import matplotlib.image
 import numpy as np
 import pytest
+from tiny import tiny, untrained
 
 from fot_jax.common.errors import UserError
 from fot_jax.data.files import SPLITS
 from fot_jax.data.synthetic import KEY, QUESTION, DictionaryLookup, Passkey
 from fot_jax.evals.dictionary import DictionaryAccuracy
-from fot_jax.inference.language_model import LanguageModel, Scores
+from fot_jax.inference.language_model import Scores
 from fot_jax.inference.prefill import MemoryConfig
-from fot_jax.model import crossbatch
 from fot_jax.model.lookup import Dense, TopK
-from fot_jax.model.transformer import ModelConfig, Transformer
 
 TASK = DictionaryLookup(document_tokens=64, key_length=2, value_length=3)  # 4 records of 7 a half
 SIZES = (32, 100, 640)  # 1, 3 and 20 windows: 4, 12, 80 records
@@ -90,11 +89,8 @@ def test_a_seed_says_what_is_asked():
 
 
 def model(memory_layers, local_context):
-    config = ModelConfig(64, 16, 2, 2, 2, 8, 24, memory_layers, local_context)
-    transformer = Transformer(config)
-    tokens = np.zeros((1, local_context), np.int32)
-    params = transformer.init(jax.random.key(1), tokens, tokens, crossbatch.Plan())["params"]
-    return LanguageModel.of(transformer, jax.tree.map(lambda x: 3 * x, params))
+    config = tiny(vocab_size=64, memory_layers=memory_layers, local_context=local_context)
+    return untrained(config, change=lambda params: jax.tree.map(lambda x: 3 * x, params))
 
 
 def documents(seed, sizes, windows):

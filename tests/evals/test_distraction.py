@@ -6,32 +6,28 @@ import jax
 import matplotlib.image
 import numpy as np
 import pytest
+from tiny import tiny, untrained
 
 from fot_jax.common.errors import UserError
 from fot_jax.data.lanes import Document
 from fot_jax.evals import distraction
 from fot_jax.evals.distraction import PositiveMass
-from fot_jax.inference.language_model import LanguageModel
-from fot_jax.model import crossbatch
-from fot_jax.model.transformer import ModelConfig, Transformer
 from fot_jax.training import partitioning
 from fot_jax.training.partitioning import MeshShape
 
 WINDOW = 8
-CONFIG = ModelConfig(
-    *(31, 16, 1, 2, 2, 8, 24),
+CONFIG = tiny(
+    num_layers=1,
+    num_kv_heads=4,
     memory_layers=(0,),
-    local_context=WINDOW,
     memory_positions=False,
     qk_norm=True,
+    local_context=WINDOW,
 )
 
 
 def lm_of(config=CONFIG, change=lambda params: params):
-    model = Transformer(config)
-    tokens = np.zeros((1, WINDOW), np.int32)
-    params = model.init(jax.random.key(1), tokens, tokens, crossbatch.Plan())["params"]
-    return LanguageModel.of(model, change(params))
+    return untrained(config, change=change)
 
 
 class Documents:
@@ -78,15 +74,15 @@ def test_by_hand():
     lm, source = lm_of(change=with_scale(6.0)), Documents([16, 16, 16], alike=False)
     rows = PositiveMass(ds=(3,), batches=1).run(lm, source)
 
-    embedding, layer = lm.params["embedding"], lm.params["layers"][0]
+    heads, embedding, layer = CONFIG.num_heads, lm.params["embedding"], lm.params["layers"][0]
     x = np.asarray(embedding, np.float64)
     x = x / np.sqrt((x**2).mean(-1, keepdims=True) + CONFIG.norm_epsilon)
-    x = (x @ np.asarray(layer["attention"]["query"], np.float64)).reshape(31, 2, 8)
+    x = (x @ np.asarray(layer["attention"]["query"], np.float64)).reshape(len(x), heads, -1)
     x /= np.linalg.norm(x, axis=-1, keepdims=True)
     texts = [document.tokens for document in source.all]
     shares = []
     for i, j, k in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):  # 16 tokens: two windows, at one place only
-        for head in range(2):
+        for head in range(heads):
             for token in texts[i][WINDOW:]:
                 of = [np.exp(6.0 * x[texts[n][:WINDOW], head] @ x[token, head]) for n in (i, j, k)]
                 shares.append(of[0].sum() / sum(each.sum() for each in of))

@@ -8,36 +8,21 @@ import matplotlib.figure
 import matplotlib.image
 import numpy as np
 import pytest
+from tiny import tiny, untrained
 
 from fot_jax.common.errors import UserError
 from fot_jax.data.lanes import Document
 from fot_jax.evals.perplexity import PerplexityByContext
-from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.prefill import MemoryConfig
-from fot_jax.model import crossbatch
 from fot_jax.model.lookup import Dense, TopK
-from fot_jax.model.transformer import ModelConfig, Transformer
 
 WINDOW = 8
-CONFIG = ModelConfig(
-    vocab_size=31,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=8,
-    mlp_dim=24,
-    memory_layers=(1,),
-    local_context=WINDOW,
-)
+CONFIG = tiny(vocab_size=31, hidden_size=16, num_layers=2, num_heads=2, local_context=WINDOW)
 
 
 @pytest.fixture(scope="module")
 def lm():
-    model = Transformer(CONFIG)
-    tokens = np.zeros((1, WINDOW), np.int32)
-    params = model.init(jax.random.key(1), tokens, tokens, crossbatch.Plan())["params"]
-    return LanguageModel.of(model, jax.tree.map(lambda x: 3 * x, params))
+    return untrained(CONFIG, change=lambda params: jax.tree.map(lambda x: 3 * x, params))
 
 
 class Documents:

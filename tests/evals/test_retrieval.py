@@ -7,34 +7,30 @@ import jax
 import matplotlib.image
 import numpy as np
 import pytest
+from tiny import tiny, untrained
 
 from fot_jax.common.errors import UserError
 from fot_jax.data.lanes import Document
 from fot_jax.data.vocabulary import Bytes
 from fot_jax.evals.retrieval import RetrievalTable
-from fot_jax.inference.language_model import LanguageModel
-from fot_jax.model import crossbatch
-from fot_jax.model.transformer import ModelConfig, Transformer
 from fot_jax.training import partitioning
 from fot_jax.training.partitioning import MeshShape
 
 WINDOW, MEMORY = 8, 100
-CONFIG = ModelConfig(
-    *(258, 16, 2, 4, 2, 8, 24),
+CONFIG = tiny(
+    vocab_size=258,
+    num_layers=2,
     memory_layers=(0, 1),
-    local_context=WINDOW,
     memory_positions=False,
     qk_norm=True,
+    local_context=WINDOW,
 )
 TEXT = np.random.default_rng(5).integers(97, 123, MEMORY + WINDOW)
 GIVEN = {"memory": MEMORY, "queries": 3, "k": 5, "keys": 2, "around": 4}
 
 
 def lm_of(config=CONFIG, change=lambda params: params):
-    model = Transformer(config)
-    tokens = np.zeros((1, WINDOW), np.int32)
-    params = model.init(jax.random.key(1), tokens, tokens, crossbatch.Plan())["params"]
-    return LanguageModel.of(model, change(params), Bytes())
+    return untrained(config, Bytes(), change)
 
 
 class Documents:
@@ -109,9 +105,8 @@ def sharp(params):
     """A token attends to those like it, alone."""
     attention = params["layers"]["attention"]
     attention["log_scale"] = np.full_like(attention["log_scale"], np.log(1e4))
-    attention["query"] = np.repeat(np.asarray(attention["key"]).reshape(1, 16, 2, 8), 2, 2).reshape(
-        1, 16, 32
-    )
+    keys = np.asarray(attention["key"]).reshape(1, CONFIG.hidden_size, CONFIG.num_kv_heads, -1)
+    attention["query"] = np.repeat(keys, 2, axis=2).reshape(1, CONFIG.hidden_size, -1)
     return params
 
 

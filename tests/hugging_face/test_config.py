@@ -6,6 +6,7 @@ import json
 import hypothesis
 import pytest
 from hypothesis import strategies as st
+from tiny import tiny
 
 from fot_jax.common.errors import UserError
 from fot_jax.hugging_face import config as configs
@@ -21,7 +22,7 @@ LLAMA = {
     "num_attention_heads": 8,
     "max_position_embeddings": 16,
 }
-OURS = ModelConfig(61, 32, 3, 8, 8, 4, 48, (), 16)
+OURS = tiny(num_heads=8, num_kv_heads=8, head_dim=4, memory_layers=(), local_context=16)
 LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,

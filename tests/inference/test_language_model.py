@@ -6,9 +6,9 @@ import types
 
 import numpy as np
 import pytest
-import rules
+from oracles import reading as rules
 from readers import EVERY_MODEL, C, by_rules, config_of, model_of, random_text, reach
-from test_transformer import LLAMA, random_params
+from tiny import LLAMA, random_params
 
 from fot_jax.common.errors import UserError
 from fot_jax.inference.language_model import LanguageModel

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rules
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
+from oracles import reading as rules
 from readers import (
     EVERY_MODEL,
     MODELS,
@@ -24,7 +24,7 @@ from readers import (
     random_text,
     reach,
 )
-from test_transformer import LLAMA, random_params
+from tiny import LLAMA, random_params
 
 from fot_jax.common.errors import UserError
 from fot_jax.inference.language_model import LanguageModel
@@ -298,10 +298,10 @@ def test_what_reading_takes_is_the_memory_and_a_constant():
     program = """if True:
         import sys
         import jax, numpy as np
-        from fot_jax.generate import LanguageModel
+        from fot_jax.inference.language_model import LanguageModel
         from fot_jax.model import crossbatch
         from fot_jax.model.transformer import ModelConfig, Transformer
-        from fot_jax.reading import MemoryConfig
+        from fot_jax.inference.prefill import MemoryConfig
         model = Transformer(ModelConfig(64, 64, 2, 8, 8, 128, 64, (1,), 512))
         tokens = np.zeros((1, 8), np.int32)
         params = model.init(jax.random.key(0), tokens, tokens, crossbatch.Plan())["params"]

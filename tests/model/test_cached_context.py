@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
-from test_transformer import LLAMA, PAPER, forward, plan_of, random_params, random_tokens
+from tiny import LLAMA, PAPER, forward, plan_of, random_params, random_tokens
 
 from fot_jax.common.errors import UserError
 from fot_jax.data.lanes import Document, Lanes

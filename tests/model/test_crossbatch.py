@@ -6,111 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from crossbatch_checks import check, mesh_of, ours, random_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.sharding import Mesh
+from oracles.crossbatch import visibility
 
 from fot_jax.common.errors import UserError
-from fot_jax.model import crossbatch, layout
+from fot_jax.model import crossbatch
 from fot_jax.model.schemes import NoCrossbatch, Packed, PackedTable, PreviousContext
-
-# --- The oracle: which rows a row sees, written from the paper and not from the code -------------
-
-
-def mesh_of(*sizes):
-    """A mesh of the eight devices."""
-    return Mesh(np.asarray(jax.devices()[:8]).reshape(sizes), layout.AXES)
-
-
-def visible_rows(scheme, row, group):
-    """[(row, own document only)] of one row within its group, by the rules of the paper."""
-    if isinstance(scheme, PreviousContext):
-        lane, place = divmod(row, scheme.w + 1)
-        if place < scheme.w:
-            return []
-        lanes = group // (scheme.w + 1)
-        own = [(lane * (scheme.w + 1) + p, True) for p in range(scheme.w)]
-        others = [(lane + j) % lanes for j in range(1, scheme.d)]
-        return own + [(o * (scheme.w + 1) + scheme.w - 1, False) for o in others]
-    if isinstance(scheme, Packed):
-        n = scheme.range + 1
-        step = int(np.ceil(n / max(scheme.pack - 1, 1)))
-        in_all = min((row % scheme.pack) * step + 1, n)
-        return [(row - j, False) for j in range(1, in_all) if row - j >= 0]
-    if isinstance(scheme, PackedTable):
-        k = len(scheme.table)
-        positives, negatives = scheme.table[row % k]
-        first = row // k * k
-        return [(row - j, False) for j in range(1, positives + 1)] + [
-            (first - j, False) for j in range(1, negatives + 1) if first - j >= 0
-        ]
-    return []
-
-
-def visibility(scheme, rows, group, segments):
-    """[R, T, 2, R, T]: does query (row, t) see (local or context key) (row, s)?"""
-    T = segments.shape[1]
-    seen = np.zeros((rows, T, 2, rows, T), bool)
-    for r in range(rows):
-        for t in range(T):
-            for s in range(t + 1):
-                seen[r, t, 0, r, s] = segments[r, t] == segments[r, s]
-        start = r // group * group
-        for other, own_only in visible_rows(scheme, r - start, group):
-            for s in range(T):
-                real = segments[start + other, s] > 0
-                same = segments[start + other, s] == segments[r, :]
-                seen[r, :, 1, start + other, s] = real & (same if own_only else True)
-    return seen
-
-
-def brute_force(q, k, k_context, v, d_out, seen):
-    """Output and gradients of one softmax over everything visible, float64."""
-    q, k, k_context, v, d_out = (np.asarray(x, np.float64) for x in (q, k, k_context, v, d_out))
-    groups = q.shape[2] // k.shape[2]
-    keys = np.repeat(np.stack([k, k_context]), groups, axis=3)  # [2, R, S, H, D]
-    values = np.repeat(np.stack([v, v]), groups, axis=3)
-    scores = np.einsum("rthd,cushd->rthcus", q, keys)
-    scores = np.where(seen[:, :, None], scores, -np.inf)
-    p = np.exp(scores - scores.max((3, 4, 5), keepdims=True))
-    p /= p.sum((3, 4, 5), keepdims=True)
-    out = np.einsum("rthcus,cushd->rthd", p, values)
-    dp = np.einsum("rthd,cushd->rthcus", d_out, values)
-    ds = p * (dp - (p * dp).sum((3, 4, 5), keepdims=True))
-    dq = np.einsum("rthcus,cushd->rthd", ds, keys)
-
-    def kv_heads(x):
-        return x.reshape(*x.shape[:-2], -1, groups, x.shape[-1]).sum(-2)
-
-    dk = kv_heads(np.einsum("rthcus,rthd->cushd", ds, q))
-    dv = kv_heads(np.einsum("rthcus,rthd->cushd", p, d_out))
-    return out, (dq, dk[0], dk[1], dv.sum(0)), p
-
-
-def random_inputs(seed, rows, window, heads, kv_heads, dim, documents=3, padding=True):
-    rng = np.random.default_rng(seed)
-
-    def normal(*shape):
-        return rng.normal(size=shape).astype(np.float32)
-
-    q, d_out = normal(rows, window, heads, dim), normal(rows, window, heads, dim)
-    k, k_context, v = (normal(rows, window, kv_heads, dim) for _ in range(3))
-    # Documents in runs along a row, as a lane gives them; some rows start with padding.
-    segments = np.sort(rng.integers(0 if padding else 1, documents + 1, (rows, window)), axis=1)
-    return q, k, k_context, v, d_out, segments.astype(np.int32)
-
-
-def ours(plan, q, k, k_context, v, d_out, segments):
-    @jax.jit
-    def run(q, k, k_context, v, d_out, segments):
-        def f(q, k, k_context, v):
-            return crossbatch.attention(q, k, v, segments, plan, k_context)
-
-        out, vjp = jax.vjp(f, q, k, k_context, v)
-        return out, vjp(d_out)
-
-    return jax.tree.map(np.asarray, run(q, k, k_context, v, d_out, segments))
-
 
 schemes = st.one_of(
     st.builds(PreviousContext, d=st.integers(1, 4), w=st.integers(1, 2)),
@@ -120,21 +23,6 @@ schemes = st.one_of(
     ),
     st.just(NoCrossbatch()),
 )
-
-
-def check(scheme, lanes, group_lanes, window, heads, kv_heads, dim, seed, mesh=None):
-    rows, group = lanes * scheme.windows, group_lanes * scheme.windows
-    inputs = random_inputs(seed, rows, window, heads, kv_heads, dim)
-    plan = crossbatch.make_plan(
-        scheme, rows, group_rows=group, mesh=mesh, heads=heads, window=window
-    )
-    out, grads = ours(plan, *inputs)
-    expected, expected_grads, _ = brute_force(
-        *inputs[:5], visibility(scheme, rows, group, inputs[5])
-    )
-    np.testing.assert_allclose(out, expected, atol=1e-5, rtol=1e-5)
-    for name, got, want in zip(("q", "k", "k_context", "v"), grads, expected_grads, strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5, err_msg=f"gradient of {name}")
 
 
 @settings(max_examples=40, deadline=None)

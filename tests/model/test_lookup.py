@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_memory import SHARDS, fill, mesh_of, one_softmax, tokens_of
-from test_transformer import LLAMA
+from tiny import LLAMA
 
 from fot_jax.common.errors import UserError
 from fot_jax.model import memory

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
-from test_transformer import LLAMA
+from tiny import LLAMA
 
 from fot_jax.model import memory
 from fot_jax.model.lookup import Dense, attend

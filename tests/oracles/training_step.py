@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import torch
 import torch.nn.functional as F
-from test_crossbatch import visibility
 
 from fot_jax.model.schemes import PreviousContext
+from oracles.crossbatch import visibility
 
 
 def objective(c, scheme, params, batch, group_rows, z_loss=0.0, detached=False):

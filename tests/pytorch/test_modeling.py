@@ -12,13 +12,13 @@ import llamas
 import ml_dtypes
 import numpy as np
 import pytest
-import rules
 import safetensors.numpy
 import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_transformer import LLAMA, PAPER, random_params
+from oracles import reading as rules
+from tiny import LLAMA, PAPER, random_params
 
 from fot_jax import convert
 from fot_jax.checkpoints import items, stream

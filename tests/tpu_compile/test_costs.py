@@ -4,12 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import naive  # noqa: F401 (finds the tests of the model)
 import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from test_transformer import LLAMA, shapes_of
+from tiny import LLAMA, shapes_of
 
 from fot_jax.model import crossbatch, schemes
 from fot_jax.model.attention.partial_softmax import LOOP_SCOPE

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive import gradient
-from rules import places, visibility
-from test_transformer import LLAMA, random_params, random_tokens
+from oracles.reading import places, visibility
+from oracles.training_step import gradient
+from tiny import LLAMA, random_params, random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from fot_jax.model.schemes import CachedContext, NoCrossbatch, Packed, PackedTable, PreviousContext

@@ -4,14 +4,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import naive  # noqa: F401 (finds the tests of the model)
 import numpy as np
 import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
-from test_transformer import LLAMA, PAPER, shapes_of
+from tiny import LLAMA, PAPER, shapes_of
 
 from fot_jax.common.errors import UserError
 from fot_jax.model import crossbatch, schemes

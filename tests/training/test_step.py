@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from naive import gradient
-from test_transformer import LLAMA, PAPER, lane_segments, random_params, random_tokens
+from oracles.training_step import gradient
+from tiny import LLAMA, PAPER, lane_segments, random_params, random_tokens
 
 from fot_jax.checkpoints import items
 from fot_jax.common.errors import UserError

@@ -21,7 +21,7 @@ LONG = runs.DICTIONARY.replace("train.steps = 12", "train.steps = 60")
 
 HOLD = """
 import sys, time
-from fot_jax.errors import UserError
+from fot_jax.common.errors import UserError
 from fot_jax.training import workdir_lock
 try:
     with workdir_lock.held(sys.argv[1]):

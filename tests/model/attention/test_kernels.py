@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from crossbatch_checks import check, mesh_of, ours, random_inputs
 from jax.experimental import pallas as pl
-from test_crossbatch import brute_force, check, mesh_of, ours, random_inputs, visibility
+from oracles.crossbatch import brute_force, visibility
 
 from fot_jax.model import crossbatch
 from fot_jax.model.attention import gpu, tpu

@@ -1,0 +1,1 @@
+"""What tests compare with: computed in another way, independent of the code under test."""
