@@ -149,7 +149,7 @@ def without_documents() -> None:
     """Loaded experiment files need no corpus and no tokenizer from now on."""
     import gin
 
-    from fot_jax.data.lanes import DocumentSource
+    from fot_jax.data.documents import DocumentSource
 
     names = (name for name in vars(DocumentSource) if name[0] != "_")
     gin.bind_parameter("Data.source", types.SimpleNamespace(**dict.fromkeys(names)))

@@ -21,7 +21,9 @@ from fot_jax.checkpoints.manager import Checkpointer
 from fot_jax.common.agreement import Agreement
 from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.common.paths import path_of, written_here
-from fot_jax.data.lanes import DocumentSource, Lanes, Prefetch
+from fot_jax.data.documents import DocumentSource
+from fot_jax.data.lanes import Lanes
+from fot_jax.data.prefetch import Prefetch
 from fot_jax.data.vocabulary import load_vocabulary
 from fot_jax.evals.evaluate import Evaluation, run_evals
 from fot_jax.inference.language_model import LanguageModel

@@ -15,8 +15,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from fot_jax.common.errors import UserError
 from fot_jax.common.paths import path_of
 from fot_jax.data.corpus import Corpus
+from fot_jax.data.documents import Document
 from fot_jax.data.files import SPLITS
-from fot_jax.data.lanes import Document
 from fot_jax.data.sources import to_shuffle
 from fot_jax.data.tensorflow_imports import libraries
 

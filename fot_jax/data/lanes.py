@@ -14,69 +14,13 @@ Letters: R rows (lanes * windows), T tokens of a window, W windows, N tokens of 
 
 from __future__ import annotations
 
-import queue
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from fot_jax.common.errors import UserError
-from fot_jax.data.vocabulary import Vocabulary
-
-
-class Document(NamedTuple):
-    """A whole document, tokenized, with the marks of its beginning and end; two tokens or more."""
-
-    tokens: Int[np.ndarray, " N"]  # int32
-    weights: Float[np.ndarray, " N"]  # float32: of each token's loss when it is to be predicted
-
-
-# Epoch, documents of the shard already taken in it; of a mixture, then those of its sources.
-Position = tuple[int, ...]
-START: Position = (0, 0)
-
-
-class DocumentSource(Protocol):
-    """Where documents come from. Everything it yields is a function of its fields and arguments."""
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """What the documents are tokenized with."""
-
-    def with_vocabulary(self, vocabulary: Vocabulary) -> DocumentSource:
-        """The same documents tokenized with another vocabulary, one read from a checkpoint, say."""
-
-    def documents(self, split: str) -> Iterator[Document]:
-        """The documents of a split (train, valid, test), each once, in a fixed order."""
-
-    def stream(
-        self, shard: int, shards: int, seed: int, position: Position = START
-    ) -> Iterator[tuple[Position, Document]]:
-        """Training documents of one of `shards` disjoint shards, shuffled, epoch after epoch.
-
-        Yields (position after this document, document); starting again from a position gives the
-        documents that would have followed.
-        """
-
-
-def of_one_source(position: Position) -> tuple[int, int]:
-    """Epoch, and documents taken in it.
-
-    Raises:
-      UserError: it is the position of a mixture.
-    """
-    if len(position) != 2:
-        raise UserError(
-            f"the checkpoint's data is of a Mixture of {len(position) // 2 - 1} sources, "
-            "Data.source is none: name the same, or use another workdir"
-        )
-    return position
-
-
-# --- Lanes ---------------------------------------------------------------------------------------
+from fot_jax.data.documents import START, Document, DocumentSource, Position
 
 FIELDS = {
     "inputs": np.int32,
@@ -269,55 +213,3 @@ class Lanes:
             "number": np.asarray([lane.number for lane in lanes], np.int64),
             **{name: np.stack([lane.history[name] for lane in lanes]) for name in FIELDS},
         }
-
-
-# --- Prefetching ---------------------------------------------------------------------------------
-
-
-class Prefetch:
-    """Batches made and placed on the devices by a background thread, a few steps ahead.
-
-    Iterates over (batch, snapshot of the lanes after it). An error in the thread is raised by the
-    `next` that would have given its batch.
-    """
-
-    def __init__(self, lanes: Lanes, place: Callable[[dict[str, np.ndarray]], Any], depth: int = 2):
-        self.waited = 0.0  # seconds that `next` has waited in all
-        self._queue: queue.Queue = queue.Queue(depth)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(
-            target=self._run, args=(lanes, place), name="prefetch", daemon=True
-        )
-        self._thread.start()
-
-    def _run(self, lanes, place) -> None:
-        while not self._stop.is_set():
-            try:
-                item = (place(next(lanes)), lanes.snapshot())
-            except BaseException as error:
-                item = error
-            while not self._stop.is_set():
-                try:
-                    self._queue.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if isinstance(item, BaseException):
-                return
-
-    def __iter__(self) -> Prefetch:
-        return self
-
-    def __next__(self) -> tuple[Any, dict[int, Snapshot]]:
-        start = time.perf_counter()
-        item = self._queue.get()
-        self.waited += time.perf_counter() - start
-        if isinstance(item, BaseException):
-            self._queue.put(item)  # it is the answer from now on
-            raise item
-        return item
-
-    def close(self) -> None:
-        """Stops the thread; the lanes may then be used again."""
-        self._stop.set()
-        self._thread.join()

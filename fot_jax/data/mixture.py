@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from fot_jax.common.errors import UserError
-from fot_jax.data.lanes import START, Document, DocumentSource, Position
+from fot_jax.data.documents import START, Document, DocumentSource, Position
 from fot_jax.data.vocabulary import Vocabulary
 
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fot_jax.common.errors import UserError, check_range
+from fot_jax.data.documents import START, Document, Position, single_source_position
 from fot_jax.data.files import SPLITS
-from fot_jax.data.lanes import START, Document, Position, of_one_source
 from fot_jax.data.vocabulary import Bytes, Symbols, Vocabulary, frame
 
 
@@ -45,7 +45,7 @@ class _Drawn:
         self, shard: int, shards: int, seed: int, position: Position = START
     ) -> Iterator[tuple[Position, Document]]:
         """Training documents of a shard, for ever; the epoch of a position stays 0."""
-        epoch, taken = of_one_source(position)
+        epoch, taken = single_source_position(position)
         for n in itertools.count(taken):
             yield (epoch, n + 1), self.document("train", seed, n * shards + shard)
 

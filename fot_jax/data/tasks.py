@@ -19,8 +19,8 @@ from fot_jax.common.errors import UserError, check_range
 from fot_jax.common.paths import new_directory, path_of
 from fot_jax.data.caches import cache_of, cached_source, write_split
 from fot_jax.data.corpus import Corpus, splits_in
+from fot_jax.data.documents import START, Document, Position, single_source_position
 from fot_jax.data.files import SPLITS, not_read
-from fot_jax.data.lanes import START, Document, Position, of_one_source
 from fot_jax.data.sources import PATIENCE, CorpusSource, kept_in, patience, tfds_source
 from fot_jax.data.tensorflow_imports import libraries
 from fot_jax.data.vocabulary import (
@@ -115,7 +115,7 @@ class Text:
         """
         self._check_split("train")
         endless = len(self.corpora) > 1
-        epoch, taken = of_one_source(position)
+        epoch, taken = single_source_position(position)
         if endless:
             self._check_shards(shard, shards, _seed_of(seed, 0))
         empty, most = 0, patience(shards)

@@ -10,7 +10,7 @@ from etils import epath
 
 from fot_jax.common.errors import LARGEST_SEED, UserError, because_of, check_range
 from fot_jax.common.progress import bar
-from fot_jax.data.lanes import DocumentSource
+from fot_jax.data.documents import DocumentSource
 from fot_jax.data.synthetic import KEY, QUESTION, DictionaryLookup, Records
 from fot_jax.evals import plots
 from fot_jax.inference.language_model import LanguageModel

@@ -14,7 +14,7 @@ from etils import epath
 
 from fot_jax.common.errors import UserError, check_range
 from fot_jax.common.paths import absolute, path_of, write
-from fot_jax.data.lanes import DocumentSource
+from fot_jax.data.documents import DocumentSource
 from fot_jax.evals.provenance import provenance
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.model.transformer import ModelConfig

@@ -16,7 +16,7 @@ from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.common.paths import path_of
 from fot_jax.common.progress import bar
 from fot_jax.data import corpus
-from fot_jax.data.lanes import DocumentSource
+from fot_jax.data.documents import DocumentSource
 from fot_jax.evals import plots
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.prefill import MemoryConfig, State, all_of_a_text, last_context

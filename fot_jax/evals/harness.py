@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 
 from fot_jax.common.errors import UserError, check_range
-from fot_jax.data.lanes import DocumentSource
+from fot_jax.data.documents import DocumentSource
 from fot_jax.evals import plots, ruler
 from fot_jax.evals.harness_adapter import adapter
 from fot_jax.hugging_face import config as configs

@@ -12,7 +12,7 @@ from etils import epath
 
 from fot_jax.common.errors import UserError, check_range
 from fot_jax.common.progress import bar
-from fot_jax.data.lanes import Document, DocumentSource
+from fot_jax.data.documents import Document, DocumentSource
 from fot_jax.evals import plots
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.prefill import EVERYTHING, MemoryConfig

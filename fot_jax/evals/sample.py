@@ -7,7 +7,7 @@ import dataclasses
 from etils import epath
 
 from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
-from fot_jax.data.lanes import DocumentSource
+from fot_jax.data.documents import DocumentSource
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.prefill import MemoryConfig
 

@@ -18,7 +18,8 @@ from jax.sharding import AbstractMesh, Mesh
 
 from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.common.topologies import topology_of
-from fot_jax.data.lanes import FIELDS, DocumentSource
+from fot_jax.data.documents import DocumentSource
+from fot_jax.data.lanes import FIELDS
 from fot_jax.model import cached_context, crossbatch, schemes
 from fot_jax.model.transformer import ModelConfig, Transformer
 from fot_jax.training import partitioning

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from fot_jax.common.errors import UserError
 from fot_jax.data import lanes as lanes_module
-from fot_jax.data.lanes import FIELDS, Document, Lanes, Prefetch
+from fot_jax.data.documents import Document
+from fot_jax.data.lanes import FIELDS, Lanes
+from fot_jax.data.prefetch import Prefetch
 
 # --- Documents whose every token says where it is from -------------------------------------------
 

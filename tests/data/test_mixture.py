@@ -11,7 +11,8 @@ from test_synthetic import contents, take
 
 from fot_jax.common.errors import UserError
 from fot_jax.data.corpus import Corpus
-from fot_jax.data.lanes import Lanes, of_one_source
+from fot_jax.data.documents import single_source_position
+from fot_jax.data.lanes import Lanes
 from fot_jax.data.mixture import Mixture
 from fot_jax.data.synthetic import DictionaryLookup, Passkey
 from fot_jax.data.tasks import Text
@@ -145,7 +146,7 @@ def test_the_state_of_another_source():
     with pytest.raises(UserError, match="data is of 1 sources, Mixture.sources names 2"):
         take(mixture(1, 1), 1, position=(0, 7))
     with pytest.raises(UserError, match="data is of a Mixture of 2 sources, Data.source is none"):
-        of_one_source(position)
+        single_source_position(position)
     for source in (SHORT, Text()):
         with pytest.raises(UserError, match="of a Mixture of 2 sources"):
             take(source, 1, position=position)

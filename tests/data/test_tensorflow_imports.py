@@ -53,7 +53,8 @@ def test_tensorflow_says_nothing(tmp_path):
 
 SLOW_READER = """
 import dataclasses, time
-from fot_jax.data.lanes import Lanes, Prefetch
+from fot_jax.data.lanes import Lanes
+from fot_jax.data.prefetch import Prefetch
 from fot_jax.data.tasks import Bytes, Text
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 from tiny import tiny, untrained
 
 from fot_jax.common.errors import UserError
-from fot_jax.data.lanes import Document
+from fot_jax.data.documents import Document
 from fot_jax.evals import distraction
 from fot_jax.evals.distraction import PositiveMass
 from fot_jax.training import partitioning

@@ -10,7 +10,7 @@ import pytest
 from tiny import tiny, untrained
 
 from fot_jax.common.errors import UserError
-from fot_jax.data.lanes import Document
+from fot_jax.data.documents import Document
 from fot_jax.data.vocabulary import Bytes
 from fot_jax.evals.retrieval import RetrievalTable
 from fot_jax.training import partitioning

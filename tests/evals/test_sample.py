@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fot_jax.common.errors import UserError
-from fot_jax.data.lanes import Document
+from fot_jax.data.documents import Document
 from fot_jax.data.vocabulary import Bytes
 from fot_jax.evals.sample import Sample
 from fot_jax.inference.prefill import MemoryConfig

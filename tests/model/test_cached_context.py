@@ -12,7 +12,8 @@ from jax.test_util import check_grads
 from tiny import LLAMA, PAPER, forward, plan_of, random_params, random_tokens
 
 from fot_jax.common.errors import UserError
-from fot_jax.data.lanes import Document, Lanes
+from fot_jax.data.documents import Document
+from fot_jax.data.lanes import Lanes
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.prefill import MemoryConfig
 from fot_jax.model import cached_context, crossbatch

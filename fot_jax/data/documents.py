@@ -1,0 +1,61 @@
+"""Documents, and the interface of what yields them to training and evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from fot_jax.common.errors import UserError
+from fot_jax.data.vocabulary import Vocabulary
+
+
+class Document(NamedTuple):
+    """A whole document, tokenized, with the marks of its beginning and end; two tokens or more."""
+
+    tokens: Int[np.ndarray, " N"]  # int32
+    weights: Float[np.ndarray, " N"]  # float32: of each token's loss when it is to be predicted
+
+
+# Epoch, documents of the shard already taken in it; of a mixture, then those of its sources.
+Position = tuple[int, ...]
+START: Position = (0, 0)
+
+
+class DocumentSource(Protocol):
+    """Where documents come from. Everything it yields is a function of its fields and arguments."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What the documents are tokenized with."""
+
+    def with_vocabulary(self, vocabulary: Vocabulary) -> DocumentSource:
+        """The same documents tokenized with another vocabulary, one read from a checkpoint, say."""
+
+    def documents(self, split: str) -> Iterator[Document]:
+        """The documents of a split (train, valid, test), each once, in a fixed order."""
+
+    def stream(
+        self, shard: int, shards: int, seed: int, position: Position = START
+    ) -> Iterator[tuple[Position, Document]]:
+        """Training documents of one of `shards` disjoint shards, shuffled, epoch after epoch.
+
+        Yields (position after this document, document); starting again from a position gives the
+        documents that would have followed.
+        """
+
+
+def single_source_position(position: Position) -> tuple[int, int]:
+    """Epoch, and documents taken in it.
+
+    Raises:
+      UserError: it is the position of a mixture.
+    """
+    if len(position) != 2:
+        raise UserError(
+            f"the checkpoint's data is of a Mixture of {len(position) // 2 - 1} sources, "
+            "Data.source is none: name the same, or use another workdir"
+        )
+    return position
