@@ -1,6 +1,7 @@
 """Experiment files: which names they may use, their errors in one line, the types of values.
 
-The only module, with cli.py, that imports gin: the library is used without it.
+The only module, with cli.py, that imports gin: the library is used without it. What experiment
+files may name is marked where it is defined: @configurable, of common/configurable.py.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import contextlib
 import difflib
 import filecmp
 import functools
+import importlib
 import inspect
 import io
 import logging
 import os
+import pkgutil
 import re
 import tokenize
 import types
@@ -22,11 +25,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fot_jax.common.configurable import configurables_of
 from fot_jax.common.errors import UserError
 
-_FLAGS_OF_TRAIN = ["workdir", "config_text", "dry_run"]  # not for experiment files to set
-_FLAGS_OF_EVALUATE = ["checkpoint", "output"]
-_FLAGS_OF_COMPILE = ["topology", "suggest", "as_json"]
+ROOMS = ("training", "data", "evals", "model", "tpu_compile")  # folders with what files may name
 
 
 def load(files: list[str], bindings: list[str]) -> None:
@@ -165,53 +167,21 @@ def take_over(of: str, to: str) -> None:
 
 
 def _register(gin) -> None:
-    from fot_jax import train
-    from fot_jax.data import mixture, synthetic, tasks
-    from fot_jax.evals import (
-        dictionary,
-        distraction,
-        evaluate,
-        few_shot,
-        harness,
-        passkey,
-        perplexity,
-        retrieval,
-        sample,
-    )
-    from fot_jax.model import lookup, schemes, sizes, transformer
-    from fot_jax.tpu_compile import compile
-    from fot_jax.training import experiment, optim, partitioning, step
+    """Gives gin what is marked @configurable: in train.py, and in all files of ROOMS."""
+    for module in _modules():
+        for thing, flags in configurables_of(module).items():
+            name = thing.__name__
+            known = gin.config._REGISTRY.get(f"fot_jax.{name}")
+            if known is None or known.wrapped.__wrapped__ is not thing:  # gin refuses a second one
+                gin.external_configurable(_checked(thing), name, module="fot_jax", denylist=flags)
 
-    names = [
-        *(train.train, experiment.Data, experiment.Compute, experiment.Checkpoints),
-        *(evaluate.evaluate, evaluate.Evaluation),
-        compile.compile_experiment,
-        *(dictionary.DictionaryAccuracy, distraction.PositiveMass, few_shot.FewShot),
-        *(harness.LmEval, passkey.PasskeyRetrieval),
-        *(perplexity.PerplexityByContext, retrieval.RetrievalTable, sample.Sample),
-        *(lookup.Dense, lookup.TopK, lookup.ApproximateTopK),
-        *(schemes.NoCrossbatch, schemes.PreviousContext),
-        *(schemes.Packed, schemes.PackedTable, schemes.CachedContext),
-        *(step.SwitchAtStep, step.SwitchAtAccuracy, step.DrawnEachStep),
-        *(optim.adamw, optim.adafactor),
-        *(optim.constant_rate, optim.inverse_square_root, optim.cosine),
-        partitioning.MeshShape,
-        *(transformer.ModelConfig, transformer.RopeScaling),
-        *sizes.NAMED,
-        *tasks.CONFIGURABLE,
-        *synthetic.CONFIGURABLE,
-        mixture.Mixture,
-    ]
-    flags = {
-        train.train: _FLAGS_OF_TRAIN,
-        evaluate.evaluate: _FLAGS_OF_EVALUATE,
-        compile.compile_experiment: _FLAGS_OF_COMPILE,
-    }
-    for thing in names:
-        name = thing.__name__
-        if f"fot_jax.{name}" not in gin.config._REGISTRY:
-            denied = flags.get(thing)
-            gin.external_configurable(_checked(thing), name, module="fot_jax", denylist=denied)
+
+def _modules() -> Iterator[types.ModuleType]:
+    yield importlib.import_module("fot_jax.train")
+    for room in ROOMS:
+        package = importlib.import_module(f"fot_jax.{room}")
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            yield importlib.import_module(module.name)
 
 
 def _registered() -> dict[str, Callable]:

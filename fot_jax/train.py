@@ -19,6 +19,7 @@ from fot_jax.checkpoints import loading
 from fot_jax.checkpoints.items import names
 from fot_jax.checkpoints.manager import Checkpointer
 from fot_jax.common.agreement import Agreement
+from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.common.paths import path_of, written_here
 from fot_jax.data.documents import DocumentSource
@@ -41,6 +42,7 @@ from fot_jax.training.step import (
 RETRY_SECONDS = 10  # from a save that failed to the next; then twice that, and so on
 
 
+@configurable(flags=("workdir", "config_text", "dry_run"))
 def train(
     workdir: str,
     model: ModelConfig,

@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import re
+import sys
 from unittest import mock
 
 import gin
@@ -11,13 +12,53 @@ import pytest
 import runs
 from runs import DICTIONARY, bind, refused_untouched
 
-from fot_jax import cli, gin_files
+from fot_jax import cli, evals, gin_files
+from fot_jax.common.configurable import configurables_of
 from fot_jax.common.errors import UserError
 from fot_jax.model import sizes
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
 CORPORA = "Text.corpora = (@Corpus(),)"
+
+
+NAMES = """
+    train evaluate compile_experiment Data Compute Checkpoints MeshShape Evaluation
+    Text Corpus Bytes SentencePiece TrainedSentencePiece HuggingFaceTokenizer Mixture
+    DictionaryLookup Passkey ModelConfig RopeScaling fot_37m fot_184m fot_600m fot_1_2b openllama_3b
+    openllama_7b code_llama_7b llama3_2_1b llama3_1_8b Dense TopK ApproximateTopK NoCrossbatch
+    PreviousContext Packed PackedTable CachedContext SwitchAtStep SwitchAtAccuracy DrawnEachStep
+    adamw adafactor constant_rate inverse_square_root cosine DictionaryAccuracy PositiveMass FewShot
+    LmEval PasskeyRetrieval PerplexityByContext RetrievalTable Sample
+"""  # of experiment files that others have saved
+
+
+def test_names_that_saved_experiments_use_are_known():
+    gin_files.load([], [f"KNOWN = ({', '.join(f'@{name}' for name in NAMES.split())})"])
+
+
+def test_two_things_of_one_name_are_refused(tmp_path, monkeypatch):
+    """Or one of them would be forgotten without a word."""
+    (tmp_path / "another_sample.py").write_text(
+        "from fot_jax.common.configurable import configurable\n\n"
+        "@configurable\nclass Sample:\n    pass\n"
+    )
+    monkeypatch.setattr(evals, "__path__", [*evals.__path__, str(tmp_path)])
+    with pytest.raises(ValueError, match="fot_jax.Sample.*already exists"):
+        gin_files.load([], [])
+    sys.modules.pop("fot_jax.evals.another_sample")
+
+
+def test_a_new_file_is_enough_for_a_new_name(tmp_path, monkeypatch, capsys):
+    (tmp_path / "word_count.py").write_text(
+        "from fot_jax.common.configurable import configurable\n\n"
+        "@configurable\nclass WordCount:\n"
+        "    def __init__(self, words: int = 3):\n        self.words = words\n"
+    )
+    monkeypatch.setattr(evals, "__path__", [*evals.__path__, str(tmp_path)])
+    gin_files.load([], ["WordCount.words = 'x'"])
+    with pytest.raises(UserError, match="WordCount.words = 'x': give a whole number"):
+        gin.get_configurable("WordCount")()
 
 
 @pytest.mark.parametrize(
@@ -317,10 +358,9 @@ def test_values_that_a_file_leaves_to_its_user(here, capsys):
     assert line == "%OTHER has no value: set OTHER = ... in the experiment file"
 
 
-SOURCES = "@Text(), @DictionaryLookup(), @Passkey() or @Mixture()"
+SOURCES = "@Mixture(), @DictionaryLookup(), @Passkey() or @Text()"
 SCHEDULES = "@constant_rate(), @inverse_square_root() or @cosine()"
-*_FIRST, _LAST = (f"@{name}()" for name in ("ModelConfig", *(f.__name__ for f in sizes.NAMED)))
-MODELS = f"{', '.join(_FIRST)} or {_LAST}"
+MODELS = ", ".join(f"@{size.__name__}()" for size in configurables_of(sizes)) + " or @ModelConfig()"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
 from fot_jax.common.paths import path_of
 from fot_jax.data.files import READERS, SPLITS, files_of, splits_of, warn_once
@@ -28,6 +29,7 @@ from fot_jax.data.files import READERS, SPLITS, files_of, splits_of, warn_once
 SHUFFLED_BYTES = 32 * 2**20  # of the documents at hand, of which the next one is drawn
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class Corpus:
     """One collection of documents.

@@ -9,11 +9,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError
 from fot_jax.data.documents import START, Document, DocumentSource, Position
 from fot_jax.data.vocabulary import Vocabulary
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class Mixture:
     """A DocumentSource of others, which are drawn from in fixed proportions.

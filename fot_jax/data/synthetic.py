@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
 from fot_jax.data.documents import START, Document, Position, single_source_position
 from fot_jax.data.files import SPLITS
@@ -61,6 +62,7 @@ KEY, VALUE, QUESTION, SEPARATOR, FIRST_SYMBOL = range(5)  # ids
 LONGEST_KEY = 10  # symbols: there are more keys than an int64 can count beyond that
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class DictionaryLookup(_Drawn):
     """A dictionary, then questions about it: 64 tokens in all (paper §5).
@@ -222,6 +224,7 @@ STATEMENT = "The pass key is {key}. Remember it. {key} is the pass key."
 PASSKEY_QUESTION = "What is the pass key? The pass key is"
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class Passkey(_Drawn):
     """A number stated somewhere in filler and asked for at the end (paper §4).
@@ -316,6 +319,3 @@ def draw_passkey(rng: np.random.Generator, *, training: bool) -> int:
 def passkey_prompt(key: int, before: Sequence[str], after: Sequence[str]) -> str:
     """The text up to the answer, with fillers before and after the statement."""
     return " ".join([TASK, *before, STATEMENT.format(key=key), *after, PASSKEY_QUESTION])
-
-
-CONFIGURABLE = (DictionaryLookup, Passkey)

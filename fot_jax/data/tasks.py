@@ -15,6 +15,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
 from fot_jax.common.paths import new_directory, path_of
 from fot_jax.data.caches import cache_of, cached_source, write_split
@@ -24,9 +25,6 @@ from fot_jax.data.files import SPLITS, not_read
 from fot_jax.data.sources import PATIENCE, CorpusSource, kept_in, patience, tfds_source
 from fot_jax.data.tensorflow_imports import libraries
 from fot_jax.data.vocabulary import (
-    Bytes,
-    HuggingFaceTokenizer,
-    SentencePiece,
     TrainedSentencePiece,
     Vocabulary,
     frame,
@@ -38,6 +36,7 @@ TRAINING_CHARACTERS = 4_000_000  # that a tokenizer is trained on, at most
 TRAINING_EXCERPT = 32_000  # of them from one document
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class Text:
     """A DocumentSource: documents of one corpus, or of a mixture of several.
@@ -380,6 +379,3 @@ def _as_int32(dataset: Any) -> Any:
     """A preprocessor: tokens as records have them to tokens as tasks have them."""
     cast, int32 = libraries().tf.cast, libraries().tf.int32
     return dataset.map(lambda row: {"targets": cast(row["targets"], int32)})
-
-
-CONFIGURABLE = (Text, Corpus, Bytes, SentencePiece, HuggingFaceTokenizer, TrainedSentencePiece)

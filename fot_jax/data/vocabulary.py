@@ -21,6 +21,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
+from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
 from fot_jax.common.paths import new_directory, path_of
 
@@ -98,6 +99,7 @@ class _Marked:
 # --- Bytes and symbols ---------------------------------------------------------------------------
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class Bytes(_Marked):
     """UTF-8: ids 0 … 255 are the bytes, 256 is bos, 257 eos."""
@@ -175,6 +177,7 @@ class Symbols(_Marked):
 SPACE = "▁"  # how SentencePiece writes a space
 
 
+@configurable
 @dataclasses.dataclass(frozen=True, init=False)
 class SentencePiece(_Marked):
     """A SentencePiece model, such as LLaMA's tokenizer.model."""
@@ -240,6 +243,7 @@ class SentencePiece(_Marked):
         return ids if all(map(self._processor.is_byte, ids)) and not adds_space else None
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class TrainedSentencePiece:
     """Not yet a vocabulary: asks for one to be trained on the corpus, which takes a second.
@@ -331,6 +335,7 @@ class Infilling:
     post_processor: str
 
 
+@configurable
 @dataclasses.dataclass(frozen=True, init=False)
 class HuggingFaceTokenizer(_Marked):
     """A tokenizer.json. As in transformers, names of special tokens in a text are these tokens."""

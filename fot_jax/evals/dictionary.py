@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from etils import epath
 
+from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import LARGEST_SEED, UserError, because_of, check_range
 from fot_jax.common.progress import bar
 from fot_jax.data.documents import DocumentSource
@@ -20,6 +21,7 @@ from fot_jax.model.lookup import Lookup, TopK
 LONGEST_WINDOW = 2**16  # tokens of dictionary for a model without memory: attention is quadratic
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class DictionaryAccuracy:
     """The share of value tokens that are the most likely ones, by size of the dictionary.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.common.progress import bar
 from fot_jax.data.documents import DocumentSource
@@ -21,6 +22,7 @@ from fot_jax.model.schemes import PreviousContext
 from fot_jax.model.transformer import ModelConfig, Transformer
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class PositiveMass:
     """r_d: the share of the attention to d previous contexts that the own document's gets.

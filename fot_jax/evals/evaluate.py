@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from etils import epath
 
+from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
 from fot_jax.common.paths import absolute, path_of, write
 from fot_jax.data.documents import DocumentSource
@@ -48,6 +49,7 @@ class Checked(Protocol):
         """Raises UserError where that is so."""
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """What is evaluated, and when during training.
@@ -91,6 +93,7 @@ class Evaluation:
                 each.check(model)
 
 
+@configurable(flags=("checkpoint", "output"))
 def evaluate(
     checkpoint: str,
     evaluation: Evaluation,

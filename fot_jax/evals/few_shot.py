@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
+from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.common.paths import path_of
 from fot_jax.common.progress import bar
@@ -37,6 +38,7 @@ class Example(NamedTuple):
     answers: tuple[str, ...]
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class FewShot:
     """Accuracy by length of the context, over draws of the demonstrations.

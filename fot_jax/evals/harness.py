@@ -13,6 +13,7 @@ from typing import Any
 
 from etils import epath
 
+from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
 from fot_jax.data.documents import DocumentSource
 from fot_jax.evals import plots, ruler
@@ -25,6 +26,7 @@ from fot_jax.model.lookup import Dense, Lookup
 from fot_jax.model.transformer import ModelConfig
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class LmEval:
     """Runs tasks of the harness and reports its metrics.

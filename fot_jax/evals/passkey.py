@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from etils import epath
 
+from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import LARGEST_SEED, UserError, because_of, check_range
 from fot_jax.common.progress import bar
 from fot_jax.data.documents import DocumentSource
@@ -18,6 +19,7 @@ from fot_jax.inference.prefill import MemoryConfig, all_of_a_text, last_context
 from fot_jax.model.lookup import Dense, Lookup
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class PasskeyRetrieval:
     """The share of pass keys that the model writes down, all digits right, by length and depth.

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
+from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
 from fot_jax.common.progress import bar
 from fot_jax.data.documents import Document, DocumentSource
@@ -19,6 +20,7 @@ from fot_jax.inference.prefill import EVERYTHING, MemoryConfig
 from fot_jax.model.lookup import Dense, Lookup
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class PerplexityByContext:
     """Perplexity of the same tokens with memories of several sizes beyond the local window.

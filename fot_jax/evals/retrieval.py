@@ -12,6 +12,7 @@ from etils import epath
 from jax.experimental import io_callback
 from jaxtyping import Int
 
+from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.data.documents import DocumentSource
 from fot_jax.evals import plots
@@ -24,6 +25,7 @@ CONTEXT = 12  # tokens shown on either side
 BINS = 100  # of positions, in the plot
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class RetrievalTable:
     """The keys that queries of a document retrieve from the memory of all before their window.

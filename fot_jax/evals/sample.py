@@ -6,12 +6,14 @@ import dataclasses
 
 from etils import epath
 
+from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.data.documents import DocumentSource
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.prefill import MemoryConfig
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """Continues the start of the first document of a split.

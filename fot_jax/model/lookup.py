@@ -20,6 +20,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
 from fot_jax.model import memory as memories
 from fot_jax.model.attention import partial_softmax as parts_of
@@ -30,6 +31,7 @@ from fot_jax.model.memory import AXIS, LayerMemory, Stored
 PRECISION = lax.Precision.HIGHEST
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class Dense:
     """Attends to everything in memory, block by block: exact, and what LongLLaMA does."""
@@ -50,6 +52,7 @@ class Dense:
         return _merge_shards(parts) if shards > 1 else parts
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class TopK:
     """Attends to the k keys with the largest inner product, exactly; of equal ones, to the first.
@@ -91,6 +94,7 @@ class TopK:
         return exact_search(q, keys, visible, self.k)
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class ApproximateTopK(TopK):
     """The same, but only about `recall` of the k best keys are found, the quicker for it.

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 
+from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
 from fot_jax.model.attention.partial_softmax import ANY_DOCUMENT, SAME_DOCUMENT
 from fot_jax.model.lookup import Dense, Lookup
@@ -24,6 +25,7 @@ class Context(NamedTuple):
     sees: int = ANY_DOCUMENT  # SAME_DOCUMENT hides the keys of other documents in it
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class NoCrossbatch:
     """Plain transformer: a lane gives one window a step, and no row sees another one."""
@@ -43,6 +45,7 @@ class NoCrossbatch:
         raise UserError(f"the scheme NoCrossbatch has no d (asked for d={d}): drop train.d")
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class PreviousContext:
     """Scheme A: the previous context of this document and of d - 1 others (paper §3.2).
@@ -97,6 +100,7 @@ class PreviousContext:
         return dataclasses.replace(self, d=d)
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class Packed:
     """Scheme B, stepping rule: `pack` consecutive windows of a lane in a step (paper §4).
@@ -137,6 +141,7 @@ class Packed:
         return dataclasses.replace(self, range=d)
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class PackedTable:
     """Scheme B, fixed table: (positives, negatives) for every place in the pack (paper §4).
@@ -183,6 +188,7 @@ class PackedTable:
         raise UserError(f"PackedTable has no d (asked for d={d}): use Packed, or drop train.d")
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class CachedContext:
     """Not crossbatch: a row sees what memory layers have cached of its lane, without gradients.

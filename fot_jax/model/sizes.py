@@ -14,12 +14,12 @@ import dataclasses
 import difflib
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError
 from fot_jax.model.crossbatch import Plan
 from fot_jax.model.transformer import ModelConfig, RopeScaling, Transformer
@@ -63,6 +63,7 @@ _PAPER = ModelConfig(
 )
 
 
+@configurable
 def fot_37m(**overrides: Any) -> ModelConfig:
     """The 37M model of the dictionary lookup, whose vocabulary has 64 tokens."""
     config = dataclasses.replace(
@@ -71,11 +72,13 @@ def fot_37m(**overrides: Any) -> ModelConfig:
     return _override(config, overrides)
 
 
+@configurable
 def fot_184m(**overrides: Any) -> ModelConfig:
     """The 184M model of most of the paper's experiments; 32,000 SentencePiece tokens."""
     return _override(_PAPER, overrides)
 
 
+@configurable
 def fot_600m(**overrides: Any) -> ModelConfig:
     """The 600M model (670M with 32,000 embeddings)."""
     config = dataclasses.replace(
@@ -89,6 +92,7 @@ def fot_600m(**overrides: Any) -> ModelConfig:
     return _override(config, overrides)
 
 
+@configurable
 def fot_1_2b(**overrides: Any) -> ModelConfig:
     """The 1.2B model (1.27B with 32,000 embeddings): its heads are twice as wide as the model."""
     config = dataclasses.replace(fot_600m(), num_heads=32, num_kv_heads=32, mlp_dim=16_384)
@@ -110,6 +114,7 @@ _OPENLLAMA_7B = ModelConfig(
 )
 
 
+@configurable
 def openllama_3b(**overrides: Any) -> ModelConfig:
     """OpenLLaMA 3B (first version), with the memory layers of LongLLaMA 3B."""
     config = dataclasses.replace(
@@ -123,11 +128,13 @@ def openllama_3b(**overrides: Any) -> ModelConfig:
     return _override(config, overrides)
 
 
+@configurable
 def openllama_7b(**overrides: Any) -> ModelConfig:
     """OpenLLaMA 7B (first version), with the memory layers of LongLLaMA 7B."""
     return _override(_OPENLLAMA_7B, overrides)
 
 
+@configurable
 def code_llama_7b(**overrides: Any) -> ModelConfig:
     """Code Llama 7B base, with the memory layers and the window of LongLLaMA-Code 7B."""
     config = dataclasses.replace(
@@ -140,6 +147,7 @@ def code_llama_7b(**overrides: Any) -> ModelConfig:
     return _override(config, overrides)
 
 
+@configurable
 def llama3_2_1b(**overrides: Any) -> ModelConfig:
     """Llama 3.2 1B; memory layers spaced like those of LongLLaMA, the window that of Llama 3."""
     config = dataclasses.replace(
@@ -155,6 +163,7 @@ def llama3_2_1b(**overrides: Any) -> ModelConfig:
     return _override(config, overrides)
 
 
+@configurable
 def llama3_1_8b(**overrides: Any) -> ModelConfig:
     """Llama 3.1 8B; memory layers as in a 7B, the window that of Llama 3 before rope scaling."""
     config = dataclasses.replace(
@@ -168,10 +177,3 @@ def llama3_1_8b(**overrides: Any) -> ModelConfig:
         rope_scaling=RopeScaling(factor=8.0),
     )
     return _override(config, overrides)
-
-
-NAMED: tuple[Callable[..., ModelConfig], ...] = (
-    *(fot_37m, fot_184m, fot_600m, fot_1_2b),
-    *(openllama_3b, openllama_7b, code_llama_7b),
-    *(llama3_2_1b, llama3_1_8b),
-)

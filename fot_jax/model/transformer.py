@@ -29,6 +29,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
 from fot_jax.model import cached_context, crossbatch, layout, schemes
 from fot_jax.model.cached_context import Cached
@@ -48,6 +49,7 @@ _LARGEST = {
 ROPE_SCALINGS = ("llama3", "linear", "dynamic", "yarn")
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """How rotary frequencies are changed so that a model reads further than it was first trained.
@@ -106,6 +108,7 @@ class RopeScaling:
         return attention_factor**2
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Everything that determines the parameters and the function of a model.

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import optax
 from jax.experimental import topologies
 
+from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError
 from fot_jax.common.topologies import Topology, topology_of
 from fot_jax.common.units import bytes_of
@@ -95,6 +96,7 @@ class Report:
         return self.model_flops / rate / self.step_seconds
 
 
+@configurable(flags=("topology", "suggest", "as_json"))
 def compile_experiment(
     model: ModelConfig,
     data: Data,

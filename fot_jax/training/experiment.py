@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
+from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.common.topologies import topology_of
 from fot_jax.data.documents import DocumentSource
@@ -30,6 +31,7 @@ from fot_jax.training.step import ScheduleOfD, TrainState, make_train_step
 MOST_ROWS = 2**20  # of a step; what hosts know of every row would not fit in their memory
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Documents and how they are laid out in a batch (data/lanes.py).
@@ -65,6 +67,7 @@ class Data:
             )
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class Compute:
     """How a step is computed; none of it changes the objective.
@@ -94,6 +97,7 @@ class Compute:
             topology_of(self.topology)
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class Checkpoints:
     """When checkpoints are written and which are kept. The last step is always written.

@@ -15,17 +15,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
 
 # --- Schedules -----------------------------------------------------------------------------------
 
 
+@configurable
 def constant_rate(value: float, warmup_steps: int = 0) -> optax.Schedule:
     """`value`, after a linear warm-up over the first `warmup_steps` updates."""
     check_range("constant_rate", 0, value=value, warmup_steps=warmup_steps)
     return lambda count: value * _warmup(count, warmup_steps)
 
 
+@configurable
 def inverse_square_root(
     max_value: float, min_value: float, warmup_steps: int = 1000
 ) -> optax.Schedule:
@@ -44,6 +47,7 @@ def inverse_square_root(
     return schedule
 
 
+@configurable
 def cosine(max_value: float, min_value: float, warmup_steps: int, steps: int) -> optax.Schedule:
     """Linear warm-up to max_value, then half a cosine down to min_value at update `steps`."""
     _check_values("cosine", max_value, min_value)
@@ -72,6 +76,7 @@ def _check_values(schedule: str, max_value: float, min_value: float) -> None:
 # --- Optimizers ----------------------------------------------------------------------------------
 
 
+@configurable
 def adamw(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: float = 0.01,
@@ -96,6 +101,7 @@ def adamw(
     return _in_float32(_clipped(update, clip_norm))
 
 
+@configurable
 def adafactor(
     learning_rate: optax.ScalarOrSchedule,
     b1: float | None = 0.9,

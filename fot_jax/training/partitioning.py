@@ -12,10 +12,12 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError
 from fot_jax.model.layout import AXES, CACHED, PARAMETERS, ROW_AXES
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
     """Devices along each mesh axis.

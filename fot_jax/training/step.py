@@ -16,6 +16,7 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.model import cached_context, crossbatch, layout, schemes
 from fot_jax.model.cached_context import Cached
@@ -214,6 +215,7 @@ def make_positive_mass(model: Transformer, plan: crossbatch.Plan, accumulation: 
 # --- Schedules of d (paper §5) -------------------------------------------------------------------
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class SwitchAtStep:
     """d is values[0] before steps[0], then values[1] up to steps[1], and so on."""
@@ -233,6 +235,7 @@ class SwitchAtStep:
         return self.values[int(np.searchsorted(self.steps, step, side="right"))]
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class SwitchAtAccuracy:
     """d is values[0] until the accuracy of a training step reaches `threshold`, then values[1]."""
@@ -251,6 +254,7 @@ class SwitchAtAccuracy:
         return self.values[last_d == self.values[1] or accuracy >= self.threshold]
 
 
+@configurable
 @dataclasses.dataclass(frozen=True)
 class DrawnEachStep:
     """d is drawn anew at each step from `values`, as a function of seed and step alone."""

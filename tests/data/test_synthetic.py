@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fot_jax.common.configurable import configurables_of
 from fot_jax.common.errors import UserError
+from fot_jax.data import synthetic
 from fot_jax.data.lanes import Lanes
 from fot_jax.data.synthetic import (
-    CONFIGURABLE,
     FILLER,
     PASSKEY_QUESTION,
     TASK,
@@ -86,7 +87,7 @@ def test_splits_are_finite_and_fixed(source):
 
 
 def test_gin_is_given_every_source():
-    assert {type(source) for source in SOURCES} == set(CONFIGURABLE)
+    assert {type(source) for source in SOURCES} == configurables_of(synthetic).keys()
 
 
 # --- Dictionary lookup ---------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from fot_jax.common.configurable import configurables_of
 from fot_jax.common.errors import UserError
 from fot_jax.inference import forward as inference
 from fot_jax.model import crossbatch, memory, sizes
@@ -16,6 +17,8 @@ from fot_jax.model.lookup import TopK
 from fot_jax.model.parameters import parameters_by_layer
 from fot_jax.model.schemes import PackedTable, PreviousContext
 from fot_jax.model.transformer import Transformer
+
+NAMED = list(configurables_of(sizes))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +54,7 @@ def test_parameters_of_the_paper_to_the_digits_of_the_name(name, published, unit
     assert published in (count // unit, round(count / unit))
 
 
-@pytest.mark.parametrize("name", sizes.NAMED, ids=lambda name: name.__name__)
+@pytest.mark.parametrize("name", NAMED, ids=lambda name: name.__name__)
 def test_every_size_traces_in_training(name):
     """Loss gradient of the whole model on a pod's mesh, without allocating it."""
     config = name()
@@ -80,7 +83,7 @@ def test_every_size_traces_in_training(name):
     assert out.hidden.shape == (kept, config.local_context, config.hidden_size)
 
 
-@pytest.mark.parametrize("name", sizes.NAMED, ids=lambda name: name.__name__)
+@pytest.mark.parametrize("name", NAMED, ids=lambda name: name.__name__)
 def test_every_size_traces_at_inference(name):
     """A piece read with a memory of a million tokens, without allocating anything."""
     config = name()
