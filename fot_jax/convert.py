@@ -7,6 +7,7 @@ when all of it is there.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -25,6 +26,8 @@ from fot_jax.common.errors import UserError
 from fot_jax.common.paths import in_bucket, new_directory, path_of
 from fot_jax.common.progress import bar
 from fot_jax.data.vocabulary import HuggingFaceTokenizer, Symbols, Vocabulary, load_vocabulary
+from fot_jax.gguf import directory as gguf_directory
+from fot_jax.gguf import weights as gguf_weights
 from fot_jax.hugging_face import config as configs
 from fot_jax.hugging_face import tensors, tokenizers
 from fot_jax.inference.language_model import LanguageModel
@@ -81,16 +84,13 @@ def from_hugging_face(
       UserError: the directory is not complete, or of another architecture; the output is there.
     """
     source, output = path_of(source), _output(output)
-    content = tensors.Reader(source, configs.read(source, memory_layers, local_context))
-    config, arrays, dtype_of = content.config, content.arrays, _dtypes(content, dtype)
-    with (
-        new_directory(output, "checkpoints") as half,
-        bar(_bytes(content, dtype_of), "byte") as progress,
-    ):
-        if (vocabulary := tokenizers.vocabulary_of(source)) is not None:
+    with new_directory(output, "checkpoints") as half, contextlib.ExitStack() as stack:
+        content, vocabulary = _opened(source, half, memory_layers, local_context)
+        config, arrays, dtype_of = content.config, content.arrays, _dtypes(content, dtype)
+        if vocabulary is not None:
             loading.check_rows(source, vocabulary, config.vocab_size)
             vocabulary.save(half / "vocabulary")
-        loading.keep_files(source, half)
+        progress = stack.enter_context(bar(_bytes(content, dtype_of), "byte"))
         streams = {
             path: stream.Stream(
                 *(shape, dtype_of(path), path.startswith("layers/")),
@@ -138,6 +138,25 @@ def to_hugging_face(
             _same_tokens(loading.vocabulary_of(content.directory), half)
         _output(output)  # or what has come there since would be lost
     _say_done(output, c, dtype_of)
+
+
+def _opened(
+    source: epath.Path,
+    workdir: epath.Path,
+    memory_layers: Sequence[int] | None,
+    local_context: int | None,
+) -> tuple[tensors.Reader | gguf_weights.Reader, Vocabulary | None]:
+    """Weights and tokenizer of a model; what came beside the weights is kept in the workdir."""
+    if source.suffix != gguf_weights.SUFFIX:
+        content = tensors.Reader(source, configs.read(source, memory_layers, local_context))
+        vocabulary = tokenizers.vocabulary_of(source)
+        loading.keep_files(source, workdir)
+        return content, vocabulary
+    file = gguf_weights.File(source)
+    (workdir / loading.KEPT).mkdir()
+    vocabulary = gguf_directory.write(file, workdir / loading.KEPT)
+    config = configs.read(workdir / loading.KEPT, memory_layers, local_context)
+    return gguf_weights.Reader(file, config), vocabulary
 
 
 def _say_done(output: epath.Path, c: ModelConfig, dtype_of: Callable[[str], np.dtype]) -> None:

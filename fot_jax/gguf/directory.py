@@ -1,0 +1,38 @@
+"""What a directory of transformers has beside weights, from a .gguf file."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from etils import epath
+
+from fot_jax.data.vocabulary import HuggingFaceTokenizer
+from fot_jax.gguf import tokenizer, weights
+from fot_jax.gguf.weights import File
+from fot_jax.hugging_face import tokenizers
+from fot_jax.hugging_face.config import CONFIG
+
+
+def write(file: File, directory: epath.Path) -> HuggingFaceTokenizer:
+    """Writes config.json, the tokenizer's files, and where generation ends.
+
+    Returns:
+      The tokenizer.
+
+    Raises:
+      UserError: the model, or its tokenizer, is not of a kind that is known here.
+    """
+    config = weights.config_of(file)
+    vocabulary = tokenizer.vocabulary_of(file)
+    ends = vocabulary.ends
+    marks: dict[str, Any] = {
+        "bos_token_id": vocabulary.bos,
+        "eos_token_id": ends[0] if len(ends) == 1 else list(ends),
+    }
+    for name, content in ((CONFIG, {**config, **marks}), (tokenizers.GENERATION, marks)):
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n")
+    tokenizers.write(vocabulary, directory)
+    if (template := tokenizer.chat_template_of(file)) is not None:
+        (directory / "chat_template.jinja").write_text(template)
+    return vocabulary
