@@ -113,7 +113,7 @@ def _interrupted(signum, frame) -> None:
 def _interrupted_saving(path: str | None, signum, frame) -> None:
     """The same, after what is half-written at `path` has been removed."""
     if path is not None:
-        from fot_jax.common.paths import remove_half_written
+        from fot_jax.common.atomic import remove_half_written
 
         remove_half_written(path)
     _interrupted(signum, frame)

@@ -22,8 +22,9 @@ import numpy as np
 from etils import epath
 
 from fot_jax.checkpoints import loading, stream
+from fot_jax.common.atomic import new_directory
 from fot_jax.common.errors import UserError
-from fot_jax.common.paths import in_bucket, new_directory, path_of
+from fot_jax.common.paths import in_bucket, path_of
 from fot_jax.common.progress import bar
 from fot_jax.data.vocabulary import HuggingFaceTokenizer, Symbols, Vocabulary, load_vocabulary
 from fot_jax.gguf import directory as gguf_directory

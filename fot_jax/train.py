@@ -19,9 +19,10 @@ from fot_jax.checkpoints import loading
 from fot_jax.checkpoints.items import names
 from fot_jax.checkpoints.manager import Checkpointer
 from fot_jax.common.agreement import Agreement
+from fot_jax.common.bucket_files import staged_directory
 from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
-from fot_jax.common.paths import path_of, written_here
+from fot_jax.common.paths import path_of
 from fot_jax.data.documents import DocumentSource
 from fot_jax.data.lanes import Lanes
 from fot_jax.data.prefetch import Prefetch
@@ -285,7 +286,9 @@ def train(
         for step in range(first_step + 1, steps + 1):
             if profile_steps and step == max(profile_steps[0], first_step + 1) <= profile_steps[1]:
                 profile = contextlib.ExitStack()
-                jax.profiler.start_trace(profile.enter_context(written_here(workdir / "profile")))
+                jax.profiler.start_trace(
+                    profile.enter_context(staged_directory(workdir / "profile"))
+                )
             now_d = None if d is None else d(step - 1, now_d, history.accuracy(step - 2))
             began, compiles = time.perf_counter(), now_d not in compiled
             compiled.add(now_d)

@@ -15,9 +15,10 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from fot_jax.common.atomic import new_directory
 from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
-from fot_jax.common.paths import new_directory, path_of
+from fot_jax.common.paths import path_of
 from fot_jax.data.caches import cache_of, cached_source, write_split
 from fot_jax.data.corpus import Corpus, splits_in
 from fot_jax.data.documents import START, Document, Position, single_source_position

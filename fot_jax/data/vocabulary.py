@@ -21,9 +21,10 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
+from fot_jax.common.atomic import new_directory
 from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
-from fot_jax.common.paths import new_directory, path_of
+from fot_jax.common.paths import path_of
 
 
 class Vocabulary(Protocol):

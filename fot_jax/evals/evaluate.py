@@ -12,9 +12,10 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from etils import epath
 
+from fot_jax.common.atomic import replacing, write_file
 from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
-from fot_jax.common.paths import absolute, path_of, write
+from fot_jax.common.paths import absolute, path_of
 from fot_jax.data.documents import DocumentSource
 from fot_jax.evals.provenance import provenance
 from fot_jax.inference.language_model import LanguageModel
@@ -126,7 +127,7 @@ def evaluate(
     results = run_evals(lm, evaluation.evals, source, plots)
     if output is not None:
         content = {"checkpoint": checkpoint, "made": provenance(), **results}
-        write(output, json.dumps(content, indent=1) + "\n")
+        write_file(output, json.dumps(content, indent=1) + "\n")
 
 
 def _directory_of(output: str) -> epath.Path:
@@ -166,9 +167,7 @@ def run_evals(
             print(f"\n{evaluation.name}\n{evaluation.table(rows)}", flush=True)
         if plots is not None and jax.process_index() == 0:
             plots.mkdir(parents=True, exist_ok=True)
-            whole = plots / f"{evaluation.name}.png.partial"
-            evaluation.plot(rows, whole)
-            if whole.exists():
-                whole.replace(plots / f"{evaluation.name}.png")
+            with replacing(plots / f"{evaluation.name}.png") as path:
+                evaluation.plot(rows, path)
         results[evaluation.name] = rows
     return results

@@ -22,8 +22,9 @@ import numpy as np
 import safetensors
 from etils import epath
 
+from fot_jax.common.bucket_files import read_range
 from fot_jax.common.errors import UserError
-from fot_jax.common.paths import in_bucket, is_file, read_range
+from fot_jax.common.paths import in_bucket, is_file
 from fot_jax.model.transformer import ModelConfig
 
 SHARD = 5 * 10**9  # bytes of a file, as transformers cuts them

@@ -25,8 +25,9 @@ from etils import epath
 from jax.sharding import Mesh
 
 from fot_jax.checkpoints.items import names
+from fot_jax.common.atomic import new_directory
 from fot_jax.common.errors import UserError
-from fot_jax.common.paths import in_bucket, kvstore, new_directory, path_of
+from fot_jax.common.paths import in_bucket, kvstore, path_of
 from fot_jax.inference import forward as inference
 from fot_jax.inference.forward import Cache
 from fot_jax.inference.prefill import MemoryConfig, State

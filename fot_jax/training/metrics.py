@@ -27,8 +27,10 @@ from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tqdm import tqdm
 
+from fot_jax.common.atomic import write_file
+from fot_jax.common.bucket_files import AppendableFile
 from fot_jax.common.errors import UserError
-from fot_jax.common.paths import Growing, in_bucket, write
+from fot_jax.common.paths import in_bucket
 
 # --- Numbers -------------------------------------------------------------------------------------
 
@@ -176,7 +178,7 @@ class Metrics:
         _drop_lines(workdir / "metrics.jsonl", first_step)
         now = time.time()
         events = f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}"
-        kind = Growing if in_bucket(workdir) else _open
+        kind = AppendableFile if in_bucket(workdir) else _open
         self._files = kind(workdir / "metrics.jsonl"), kind(workdir / events)
         self._lines, self._events = self._files[0], RecordWriter(self._files[1])
         _begin_events(self._events, now, first_step)
@@ -317,7 +319,7 @@ def _drop_lines(path: epath.Path, first_step: int) -> None:
         text = path.read_bytes().decode(errors="replace")
         kept = "".join(f"{line}\n" for line in text.splitlines() if _stays(line, first_step))
         if kept != text:
-            write(path, kept)
+            write_file(path, kept)
 
 
 def _stays(line: str, first_step: int) -> bool:

@@ -28,8 +28,9 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from fot_jax.common.atomic import create_file
 from fot_jax.common.errors import UserError
-from fot_jax.common.paths import create, in_bucket, path_of
+from fot_jax.common.paths import in_bucket, path_of
 
 RUNNING = "running.json"
 BEAT_SECONDS, LEASE_SECONDS = 15.0, 60.0
@@ -222,7 +223,7 @@ def _take_in_bucket(workdir: str) -> _Taking:
     while True:
         made = False
         with contextlib.suppress(FileExistsError):
-            create(path, json.dumps(me).encode())
+            create_file(path, json.dumps(me).encode())
             made = True
         try:
             found = _read(path)

@@ -11,8 +11,8 @@ from fot_jax import LanguageModel, convert
 from fot_jax.checkpoints import loading
 from fot_jax.checkpoints import manager as checkpoint
 from fot_jax.checkpoints.manager import Checkpointer, locate
+from fot_jax.common.atomic import new_directory, remove_half_written
 from fot_jax.common.errors import UserError
-from fot_jax.common.paths import new_directory, remove_half_written
 from fot_jax.data.vocabulary import Bytes, load_vocabulary
 
 pytestmark = pytest.mark.torch
@@ -154,7 +154,7 @@ def test_what_is_refused(model, bucket, cloud, capsys):
     assert "a pickle, of which no part can be read alone: copy" in refused(f"{bucket.url}/pickle")
     assert refused(f"{bucket.url}/empty").startswith(f"{bucket.url}/empty: no checkpoint here")
     assert refused(f"{bucket.url}/emp").startswith(f"{bucket.url}/emp: no checkpoint here")
-    assert refused("gs://no-such/x") == "gs://no-such: there is no such bucket: mend the name"
+    assert refused("gs://no-such/x") == "gs://no-such: there is no such bucket: correct the name"
     assert (
         refused(f"{bucket.url}/a*")
         == f"'{bucket.url}/a*': '*' in a gs:// path: give one without it"
@@ -225,7 +225,7 @@ def test_training_without_it_is_one_line(permission, asked, bucket, cloud, tmp_p
         cloud.forbidden = {permission}
     line = runs.refused(capsys, "train", experiment, "--workdir", workdir)
     if permission == "a bucket":
-        assert "there is no such bucket: mend the name" in line
+        assert "there is no such bucket: correct the name" in line
     elif permission == "a login":
         assert "log in (gcloud auth application-default login)" in line
     else:

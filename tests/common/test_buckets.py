@@ -7,7 +7,8 @@ import sys
 import pytest
 from etils import epath
 
-from fot_jax.common.paths import create, written_here
+from fot_jax.common.atomic import create_file
+from fot_jax.common.bucket_files import staged_directory
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_no_bucket_is_made_or_removed(cloud, bucket):
 
 def test_what_cannot_write_there_is_copied(bucket, tmp_path):
     for directory in (f"{bucket.url}/run/profile", tmp_path / "run" / "profile"):
-        with written_here(directory) as here:
+        with staged_directory(directory) as here:
             (epath.Path(here) / "plugins").mkdir(parents=True)
             (epath.Path(here) / "plugins" / "trace").write_text("trace")
     assert bucket.files() == {"run/profile/plugins/trace": b"trace"}
@@ -83,7 +84,7 @@ LOOKS = [
     lambda path: path.read_bytes(),
     lambda path: path.stat(),
     lambda path: path.write_text("x"),
-    lambda path: create(path, b"x"),
+    lambda path: create_file(path, b"x"),
 ]
 
 
@@ -96,7 +97,7 @@ def test_what_is_refused_does_not_pass_for_a_file_that_is_not_there(look, files,
     with pytest.raises(PermissionError, match="Anonymous .*: log in"):
         look(files / "a/b")
     cloud.anonymous, cloud.forbidden = False, set()
-    with pytest.raises(OSError, match="no such bucket: mend the name") as told:
+    with pytest.raises(OSError, match="no such bucket: correct the name") as told:
         look(epath.Path("gs://no-such-bucket/a/b"))
     assert not isinstance(told.value, PermissionError)
     assert not [record for record in caplog.records if record.name == "gcsfs"]
@@ -104,10 +105,11 @@ def test_what_is_refused_does_not_pass_for_a_file_that_is_not_there(look, files,
 
 CREATES = """
 import sys
-from fot_jax.common.paths import create, written_here
+from fot_jax.common.atomic import create_file
+from fot_jax.common.bucket_files import staged_directory
 sys.stdin.readline()
 try:
-    create(sys.argv[1], sys.argv[2].encode())
+    create_file(sys.argv[1], sys.argv[2].encode())
 except FileExistsError:
     print("late")
 else:

@@ -16,8 +16,8 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from fot_jax.common.atomic import new_directory
 from fot_jax.common.errors import UserError
-from fot_jax.common.paths import new_directory
 from fot_jax.data.vocabulary import (
     Bytes,
     HuggingFaceTokenizer,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fot_jax.common import paths
+from fot_jax.common import bucket_files
 from fot_jax.common.errors import UserError
 from fot_jax.training import metrics
 from fot_jax.training.metrics import Counts, Metrics, first_nonfinite
@@ -241,7 +241,7 @@ def in_bucket(bucket):
 def test_files_in_a_bucket_grow(bucket, cloud, monkeypatch):
     """Each sending has what is new, and no more; what another run wrote stays."""
     clock = types.SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
-    monkeypatch.setattr(paths, "time", clock)
+    monkeypatch.setattr(bucket_files, "time", clock)
     run = open_metrics(f"{bucket.url}/run")
     run.write(1, {"loss": 1.0})
     assert not bucket.names()  # no sending a step
@@ -285,7 +285,7 @@ def test_what_a_bucket_does_not_take_is_sent_later(bucket, cloud, caplog):
 
 def test_an_answer_that_is_lost_doubles_nothing(bucket, cloud):
     """The bucket has made one object of two, but the caller does not know, and asks again."""
-    file = paths.Growing(f"{bucket.url}/run/file")
+    file = bucket_files.AppendableFile(f"{bucket.url}/run/file")
     file.write(b"one")
     file.send()
     lost = []

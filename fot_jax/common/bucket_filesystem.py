@@ -21,7 +21,7 @@ _LOGIN = "log in (gcloud auth application-default login)"
 _ROLES = "grant roles/storage.objectUser and roles/storage.legacyBucketReader on the bucket"
 
 
-class Buckets(GCSFileSystem):
+class BucketFileSystem(GCSFileSystem):
     """As gcsfs, except that:
 
     - nothing is remembered of what other processes may change;
@@ -37,7 +37,7 @@ class Buckets(GCSFileSystem):
         try:
             return await super()._request(method, path, *args, **kwargs)
         except Exception as error:
-            raise of_a_disk(error, self._format_path(path, args)) from error
+            raise as_os_error(error, self._format_path(path, args)) from error
 
     async def _isdir(self, path: str) -> bool:
         return await self._is("directory", path)
@@ -70,7 +70,7 @@ class Buckets(GCSFileSystem):
     mkdir, rmdir = sync_wrapper(_mkdir), sync_wrapper(_rmdir)
 
 
-def of_a_disk(error: Exception, url: str) -> OSError:
+def as_os_error(error: Exception, url: str) -> OSError:
     """What gcsfs raises, or Google's libraries do, as the error that a disk would give."""
     asked = re.search("/b/([^/?]+)(?:/o/([^/?]+))?", url)  # a bucket, and a name in it
     name = asked and asked[2]
@@ -79,7 +79,7 @@ def of_a_disk(error: Exception, url: str) -> OSError:
     code = getattr(error, "code", None)
     if isinstance(error, FileNotFoundError) or code == 404:
         if not name:
-            return OSError(errno.ENXIO, "there is no such bucket: mend the name", path)
+            return OSError(errno.ENXIO, "there is no such bucket: correct the name", path)
         return FileNotFoundError(errno.ENOENT, "no such file", path)
     if isinstance(error, FileExistsError):
         return FileExistsError(errno.EEXIST, "is there already", path)

@@ -1,0 +1,123 @@
+"""Files and directories that are written whole or not at all, on a disk or in a bucket."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import time
+import uuid
+from collections.abc import Iterator
+
+import fsspec
+from etils import epath
+
+from fot_jax.common.errors import UserError
+from fot_jax.common.paths import in_bucket
+
+# --- Files ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
+    """Gives the path to write a file to, which takes the place of `path` when it is whole.
+
+    If nothing is written, `path` stays as it was.
+    """
+    path = epath.Path(path)
+    if in_bucket(path):  # where an object appears when all of it has been sent
+        yield path
+        return
+    partial = path.parent / f"{path.name}.partial"
+    yield partial
+    if partial.exists():
+        partial.replace(path)
+
+
+def write_file(path: epath.PathLike, content: str | bytes) -> None:
+    """Writes a file, which has either its old content or all of the new.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    with replacing(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def create_file(path: epath.PathLike, content: bytes) -> None:
+    """Writes a file that does not exist yet; of several callers at once, one succeeds.
+
+    Raises:
+      FileExistsError: it exists. In a bucket it may be the caller's own: an answer may be lost and
+        the request repeated. Compare the content.
+      OSError: it cannot be written.
+    """
+    if in_bucket(path):
+        fsspec.filesystem("gs").pipe_file(str(path), content, mode="create")
+    else:
+        with open(path, "xb") as file:
+            file.write(content)
+
+
+# --- Directories ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def new_directory(directory: epath.PathLike, mark: str) -> Iterator[epath.Path]:
+    """Gives a temporary directory to write into, which takes the place of `directory` at the end.
+
+    If the block raises, what was written is removed and an older directory stays as it was. In a
+    bucket files are renamed one by one, `mark` last.
+
+    Args:
+      mark: the file by which readers recognise the directory.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    directory = epath.Path(directory)
+    half = directory.parent / f"{directory.name}.half-written-{os.getpid()}-{uuid.uuid4().hex}"
+    try:
+        half.mkdir(parents=True)
+        yield half
+        if in_bucket(directory):
+            (directory / mark).unlink(missing_ok=True)
+            directory.rmtree(missing_ok=True)
+            _rename_in_bucket(half, directory, mark)
+            return
+        older = half.with_name(half.name.replace(".half-written-", ".replaced-"))
+        if directory.exists():
+            directory.rename(older)
+        half.rename(directory)
+        older.rmtree(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            half.rmtree(missing_ok=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{directory}: cannot be written: {error.strerror}") from error
+        raise
+
+
+def _rename_in_bucket(source: epath.Path, target: epath.Path, mark: str) -> None:
+    """Renames all files of a directory within the bucket, the mark last."""
+    files = fsspec.filesystem("gs")
+    before, after = (str(path).removeprefix("gs://") for path in (source, target))
+    names = [name.removeprefix(f"{before}/") for name in files.find(before)]
+    for batch in ([name for name in names if name != mark], [mark]):
+        files.mv([f"{before}/{name}" for name in batch], [f"{after}/{name}" for name in batch])
+
+
+def remove_half_written(directory: epath.PathLike) -> None:
+    """Removes what `new_directory` has written so far in this process, which is about to exit.
+
+    Other threads may still write there until they find their files gone, so it looks repeatedly.
+    """
+    path = epath.Path(directory if in_bucket(directory) else os.path.realpath(directory))
+    gone, deadline = 0, time.monotonic() + 10
+    while gone < 3 and time.monotonic() < deadline:
+        halves = list(path.parent.glob(f"{glob.escape(path.name)}.half-written-{os.getpid()}-*"))
+        for half in halves:
+            with contextlib.suppress(OSError):
+                half.rmtree(missing_ok=True)
+        gone = 0 if halves else gone + 1
+        time.sleep(0.01)

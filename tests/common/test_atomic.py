@@ -1,0 +1,52 @@
+"""Files and directories that are written whole or not at all."""
+
+import pytest
+import runs
+
+from fot_jax.common.atomic import new_directory, replacing, write_file
+from fot_jax.common.errors import UserError
+
+
+class Stop(Exception):
+    """In the middle of writing."""
+
+
+def test_a_file_has_its_old_content_until_all_of_the_new_is_there(tmp_path):
+    path = tmp_path / "file"
+    write_file(path, "old")
+    with replacing(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+    assert runs.files(tmp_path) == {"file": b"new"}
+    with pytest.raises(Stop), replacing(path) as partial:
+        partial.write_text("ha")
+        raise Stop
+    assert path.read_text() == "new"
+    write_file(path, b"newer")
+    assert runs.files(tmp_path) == {"file": b"newer"}
+
+
+def test_a_file_that_is_not_written_stays(tmp_path):
+    write_file(tmp_path / "file", "old")
+    with replacing(tmp_path / "file"), replacing(tmp_path / "none"):
+        pass
+    assert runs.files(tmp_path) == {"file": b"old"}
+
+
+def test_a_directory_takes_the_place_of_an_older_one_when_it_is_whole(tmp_path):
+    directory = tmp_path / "a" / "directory"
+    for name in ("one", "two"):
+        with new_directory(directory, name) as half:
+            (half / name).write_text(name)
+        assert runs.files(tmp_path) == {f"a/directory/{name}": name.encode()}
+    with pytest.raises(Stop), new_directory(directory, "three") as half:
+        (half / "three").write_text("")
+        raise Stop
+    assert runs.files(tmp_path) == {"a/directory/two": b"two"}
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/directory: cannot be written: Not a directory"):
+        with new_directory(tmp_path / "file" / "directory", "mark"):
+            pass
