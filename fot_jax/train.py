@@ -16,13 +16,13 @@ import optax
 from absl import logging
 
 from fot_jax.checkpoints import loading
-from fot_jax.checkpoints.items import names
 from fot_jax.checkpoints.manager import Checkpointer
 from fot_jax.common.agreement import Agreement
 from fot_jax.common.bucket_files import staged_directory
 from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.common.paths import path_of
+from fot_jax.common.trees import leaves_by_path
 from fot_jax.data.documents import DocumentSource
 from fot_jax.data.lanes import Lanes
 from fot_jax.data.prefetch import Prefetch
@@ -212,7 +212,7 @@ def train(
     )
     if restored is not None:
         metrics.say(f"resuming {workdir} after step {first_step}")
-    gradients = list(names(program.state.params))
+    gradients = list(leaves_by_path(program.state.params))
     positive_mass = functools.cache(
         lambda d: make_positive_mass(program.transformer, program.plan_of(d), compute.accumulation)
     )

@@ -10,14 +10,21 @@ import pytest
 import runs
 from runs import curve
 
-from fot_jax import LanguageModel
+from fot_jax import LanguageModel, cli
 from fot_jax.checkpoints import manager as checkpoint
 from fot_jax.checkpoints.items import read_data
+from fot_jax.common import formats
+from fot_jax.common.checksums import crc32_of_json, seal
+from fot_jax.common.errors import UserError
 from fot_jax.data.vocabulary import Symbols, load_vocabulary
 
 SAVED = Path(__file__).parent / "saved"
 V1 = SAVED / "v1"
 STOPPED_AFTER, STEPS = 8, 12
+FORMATS = {
+    each.name: each
+    for each in (formats.CHECKPOINT, formats.VOCABULARY, formats.MEMORY, formats.CONVERTED)
+}
 TEXT = np.random.default_rng(0).integers(4, 64, 60).tolist()
 
 
@@ -74,6 +81,91 @@ def test_the_place_in_the_data_is_that_of_the_unbroken_run(unbroken):
         assert arrays.keys() == ours[group].keys()
         for name, array in arrays.items():
             np.testing.assert_array_equal(array, ours[group][name])
+
+
+# --- Version numbers -----------------------------------------------------------------------------
+
+
+def of_newer_format(kind, directory):
+    """Copies of what is saved in V1 with the number of a format that nobody knows."""
+    workdir = shutil.copytree(V1 / "run", directory / "run")
+    for name in ("converted", "memory"):
+        shutil.copytree(V1 / name, directory / name)
+    path = {
+        "checkpoint": workdir / "checkpoints" / str(STOPPED_AFTER) / "meta" / "metadata",
+        "vocabulary": workdir / "vocabulary" / "vocabulary.json",
+        "memory": directory / "memory" / "memory.json",
+        "converted model": directory / "converted" / "config.json",
+    }[kind]
+    content = json.loads(path.read_text())
+    if kind in ("checkpoint", "memory"):
+        content = seal({**content["content"], "version": 7})
+    elif kind == "vocabulary":
+        del content["crc32"]
+        content["version"] = 7
+        content["crc32"] = crc32_of_json(content, sort_keys=True)
+    else:
+        content["fot_jax_format"] = 7
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "kind, name, argv",
+    [
+        ("checkpoint", "checkpoints/8", "train run/config.gin --workdir run"),
+        ("checkpoint", "checkpoints/8", "generate --checkpoint run --prompt 0"),
+        ("checkpoint", "checkpoints/8", "convert to-hf run out"),
+        ("vocabulary", "vocabulary/vocabulary.json", "train run/config.gin --workdir run"),
+        ("vocabulary", "vocabulary/vocabulary.json", "convert to-hf run out"),
+        ("memory", "memory", "generate --checkpoint run --memory memory --prompt 0"),
+        ("converted model", "config.json", "generate --checkpoint converted --prompt 0"),
+        ("converted model", "config.json", "convert from-hf converted out"),
+    ],
+)
+def test_a_newer_format_is_refused_by_number(kind, name, argv, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    of_newer_format(kind, tmp_path)
+    line = runs.refused(capsys, *argv.split())
+    assert line.endswith(
+        f"{name}: a {kind} of format version 7, and this fot_jax reads versions up to "
+        f"{FORMATS[kind].version}: install a newer fot_jax"
+    )
+    assert not (tmp_path / "out").exists()
+    if kind == "checkpoint":  # nor is an older one taken, and nothing is set aside
+        assert runs.steps_saved(tmp_path / "run") == [STOPPED_AFTER]
+
+
+def test_a_newer_memory_is_not_replaced(tmp_path):
+    of_newer_format("memory", tmp_path)
+    lm = LanguageModel.load(V1 / "run")
+    with pytest.raises(UserError, match="not a memory, so it is not replaced"):
+        lm.save_memory(lm.read(TEXT), tmp_path / "memory")
+
+
+def test_numbers_are_written(resumed, tmp_path):
+    """And what had none is of version 1."""
+    lm = LanguageModel.load(V1 / "run")
+    lm.save_memory(lm.read(TEXT), tmp_path / "memory")
+    assert cli.main(["convert", "to-hf", str(V1 / "run"), str(tmp_path / "converted")]) == 0
+    lm.vocabulary.save(tmp_path / "run" / "vocabulary")
+
+    def version(kind, path):
+        content = json.loads(path.read_text())
+        return content.get("content", content).get(FORMATS[kind].field)
+
+    for kind, path in {
+        "vocabulary": "run/vocabulary/vocabulary.json",
+        "memory": "memory/memory.json",
+        "converted model": "converted/config.json",
+    }.items():
+        assert version(kind, tmp_path / path) == FORMATS[kind].version
+        assert version(kind, V1 / path) == (1 if kind == "memory" else None)
+    for step, wanted in ((STOPPED_AFTER, None), (STEPS, FORMATS["checkpoint"].version)):
+        path = resumed / "checkpoints" / str(step) / "meta" / "metadata"
+        assert version("checkpoint", path) == wanted
+
+
+# --- What a resumed run saves --------------------------------------------------------------------
 
 
 def test_saves_the_same_again(resumed):

@@ -8,7 +8,6 @@ a CRC of each. meta and the list are JSON with a CRC over themselves.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import json
 import zlib
@@ -16,102 +15,36 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import NamedSharding, PartitionSpec
+
+from fot_jax.checkpoints.array_checksums import array_checksums
+from fot_jax.common import formats
+from fot_jax.common.checksums import seal, unseal
+from fot_jax.common.trees import leaves_by_path, tree_of_leaves
 
 Data = Mapping[int, Mapping[str, np.ndarray]]  # lane group -> its state
 
 # --- Arrays --------------------------------------------------------------------------------------
 
 
-def names(tree: Any) -> dict[str, Any]:
-    """Leaves by path, "layers/mlp/down"."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
 def describe(tree: Any) -> dict[str, Any]:
     """Shape, type and checksum of every array, for meta."""
-    named = names(tree)
+    named = leaves_by_path(tree)
     return {
         name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "checksum": checksum}
-        for (name, leaf), checksum in zip(named.items(), checksums(named.values()), strict=True)
+        for (name, leaf), checksum in zip(
+            named.items(), array_checksums(named.values()), strict=True
+        )
     }
-
-
-def tree_of(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries of leaves by path: the opposite of `names`."""
-    tree: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *outer, last = name.split("/")
-        node = functools.reduce(lambda node, key: node.setdefault(key, {}), outer, tree)
-        node[last] = leaf
-    return tree
 
 
 def as_saved(recorded: Mapping[str, Any]) -> Any:
     """The nested dictionaries of shapes that parameters were saved as."""
-    return tree_of(
+    return tree_of_leaves(
         {name: jax.ShapeDtypeStruct(x["shape"], x["dtype"]) for name, x in recorded.items()}
     )
-
-
-def checksums(arrays: Iterable[jax.Array]) -> list[int]:
-    """32 bits for each array: its bits and their places, whatever its sharding."""
-    arrays = list(arrays)
-    result = [0] * len(arrays)
-    places: dict[Any, list[int]] = {}  # arrays of one set of devices are done in one program
-    for i, array in enumerate(arrays):
-        sharding = array.sharding
-        if [device.platform for device in sharding.device_set] == ["cpu"]:
-            # XLA's CPU backend would hold all the words that it adds up.
-            result[i] = checksum_of_slice(np.asarray(array), 0)
-            continue
-        whole = None
-        if isinstance(sharding, NamedSharding):
-            whole = NamedSharding(sharding.mesh, PartitionSpec())
-        places.setdefault((frozenset(sharding.device_set), whole), []).append(i)
-    for (_, whole), indices in places.items():
-        sums = jax.jit(_checksum_program, out_shardings=whole)([arrays[i] for i in indices])
-        for i, checksum in zip(indices, np.asarray(sums), strict=True):
-            result[i] = int(checksum)
-    return result
-
-
-def _checksum_program(arrays: list[jax.Array]) -> jax.Array:
-    def of(x):
-        if x.dtype == jnp.bool_:
-            x = x.astype(jnp.uint8)
-        word = jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")
-        bits = jax.lax.bitcast_convert_type(x, word).astype(jnp.uint32)
-        place = jnp.uint32(0)
-        for axis, size in enumerate(bits.shape):
-            along = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-            place = place * jnp.uint32(size % 2**32) + along
-        # An odd factor for each place: no change of a single element goes unseen.
-        return (bits * (place * jnp.uint32(2) + jnp.uint32(1))).sum(dtype=jnp.uint32)
-
-    return jnp.stack([of(x) for x in arrays])
-
-
-def checksum_of_slice(x: np.ndarray, first: int) -> int:
-    """What a part of an array adds to its checksum, modulo 2**32.
-
-    Args:
-      x: the part.
-      first: elements of the array before it.
-    """
-    bits = np.ascontiguousarray(x).reshape(-1).view(f"uint{8 * min(x.dtype.itemsize, 4)}")
-    total = 0
-    for start in range(0, bits.size, 2**20):
-        some = bits[start : start + 2**20].astype(np.uint32)
-        at = np.uint32((first + start) % 2**32)
-        places = np.arange(some.size, dtype=np.uint32) + at
-        total += int((some * (places * np.uint32(2) + np.uint32(1))).sum(dtype=np.uint32))
-    return total % 2**32
 
 
 # --- Data ----------------------------------------------------------------------------------------
@@ -143,9 +76,7 @@ def _saved_groups(folder: epath.Path) -> dict[int, int | None]:
     saved = json.loads((folder / "groups.json").read_text())
     if isinstance(saved, list):  # of fot_jax 0.1
         return dict.fromkeys(map(int, saved))
-    if saved["crc32"] != _crc32(saved["content"]):
-        raise ValueError("groups.json is not what was saved")
-    return {int(group): crc for group, crc in saved["content"].items()}
+    return {int(group): crc for group, crc in unseal(saved).items()}
 
 
 def _group_file(group: int) -> str:
@@ -168,8 +99,7 @@ class DataHandler(ocp.AsyncCheckpointHandler):
             path.name.removeprefix("group-").removesuffix(".npz"): zlib.crc32(path.read_bytes())
             for path in files
         }
-        sealed = {"crc32": _crc32(content), "content": content}
-        (directory / "groups.json").write_text(json.dumps(sealed))
+        (directory / "groups.json").write_text(json.dumps(seal(content)))
 
     def save(self, directory, *args, **kwargs):
         raise NotImplementedError("saved asynchronously only")
@@ -197,18 +127,18 @@ class SaveData(ocp.args.CheckpointArgs):
 
 
 def sealed_meta(step: int, meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
-    content = json.loads(json.dumps({"step": step, "meta": dict(meta), "arrays": arrays}))
-    return {"crc32": _crc32(content), "content": content}
+    return seal({**formats.CHECKPOINT.number, "step": step, "meta": dict(meta), "arrays": arrays})
 
 
 def read_meta(folder: epath.Path, step: int) -> tuple[dict, dict, dict]:
-    """The caller's own, and what the arrays of params and of opt_state were."""
-    sealed = json.loads((folder / "meta" / "metadata").read_text())
-    content = sealed["content"]
-    if sealed["crc32"] != _crc32(content) or content["step"] != step:
-        raise ValueError("not what was saved")
+    """The caller's own, and what the arrays of params and of opt_state were.
+
+    Raises:
+      UserError: the checkpoint has a newer format.
+      OSError, ValueError, KeyError, TypeError: the file is missing or damaged.
+    """
+    content = unseal(json.loads((folder / "meta" / "metadata").read_text()))
+    formats.CHECKPOINT.check(folder, content)
+    if content["step"] != step:
+        raise ValueError(f"of step {content['step']}")
     return content["meta"], content["arrays"]["params"], content["arrays"]["opt_state"]
-
-
-def _crc32(content: Any) -> int:
-    return zlib.crc32(json.dumps(content).encode())

@@ -11,8 +11,8 @@ import numpy as np
 from etils import epath
 
 from fot_jax.checkpoints import manager as checkpoint
-from fot_jax.checkpoints.items import names, tree_of
 from fot_jax.common.errors import UserError
+from fot_jax.common.trees import leaves_by_path, tree_of_leaves
 from fot_jax.data.vocabulary import HuggingFaceTokenizer, Vocabulary, load_vocabulary
 from fot_jax.hugging_face import config as configs
 from fot_jax.hugging_face import tokenizers
@@ -118,10 +118,10 @@ def _by_layer(content: Reader, dtype) -> Any:
         for layers in (False, True)
     )
     layers = tuple(
-        tree_of({path.removeprefix("layers/"): read(path, i) for path in of_layers})
+        tree_of_leaves({path.removeprefix("layers/"): read(path, i) for path in of_layers})
         for i in range(content.config.num_layers)
     )
-    return {**tree_of({path: read(path) for path in whole}), "layers": layers}
+    return {**tree_of_leaves({path: read(path) for path in whole}), "layers": layers}
 
 
 def _stacked(content: Reader, target: Any) -> Any:
@@ -138,4 +138,6 @@ def _stacked(content: Reader, target: Any) -> Any:
         of_device: Callable[[Any], np.ndarray] = whole.__getitem__
         return jax.make_array_from_callback(wanted.shape, wanted.sharding, of_device)
 
-    return tree_of({path: read(path, wanted) for path, wanted in names(target).items()})
+    return tree_of_leaves(
+        {path: read(path, wanted) for path, wanted in leaves_by_path(target).items()}
+    )

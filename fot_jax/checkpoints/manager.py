@@ -28,9 +28,11 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
 from fot_jax.checkpoints import items
+from fot_jax.checkpoints.array_checksums import array_checksums
 from fot_jax.common.agreement import all_agree
 from fot_jax.common.errors import UserError
 from fot_jax.common.paths import absolute, google_errors, in_bucket, path_of
+from fot_jax.common.trees import leaves_by_path
 from fot_jax.common.units import in_bytes
 from fot_jax.model.transformer import ModelConfig, RopeScaling
 
@@ -139,7 +141,7 @@ def _copied_unmarked(directory: epath.Path) -> bool:
     try:
         _, _, of_opt_state = items.read_meta(directory / "0", 0)
         return not of_opt_state and not items.read_data(directory / "0")
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # a newer format, too
         return False
 
 
@@ -185,18 +187,22 @@ def _read(directory: epath.Path, step: int, params, opt_state, groups) -> Restor
 
 def _attempt(what: str, read: Callable[[], T]) -> T:
     """The value of `read` if no process failed; else _Unreadable on all of them alike."""
-    value, failure = None, None
+    value, failure, refusal = None, None, None
     try:
         value = read()
     except MemoryError:
         raise
+    except UserError as error:
+        refusal = error
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):  # the device's memory, not the files
             raise
         if why := _not_to_be_had(error):
             raise UserError(why) from error
         failure = f"{what}: {_reason(error)}"
-    if not all_agree(failure is None):
+    if not all_agree(failure is None and refusal is None):
+        if refusal is not None:
+            raise refusal
         raise _Unreadable(failure or f"{what}: another process cannot read it")
     return value
 
@@ -238,7 +244,7 @@ def check_same(folder: epath.Path, kind: str, recorded: Mapping[str, Any], wante
     Raises:
       UserError: names the first that it has not, or has in another shape, or has too many.
     """
-    named = items.names(wanted)
+    named = leaves_by_path(wanted)
     for name, leaf in named.items():
         there = tuple(recorded[name]["shape"]) if name in recorded else "missing"
         if there != tuple(leaf.shape):
@@ -282,7 +288,7 @@ def _read_arrays(folder: epath.Path, recorded: Mapping[str, Any], wanted: Any) -
     leaves, structure = jax.tree.flatten(wanted)
     if not leaves:
         return wanted
-    names = list(items.names(wanted))
+    names = list(leaves_by_path(wanted))
     one_device = SingleDeviceSharding(jax.local_devices()[0])
 
     def as_recorded(name, leaf):
@@ -297,7 +303,7 @@ def _read_arrays(folder: epath.Path, recorded: Mapping[str, Any], wanted: Any) -
         lambda: handler.restore(absolute(folder), args=ocp.args.StandardRestore(target)),
     )
     arrays = jax.tree.leaves(arrays)
-    for name, checksum in zip(names, items.checksums(arrays), strict=True):
+    for name, checksum in zip(names, array_checksums(arrays), strict=True):
         if checksum != recorded[name]["checksum"]:
             raise _Unreadable(f"{folder.name}: {name} is not what was saved: its checksum differs")
     cast = [

@@ -21,8 +21,10 @@ from etils import epath
 
 from fot_jax.checkpoints import items
 from fot_jax.checkpoints import manager as checkpoint
+from fot_jax.checkpoints.array_checksums import slice_checksum
 from fot_jax.common.errors import UserError
 from fot_jax.common.paths import absolute, kvstore
+from fot_jax.common.trees import tree_of_leaves
 from fot_jax.model.transformer import ModelConfig
 
 # --- Writing -------------------------------------------------------------------------------------
@@ -34,7 +36,7 @@ class Stream:
 
     Attributes:
       read: the slice of an index, or the whole of None.
-      checksum: as of `items.checksums`, once it is written.
+      checksum: as of `array_checksums`, once it is written.
     """
 
     shape: tuple[int, ...]
@@ -73,7 +75,7 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
                 for index in range(value.shape[0]) if value.sliced else (None,):
                     x = value.read(index)
                     first = 0 if index is None else index * x.size
-                    value.checksum = (value.checksum + items.checksum_of_slice(x, first)) % 2**32
+                    value.checksum = (value.checksum + slice_checksum(x, first)) % 2**32
                     await (array if index is None else array[index]).write(x)
             except BaseException:
                 self._failed = True
@@ -94,13 +96,13 @@ def save(workdir: epath.Path, c: ModelConfig, arrays: Mapping[str, Stream]) -> N
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # or Orbax warns
     )
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    tree = items.tree_of(arrays)
+    tree = tree_of_leaves(arrays)
     # A chunk is what is written at once.
     chunks = {
         name: ocp.SaveArgs(shard_axes=(0,)) if x.sliced else ocp.SaveArgs()
         for name, x in arrays.items()
     }
-    args = ocp.args.PyTreeSave(tree, save_args=items.tree_of(chunks))
+    args = ocp.args.PyTreeSave(tree, save_args=tree_of_leaves(chunks))
     try:
         handler.save(folder / "params", args=args)
         handler.finalize(folder / "params")
@@ -145,6 +147,8 @@ class Reader:
         self.directory, self._step = directory.parent, directory / str(steps[-1])
         try:
             meta, self._recorded, _ = items.read_meta(self._step, steps[-1])
+        except UserError:
+            raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged("meta") from error
         self.config = checkpoint.model_of(path, meta)
@@ -172,7 +176,7 @@ class Reader:
         sums = self._sums.setdefault(path, [0, 0])
         first = 0 if layer is None else layer * x.size
         if first == sums[1]:
-            sums[0] = (sums[0] + items.checksum_of_slice(x, first)) % 2**32
+            sums[0] = (sums[0] + slice_checksum(x, first)) % 2**32
             sums[1] += x.size
             whole = sums[1] == math.prod(self.arrays[path][0])
             if whole and sums[0] != self._recorded[path]["checksum"]:

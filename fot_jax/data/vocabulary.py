@@ -13,7 +13,6 @@ import itertools
 import json
 import re
 import tempfile
-import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -21,7 +20,9 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
+from fot_jax.common import formats
 from fot_jax.common.atomic import new_directory
+from fot_jax.common.checksums import crc32_of_json
 from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
 from fot_jax.common.paths import path_of
@@ -564,8 +565,10 @@ def load_vocabulary(directory: epath.PathLike) -> Vocabulary:
     if not where.exists():
         raise UserError(f"{directory}: no vocabulary here: there is no vocabulary.json")
     description = _read_json(where)
-    if "crc32" in description and description.pop("crc32") != _crc32(description):
-        raise UserError(f"{where}: damaged: it is not what was saved: restore it from a copy")
+    if "crc32" in description:  # the first vocabularies of fot_jax 0.1 have none
+        if description.pop("crc32") != crc32_of_json(description, sort_keys=True):
+            raise UserError(f"{where}: damaged: it is not what was saved: restore it from a copy")
+    formats.VOCABULARY.check(where, description)
     checksums = description.get("sha256")
     for name, checksum in checksums.items() if isinstance(checksums, dict) else ():
         if hashlib.sha256(_read(directory / name)).hexdigest() != checksum:
@@ -611,13 +614,9 @@ def _write(directory: epath.PathLike, description: dict, files: dict[str, bytes]
     with new_directory(directory, "vocabulary.json") as half:
         for name, content in files.items():
             (half / name).write_bytes(content)
-        described = {**description, "sha256": checksums}
-        sealed = {**described, "crc32": _crc32(described)}
+        described = {**formats.VOCABULARY.number, **description, "sha256": checksums}
+        sealed = {**described, "crc32": crc32_of_json(described, sort_keys=True)}
         (half / "vocabulary.json").write_text(json.dumps(sealed, indent=1))
-
-
-def _crc32(description: dict) -> int:
-    return zlib.crc32(json.dumps(description, sort_keys=True).encode())
 
 
 def _read(path: epath.Path) -> bytes:

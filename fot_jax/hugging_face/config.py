@@ -15,6 +15,7 @@ from typing import Any
 
 from etils import epath
 
+from fot_jax.common import formats
 from fot_jax.common.errors import UserError
 from fot_jax.common.paths import is_file, path_of
 from fot_jax.model.transformer import ROPE_SCALINGS, ModelConfig, RopeScaling
@@ -52,6 +53,7 @@ def read(
       UserError: no config.json, or of a model that is no LLaMA; a field is missing or of no use.
     """
     fields = Fields(directory)
+    formats.CONVERTED.check(fields.path, fields.values)
     try:
         config = _read(fields)
     except UserError as error:
@@ -310,6 +312,7 @@ def content(c: ModelConfig, dtype: str, marks: dict[str, int | None]) -> dict[st
             raise UserError(f"model.{name} = True: there is no PyTorch code for such models")
     longest, scaling = _written(c)
     values = {
+        **formats.CONVERTED.number,
         "architectures": ["LlamaForCausalLM" if is_llama(c) else "FotForCausalLM"],
         "model_type": "llama" if is_llama(c) else "fot",
         "vocab_size": c.vocab_size,

@@ -450,12 +450,12 @@ class LanguageModel:
     @functools.cached_property
     def _fingerprint(self) -> dict[str, Any]:
         """What keys and values depend on."""
-        from fot_jax.checkpoints.items import checksums
+        from fot_jax.checkpoints.array_checksums import array_checksums
 
         config = dataclasses.asdict(self.config)
         leaves = jax.tree.leaves(self.params)
         dtype = self.params["embedding"].dtype.name
-        return {"model": config, "dtype": dtype, "parameters": checksums(leaves)}
+        return {"model": config, "dtype": dtype, "parameters": array_checksums(leaves)}
 
     # --- Checks ------------------------------------------------------------------------------
 

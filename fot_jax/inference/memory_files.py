@@ -24,10 +24,12 @@ import tensorstore as ts
 from etils import epath
 from jax.sharding import Mesh
 
-from fot_jax.checkpoints.items import names
+from fot_jax.common import formats
 from fot_jax.common.atomic import new_directory
+from fot_jax.common.checksums import seal, unseal
 from fot_jax.common.errors import UserError
 from fot_jax.common.paths import in_bucket, kvstore, path_of
+from fot_jax.common.trees import leaves_by_path
 from fot_jax.inference import forward as inference
 from fot_jax.inference.forward import Cache
 from fot_jax.inference.prefill import MemoryConfig, State
@@ -37,7 +39,6 @@ from fot_jax.model.memory import Memory
 from fot_jax.model.transformer import ModelConfig
 
 DESCRIPTION = "memory.json"
-VERSION = 1
 CHUNK = 2**24  # bytes of an array written or read at a time
 
 
@@ -58,7 +59,7 @@ def save(path: epath.PathLike, state: State, fingerprint: Any, mesh: Mesh | None
     config = dataclasses.asdict(state.config)
     appended = np.asarray(state.memory.appended)
     content = {
-        "version": VERSION,
+        **formats.MEMORY.number,
         "fingerprint": fingerprint,
         "config": {name: config[name] for name in ("size", "ring", "storage", "shared")},
         "storage": state.memory.storage,
@@ -79,8 +80,7 @@ def save(path: epath.PathLike, state: State, fingerprint: Any, mesh: Mesh | None
             content["arrays"] = arrays | _write_tree(half, "window", window, places, 1)
         except ValueError as error:  # TensorStore's, of a full disk for one
             raise UserError(f"{path}: cannot be written: {_first_line(error)}") from error
-        sealed = {"crc32": _crc32(content), "content": content}
-        (half / DESCRIPTION).write_text(json.dumps(sealed))
+        (half / DESCRIPTION).write_text(json.dumps(seal(content)))
 
 
 def check_place(path: epath.PathLike) -> None:
@@ -194,7 +194,7 @@ def _spec(path: epath.Path, name: str) -> dict[str, Any]:
 def _write_tree(path: epath.Path, prefix: str, tree, length: int, shards: int) -> dict[str, int]:
     """The first `length` slots of every array [B, K, M, ...]. Returns a checksum of each."""
     crcs = {}
-    for name, x in names(tree).items():
+    for name, x in leaves_by_path(tree).items():
         name = f"{prefix}_{name.replace('/', '_')}"
         per_slot = x.nbytes // max(1, x.shape[2])
         chunk = max(1, min(length, CHUNK // max(1, per_slot)))
@@ -233,7 +233,7 @@ def _read_tree(path: epath.Path, prefix: str, tree, crcs) -> Iterator[tuple[int,
     Raises:
       ValueError: an array is not what was written, known at the end only.
     """
-    leaves = {f"{prefix}_{name.replace('/', '_')}": x for name, x in names(tree).items()}
+    leaves = {f"{prefix}_{name.replace('/', '_')}": x for name, x in leaves_by_path(tree).items()}
     arrays = {name: ts.open(_spec(path, name), open=True).result() for name in leaves}
     found = dict.fromkeys(leaves, 0)
     length = min(array.shape[2] for array in arrays.values())
@@ -261,14 +261,10 @@ def _description(path: epath.Path) -> dict[str, Any]:
     if not (path / DESCRIPTION).exists() or (path / DESCRIPTION).is_dir():
         raise UserError(f"{path}: no memory here: give a directory that a memory was saved in")
     try:
-        sealed = json.loads((path / DESCRIPTION).read_text())
-        content = sealed["content"]
-        if sealed["crc32"] != _crc32(content):
-            raise ValueError
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        content = unseal(json.loads((path / DESCRIPTION).read_text()))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path / DESCRIPTION}: damaged: read the text again") from error
-    if content["version"] != VERSION:
-        raise UserError(f"{path}: written by another version of fot_jax: read the text again")
+    formats.MEMORY.check(path, content)
     return content
 
 
@@ -290,10 +286,6 @@ def _check_same_model(path: epath.Path, saved: Any, ours: Any) -> None:
             f"{path}: the memory of a model with other parameters, of another run or step: load "
             "that checkpoint, or read the text again"
         )
-
-
-def _crc32(content: Any) -> int:
-    return zlib.crc32(json.dumps(content).encode())
 
 
 def _first_line(error: Exception) -> str:

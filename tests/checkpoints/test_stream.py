@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from tiny import tiny
 
-from fot_jax.checkpoints import items, stream
 from fot_jax.checkpoints import manager as checkpoint
+from fot_jax.checkpoints import stream
+from fot_jax.checkpoints.array_checksums import array_checksums, slice_checksum
 from fot_jax.checkpoints.manager import Checkpointer
 from fot_jax.common.errors import UserError
+from fot_jax.common.trees import leaves_by_path, tree_of_leaves
 
 CONFIG = tiny()
 
@@ -50,15 +52,15 @@ def test_what_is_streamed_is_read_like_any_checkpoint(tmp_path, dtype):
     assert len(seen) == len(set(seen)) == 2 + 3 * 3  # each slice once
     config, params = checkpoint.load_model(tmp_path / "run")
     assert config == CONFIG
-    for name, x in items.names(params).items():
+    for name, x in leaves_by_path(params).items():
         assert x.dtype == dtype
         np.testing.assert_array_equal(np.asarray(x), values[name])
-    assert sorted(items.names(params)) == sorted(values)
+    assert sorted(leaves_by_path(params)) == sorted(values)
 
 
 def saved(directory, values):
     """The same, saved by a run, with an optimizer's state."""
-    params = items.tree_of({name: jnp.asarray(x) for name, x in values.items()})
+    params = tree_of_leaves({name: jnp.asarray(x) for name, x in values.items()})
     store = Checkpointer(directory / "checkpoints")
     meta = {"model": dataclasses.asdict(CONFIG)}
     store.save(4, params, {"mu": params}, {}, meta)
@@ -129,13 +131,13 @@ def test_damage_is_noticed(tmp_path, how):
 )
 @settings(deadline=None, max_examples=50)
 def test_checksums_of_slices_add_up(x):
-    parts = [items.checksum_of_slice(part, i * part.size) for i, part in enumerate(x)]
-    assert sum(parts) % 2**32 == items.checksums([jax.device_put(x)])[0]
+    parts = [slice_checksum(part, i * part.size) for i, part in enumerate(x)]
+    assert sum(parts) % 2**32 == array_checksums([jax.device_put(x)])[0]
 
 
 def test_checksum_of_a_large_slice():
     x = np.random.default_rng(0).normal(size=(3, 1_500_000)).astype(np.float32)
-    assert items.checksum_of_slice(x, 0) == items.checksums([jax.device_put(x)])[0]
+    assert slice_checksum(x, 0) == array_checksums([jax.device_put(x)])[0]
 
 
 def test_nothing_there(tmp_path):

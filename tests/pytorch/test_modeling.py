@@ -21,7 +21,8 @@ from oracles import reading as rules
 from tiny import LLAMA, PAPER, random_params
 
 from fot_jax import convert
-from fot_jax.checkpoints import items, stream
+from fot_jax.checkpoints import stream
+from fot_jax.common.trees import leaves_by_path
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.prefill import MemoryConfig
 from fot_jax.model.lookup import TopK
@@ -71,7 +72,7 @@ def converted(tmp_path_factory):
     @functools.cache
     def of(name):
         directory = tmp_path_factory.mktemp("converted")
-        values = items.names(random_params(config_of(name)))
+        values = leaves_by_path(random_params(config_of(name)))
         arrays = {
             path: stream.Stream(
                 *(x.shape, x.dtype, path.startswith("layers/")),
@@ -413,7 +414,7 @@ def test_a_pipeline(tmp_path):
 
     directory = tmp_path / "run"
     config = dataclasses.replace(config_of("llama"), vocab_size=258)
-    values = items.names(random_params(config))
+    values = leaves_by_path(random_params(config))
     arrays = {
         path: stream.Stream(
             *(x.shape, x.dtype, path.startswith("layers/")),

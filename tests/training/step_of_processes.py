@@ -21,7 +21,7 @@ import numpy as np  # noqa: E402
 import test_step  # noqa: E402
 from jax.experimental import multihost_utils  # noqa: E402
 
-from fot_jax.checkpoints import items  # noqa: E402
+from fot_jax.common.trees import leaves_by_path  # noqa: E402
 from fot_jax.model import crossbatch  # noqa: E402
 from fot_jax.model.transformer import Transformer  # noqa: E402
 from fot_jax.training import partitioning  # noqa: E402
@@ -52,7 +52,7 @@ def main(directory):
         trace = multihost_utils.process_allgather(after.opt_state[0].trace, tiled=True)
         if jax.process_index() == 0:
             path = Path(directory) / f"{number}.npz"
-            np.savez(path, loss=info.sums.loss, **items.names(trace))
+            np.savez(path, loss=info.sums.loss, **leaves_by_path(trace))
     cluster.finish()
 
 

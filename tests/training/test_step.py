@@ -18,8 +18,8 @@ import pytest
 from oracles.training_step import gradient
 from tiny import LLAMA, PAPER, lane_segments, random_params, random_tokens
 
-from fot_jax.checkpoints import items
 from fot_jax.common.errors import UserError
+from fot_jax.common.trees import tree_of_leaves
 from fot_jax.model import cached_context, crossbatch
 from fot_jax.model.schemes import (
     CachedContext,
@@ -257,7 +257,7 @@ def test_four_processes(tmp_path):
         with np.load(tmp_path / f"{number}.npz") as got:
             np.testing.assert_allclose(got["loss"], sums["loss"], rtol=1e-5)
             leaves = {name: got[name] for name in got if name != "loss"}
-            assert_gradient(items.tree_of(leaves), want)
+            assert_gradient(tree_of_leaves(leaves), want)
 
 
 @pytest.mark.parametrize("config", [SMALL, DEEPER], ids=["llama", "paper"])
