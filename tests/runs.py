@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from fot_jax import cli
-from fot_jax.checkpoints import manager as checkpoint
+from fot_jax.checkpoints.restore import restore_params
+from fot_jax.checkpoints.steps import complete_steps
 from fot_jax.training.partitioning import MeshShape
 
 MODEL = """
@@ -181,7 +182,7 @@ def training_curve(workdir):
 
 def parameters(path):
     """Parameters of a workdir's newest checkpoint, or of a step in it."""
-    return jax.tree.map(np.asarray, checkpoint.load_params(path).params)
+    return jax.tree.map(np.asarray, restore_params(path).params)
 
 
 def assert_same_parameters(a, b):
@@ -192,7 +193,7 @@ def assert_same_parameters(a, b):
 
 
 def steps_saved(workdir):
-    return checkpoint.complete_steps(Path(workdir) / "checkpoints")
+    return complete_steps(Path(workdir) / "checkpoints")
 
 
 def files(directory):

@@ -13,7 +13,7 @@ import pytest
 import runs
 
 from fot_jax import LanguageModel, cli, convert
-from fot_jax.checkpoints import manager as checkpoint
+from fot_jax.checkpoints.steps import complete_steps
 from fot_jax.data.vocabulary import Bytes
 from fot_jax.hugging_face import tokenizers
 from tpu.local import free_port
@@ -103,7 +103,7 @@ def test_a_whole_life_in_a_bucket(bucket, cloud, tmp_path, one_device, capsys):
     assert codes == [0], said
     resumed += [line for line in said.splitlines() if line.startswith("resuming")]
     assert resumed == [f"resuming {workdir} after step {step}" for step in (4, 8, 16)]
-    saved = checkpoint.complete_steps(f"{workdir}/checkpoints")
+    saved = complete_steps(f"{workdir}/checkpoints")
     assert saved[-2:] == [20, 24]
 
     # --- As if nothing had happened -------------------------------------------------------------

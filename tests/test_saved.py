@@ -11,8 +11,8 @@ import runs
 from runs import curve
 
 from fot_jax import LanguageModel, cli
-from fot_jax.checkpoints import manager as checkpoint
 from fot_jax.checkpoints.items import read_data
+from fot_jax.checkpoints.restore import restore_params
 from fot_jax.common import formats
 from fot_jax.common.checksums import crc32_of_json, seal
 from fot_jax.common.errors import UserError
@@ -171,9 +171,9 @@ def test_numbers_are_written(resumed, tmp_path):
 def test_saves_the_same_again(resumed):
     """What the resumed run wrote is a checkpoint of today, with all that the older one has."""
     assert runs.steps_saved(resumed) == [STOPPED_AFTER, STEPS]
-    restored = checkpoint.load_params(resumed)
+    restored = restore_params(resumed)
     assert restored.step == STEPS
-    assert restored.meta.keys() == checkpoint.load_params(V1 / "run").meta.keys()
+    assert restored.meta.keys() == restore_params(V1 / "run").meta.keys()
 
 
 def test_a_saved_vocabulary():

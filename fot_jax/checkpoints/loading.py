@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from fot_jax.checkpoints import manager as checkpoint
+from fot_jax.checkpoints import restore
+from fot_jax.checkpoints.steps import locate
 from fot_jax.common.errors import UserError
 from fot_jax.common.trees import leaves_by_path, tree_of_leaves
 from fot_jax.data.vocabulary import HuggingFaceTokenizer, Vocabulary, load_vocabulary
@@ -27,7 +28,7 @@ def vocabulary_of(path: epath.PathLike) -> Vocabulary | None:
     """What text is tokenized with for a checkpoint; None where it does not say."""
     if configs.is_directory(path):
         return tokenizers.vocabulary_of(path)
-    workdir = checkpoint.locate(path)[0].parent
+    workdir = locate(path)[0].parent
     if configs.is_directory(workdir / KEPT) and not (workdir / "vocabulary").exists():
         return None  # converted from a directory that had none
     return load_vocabulary(workdir / "vocabulary")
@@ -62,7 +63,7 @@ def files_of(path: epath.PathLike) -> epath.Path | None:
     """The directory with what came with a model beside its weights; None where nothing did."""
     if configs.is_directory(path):
         return epath.Path(path)
-    kept = checkpoint.locate(path)[0].parent / KEPT
+    kept = locate(path)[0].parent / KEPT
     return kept if configs.is_directory(kept) else None
 
 
@@ -87,7 +88,7 @@ def model_of(path: epath.PathLike, dtype) -> tuple[ModelConfig, Any]:
     if configs.is_directory(path):
         content = Reader(path, configs.read(path))
         return content.config, _by_layer(content, dtype)
-    config, params = checkpoint.load_model(path)
+    config, params = restore.restore_model(path)
     return config, parameters_by_layer(params, dtype, use_up=True)
 
 
@@ -103,8 +104,8 @@ def params_of(path: epath.PathLike, target: Any) -> tuple[ModelConfig, Any]:
     if configs.is_directory(path):
         content = Reader(path, configs.read(path))
         return content.config, _stacked(content, target)
-    restored = checkpoint.load_params(path, target)
-    return checkpoint.model_of(path, restored.meta), restored.params
+    restored = restore.restore_params(path, target)
+    return restore.model_config_of(path, restored.meta), restored.params
 
 
 def _by_layer(content: Reader, dtype) -> Any:
@@ -126,7 +127,7 @@ def _by_layer(content: Reader, dtype) -> Any:
 
 def _stacked(content: Reader, target: Any) -> Any:
     recorded = {path: {"shape": shape} for path, (shape, _) in content.arrays.items()}
-    checkpoint.check_same(content.directory, "parameter", recorded, target)
+    restore.check_shapes(content.directory, "parameter", recorded, target)
 
     def read(path: str, wanted: jax.ShapeDtypeStruct) -> jax.Array:
         if path.startswith("layers/"):

@@ -1,7 +1,8 @@
-"""Checkpoints larger than memory: parameters written and read slice by slice.
+"""Checkpoints larger than memory: parameters written and read layer by layer.
 
-The files are those of checkpoint.py: an Orbax item of parameters stacked by layer, whose checksums
-stand in meta. Here a layer of one parameter is held at a time. One process; writes to a disk.
+The files are those that manager.py writes: an Orbax item of parameters stacked by layer, whose
+checksums stand in meta. Here one layer of one parameter is held at a time. For one process; writes
+to disks only.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import tensorstore as ts
 from etils import epath
 
 from fot_jax.checkpoints import items
-from fot_jax.checkpoints import manager as checkpoint
 from fot_jax.checkpoints.array_checksums import slice_checksum
+from fot_jax.checkpoints.orbax_errors import raise_without_printing
+from fot_jax.checkpoints.restore import model_config_of
+from fot_jax.checkpoints.steps import COMMITTED, locate
 from fot_jax.common.errors import UserError
 from fot_jax.common.paths import absolute, kvstore
 from fot_jax.common.trees import tree_of_leaves
@@ -90,7 +93,7 @@ def save(workdir: epath.Path, c: ModelConfig, arrays: Mapping[str, Stream]) -> N
     """
     folder = absolute(workdir) / "checkpoints" / "0"
     folder.mkdir(parents=True)
-    checkpoint.one_error_alone()
+    raise_without_printing()
     registry = ocp.type_handlers.create_type_handler_registry(
         (Stream, _StreamHandler()),
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # or Orbax warns
@@ -122,7 +125,7 @@ def save(workdir: epath.Path, c: ModelConfig, arrays: Mapping[str, Stream]) -> N
     sealed = items.sealed_meta(0, meta, {"params": recorded, "opt_state": {}})
     (folder / "meta").mkdir()
     (folder / "meta" / "metadata").write_text(json.dumps(sealed))
-    (folder / checkpoint.FINISHED).write_text("")
+    (folder / COMMITTED).write_text("")
 
 
 # --- Reading -------------------------------------------------------------------------------------
@@ -143,7 +146,7 @@ class Reader:
         Raises:
           UserError: no checkpoint there, or it is damaged.
         """
-        directory, steps = checkpoint.locate(path)
+        directory, steps = locate(path)
         self.directory, self._step = directory.parent, directory / str(steps[-1])
         try:
             meta, self._recorded, _ = items.read_meta(self._step, steps[-1])
@@ -151,7 +154,7 @@ class Reader:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged("meta") from error
-        self.config = checkpoint.model_of(path, meta)
+        self.config = model_config_of(path, meta)
         self.arrays = {
             name: (tuple(x["shape"]), jax.numpy.dtype(x["dtype"]))
             for name, x in self._recorded.items()

@@ -1,6 +1,6 @@
 """One of two processes of a run that saves, resumes, and passes over a damaged checkpoint.
 
-Started by test_checkpoint.py: python checkpoint_of_two_processes.py PORT PROCESS DIRECTORY
+Started by test_manager.py: python checkpoint_of_two_processes.py PORT PROCESS DIRECTORY
 """
 
 import os

@@ -9,8 +9,9 @@ import runs
 
 from fot_jax import LanguageModel, convert
 from fot_jax.checkpoints import loading
-from fot_jax.checkpoints import manager as checkpoint
-from fot_jax.checkpoints.manager import Checkpointer, locate
+from fot_jax.checkpoints.manager import Checkpointer
+from fot_jax.checkpoints.restore import restore_params
+from fot_jax.checkpoints.steps import locate
 from fot_jax.common.atomic import new_directory, remove_half_written
 from fot_jax.common.errors import UserError
 from fot_jax.data.vocabulary import Bytes, load_vocabulary
@@ -101,7 +102,7 @@ def test_a_hugging_face_directory_is_read_from_there_once(model, bucket, cloud):
     cloud.requests.clear()
     np.testing.assert_array_equal(logits(f"{bucket.url}/hf"), want)
     assert size <= cloud.received(".safetensors") < 1.5 * size  # and what is said of the files
-    target = checkpoint.load_params(model / "base").params
+    target = restore_params(model / "base").params
     cloud.requests.clear()
     config, params = loading.params_of(f"{bucket.url}/hf", target)
     assert (

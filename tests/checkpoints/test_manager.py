@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tiny import tiny
 
-from fot_jax.checkpoints import items
-from fot_jax.checkpoints import manager as checkpoint
+from fot_jax.checkpoints import items, manager
 from fot_jax.checkpoints.manager import Checkpointer
+from fot_jax.checkpoints.restore import restore_model, restore_params
 from fot_jax.common.errors import UserError
 from fot_jax.model.transformer import RopeScaling
 
@@ -86,9 +87,7 @@ def assert_is_step(restored, step):
 @pytest.fixture
 def warnings(monkeypatch):
     lines = []
-    monkeypatch.setattr(
-        checkpoint.logging, "warning", lambda text, *args: lines.append(text % args)
-    )
+    monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
     return lines
 
 
@@ -125,7 +124,7 @@ def test_any_mesh_saves_and_any_mesh_restores(tmp_path):
     one = NamedSharding(Mesh(devices[:1], "x"), PartitionSpec())
     target = abstract(make_params(5), one)
     target["embedding"] = jax.ShapeDtypeStruct((32, 8), jnp.float32, sharding=four)
-    restored = checkpoint.load_params(tmp_path, target)
+    restored = restore_params(tmp_path, target)
     assert restored.params["embedding"].sharding == four
     assert restored.params["layers"]["up"].sharding == one
     assert_same(restored.params, make_params(5))
@@ -256,7 +255,7 @@ def test_all_damaged_says_so(saved, tmp_path, warnings):
     shutil.copytree(saved, directory)
     with pytest.raises(UserError, match="No such file"):
         os.rename(directory / "2" / "meta", directory / "2" / "lost")
-        checkpoint.load_params(directory / "2")
+        restore_params(directory / "2")
     os.rename(directory / "2" / "lost", directory / "2" / "meta")
     assert not warnings
     for step in "12":
@@ -277,10 +276,10 @@ def test_other_shapes_are_named(saved):
     assert "(3, 8, 16)" in str(error.value) and "(3, 8, 24)" in str(error.value)
     extra = make_params(0) | {"head": jnp.zeros((8, 32))}
     with pytest.raises(UserError, match="head is missing in the checkpoint"):
-        checkpoint.load_params(saved, abstract(extra))
+        restore_params(saved, abstract(extra))
     fewer = {"embedding": make_params(0)["embedding"]}
     with pytest.raises(UserError, match="layers/scale of the checkpoint is not part"):
-        checkpoint.load_params(saved, abstract(fewer))
+        restore_params(saved, abstract(fewer))
     with pytest.raises(UserError, match="optimizer state"):
         store.restore_latest(
             abstract(make_params(0)), abstract(optax.sgd(0.1, 0.9).init(make_params(0)))
@@ -297,22 +296,22 @@ def test_an_optimizer_without_state(tmp_path):
 
 
 def test_parameters_alone(saved):
-    as_saved = checkpoint.load_params(saved)
+    as_saved = restore_params(saved)
     assert_same(as_saved.params, make_params(2))
     assert as_saved.opt_state is None and as_saved.meta == {"name": "at 2"}
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), make_params(0))
     expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_params(2))
-    assert_same(checkpoint.load_params(saved, target).params, expected)
+    assert_same(restore_params(saved, target).params, expected)
 
 
 def test_a_workdir_its_checkpoints_and_a_step_are_found(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "run" / "checkpoints")
-    assert checkpoint.load_params(tmp_path / "run").step == 2
-    assert checkpoint.load_params(str(tmp_path / "run" / "checkpoints")).step == 2
-    assert checkpoint.load_params(tmp_path / "run" / "checkpoints" / "1").step == 1
+    assert restore_params(tmp_path / "run").step == 2
+    assert restore_params(str(tmp_path / "run" / "checkpoints")).step == 2
+    assert restore_params(tmp_path / "run" / "checkpoints" / "1").step == 1
     for nothing in (tmp_path, tmp_path / "run" / "checkpoints" / "3", tmp_path / "none"):
         with pytest.raises(UserError, match="no checkpoint here"):
-            checkpoint.load_params(nothing)
+            restore_params(nothing)
 
 
 def test_a_model_comes_with_its_configuration(tmp_path):
@@ -322,7 +321,7 @@ def test_a_model_comes_with_its_configuration(tmp_path):
     store.save(3, make_params(3), {}, {}, meta)
     store.close()
     for path in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "3"):
-        loaded, params = checkpoint.load_model(path)
+        loaded, params = restore_model(path)
         assert loaded == config
         assert_same(params, make_params(3))
 
@@ -344,7 +343,7 @@ def test_what_tensorstore_says_is_cut_to_what_a_person_needs(tmp_path, damage, s
     store.close()
     damage(tmp_path / "1" / "params" / "manifest.ocdbt")
     with pytest.raises(UserError, match=rf"\(1: {said}\): restore one") as error:
-        checkpoint.load_params(tmp_path)
+        restore_params(tmp_path)
     assert "driver" not in str(error.value) and len(str(error.value)) < 350
 
 
@@ -361,7 +360,7 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypat
     store = Checkpointer(tmp_path)
     save(store, 1)
     few = shutil._ntuple_diskusage(10**6, 10**6 - 3000, 3000)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: few)
+    monkeypatch.setattr(manager.shutil, "disk_usage", lambda path: few)
     with pytest.raises(UserError, match="no space left for the checkpoint of step 2") as error:
         save(store, 2)
     assert str(tmp_path) in str(error.value) and "2.93 KiB free" in str(error.value)
@@ -390,7 +389,7 @@ def test_a_save_that_finds_no_room_leaves_none_of_it_and_the_next_one_fits(
     taken.write_bytes(bytes(2**22 - 2**19))
     plenty = shutil._ntuple_diskusage(2**30, 0, 2**30)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.shutil, "disk_usage", lambda path: plenty)
+        patch.setattr(manager.shutil, "disk_usage", lambda path: plenty)
         store.save(1, params, {}, make_data(1), {})
         with pytest.raises(UserError, match="no space left"):
             store.wait()
@@ -412,7 +411,7 @@ def test_a_save_asks_for_the_room_that_it_takes(tmp_path, monkeypatch, arrays, s
 
     def leave(free):
         room = shutil._ntuple_diskusage(2**40, 2**40 - free, free)
-        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: room)
+        monkeypatch.setattr(manager.shutil, "disk_usage", lambda path: room)
 
     leave(taken - 1)
     with pytest.raises(UserError, match="no space left for the checkpoint of step 2"):

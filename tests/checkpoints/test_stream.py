@@ -1,4 +1,4 @@
-"""Checkpoints written and read slice by slice, against those of checkpoint.py."""
+"""Checkpoints written and read slice by slice, against those of manager.py."""
 
 import dataclasses
 
@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from tiny import tiny
 
-from fot_jax.checkpoints import manager as checkpoint
 from fot_jax.checkpoints import stream
 from fot_jax.checkpoints.array_checksums import array_checksums, slice_checksum
 from fot_jax.checkpoints.manager import Checkpointer
+from fot_jax.checkpoints.restore import restore_model
 from fot_jax.common.errors import UserError
 from fot_jax.common.trees import leaves_by_path, tree_of_leaves
 
@@ -50,7 +50,7 @@ def test_what_is_streamed_is_read_like_any_checkpoint(tmp_path, dtype):
     values, seen = parameters(dtype), []
     stream.save(tmp_path / "run", CONFIG, streams(values, lambda *of: seen.append(of)))
     assert len(seen) == len(set(seen)) == 2 + 3 * 3  # each slice once
-    config, params = checkpoint.load_model(tmp_path / "run")
+    config, params = restore_model(tmp_path / "run")
     assert config == CONFIG
     for name, x in leaves_by_path(params).items():
         assert x.dtype == dtype

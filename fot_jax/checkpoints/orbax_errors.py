@@ -1,0 +1,57 @@
+"""What Orbax and TensorStore raise, said once and in one line."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import re
+import sys
+
+from etils import epath
+
+
+@functools.cache
+def raise_without_printing() -> None:
+    """From now on, Orbax raises its errors without printing them from each of its threads, too.
+
+    When writing many arrays fails, the first error is raised. The other threads go on failing for a
+    while, as they find the event loop closed.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable):
+        closed = str(unraisable.exc_value) == "Event loop is closed"
+        if not closed and not inspect.iscoroutine(unraisable.object):
+            before(unraisable)
+
+    def of_a_thread(record) -> bool:
+        orbax = record.exc_info and "orbax" in record.pathname
+        return bool(orbax) or "exception was never retrieved" in record.getMessage()
+
+    sys.unraisablehook = hook
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(lambda record: not of_a_thread(record))
+
+
+def short_reason(error: Exception) -> str:
+    """What went wrong, without the specifications of arrays that TensorStore's errors list."""
+    if str(error).startswith("Encountered error while reading") and error.__cause__ is not None:
+        error = error.__cause__  # Orbax's own has the whole specification of the array
+    line = re.split(r" \[[\w ]+(?:\[\d+\])?='", " ".join(str(error).split()))[0]
+    files = list(re.finditer(r'local file "([^"]+)"', line))
+    if not files:
+        return f"{type(error).__name__}: {line[:150]}"
+    said = line[files[-1].end() :].strip(": ")[:150]
+    missing = "is missing" if "NOT_FOUND" in line else "cannot be read"
+    return f"{epath.Path(files[-1][1]).name}: {said or missing}"
+
+
+def why_unavailable(error: Exception) -> str | None:
+    """Why a bucket refuses to give files that may be whole; None if the error is another."""
+    if isinstance(error, OSError) and str(error.filename).startswith("gs://"):
+        missing = isinstance(error, FileNotFoundError)
+        return None if missing else f"{error.filename}: cannot be read: {error.strerror}"
+    refused = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+    line = " ".join(str(error).split())[:300]
+    return f"cannot be read: {line}" if line.startswith(refused) else None
