@@ -261,7 +261,7 @@ def test_headers_say_what_is_reproduced_and_on_what(name):
         assert re.search(r"^# Hardware: ", header, re.M)
 
 
-EVALUATIONS = ("perplexity", "passkey", "few_shot", "ruler", "short_tasks")
+EVALUATIONS = ("perplexity", "memory_layers", "passkey", "few_shot", "ruler", "short_tasks")
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)

@@ -400,8 +400,8 @@ MODELS = ", ".join(f"@{size.__name__}()" for size in configurables_of(sizes)) + 
         (
             "Evaluation.evals = (@Corpus(),)",
             "(@Corpus(),): give a tuple, each of it @DictionaryAccuracy(), @PositiveMass(), "
-            "@FewShot(), @LmEval(), @PasskeyRetrieval(), @PerplexityByContext(), "
-            "@RetrievalTable() or @Sample()",
+            "@FewShot(), @LmEval(), @MemoryLayerProbe(), @PasskeyRetrieval(), "
+            "@PerplexityByContext(), @RetrievalTable() or @Sample()",
         ),
         ("train.initialize_from = 3", '3: give a text in "quotes" or None'),
         ("train.profile_steps = 3", "3: give (a whole number, a whole number) or None"),
