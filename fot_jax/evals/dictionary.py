@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -17,6 +18,7 @@ from fot_jax.evals import plots
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.prefill import MemoryConfig, State
 from fot_jax.model.lookup import Lookup, TopK
+from fot_jax.model.transformer import ModelConfig
 
 LONGEST_WINDOW = 2**16  # tokens of dictionary for a model without memory: attention is quadratic
 
@@ -68,7 +70,10 @@ class DictionaryAccuracy:
     def _memory(self, size: int) -> MemoryConfig:
         return MemoryConfig(size, storage=self.storage, lookup=self.lookup, shared=True)
 
-    def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, float]]:
+    def check(self, model: ModelConfig) -> None:
+        """Any model will do."""
+
+    def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
         """One row a size: tokens of dictionary, accuracy, value tokens asked for.
 
         Raises:
@@ -100,9 +105,9 @@ class DictionaryAccuracy:
         rows = []
         for size, correct in ask(lm, source, dictionary, sizes):
             weights = source.weights_of_questions()
-            asked = weights.sum() * self.windows
-            accuracy = float((correct * weights).sum() / asked)
-            rows.append({"dictionary": size, "accuracy": accuracy, "tokens": int(asked)})
+            count = weights.sum() * self.windows
+            accuracy = float((correct * weights).sum() / count)
+            rows.append({"dictionary": size, "accuracy": accuracy, "tokens": int(count)})
         return rows
 
     def _with_memory(self, lm, source, dictionary, sizes) -> Iterator[tuple[int, np.ndarray]]:
@@ -145,21 +150,21 @@ class DictionaryAccuracy:
         """Windows of questions about the first `size` tokens of the dictionary: [windows, half]."""
         rng = np.random.default_rng((self.seed, size))
         there = size // source.half * source.records
-        asked = [rng.choice(there, source.records, replace=False) for _ in range(self.windows)]
-        return source.written(QUESTION, dictionary.of(np.stack(asked)))
+        chosen = [rng.choice(there, source.records, replace=False) for _ in range(self.windows)]
+        return source.written(QUESTION, dictionary.of(np.stack(chosen)))
 
-    def scalars(self, rows) -> dict[str, float]:
+    def scalars(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """Accuracy of each size."""
-        return {f"dictionary_accuracy/{row['dictionary']}": row["accuracy"] for row in rows}
+        return {f"{self.name}/{row['dictionary']}": row["accuracy"] for row in rows}
 
-    def table(self, rows) -> str:
+    def table(self, rows: list[dict[str, Any]]) -> str:
         """The rows as text."""
         lines = [f"{'dictionary (tokens)':>20} {'accuracy':>9} {'asked':>8}"]
         for row in rows:
             lines.append(f"{row['dictionary']:20,d} {row['accuracy']:9.4f} {row['tokens']:8,d}")
         return "\n".join(lines)
 
-    def plot(self, rows, path: epath.Path) -> None:
+    def plot(self, rows: list[dict[str, Any]], path: epath.Path) -> None:
         """Accuracy against size, as a PNG."""
         figure, axes = plots.new()
         sizes = [row["dictionary"] for row in rows]

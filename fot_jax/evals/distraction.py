@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ class PositiveMass:
                 "PositiveMass is of memory layers, and the model has none: leave it out"
             )
 
-    def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, float]]:
+    def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
         """One row a d and memory layer: d, layer, mass.
 
         Raises:
@@ -114,11 +115,11 @@ class PositiveMass:
             texts.append(tokens[start : start + 2 * window].reshape(2, window))
         return np.concatenate(texts).astype(np.int32)
 
-    def scalars(self, rows) -> dict[str, float]:
+    def scalars(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """Mass of every layer and d."""
         return {f"{self.name}/layer_{row['layer']}/d_{row['d']}": row["mass"] for row in rows}
 
-    def table(self, rows) -> str:
+    def table(self, rows: list[dict[str, Any]]) -> str:
         """The rows as text: a line a d."""
         layers = sorted({row["layer"] for row in rows})
         cells = {(row["d"], row["layer"]): row["mass"] for row in rows}
@@ -129,7 +130,7 @@ class PositiveMass:
             lines.append(f"{d:5d} {masses} {1 / d:9.3f}")
         return "\n".join(lines)
 
-    def plot(self, rows, path: epath.Path) -> None:
+    def plot(self, rows: list[dict[str, Any]], path: epath.Path) -> None:
         """Mass against d, with 1 / d beside it, as a PNG."""
         figure, axes = plots.new()
         ds = sorted({row["d"] for row in rows})

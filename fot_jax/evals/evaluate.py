@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import jax
 from etils import epath
@@ -21,33 +21,46 @@ from fot_jax.evals.provenance import provenance
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.model.transformer import ModelConfig
 
-OF_RESULTS = "checkpoint", "made"  # what results hold beside the rows of each evaluation
+RESERVED_NAMES = ("checkpoint", "made")  # of what results hold beside rows of evaluations
 
 
 class Eval(Protocol):
-    """One evaluation: a frozen dataclass in evals/."""
+    """One evaluation: a frozen dataclass in a file of its own, with numbers that can be set.
 
-    name: str  # of its plot, and in results
+    Rows of results are dictionaries that JSON can hold: `fot evaluate --output` writes them as
+    they are, and `table` and `plot` also draw rows that were read from such a file.
+    """
 
-    def scalars(self, rows: list[dict[str, Any]]) -> dict[str, float]:
-        """What of the rows goes into the metrics of a training run."""
+    name: str  # of its results, its plot and its metrics: no two evaluations may share one
+
+    def check(self, model: ModelConfig) -> None:
+        """Refuses what can be refused before anything is loaded or trained.
+
+        Raises:
+          UserError: this evaluation does not fit the model, or something it needs is missing here.
+        """
 
     def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
-        """Rows of results."""
+        """Measures the model.
+
+        All processes of a run call this and get the same rows.
+
+        Args:
+          lm: the model; its windows and its memory are those of `lm.config`.
+          source: documents (`source.documents(split)`), and their vocabulary.
+
+        Raises:
+          UserError: the documents do not fit.
+        """
+
+    def scalars(self, rows: list[dict[str, Any]]) -> dict[str, float]:
+        """The numbers that go into the metrics of a training run, by name; {} for none."""
 
     def table(self, rows: list[dict[str, Any]]) -> str:
         """The rows as text for people."""
 
     def plot(self, rows: list[dict[str, Any]], path: epath.Path) -> None:
-        """Draws the rows as a PNG, if they can be drawn."""
-
-
-@runtime_checkable
-class Checked(Protocol):
-    """An evaluation that not every model can have, or that needs something that may be missing."""
-
-    def check(self, model: ModelConfig) -> None:
-        """Raises UserError where that is so."""
+        """Draws the rows as a PNG; does nothing where there is nothing to draw."""
 
 
 @configurable
@@ -75,7 +88,7 @@ class Evaluation:
             )
         for field in ("evals", "during"):
             names = [each.name for each in getattr(self, field)]
-            if taken := [name for name in names if name in OF_RESULTS]:
+            if taken := [name for name in names if name in RESERVED_NAMES]:
                 raise UserError(
                     f"the name {taken[0]!r} of an evaluation: results have it already, give another"
                 )
@@ -88,10 +101,9 @@ class Evaluation:
                 )
 
     def check(self, model: ModelConfig) -> None:
-        """Raises UserError where one of them cannot be had, of this model or here."""
+        """Raises UserError where one of them does not fit the model, or lacks something here."""
         for each in (*self.evals, *self.during):
-            if isinstance(each, Checked):
-                each.check(model)
+            each.check(model)
 
 
 @configurable(flags=("checkpoint", "output"))
@@ -114,7 +126,7 @@ def evaluate(
       output: a JSON file for {evaluation: rows}, and for what made it; plots go beside it.
 
     Raises:
-      UserError: there is nothing to evaluate, or something that this checkpoint cannot have.
+      UserError: there is nothing to evaluate, or an evaluation does not fit this checkpoint.
     """
     if not evaluation.evals:
         raise UserError("the experiment evaluates nothing: set Evaluation.evals")
@@ -137,7 +149,7 @@ def _directory_of(output: str) -> epath.Path:
       UserError: no file of that name can be written there.
     """
     path, partial = path_of(output), epath.Path(f"{output}.partial")
-    # epath takes devices and pipes, too, for files.
+    # `is_file` of epath is true for devices and pipes, too.
     if path.is_dir() or os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{output}: not a file: give the name of one, new or to be replaced")
     if path.suffix == ".png":

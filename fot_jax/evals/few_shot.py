@@ -7,7 +7,7 @@ import re
 import statistics
 import string
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -94,7 +94,7 @@ class FewShot:
                 f"{self.split}.jsonl, or the same as .jsonl.gz"
             )
 
-    def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, float]]:
+    def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
         """One row a length: demonstrations, accuracy, half a 95 % interval of its mean, questions.
 
         Of the source only the vocabulary is used.
@@ -121,9 +121,9 @@ class FewShot:
                         state = lm.read(tokens, memory=memory, last_context_length=last)
                     right = 0
                     for start in range(0, len(questions), self.rows):
-                        asked = questions[start : start + self.rows]
-                        right += self._right(lm, source.vocabulary, state, memory, asked)
-                        progress(len(asked))
+                        batch = questions[start : start + self.rows]
+                        right += self._right(lm, source.vocabulary, state, memory, batch)
+                        progress(len(batch))
                     found.append(right / len(questions))
                     shown.append(count)
                 spread = statistics.stdev(found) if self.draws > 1 else 0.0
@@ -183,12 +183,12 @@ class FewShot:
         vocabulary,
         state: State | None,
         memory: MemoryConfig,
-        asked: Sequence[Example],
+        batch: Sequence[Example],
     ) -> int:
         """How many of the questions are answered rightly."""
-        before = {"memory": memory} if state is None else {"state": state.repeated(len(asked))}
+        before = {"memory": memory} if state is None else {"state": state.repeated(len(batch))}
         written = lm.generate(
-            [vocabulary.encode(self._written(example)) for example in asked],
+            [vocabulary.encode(self._written(example)) for example in batch],
             self.answer_tokens,
             temperature=0,
             stop=vocabulary.ends,
@@ -197,14 +197,14 @@ class FewShot:
         lines = [vocabulary.decode(new).lstrip().partition("\n")[0] for new in written]
         return sum(
             _plain(line) in map(_plain, example.answers)
-            for line, example in zip(lines, asked, strict=True)
+            for line, example in zip(lines, batch, strict=True)
         )
 
-    def scalars(self, rows) -> dict[str, float]:
+    def scalars(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """Accuracy of each length."""
         return {f"{self.name}/{row['length']}": row["accuracy"] for row in rows}
 
-    def table(self, rows) -> str:
+    def table(self, rows: list[dict[str, Any]]) -> str:
         """The rows as text."""
         lines = [f"{'length (tokens)':>16} {'demonstrations':>15} {'accuracy':>9} {'95 %':>8}"]
         for row in rows:
@@ -214,7 +214,7 @@ class FewShot:
             lines.append(f"{row['length']:16,d} {numbers}")
         return "\n".join(lines)
 
-    def plot(self, rows, path: epath.Path) -> None:
+    def plot(self, rows: list[dict[str, Any]], path: epath.Path) -> None:
         """Accuracy against length, with intervals, as a PNG."""
         figure, axes = plots.new()
         lengths = [row["length"] for row in rows]

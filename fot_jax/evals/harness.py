@@ -228,14 +228,14 @@ class LmEval:
                 )
             yield tokenizer
 
-    def scalars(self, rows) -> dict[str, float]:
+    def scalars(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """Every metric of every task, and length."""
         return {
             "/".join(map(str, (self.name, row["task"], row["metric"], *_length(row)))): row["value"]
             for row in rows
         }
 
-    def table(self, rows) -> str:
+    def table(self, rows: list[dict[str, Any]]) -> str:
         """The rows as text."""
         wide = max(len(row["task"]) for row in rows)
         lines = []
@@ -246,7 +246,7 @@ class LmEval:
             lines.append(f"{row['task']:<{wide}}{length}  {value}")
         return "\n".join(lines)
 
-    def plot(self, rows, path: epath.Path) -> None:
+    def plot(self, rows: list[dict[str, Any]], path: epath.Path) -> None:
         """A bar for every metric that is a share, or a curve by length, as a PNG."""
         shares = [row for row in rows if 0 <= row["value"] <= 1]
         if not shares:

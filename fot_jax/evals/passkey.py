@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -17,6 +18,7 @@ from fot_jax.evals import plots
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.prefill import MemoryConfig, all_of_a_text, last_context
 from fot_jax.model.lookup import Dense, Lookup
+from fot_jax.model.transformer import ModelConfig
 
 
 @configurable
@@ -55,7 +57,10 @@ class PasskeyRetrieval:
         for length in self.lengths:
             check_range("PasskeyRetrieval", 1, 2**30, lengths=length)
 
-    def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, float]]:
+    def check(self, model: ModelConfig) -> None:
+        """Any model will do."""
+
+    def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
         """One row a length and depth: tokens read, depth from 0 to 1, accuracy, numbers asked for.
 
         Of the source only the vocabulary is used.
@@ -97,11 +102,11 @@ class PasskeyRetrieval:
             before = round(depth * len(fillers))
             yield source.prompt_and_answer(key, fillers[:before], fillers[before:])
 
-    def scalars(self, rows) -> dict[str, float]:
+    def scalars(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """Accuracy of each length, over all depths."""
-        return {f"passkey/{length}": accuracy for length, accuracy in _by_length(rows).items()}
+        return {f"{self.name}/{length}": accuracy for length, accuracy in _by_length(rows).items()}
 
-    def table(self, rows) -> str:
+    def table(self, rows: list[dict[str, Any]]) -> str:
         """The rows as text: a line a length."""
         depths = sorted({row["depth"] for row in rows})
         cells = {(row["length"], row["depth"]): row["accuracy"] for row in rows}
@@ -112,7 +117,7 @@ class PasskeyRetrieval:
             lines.append(f"{length:16,d} {found} {accuracy:8.3f}")
         return "\n".join(lines)
 
-    def plot(self, rows, path: epath.Path) -> None:
+    def plot(self, rows: list[dict[str, Any]], path: epath.Path) -> None:
         """A heat map: depth by length."""
         figure, axes = plots.new()
         lengths, depths = (sorted({row[name] for row in rows}) for name in ("length", "depth"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -18,6 +18,7 @@ from fot_jax.evals import plots
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.prefill import EVERYTHING, MemoryConfig
 from fot_jax.model.lookup import Dense, Lookup
+from fot_jax.model.transformer import ModelConfig
 
 
 @configurable
@@ -69,7 +70,10 @@ class PerplexityByContext:
     def _memory(self, size: int) -> MemoryConfig:
         return MemoryConfig(size, storage=self.storage, lookup=self.lookup, shared=self.multi_doc)
 
-    def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, float]]:
+    def check(self, model: ModelConfig) -> None:
+        """Any model will do."""
+
+    def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
         """One row a memory size: memory, perplexity, nats, accuracy, tokens.
 
         Raises:
@@ -160,11 +164,11 @@ class PerplexityByContext:
             weights[i, scored - start : n] = document.weights[scored + 1 : stop + 1]
         return tokens, mask, weights
 
-    def scalars(self, rows) -> dict[str, float]:
+    def scalars(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """Perplexity of each memory size."""
         return {f"{self.split}_perplexity/memory_{r['memory']}": r["perplexity"] for r in rows}
 
-    def table(self, rows) -> str:
+    def table(self, rows: list[dict[str, Any]]) -> str:
         """The rows as text."""
         lines = [f"{'memory (tokens)':>16} {'perplexity':>11} {'accuracy':>9} {'scored':>10}"]
         for r in rows:
@@ -172,7 +176,7 @@ class PerplexityByContext:
             lines.append(f"{r['memory']:16d} {numbers}")
         return "\n".join(lines)
 
-    def plot(self, rows, path: epath.Path) -> None:
+    def plot(self, rows: list[dict[str, Any]], path: epath.Path) -> None:
         """Perplexity against memory size, as a PNG."""
         figure, axes = plots.new()
         sizes = [row["memory"] for row in rows]

@@ -145,11 +145,11 @@ class RetrievalTable:
             "mass": [(int(i), float(mass[i])) for i in np.flatnonzero(mass)],
         }
 
-    def scalars(self, rows) -> dict[str, float]:
+    def scalars(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """For each layer the focus of the first keys, averaged over queries."""
         return {f"{self.name}/layer_{n}/focus": focus for n, focus in _focus(rows).items()}
 
-    def table(self, rows) -> str:
+    def table(self, rows: list[dict[str, Any]]) -> str:
         """The rows as text: a query, and under it what it found."""
         lines = [f"{'share':>8} {'focus':>8}  token in its context"]
         for layer, focus in _focus(rows).items():
@@ -161,7 +161,7 @@ class RetrievalTable:
                     lines.append(f"{numbers}  {_shown(key['text'])}")
         return "\n".join(lines)
 
-    def plot(self, rows, path: epath.Path) -> None:
+    def plot(self, rows: list[dict[str, Any]], path: epath.Path) -> None:
         """Where in memory the mass of each query is: a line a query, darker for more."""
         figure, axes = plots.new()
         lines = []

@@ -1,7 +1,7 @@
 """RULER's tasks in the lm-evaluation-harness: questions of any length (Hsieh et al., 2024).
 
-Their code makes a question shorter until it fits, for ever where none does, and no signal ends it:
-its own functions say beforehand what the shortest takes.
+Their code shortens a question until it fits. Where no question fits, that is an endless loop which
+no signal ends, so the shortest question is measured first, by the functions that make it.
 """
 
 from __future__ import annotations

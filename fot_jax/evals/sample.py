@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from etils import epath
 
@@ -11,6 +12,7 @@ from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.data.documents import DocumentSource
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.prefill import MemoryConfig
+from fot_jax.model.transformer import ModelConfig
 
 
 @configurable
@@ -42,7 +44,10 @@ class Sample:
         check_range("Sample", 0, 2**31 - 1, memory=self.memory)
         check_range("Sample", 0, LARGEST_SEED, seed=self.seed)
 
-    def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, str]]:
+    def check(self, model: ModelConfig) -> None:
+        """Any model will do."""
+
+    def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
         """One row: the end of the prompt and what the model wrote.
 
         Raises:
@@ -66,13 +71,13 @@ class Sample:
         decode = source.vocabulary.decode
         return [{"prompt": decode(prompt[-64:]), "continuation": decode(new)}]
 
-    def scalars(self, rows) -> dict[str, float]:
+    def scalars(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """None."""
         return {}
 
-    def table(self, rows) -> str:
+    def table(self, rows: list[dict[str, Any]]) -> str:
         """Prompt and continuation, with a bar between them."""
         return "\n".join(f"…{row['prompt']} ▌{row['continuation']}" for row in rows)
 
-    def plot(self, rows, path: epath.Path) -> None:
+    def plot(self, rows: list[dict[str, Any]], path: epath.Path) -> None:
         """Nothing to draw."""
