@@ -101,10 +101,12 @@ class LmEval:
                 metadata["tokenizer"] = directory
             manager = self._manager(metadata)
             model = adapter(
-                *(lm, source.vocabulary, all_of_a_text(lm.config, self.storage, self.lookup)),
+                lm,
+                source.vocabulary,
+                all_of_a_text(lm.config, self.storage, self.lookup),
                 rows=self.rows,
                 seed=self.seed,
-                settings=_generation_config(lm),
+                generation_config=_generation_config(lm),
                 templates=templates,
             )
             rows = []
@@ -174,13 +176,13 @@ class LmEval:
                 rows.append({**row, "metric": name, "value": float(value), "stderr": error})
         if not rows:
             raise UserError(
-                f"LmEval.tasks: {', '.join(self.tasks)} measures nothing: mend the task"
+                f"LmEval.tasks: {', '.join(self.tasks)} measures nothing: correct the task"
             )
         return rows
 
     def _cannot_load(self, error: Exception) -> UserError:
         what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        advice = "mend the task, or see to its data"
+        advice = "correct the task, or see to its data"
         if self.lengths is None and "tokenizer" in what:  # what RULER's tasks are missing
             advice = "set LmEval.lengths"
         return UserError(

@@ -19,11 +19,11 @@ from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.prefill import MemoryConfig, last_context
 
 # How a task says how many tokens it waits for: the first of these that it sets counts.
-LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+LENGTH_SETTINGS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 # As `hf`, where a task does not say; top_k is what transformers draws with.
 DEFAULT_NEW_TOKENS, DEFAULT_TOP_K = 256, 50
 # Settings of draws: no matter where the most likely token is taken.
-OF_DRAWS = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+SAMPLING_SETTINGS = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # What else may be set, to the value with which it changes nothing.
 WITHOUT_EFFECT = {
     "num_beams": 1,
@@ -43,34 +43,36 @@ WITHOUT_EFFECT = {
 }
 
 
-class Writing(NamedTuple):
-    """How answers are to be written."""
+class GenerationSettings(NamedTuple):
+    """How answers are generated."""
 
-    most: int  # tokens
+    max_new_tokens: int
     temperature: float  # 0: the most likely token
     top_k: int | None
     top_p: float
     until: tuple[str, ...]  # an answer ends before the first of these
 
 
-def writing(task: str, asked: Mapping[str, Any], of_model: Mapping[str, Any]) -> Writing:
+def generation_settings(
+    task: str, requested: Mapping[str, Any], of_model: Mapping[str, Any]
+) -> GenerationSettings:
     """What a task's generation_kwargs mean.
 
     Args:
       task: its name.
-      asked: as the task has them.
+      requested: as the task has them.
       of_model: generation_config.json, whose settings hold where the task has none.
 
     Raises:
       UserError: a setting that is unknown, or of no use, and would change the answer.
     """
-    settings = {name: value for name, value in asked.items() if value is not None}
+    settings = {name: value for name, value in requested.items() if value is not None}
     until = settings.pop("until", [])
     until = [until] if isinstance(until, str) else until
     if not isinstance(until, list | tuple) or not all(isinstance(each, str) for each in until):
         raise _refusal(task, "until", until, "give a text or a list of them")
-    lengths = [settings.pop(name) for name in LENGTHS if name in settings]
-    most = _number(task, LENGTHS[0], lengths[0] if lengths else DEFAULT_NEW_TOKENS)
+    lengths = [settings.pop(name) for name in LENGTH_SETTINGS if name in settings]
+    most = _number(task, LENGTH_SETTINGS[0], lengths[0] if lengths else DEFAULT_NEW_TOKENS)
     temperature = _number(task, "temperature", settings.pop("temperature", 0))
     draws = settings.pop("do_sample", temperature > 0)
     if draws not in (True, False):
@@ -80,23 +82,31 @@ def writing(task: str, asked: Mapping[str, Any], of_model: Mapping[str, Any]) ->
             task, "temperature", temperature, "where do_sample is true, give more than 0"
         )
     settings.pop("use_cache", None)
-    names = (*OF_DRAWS, *WITHOUT_EFFECT)
+    names = (*SAMPLING_SETTINGS, *WITHOUT_EFFECT)
     own = {name: of_model[name] for name in names if of_model.get(name) is not None}
     settings = {"top_k": DEFAULT_TOP_K, "top_p": 1.0, **own, **settings}
     if not draws:
-        settings = {name: value for name, value in settings.items() if name not in OF_DRAWS}
+        settings = {
+            name: value for name, value in settings.items() if name not in SAMPLING_SETTINGS
+        }
     top_k = int(_number(task, "top_k", settings.pop("top_k", 0)))
     top_p = _number(task, "top_p", settings.pop("top_p", 1.0))
     for name, value in settings.items():
         if name in WITHOUT_EFFECT and value == WITHOUT_EFFECT[name]:
             continue
-        if name not in asked and name in own:
+        if name not in requested and name in own:
             raise UserError(
                 f"generation_config.json: {name} = {value!r}: answers are not written with that "
                 "here: remove it there to have them without"
             )
         raise _refusal(task, name, value, "answers are not written with that here: leave it out")
-    return Writing(int(most), temperature if draws else 0.0, top_k or None, top_p, tuple(until))
+    return GenerationSettings(
+        max_new_tokens=int(most),
+        temperature=temperature if draws else 0.0,
+        top_k=top_k or None,
+        top_p=top_p,
+        until=tuple(until),
+    )
 
 
 def _number(task: str, name: str, value: Any) -> float:
@@ -121,7 +131,7 @@ def adapter(
     *,
     rows: int = 8,
     seed: int = 0,
-    settings: Mapping[str, Any] | None = None,
+    generation_config: Mapping[str, Any] | None = None,
     templates: Any = None,
 ):
     """The model as the harness wants it, a `lm_eval.api.model.LM`.
@@ -131,7 +141,7 @@ def adapter(
       memory: of each text.
       rows: so many texts are read side by side.
       seed: of draws: the n-th question has draws of its own, whatever `rows`.
-      settings: generation_config.json.
+      generation_config: the settings of generation_config.json.
       templates: the tokenizer of `transformers` that has the chat template.
     """
     from lm_eval.api.model import TemplateLM
@@ -189,7 +199,7 @@ def adapter(
                     raise UserError(
                         f"LmEval.tasks: {request.task_name}: an answer of question "
                         f"{request.doc_id} is {request.args[1]!r}, of which there is no token to "
-                        "score: mend the task"
+                        "score: correct the task"
                     )
                 pairs.append((request.args, before, after))
             return self._loglikelihood_tokens(pairs)
@@ -227,13 +237,15 @@ def adapter(
             return [sum(nats for nats, _ in itertools.islice(found, n)) for n in counts]
 
         def generate_until(self, requests, disable_tqdm=False):
-            alike: dict[Writing, list[int]] = {}
+            alike: dict[GenerationSettings, list[int]] = {}
             for i, request in enumerate(requests):
-                how = writing(request.task_name, request.args[1], settings or {})
-                if not remembers and how.most >= context:
+                how = generation_settings(
+                    request.task_name, request.args[1], generation_config or {}
+                )
+                if not remembers and how.max_new_tokens >= context:
                     raise UserError(
-                        f"LmEval.tasks: {request.task_name}: answers of up to {how.most} tokens "
-                        f"leave no room for the question in a window of {context}: have a model "
+                        f"LmEval.tasks: {request.task_name}: answers of up to "
+                        f"{how.max_new_tokens} tokens leave no room for the question in a window of {context}: have a model "
                         "with memory, or leave the task out"
                     )
                 alike.setdefault(how, []).append(i)
@@ -241,18 +253,18 @@ def adapter(
             for how, places in alike.items():
                 for some in batches(places, rows):
                     prompts = [self.tok_encode(requests[i].args[0]) for i in some]
-                    for i, text in zip(some, self._write(how, prompts, some), strict=True):
+                    for i, text in zip(some, self._generate(how, prompts, some), strict=True):
                         found[i] = text
             return found
 
-        def _write(self, how, prompts, places):
+        def _generate(self, how, prompts, places):
             until = [*how.until]
             if end and end not in until:
                 until.append(end)  # `hf` cuts at its letters, too
-            room = min(how.most, context // 2) if remembers else how.most
+            room = min(how.max_new_tokens, context // 2) if remembers else how.max_new_tokens
             written = lm.generate(
                 [prompt or [start] for prompt in prompts],
-                how.most,
+                how.max_new_tokens,
                 temperature=how.temperature,
                 top_k=how.top_k,
                 top_p=how.top_p,

@@ -6,6 +6,7 @@ The paper takes three layers spread over the model (§4); of a pretrained model 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from etils import epath
 
@@ -72,7 +73,7 @@ class MemoryLayerProbe:
                 "memory_before and memory_gate and with memory_positions"
             )
 
-    def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, float]]:
+    def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
         """One row a layer and size, the layer None first: layer, memory, perplexity, nats, tokens.
 
         Raises:
@@ -91,7 +92,7 @@ class MemoryLayerProbe:
                 rows.append({"layer": layer, **kept})
         return rows
 
-    def scalars(self, rows) -> dict[str, float]:
+    def scalars(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """The lowest perplexity, the layer that gives it, and that without memory."""
         none, *others = rows
         best = min(others, key=lambda row: row["nats"])
@@ -101,7 +102,7 @@ class MemoryLayerProbe:
             f"{self.name}/no_memory_perplexity": none["perplexity"],
         }
 
-    def table(self, rows) -> str:
+    def table(self, rows: list[dict[str, Any]]) -> str:
         """A line a layer, from the one that gains most: how much lower perplexity is, by size."""
         none, *others = rows
         sizes = sorted({row["memory"] for row in others})
@@ -116,7 +117,7 @@ class MemoryLayerProbe:
             lines.append(f"{layer:5d} " + " ".join(f"{x:8.3f} {gain:+7.2%}" for x, gain in shown))
         return "\n".join(lines)
 
-    def plot(self, rows, path: epath.Path) -> None:
+    def plot(self, rows: list[dict[str, Any]], path: epath.Path) -> None:
         """Change of perplexity by layer, a line a size, as a PNG."""
         figure, axes = plots.new()
         none, *others = rows

@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from fot_jax.common.errors import UserError
 from fot_jax.evals.harness import LmEval
-from fot_jax.evals.harness_adapter import LENGTHS, adapter, writing
+from fot_jax.evals.harness_adapter import LENGTH_SETTINGS, adapter, generation_settings
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.prefill import EVERYTHING
 
@@ -71,7 +71,7 @@ def both(request, tmp_path_factory):
     return hf, adapter(lm, lm.vocabulary, EVERYTHING, rows=3, templates=hf.tokenizer), lm
 
 
-def asked(kind, *arguments):
+def request(kind, *arguments):
     from lm_eval.api.instance import Instance
 
     return Instance(kind, {}, arguments, 0, ("a_task", 0, 1))
@@ -93,7 +93,7 @@ def of_hf(hf, question, answer):
     """What the harness's adapter finds; where it fails as nothing of the answer is left, what it
     finds of the answer's own tokens."""
     try:
-        return hf.loglikelihood([asked("loglikelihood", question, answer)], disable_tqdm=True)[0]
+        return hf.loglikelihood([request("loglikelihood", question, answer)], disable_tqdm=True)[0]
     except AssertionError:
         space = question[len(question.rstrip()) :]
         before = hf.tok_encode(question.rstrip()) or [hf.prefix_token_id]
@@ -108,7 +108,7 @@ def of_hf(hf, question, answer):
 def test_answers_are_scored_as_hf_scores_them(both, pairs):
     hf, ours, _ = both
     pairs = [pair for pair in pairs if pair not in (("", "<s>"), ("", "</s>"))]
-    found = ours.loglikelihood([asked("loglikelihood", *pair) for pair in pairs])
+    found = ours.loglikelihood([request("loglikelihood", *pair) for pair in pairs])
     for pair, (nats, correct) in zip(pairs, found, strict=True):
         want, greedy = of_hf(hf, *pair)
         assert nats == pytest.approx(want, abs=1e-4), pair
@@ -120,7 +120,7 @@ def test_answers_are_scored_as_hf_scores_them(both, pairs):
 @example(["", "a", "a" * (CONTEXT - 1), "a" * CONTEXT, "ab" * CONTEXT, "b" * (3 * CONTEXT + 1)])
 def test_whole_texts_are_scored_as_hf_scores_them(both, whole):
     hf, ours, _ = both
-    requests = [asked("loglikelihood_rolling", text) for text in whole]
+    requests = [request("loglikelihood_rolling", text) for text in whole]
     want = hf.loglikelihood_rolling(requests, disable_tqdm=True) if requests else []
     assert ours.loglikelihood_rolling(requests) == pytest.approx(want, abs=1e-3)
 
@@ -128,7 +128,7 @@ def test_whole_texts_are_scored_as_hf_scores_them(both, whole):
 ends = st.one_of(
     st.sampled_from(PARTS), st.lists(st.sampled_from(PARTS), max_size=4), st.just([""])
 )
-lengths = st.dictionaries(st.sampled_from(LENGTHS), st.sampled_from([1, 7, 20]), max_size=2)
+lengths = st.dictionaries(st.sampled_from(LENGTH_SETTINGS), st.sampled_from([1, 7, 20]), max_size=2)
 greedy = st.sampled_from(
     [
         {},
@@ -157,17 +157,17 @@ def settings_of_tasks(draw):
 def test_answers_are_written_as_hf_writes_them(both, requests):
     hf, ours, _ = both
     requests = [(text, how) for text, how in requests if text]  # of nothing, hf writes nothing
-    found = ours.generate_until([asked("generate_until", *each) for each in requests])
+    found = ours.generate_until([request("generate_until", *each) for each in requests])
     for (text, how), answer in zip(requests, found, strict=True):
         copied = json.loads(json.dumps(how))  # it adds to the list
-        (want,) = hf.generate_until([asked("generate_until", text, copied)], disable_tqdm=True)
+        (want,) = hf.generate_until([request("generate_until", text, copied)], disable_tqdm=True)
         assert answer == want, (text, how)
 
 
 def test_writing_stops_at_the_first_of_several_ends(both, monkeypatch):
     _, ours, lm = both
     question = "hello wo", {"max_gen_toks": 24, "until": []}
-    (text,) = ours.generate_until([asked("generate_until", *question)])
+    (text,) = ours.generate_until([request("generate_until", *question)])
     pairs = (text[i : i + 2] for i in range(2, 12))
     end = next(pair for pair in pairs if text.index(pair) > 1)
     read, write = [], LanguageModel.generate
@@ -175,7 +175,7 @@ def test_writing_stops_at_the_first_of_several_ends(both, monkeypatch):
         LanguageModel, "generate", lambda *args, **how: read.append(write(*args, **how)) or read[-1]
     )
     question[1]["until"] = ["no such", end]
-    (cut,) = ours.generate_until([asked("generate_until", *question)])
+    (cut,) = ours.generate_until([request("generate_until", *question)])
     assert cut == text[: text.index(end)]
     assert end not in lm.vocabulary.decode(read[0][0][:-1])
 
@@ -185,7 +185,7 @@ def test_repeats_are_draws_of_their_own_whatever_the_rows(both):
     _, _, lm = both
     how = {"max_gen_toks": 6, "do_sample": True, "temperature": 2.0}
     texts = ["hello", "hello", "world", "hello", "hello", "hello"]
-    requests = [asked("generate_until", text, how) for text in texts]
+    requests = [request("generate_until", text, how) for text in texts]
     found = [
         adapter(lm, lm.vocabulary, EVERYTHING, rows=rows, seed=seed).generate_until(requests)
         for rows, seed in ((1, 0), (4, 0), (6, 1))
@@ -197,13 +197,15 @@ def test_repeats_are_draws_of_their_own_whatever_the_rows(both):
 def test_settings_of_generation_config():
     """It holds where a task does not say; what it asks for that cannot be had is refused."""
     sampled = {"do_sample": True, "temperature": 1}
-    assert writing("t", sampled, {"top_p": 0.9}) == (256, 1.0, 50, 0.9, ())
-    assert writing("t", {**sampled, "top_p": 0.8}, {"top_p": 0.9, "top_k": 0}).top_p == 0.8
-    assert writing("t", {}, {"top_p": 0.9, "temperature": 0.6, "do_sample": True}).temperature == 0
+    assert generation_settings("t", sampled, {"top_p": 0.9}) == (256, 1.0, 50, 0.9, ())
+    of_model = {"top_p": 0.9, "top_k": 0}
+    assert generation_settings("t", {**sampled, "top_p": 0.8}, of_model).top_p == 0.8
+    of_model = {"top_p": 0.9, "temperature": 0.6, "do_sample": True}
+    assert generation_settings("t", {}, of_model).temperature == 0
     with pytest.raises(
         UserError, match="generation_config.json: repetition_penalty = 1.2: answers"
     ):
-        writing("t", {}, {"repetition_penalty": 1.2})
+        generation_settings("t", {}, {"repetition_penalty": 1.2})
 
 
 @pytest.mark.parametrize(
@@ -222,16 +224,16 @@ def test_settings_of_generation_config():
 )
 def test_settings_that_cannot_be_had_are_named(asked, message):
     with pytest.raises(UserError, match=f"LmEval.tasks: a_task: generation_kwargs: {message}"):
-        writing("a_task", asked, {})
+        generation_settings("a_task", asked, {})
 
 
 @pytest.mark.parametrize("both", [True], indirect=True)
 def test_questions_that_cannot_be_asked_are_named(both):
     _, ours, _ = both
     with pytest.raises(UserError, match="a_task: an answer of question 0 is '', of which"):
-        ours.loglikelihood([asked("loglikelihood", "a", "")])
+        ours.loglikelihood([request("loglikelihood", "a", "")])
     with pytest.raises(UserError, match="a_task: answers of up to 32 tokens leave no room for"):
-        ours.generate_until([asked("generate_until", "a", {"max_tokens": CONTEXT})])
+        ours.generate_until([request("generate_until", "a", {"max_tokens": CONTEXT})])
 
 
 @pytest.mark.parametrize("system", [None, "hello"])
