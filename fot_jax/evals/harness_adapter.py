@@ -245,8 +245,8 @@ def adapter(
                 if not remembers and how.max_new_tokens >= context:
                     raise UserError(
                         f"LmEval.tasks: {request.task_name}: answers of up to "
-                        f"{how.max_new_tokens} tokens leave no room for the question in a window of {context}: have a model "
-                        "with memory, or leave the task out"
+                        f"{how.max_new_tokens} tokens leave no room for the question in a window "
+                        f"of {context}: have a model with memory, or leave the task out"
                     )
                 alike.setdefault(how, []).append(i)
             found: list[Any] = [None] * len(requests)
