@@ -26,7 +26,9 @@ from fot_jax.common.atomic import new_directory
 from fot_jax.common.errors import UserError
 from fot_jax.common.paths import in_bucket, path_of
 from fot_jax.common.progress import bar
-from fot_jax.data.vocabulary import HuggingFaceTokenizer, Symbols, Vocabulary, load_vocabulary
+from fot_jax.data.hugging_face_tokenizer import HuggingFaceTokenizer
+from fot_jax.data.saved_vocabulary import load_vocabulary
+from fot_jax.data.vocabulary import Symbols, Vocabulary
 from fot_jax.gguf import directory as gguf_directory
 from fot_jax.gguf import weights as gguf_weights
 from fot_jax.hugging_face import config as configs

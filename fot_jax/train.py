@@ -26,7 +26,7 @@ from fot_jax.common.trees import leaves_by_path
 from fot_jax.data.documents import DocumentSource
 from fot_jax.data.lanes import Lanes
 from fot_jax.data.prefetch import Prefetch
-from fot_jax.data.vocabulary import load_vocabulary
+from fot_jax.data.saved_vocabulary import load_vocabulary
 from fot_jax.evals.evaluate import Evaluation, run_evals
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.model import schemes

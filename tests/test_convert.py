@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 from fot_jax import convert
 from fot_jax.cli import main
-from fot_jax.data.vocabulary import SentencePiece, TrainedSentencePiece
+from fot_jax.data.sentencepiece_vocabulary import SentencePiece, TrainedSentencePiece
 from fot_jax.inference.language_model import LanguageModel
 
 pytestmark = pytest.mark.torch

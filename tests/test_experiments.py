@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 
 from fot_jax import cli
-from fot_jax.data.vocabulary import TrainedSentencePiece
+from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "experiments").glob("*.gin"))

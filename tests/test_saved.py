@@ -16,7 +16,8 @@ from fot_jax.checkpoints.restore import restore_params
 from fot_jax.common import formats
 from fot_jax.common.checksums import crc32_of_json, seal
 from fot_jax.common.errors import UserError
-from fot_jax.data.vocabulary import Symbols, load_vocabulary
+from fot_jax.data.saved_vocabulary import load_vocabulary
+from fot_jax.data.vocabulary import Symbols
 
 SAVED = Path(__file__).parent / "saved"
 V1 = SAVED / "v1"

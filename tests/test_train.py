@@ -31,9 +31,9 @@ from fot_jax import cli
 from fot_jax import train as train_module
 from fot_jax.checkpoints.manager import Checkpointer
 from fot_jax.data.corpus import Corpus
+from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
 from fot_jax.data.synthetic import DictionaryLookup
 from fot_jax.data.tasks import Text
-from fot_jax.data.vocabulary import TrainedSentencePiece
 from fot_jax.model.schemes import PreviousContext
 from fot_jax.training.optim import adamw, constant_rate
 

@@ -14,7 +14,9 @@ from fot_jax.checkpoints import restore
 from fot_jax.checkpoints.steps import locate
 from fot_jax.common.errors import UserError
 from fot_jax.common.trees import leaves_by_path, tree_of_leaves
-from fot_jax.data.vocabulary import HuggingFaceTokenizer, Vocabulary, load_vocabulary
+from fot_jax.data.hugging_face_tokenizer import HuggingFaceTokenizer
+from fot_jax.data.saved_vocabulary import load_vocabulary
+from fot_jax.data.vocabulary import Vocabulary
 from fot_jax.hugging_face import config as configs
 from fot_jax.hugging_face import tokenizers
 from fot_jax.hugging_face.tensors import Reader

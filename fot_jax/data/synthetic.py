@@ -20,7 +20,7 @@ from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
 from fot_jax.data.documents import START, Document, Position, single_source_position
 from fot_jax.data.files import SPLITS
-from fot_jax.data.vocabulary import Bytes, Symbols, Vocabulary, frame
+from fot_jax.data.vocabulary import Bytes, Symbols, Vocabulary, encode_document
 
 
 class _Drawn:
@@ -303,7 +303,7 @@ class Passkey(_Drawn):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Tokens, with fillers before and after the statement."""
         prompt = passkey_prompt(key, before, after)
-        tokens = frame(self.vocabulary, f"{prompt} {key}")[:-1]
+        tokens = encode_document(self.vocabulary, f"{prompt} {key}")[:-1]
         marks = len(self.vocabulary.before)
         return np.split(tokens, [marks + len(self.vocabulary.encode(prompt))])
 

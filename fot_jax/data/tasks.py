@@ -23,13 +23,10 @@ from fot_jax.data.caches import cache_of, cached_source, write_split
 from fot_jax.data.corpus import Corpus, splits_in
 from fot_jax.data.documents import START, Document, Position, single_source_position
 from fot_jax.data.files import SPLITS, not_read
+from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
 from fot_jax.data.sources import PATIENCE, CorpusSource, kept_in, patience, tfds_source
 from fot_jax.data.tensorflow_imports import libraries
-from fot_jax.data.vocabulary import (
-    TrainedSentencePiece,
-    Vocabulary,
-    frame,
-)
+from fot_jax.data.vocabulary import Vocabulary, encode_document
 
 CACHE_SHARDS = 64  # of a training split
 SHUFFLED_TOKENS = 2**23  # of the pieces at hand, of which the next one is drawn
@@ -192,7 +189,7 @@ class Text:
         return CorpusSource(corpus, splits, self._tokens_of, self._failures, several), None
 
     def _tokens_of(self, text: bytes) -> np.ndarray:
-        return frame(self.vocabulary, text.decode(errors="replace"))
+        return encode_document(self.vocabulary, text.decode(errors="replace"))
 
     def _read(
         self, provider: Any, skip: int = 0, piece_tokens: int | None = None, **options

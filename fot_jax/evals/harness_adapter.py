@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fot_jax.common.errors import UserError
-from fot_jax.data.vocabulary import Vocabulary, marked
+from fot_jax.data.vocabulary import Vocabulary, encode_prompt
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.prefill import MemoryConfig, last_context
 
@@ -166,7 +166,7 @@ def adapter(
             begun = bool(name) and string.startswith(name)  # by a chat template, say
             if add_special_tokens is False or add_special_tokens is None and begun:
                 return vocabulary.encode(string)
-            return marked(vocabulary, string)
+            return encode_prompt(vocabulary, string)
 
         def apply_chat_template(self, chat_history, add_generation_prompt=True):
             import jinja2

@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from fot_jax.data.vocabulary import HuggingFaceTokenizer
+from fot_jax.data.hugging_face_tokenizer import HuggingFaceTokenizer
 from fot_jax.gguf import tokenizer, weights
 from fot_jax.gguf.weights import File
 from fot_jax.hugging_face import tokenizers

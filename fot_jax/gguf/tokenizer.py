@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.processors import TemplateProcessing
 
 from fot_jax.common.errors import UserError
-from fot_jax.data.vocabulary import HuggingFaceTokenizer, Marks
+from fot_jax.data.hugging_face_tokenizer import HuggingFaceTokenizer, Marks
 from fot_jax.gguf.weights import File
 
 _SPACE = "▁"
@@ -123,7 +123,10 @@ def vocabulary_of(file: File) -> HuggingFaceTokenizer:
     ends = dict.fromkeys([eos, *(settings.token(other) for other in ("eot", "eom"))])
     marks = Marks(tuple(i for i in ends if i is not None), tuple(before), tuple(after))
     return HuggingFaceTokenizer.of(
-        tokenizer.to_str().encode(), None if bos is None else name(bos), name(eos), marks, False
+        tokenizer=tokenizer.to_str().encode(),
+        bos_token=None if bos is None else name(bos),
+        eos_token=name(eos),
+        marks=marks,
     )
 
 

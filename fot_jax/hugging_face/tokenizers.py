@@ -14,18 +14,15 @@ from tokenizers.processors import TemplateProcessing
 
 from fot_jax.common.errors import UserError
 from fot_jax.common.paths import in_bucket
-from fot_jax.data.vocabulary import (
+from fot_jax.data.hugging_face_tokenizer import (
     CLEAN_UP,
     COMMON_EOS,
-    SPACE,
-    Bytes,
     HuggingFaceTokenizer,
     Infilling,
     Marks,
-    SentencePiece,
-    Symbols,
-    Vocabulary,
 )
+from fot_jax.data.sentencepiece_vocabulary import SPACE, SentencePiece
+from fot_jax.data.vocabulary import Bytes, Symbols, Vocabulary
 from fot_jax.hugging_face.config import CONFIG, Fields
 
 _JSON, _CONFIG, _MODEL = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
@@ -91,9 +88,12 @@ def _read(directory: epath.Path, named: epath.Path) -> HuggingFaceTokenizer:
         replaced = [decoders.Replace(*each) for each in CLEAN_UP]
         tokenizer.decoder = decoders.Sequence([*own, decoders.Fuse(), *replaced])
     return HuggingFaceTokenizer.of(
-        tokenizer.to_str().encode(),
-        *(theirs.bos_token, eos, _marks(tokenizer, ends), bool(theirs.split_special_tokens)),
-        _infilling(theirs),
+        tokenizer=tokenizer.to_str().encode(),
+        bos_token=theirs.bos_token,
+        eos_token=eos,
+        marks=_marks(tokenizer, ends),
+        splits_marks=bool(theirs.split_special_tokens),
+        infilling=_infilling(theirs),
     )
 
 
@@ -212,7 +212,7 @@ def _tokenizer(vocabulary: Vocabulary) -> tuple[Tokenizer, tuple[str | None, str
         case SentencePiece():
             tokenizer, bos, eos = _sentence_piece(vocabulary)
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in (bos, eos) if name])
-    start = bos or eos  # as data/vocabulary.frame begins a document
+    start = bos or eos  # as data/vocabulary.StandardMarks begins a document
     tokenizer.post_processor = TemplateProcessing(
         single=f"{start} $A", special_tokens=[(start, tokenizer.token_to_id(start))]
     )

@@ -25,7 +25,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
-from fot_jax.data.vocabulary import Vocabulary, marked
+from fot_jax.data.vocabulary import Vocabulary, encode_prompt
 from fot_jax.inference import forward as inference
 from fot_jax.inference import prefill as reading
 from fot_jax.inference import sampling
@@ -138,7 +138,7 @@ class LanguageModel:
         Raises:
           UserError: the checkpoint has no tokenizer; the text cannot be tokenized.
         """
-        return marked(self._tokenizer(), text)
+        return encode_prompt(self._tokenizer(), text)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of tokens, without marks.

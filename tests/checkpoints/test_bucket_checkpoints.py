@@ -14,7 +14,8 @@ from fot_jax.checkpoints.restore import restore_params
 from fot_jax.checkpoints.steps import locate
 from fot_jax.common.atomic import new_directory, remove_half_written
 from fot_jax.common.errors import UserError
-from fot_jax.data.vocabulary import Bytes, load_vocabulary
+from fot_jax.data.saved_vocabulary import load_vocabulary
+from fot_jax.data.vocabulary import Bytes
 
 pytestmark = pytest.mark.torch
 TOKENS = llamas.random_tokens(1, 40)

@@ -19,8 +19,9 @@ from corpora import (
 )
 
 from fot_jax.data import tasks
+from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
 from fot_jax.data.tasks import Corpus
-from fot_jax.data.vocabulary import Bytes, TrainedSentencePiece
+from fot_jax.data.vocabulary import Bytes
 
 
 def test_a_cache_has_the_same_documents(tmp_path, monkeypatch):

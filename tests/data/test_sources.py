@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from corpora import cached, epochs_of, framed, message_of, read, take, text_over, texts_of
 
+from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
 from fot_jax.data.tasks import Corpus
-from fot_jax.data.vocabulary import TrainedSentencePiece
 
 
 @pytest.fixture(scope="module")

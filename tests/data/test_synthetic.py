@@ -13,6 +13,7 @@ from fot_jax.common.configurable import configurables_of
 from fot_jax.common.errors import UserError
 from fot_jax.data import synthetic
 from fot_jax.data.lanes import Lanes
+from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
 from fot_jax.data.synthetic import (
     FILLER,
     PASSKEY_QUESTION,
@@ -21,7 +22,7 @@ from fot_jax.data.synthetic import (
     Passkey,
     passkey_prompt,
 )
-from fot_jax.data.vocabulary import Bytes, Symbols, TrainedSentencePiece
+from fot_jax.data.vocabulary import Bytes, Symbols
 
 SOURCES = (DictionaryLookup(document_tokens=80), Passkey(document_tokens=700))
 

@@ -31,8 +31,9 @@ from fot_jax.common.errors import UserError
 from fot_jax.data import corpus as corpus_module
 from fot_jax.data import tasks
 from fot_jax.data.corpus import shard_of
+from fot_jax.data.sentencepiece_vocabulary import SentencePiece, TrainedSentencePiece
 from fot_jax.data.tasks import Corpus, Text
-from fot_jax.data.vocabulary import Bytes, SentencePiece, TrainedSentencePiece
+from fot_jax.data.vocabulary import Bytes
 
 # --- Reading files -------------------------------------------------------------------------------
 

@@ -18,15 +18,10 @@ from hypothesis import strategies as st
 
 from fot_jax.common.atomic import new_directory
 from fot_jax.common.errors import UserError
-from fot_jax.data.vocabulary import (
-    Bytes,
-    HuggingFaceTokenizer,
-    SentencePiece,
-    Symbols,
-    TrainedSentencePiece,
-    frame,
-    load_vocabulary,
-)
+from fot_jax.data.hugging_face_tokenizer import HuggingFaceTokenizer
+from fot_jax.data.saved_vocabulary import load_vocabulary
+from fot_jax.data.sentencepiece_vocabulary import SentencePiece, TrainedSentencePiece
+from fot_jax.data.vocabulary import Bytes, Symbols, encode_document
 
 
 def python_sources(count=40):
@@ -209,12 +204,13 @@ def test_marks_and_unknown_ids_decode_to_nothing(tmp_path, trained):
         assert vocabulary.decode(np.array(ids)) == "a"
 
 
-def test_frame(tmp_path, trained):
+def test_documents_have_their_marks(tmp_path, trained):
     for vocabulary in all_kinds(tmp_path, trained):
-        tokens = frame(vocabulary, "a")
+        tokens = encode_document(vocabulary, "a")
         assert tokens.dtype == np.int32
         assert tokens.tolist() == [vocabulary.bos, *vocabulary.encode("a"), vocabulary.eos]
-    assert frame(Symbols(("a", "</s>")), "a").tolist() == [1, 0, 1]  # eos where there is no bos
+    without_bos = Symbols(("a", "</s>"))
+    assert encode_document(without_bos, "a").tolist() == [1, 0, 1]  # eos instead
 
 
 # --- Which marks a tokenizer has -----------------------------------------------------------------
@@ -273,7 +269,7 @@ def test_marks_that_are_not_known(tmp_path):
 def test_marks_of_a_sentencepiece_model(tmp_path):
     vocabulary = SentencePiece(train_model(tmp_path, vocab_size=300, bos_id=-1))
     assert vocabulary.bos is None
-    assert frame(vocabulary, "a")[[0, -1]].tolist() == [vocabulary.eos] * 2
+    assert encode_document(vocabulary, "a")[[0, -1]].tolist() == [vocabulary.eos] * 2
     with pytest.raises(UserError, match="the model has no end mark"):
         SentencePiece(train_model(tmp_path, vocab_size=300, eos_id=-1))
 

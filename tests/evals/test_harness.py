@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from fot_jax.common.errors import UserError
-from fot_jax.data.vocabulary import Bytes, TrainedSentencePiece
+from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
+from fot_jax.data.vocabulary import Bytes
 from fot_jax.evals.harness import LmEval
 from fot_jax.inference.language_model import Scores
 from fot_jax.inference.prefill import EVERYTHING, MemoryConfig

@@ -18,7 +18,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fot_jax.cli import main
-from fot_jax.data.vocabulary import marked
+from fot_jax.data.vocabulary import encode_prompt
 from fot_jax.gguf import tokenizer
 from fot_jax.gguf.weights import File
 from fot_jax.inference.language_model import LanguageModel
@@ -216,7 +216,7 @@ def test_there_and_back(tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "c")
     for text in ("", "a text of 123", "<|im_start|>user\nis ", "日本\n\n"):
         wanted = [1, *trained("smollm").encode(text).ids]
-        assert marked(lm.vocabulary, text) == wanted == theirs(text)["input_ids"]
+        assert encode_prompt(lm.vocabulary, text) == wanted == theirs(text)["input_ids"]
     assert theirs.chat_template == "{{ messages[0]['content'] }}"
     generation = json.loads((tmp_path / "c" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [2, 4]

@@ -21,7 +21,9 @@ from transformers.tokenization_utils_base import generate_merges
 
 from fot_jax import convert
 from fot_jax.common.errors import UserError
-from fot_jax.data.vocabulary import HuggingFaceTokenizer, frame, load_vocabulary, marked
+from fot_jax.data.hugging_face_tokenizer import HuggingFaceTokenizer
+from fot_jax.data.saved_vocabulary import load_vocabulary
+from fot_jax.data.vocabulary import encode_document, encode_prompt
 from fot_jax.hugging_face import tokenizers
 from fot_jax.inference.generate import as_text
 from fot_jax.inference.language_model import LanguageModel
@@ -441,7 +443,7 @@ def check_same(vocabulary, theirs):
     """All that a tokenizer does."""
     for text in TEXTS:
         ids = theirs(text).input_ids
-        assert marked(vocabulary, text) == ids
+        assert encode_prompt(vocabulary, text) == ids
         assert vocabulary.encode(text) == theirs(text, add_special_tokens=False).input_ids
         assert vocabulary.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
     rng = np.random.default_rng(0)
@@ -526,7 +528,7 @@ def test_documents_have_the_marks_that_the_model_was_trained_with(tmp_path):
     for name, before in {"2-model": [1], "smollm2": [], "bare-model": [], "eos-model": [1]}.items():
         vocabulary = vocabulary_of(name, tmp_path)
         tokens = [*before, *vocabulary.encode("a b"), vocabulary.eos]
-        assert frame(vocabulary, "a b").tolist() == tokens, name
+        assert encode_document(vocabulary, "a b").tolist() == tokens, name
 
 
 def test_a_gap_in_a_text(tmp_path):
@@ -535,7 +537,7 @@ def test_a_gap_in_a_text(tmp_path):
     ours = tokenizers.vocabulary_of(here)
     for text in ("def f(x):\n  <FILL_ME>\n  return x", "<FILL_ME> b", "a<FILL_ME>", "é <FILL_ME>é"):
         theirs = theirs_of(here)  # which a text with a gap changes
-        assert marked(ours, text) == theirs(text).input_ids
+        assert encode_prompt(ours, text) == theirs(text).input_ids
         ours.save(tmp_path / "saved")
         assert load_vocabulary(tmp_path / "saved").encode(text) == ours.encode(text)
     with pytest.raises(UserError, match="the text has 2 gaps, <FILL_ME>: leave one of them"):
@@ -550,7 +552,7 @@ def test_what_is_trained_from_scratch_is_written_with_its_marks(tmp_path):
     assert ours.before == ours.ends == (ours.eos,) == (0,)
     out = lay_out(layout(eos_token_id=0), tmp_path / "out")
     tokenizers.write(ours, out)
-    assert theirs_of(out)("a b").input_ids == marked(ours, "a b")
+    assert theirs_of(out)("a b").input_ids == encode_prompt(ours, "a b")
     read = tokenizers.vocabulary_of(out)
     assert (read.before, read.after, read.ends) == (ours.before, ours.after, ours.ends)
 

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from fot_jax.cli import main
 from fot_jax.common.errors import UserError
-from fot_jax.data.vocabulary import TrainedSentencePiece
+from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
 from fot_jax.hugging_face import tokenizers
 from fot_jax.inference.language_model import LanguageModel
 

@@ -15,14 +15,9 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
 from fot_jax.common.errors import UserError
-from fot_jax.data.vocabulary import (
-    Bytes,
-    HuggingFaceTokenizer,
-    SentencePiece,
-    Symbols,
-    TrainedSentencePiece,
-    frame,
-)
+from fot_jax.data.hugging_face_tokenizer import HuggingFaceTokenizer
+from fot_jax.data.sentencepiece_vocabulary import SentencePiece, TrainedSentencePiece
+from fot_jax.data.vocabulary import Bytes, Symbols, encode_document
 from fot_jax.hugging_face import tokenizers
 
 pytestmark = pytest.mark.torch
@@ -214,11 +209,11 @@ def test_the_same_tokens(both, text):
 
 def test_marks(both):
     _, vocabulary, theirs = both
-    assert theirs("a b").input_ids == frame(vocabulary, "a b")[:-1].tolist()
+    assert theirs("a b").input_ids == encode_document(vocabulary, "a b")[:-1].tolist()
     assert theirs.eos_token_id == vocabulary.eos
     assert theirs.bos_token_id == vocabulary.bos
     assert len(theirs) == vocabulary.size
-    ids = frame(vocabulary, "a b").tolist()
+    ids = encode_document(vocabulary, "a b").tolist()
     assert theirs.decode(ids, skip_special_tokens=True) == "a b"
 
 

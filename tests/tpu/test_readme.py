@@ -10,7 +10,7 @@ from clouds import REPOSITORY, Cloud, copy_repository
 from test_gcloud import said_by_gcloud
 
 from fot_jax import cli
-from fot_jax.data.vocabulary import TrainedSentencePiece
+from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
 
 PAGE = (REPOSITORY / "tpu" / "README.md").read_text()
 COMMANDS = [
