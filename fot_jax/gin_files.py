@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fot_jax.common.configurable import configurables_of
-from fot_jax.common.errors import UserError
+from fot_jax.common.errors import LARGEST_COUNT, UserError
 
 ROOMS = ("training", "data", "evals", "model", "tpu_compile")  # folders with what files may name
 
@@ -302,7 +302,8 @@ def _checked(thing: Callable) -> Callable:
     def call(*args, **kwargs):
         import gin
 
-        for parameter, value in signature.bind_partial(*args, **kwargs).arguments.items():
+        given = signature.bind_partial(*args, **kwargs)
+        for parameter, value in given.arguments.items():
             name = f"{thing.__name__}.{parameter}"
             if value is gin.REQUIRED:
                 scope = gin.config.current_scope_str()
@@ -310,11 +311,19 @@ def _checked(thing: Callable) -> Callable:
                 raise UserError(f"{name} is not set: add --gin '{name} = ...', or set it in a file")
             if parameter in hints and not _fits(value, hints[parameter]):
                 raise UserError(f"{name} = {_shown(value)}: give {_wanted(hints[parameter])}")
-        return thing(*args, **kwargs)
+            given.arguments[parameter] = _as_number(value, hints.get(parameter))
+        return thing(*given.args, **given.kwargs)
 
     call.__signature__ = signature
     call.gives = thing if inspect.isclass(thing) else hints.get("return")
     return call
+
+
+def _as_number(value: Any, hint: Any) -> Any:
+    """A whole number that is too large for programs as a float, where a float is asked for."""
+    options = typing.get_args(hint) or (hint,)
+    too_large = type(value) is int and abs(value) > LARGEST_COUNT
+    return float(value) if too_large and float in options and int not in options else value
 
 
 def _fits(value: Any, hint: Any) -> bool:

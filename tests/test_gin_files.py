@@ -445,7 +445,10 @@ def test_values_of_the_wrong_type(here, capsys, binding, message):
             for steps in ((0, 2), (5, 2), (2, 13))
         ),
         (["constant_rate.value = -1"], "constant_rate.value = -1: give 0 or more"),
-        (["constant_rate.value = 1e999"], "constant_rate.value = inf: give 0 or more"),
+        (
+            ["constant_rate.value = 1e999"],
+            "constant_rate.value = inf: give 0 or more, at most 3.4e+38",
+        ),
         (["adamw.b1 = 2"], "adamw.b1 = 2: give a number from 0 to 1"),
         (["Evaluation.every = -1"], "Evaluation.every = -1: give 1 or more"),
         (["PerplexityByContext.memory_sizes = ()"], "PerplexityByContext.memory_sizes = (): give"),
@@ -532,3 +535,21 @@ def test_later_files_and_bindings_win(here, capsys):
         " 16 rows of 16 tokens (256 new tokens a step), "
     )
     assert runs.files(here) == before
+
+
+@pytest.mark.parametrize("value", [2**31, 2**40, 2**63, "1e39", "1e300"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("train.z_loss", "constant_rate.value", "constant_rate.warmup_steps"),
+        *("adamw.weight_decay", "adamw.eps", "adamw.clip_norm"),
+    ],
+)
+def test_numbers_that_programs_cannot_hold(here, capsys, name, value):
+    """One line, or a whole number where a float is meant, which is one."""
+    argv = ["train", "experiment.gin", "--dry_run", *bind(f"{name} = {value}")]
+    code, said = cli.main(argv), capsys.readouterr().err.splitlines()
+    if code == 2:
+        assert len(said) == 1 and f"{name} = " in said[0]
+    else:
+        assert code == 0 and not isinstance(value, str) and "steps" not in name

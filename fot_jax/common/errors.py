@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 
 LARGEST_SEED = 2**63 - 1
+LARGEST_COUNT = 2**31 - 1  # of steps, which compiled programs count in int32
+LARGEST_FLOAT = float.fromhex("0x1.fffffep+127")  # of float32, which programs compute in
 
 
 class UserError(ValueError):
@@ -36,7 +37,7 @@ def check_range(
 
     Args:
       owner: what they are parameters of, as experiment files name it.
-      least, most: None for no upper bound.
+      least, most: None for no other upper bound than that of float32.
       whole: only whole numbers fit.
       values: by parameter; a value of None passes.
 
@@ -46,7 +47,9 @@ def check_range(
     for name, value in values.items():
         if whole and value is not None and (value != value or value != int(value)):
             raise UserError(f"{owner}.{name} = {value}: give a whole number")
-        if value is None or least <= value < math.inf and (most is None or value <= most):
+        if value is None or least <= value <= (LARGEST_FLOAT if most is None else most):
             continue
-        wanted = f"{least} or more" if most is None else f"a number from {least} to {most}"
+        wanted = f"a number from {least} to {most}"
+        if most is None:
+            wanted = f"{least} or more" + f", at most {LARGEST_FLOAT:.2g}" * (value > least)
         raise UserError(f"{owner}.{name} = {value}: give {wanted}")

@@ -154,6 +154,8 @@ class PackedTable:
 
     def __post_init__(self):
         object.__setattr__(self, "table", tuple(tuple(pair) for pair in self.table))
+        if not self.table:
+            raise UserError("PackedTable.table = (): give a pair for each place of a pack")
         for place, (positives, negatives) in enumerate(self.table):
             if not 0 <= positives <= place or negatives < 0:
                 raise UserError(
@@ -211,7 +213,7 @@ class CachedContext:
     advance = 1
 
     def __post_init__(self):
-        check_range("CachedContext", 1, tokens=self.tokens)
+        check_range("CachedContext", 1, 2**30, tokens=self.tokens)
         self.lookup.check(self.tokens)
 
     contexts = NoCrossbatch.contexts

@@ -90,7 +90,7 @@ class RopeScaling:
         longest = {"original_max_position": self.original_max_position}
         check_range("RopeScaling", 1, factor=self.factor, **longest)
         betas = {"beta_fast": self.beta_fast, "beta_slow": self.beta_slow}
-        check_range("RopeScaling", 1e-6, **betas, attention_factor=self.attention_factor)
+        check_range("RopeScaling", 1e-6, 1e6, **betas, attention_factor=self.attention_factor)
         if not 0 < self.low_freq_factor < self.high_freq_factor < math.inf:
             raise UserError(
                 f"RopeScaling.low_freq_factor = {self.low_freq_factor} must be above 0 and below "

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from fot_jax.common.configurable import configurable
-from fot_jax.common.errors import UserError, check_range
+from fot_jax.common.errors import LARGEST_COUNT, UserError, check_range
 
 # --- Schedules -----------------------------------------------------------------------------------
 
@@ -24,7 +24,8 @@ from fot_jax.common.errors import UserError, check_range
 @configurable
 def constant_rate(value: float, warmup_steps: int = 0) -> optax.Schedule:
     """`value`, after a linear warm-up over the first `warmup_steps` updates."""
-    check_range("constant_rate", 0, value=value, warmup_steps=warmup_steps)
+    check_range("constant_rate", 0, value=value)
+    check_range("constant_rate", 0, LARGEST_COUNT, warmup_steps=warmup_steps)
     return lambda count: value * _warmup(count, warmup_steps)
 
 
@@ -37,7 +38,7 @@ def inverse_square_root(
     n counts updates from 1; the maximum is reached at n = warmup_steps.
     """
     _check_values("inverse_square_root", max_value, min_value)
-    check_range("inverse_square_root", 1, warmup_steps=warmup_steps)
+    check_range("inverse_square_root", 1, LARGEST_COUNT, warmup_steps=warmup_steps)
 
     def schedule(count):
         n = jnp.maximum(count + 1, warmup_steps).astype(jnp.float32)
@@ -51,7 +52,7 @@ def inverse_square_root(
 def cosine(max_value: float, min_value: float, warmup_steps: int, steps: int) -> optax.Schedule:
     """Linear warm-up to max_value, then half a cosine down to min_value at update `steps`."""
     _check_values("cosine", max_value, min_value)
-    check_range("cosine", 0, warmup_steps=warmup_steps)
+    check_range("cosine", 0, LARGEST_COUNT, warmup_steps=warmup_steps, steps=steps)
     if steps <= warmup_steps:
         raise UserError(f"cosine: steps = {steps} must exceed warmup_steps = {warmup_steps}")
 
