@@ -95,7 +95,7 @@ def from_hugging_face(
             vocabulary.save(half / "vocabulary")
         progress = stack.enter_context(bar(_bytes(content, dtype_of), "byte"))
         streams = {
-            path: stream.Stream(
+            path: stream.StreamedArray(
                 *(shape, dtype_of(path), path.startswith("layers/")),
                 functools.partial(_read, content, dtype_of, path, progress=progress),
             )

@@ -154,7 +154,7 @@ def train(
         shardings = jax.tree.map(lambda x: x.sharding, program.state)
         state = jax.jit(program.init, out_shardings=shardings)(jax.random.key(seed))
         if initialize_from is not None:
-            there, params = loading.params_of(initialize_from, program.state.params)
+            there, params = loading.load_params(initialize_from, program.state.params)
             state = state._replace(params=params)
             if (vocabulary := loading.vocabulary_of(initialize_from)) is not None:
                 source = source.with_vocabulary(vocabulary)
@@ -272,7 +272,7 @@ def train(
     def stop(step: int) -> int | None:
         """The signal that stops all processes after this step."""
         if asked.to_stop:
-            agreement.ask("stop", step, asked.to_stop)
+            agreement.request("stop", step, asked.to_stop)
         return agreement.due("stop", step)
 
     def evaluates(step: int) -> bool:
@@ -313,7 +313,7 @@ def train(
             if checkpointer.failed():
                 retry_at = time.monotonic() + RETRY_SECONDS * 2 ** (checkpointer.failures - 1)
             if retry_at is not None and time.monotonic() >= retry_at:
-                agreement.ask(f"save again, {again}", step)
+                agreement.request(f"save again, {again}", step)
                 retry_at = None
             saves_again = agreement.due(f"save again, {again}", step) is not None
             again += saves_again

@@ -12,14 +12,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def array_checksums(arrays: Iterable[jax.Array]) -> list[int]:
-    """32 bits for each array: its bits and their places, whatever its sharding."""
+    """A checksum of 32 bits for each array, of its elements' bits and places, on any sharding."""
     arrays = list(arrays)
     result = [0] * len(arrays)
-    places: dict[Any, list[int]] = {}  # arrays of one set of devices are done in one program
+    places: dict[Any, list[int]] = {}  # one program for all arrays on the same devices
     for i, array in enumerate(arrays):
         sharding = array.sharding
         if [device.platform for device in sharding.device_set] == ["cpu"]:
-            # XLA's CPU backend would hold all the words that it adds up.
+            # XLA's CPU backend would hold all words of the sum in memory.
             result[i] = slice_checksum(np.asarray(array), 0)
             continue
         whole = None
@@ -43,18 +43,18 @@ def _checksum_program(arrays: list[jax.Array]) -> jax.Array:
         for axis, size in enumerate(bits.shape):
             along = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
             place = place * jnp.uint32(size % 2**32) + along
-        # An odd factor for each place: no change of a single element goes unseen.
+        # An odd factor for each place: any change of a single element changes the sum.
         return (bits * (place * jnp.uint32(2) + jnp.uint32(1))).sum(dtype=jnp.uint32)
 
     return jnp.stack([of(x) for x in arrays])
 
 
 def slice_checksum(x: np.ndarray, first: int) -> int:
-    """What a part of an array adds to its checksum, modulo 2**32.
+    """The share of a slice in the checksum of its array: shares add up modulo 2**32.
 
     Args:
-      x: the part.
-      first: elements of the array before it.
+      x: elements that follow one another in the array, in C order.
+      first: number of elements before them.
     """
     bits = np.ascontiguousarray(x).reshape(-1).view(f"uint{8 * min(x.dtype.itemsize, 4)}")
     total = 0

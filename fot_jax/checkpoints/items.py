@@ -1,8 +1,9 @@
-"""What a step directory holds, item by item, and how damage to it is noticed.
+"""The items of a checkpoint, and the checksums that show whether they are damaged.
 
-params and opt_state are Orbax items; their shapes, types and checksums stand in meta. data has one
-file a lane group, so that any number of hosts can read back what it needs, and a list of these with
-a CRC of each. meta and the list are JSON with a CRC over themselves.
+params and opt_state are Orbax items; their shapes, dtypes and checksums are in meta. data has one
+file for each lane group, so that every host can read the groups it needs, whatever the number of
+hosts, and groups.json, which lists these files with a CRC of each. meta and groups.json are sealed
+(common/checksums.py).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import io
 import json
 import zlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,13 +25,13 @@ from fot_jax.common import formats
 from fot_jax.common.checksums import seal, unseal
 from fot_jax.common.trees import leaves_by_path, tree_of_leaves
 
-Data = Mapping[int, Mapping[str, np.ndarray]]  # lane group -> its state
+LaneGroups = Mapping[int, Mapping[str, np.ndarray]]  # the state of each, by its number
 
 # --- Arrays --------------------------------------------------------------------------------------
 
 
 def describe(tree: Any) -> dict[str, Any]:
-    """Shape, type and checksum of every array, for meta."""
+    """Shape, dtype and checksum of every array of a tree, by its path, for meta."""
     named = leaves_by_path(tree)
     return {
         name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name, "checksum": checksum}
@@ -40,8 +41,8 @@ def describe(tree: Any) -> dict[str, Any]:
     }
 
 
-def as_saved(recorded: Mapping[str, Any]) -> Any:
-    """The nested dictionaries of shapes that parameters were saved as."""
+def shapes_as_saved(recorded: Mapping[str, Any]) -> Any:
+    """Nested dictionaries of `jax.ShapeDtypeStruct` for what `describe` recorded."""
     return tree_of_leaves(
         {name: jax.ShapeDtypeStruct(x["shape"], x["dtype"]) for name, x in recorded.items()}
     )
@@ -50,11 +51,17 @@ def as_saved(recorded: Mapping[str, Any]) -> Any:
 # --- Data ----------------------------------------------------------------------------------------
 
 
-def read_data(folder: epath.PathLike, groups: Iterable[int] | None = None):
-    """The lane groups' state in a step directory: {group: {name: array}}.
+def read_data(
+    folder: epath.PathLike, groups: Iterable[int] | None = None
+) -> dict[int, dict[str, np.ndarray]]:
+    """Reads the lane groups' state.
 
     Args:
-      groups: the ones wanted, whoever wrote them; None for all. Those never saved are left out.
+      folder: of a step.
+      groups: those to read, whichever process wrote them; None for all.
+
+    Returns:
+      {group: {name: array}}, without groups that were never saved.
 
     Raises:
       OSError, ValueError, zipfile.BadZipFile: a file is missing or damaged.
@@ -72,7 +79,7 @@ def read_data(folder: epath.PathLike, groups: Iterable[int] | None = None):
 
 
 def _saved_groups(folder: epath.Path) -> dict[int, int | None]:
-    """The lane groups that were saved, and the CRC of each one's file."""
+    """The lane groups that were saved, and the CRC of each one's file, where there is one."""
     saved = json.loads((folder / "groups.json").read_text())
     if isinstance(saved, list):  # of fot_jax 0.1
         return dict.fromkeys(map(int, saved))
@@ -84,7 +91,7 @@ def _group_file(group: int) -> str:
 
 
 class DataHandler(ocp.AsyncCheckpointHandler):
-    """Writes lane groups: each process the files of its own, the first one a list of them."""
+    """Writes lane groups: each process those it owns, and one of them groups.json."""
 
     async def async_save(self, directory: epath.Path, args: SaveData):
         async def write():
@@ -93,7 +100,8 @@ class DataHandler(ocp.AsyncCheckpointHandler):
 
         return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="lane_groups")]
 
-    def finalize(self, directory: epath.Path) -> None:  # on one process, after all have written
+    def finalize(self, directory: epath.Path) -> None:
+        """Writes groups.json. Orbax calls it on one process, after all have written."""
         files = sorted(path for path in directory.iterdir() if path.name.startswith("group-"))
         content = {
             path.name.removeprefix("group-").removesuffix(".npz"): zlib.crc32(path.read_bytes())
@@ -111,12 +119,14 @@ class DataHandler(ocp.AsyncCheckpointHandler):
 @ocp.args.register_with_handler(DataHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class SaveData(ocp.args.CheckpointArgs):
+    """The files of the lane groups that a process owns: content by name."""
+
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, data: Data) -> SaveData:
+    def of(cls, lane_groups: LaneGroups) -> SaveData:
         files = {}
-        for group, arrays in data.items():
+        for group, arrays in lane_groups.items():
             buffer = io.BytesIO()
             np.savez(buffer, allow_pickle=False, **arrays)
             files[_group_file(group)] = buffer.getvalue()
@@ -126,12 +136,31 @@ class SaveData(ocp.args.CheckpointArgs):
 # --- Meta ----------------------------------------------------------------------------------------
 
 
+class Meta(NamedTuple):
+    """What meta says.
+
+    Attributes:
+      meta: the caller's own.
+      params, opt_state: as of `describe`.
+    """
+
+    meta: dict[str, Any]
+    params: dict[str, Any]
+    opt_state: dict[str, Any]
+
+
 def sealed_meta(step: int, meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON to write.
+
+    Args:
+      meta: the caller's own.
+      arrays: {"params": ..., "opt_state": ...} as of `describe`.
+    """
     return seal({**formats.CHECKPOINT.number, "step": step, "meta": dict(meta), "arrays": arrays})
 
 
-def read_meta(folder: epath.Path, step: int) -> tuple[dict, dict, dict]:
-    """The caller's own, and what the arrays of params and of opt_state were.
+def read_meta(folder: epath.Path, step: int) -> Meta:
+    """Reads the meta of a step.
 
     Raises:
       UserError: the checkpoint has a newer format.
@@ -141,4 +170,4 @@ def read_meta(folder: epath.Path, step: int) -> tuple[dict, dict, dict]:
     formats.CHECKPOINT.check(folder, content)
     if content["step"] != step:
         raise ValueError(f"of step {content['step']}")
-    return content["meta"], content["arrays"]["params"], content["arrays"]["opt_state"]
+    return Meta(content["meta"], **content["arrays"])

@@ -1,4 +1,4 @@
-"""Checkpoints of either kind, ours or Hugging Face, straight into a model."""
+"""Loads checkpoints of both kinds, ours and Hugging Face directories, into a model."""
 
 from __future__ import annotations
 
@@ -23,27 +23,31 @@ from fot_jax.hugging_face.tensors import Reader
 from fot_jax.model.parameters import parameters_by_layer
 from fot_jax.model.transformer import ModelConfig
 
-KEPT = "hugging_face"  # of a workdir: what came with a model beside its weights
+KEPT = "hugging_face"  # folder of a workdir: the files of a Hugging Face model beside its weights
 
 
 def vocabulary_of(path: epath.PathLike) -> Vocabulary | None:
-    """What text is tokenized with for a checkpoint; None where it does not say."""
+    """The tokenizer of a checkpoint; None where it has none.
+
+    Raises:
+      UserError: there is no checkpoint, or its tokenizer cannot be read.
+    """
     if configs.is_directory(path):
         return tokenizers.vocabulary_of(path)
     workdir = locate(path)[0].parent
     if configs.is_directory(workdir / KEPT) and not (workdir / "vocabulary").exists():
-        return None  # converted from a directory that had none
+        return None  # converted from a directory without a tokenizer
     return load_vocabulary(workdir / "vocabulary")
 
 
 def check_rows(path: epath.PathLike, vocabulary: Vocabulary | None, rows: int) -> None:
-    """Whether a model can read what its tokenizer makes of texts.
+    """Checks that the embedding has a row for every token of the tokenizer.
 
-    As published models have them, rows may be more. Tokens that were added to the tokenizer may be
-    beyond them, such as one for padding; only a text in which one stands cannot be read.
+    It may have more rows, as those of published models have. Tokens that were added to a tokenizer,
+    such as one for padding, may have none: only texts with these tokens cannot be read.
 
     Args:
-      path: of the checkpoint.
+      path: of the checkpoint, for the message.
       rows: of the embedding.
 
     Raises:
@@ -51,9 +55,9 @@ def check_rows(path: epath.PathLike, vocabulary: Vocabulary | None, rows: int) -
     """
     if vocabulary is None:
         return
-    own = isinstance(vocabulary, HuggingFaceTokenizer)
+    is_hugging_face = isinstance(vocabulary, HuggingFaceTokenizer)
     marks = (mark + 1 for mark in (*vocabulary.before, *vocabulary.after))
-    size = max(vocabulary.model_size if own else vocabulary.size, *marks, 0)
+    size = max(vocabulary.model_size if is_hugging_face else vocabulary.size, *marks, 0)
     if size > rows:
         raise UserError(
             f"{path}: the tokenizer has {size} tokens, the model's embedding {rows} rows: get both "
@@ -62,7 +66,7 @@ def check_rows(path: epath.PathLike, vocabulary: Vocabulary | None, rows: int) -
 
 
 def files_of(path: epath.PathLike) -> epath.Path | None:
-    """The directory with what came with a model beside its weights; None where nothing did."""
+    """The directory with the files of a Hugging Face model beside its weights; None: none."""
     if configs.is_directory(path):
         return epath.Path(path)
     kept = locate(path)[0].parent / KEPT
@@ -70,7 +74,7 @@ def files_of(path: epath.PathLike) -> epath.Path | None:
 
 
 def keep_files(path: epath.PathLike, workdir: epath.Path) -> None:
-    """Copies into a workdir what came with a model beside its weights, for `fot convert to-hf`."""
+    """Copies the files of `files_of` into a workdir, for `fot convert to-hf` to copy back."""
     if (source := files_of(path)) is not None:
         (workdir / KEPT).mkdir(exist_ok=True)
         for name in (configs.CONFIG, tokenizers.GENERATION, *tokenizers.FILES):
@@ -78,14 +82,17 @@ def keep_files(path: epath.PathLike, workdir: epath.Path) -> None:
                 (source / name).copy(workdir / KEPT / name, overwrite=True)
 
 
-def model_of(path: epath.PathLike, dtype) -> tuple[ModelConfig, Any]:
-    """Configuration and parameters, as of `parameters_by_layer`, none held twice.
+def load_model(path: epath.PathLike, dtype) -> tuple[ModelConfig, Any]:
+    """Loads a model for inference.
 
     Args:
       dtype: of matrices; vectors are float32.
 
+    Returns:
+      Its configuration, and parameters as of `parameters_by_layer`, none of which is held twice.
+
     Raises:
-      UserError: nothing there, or nothing whole.
+      UserError: there is no checkpoint, or it is damaged.
     """
     if configs.is_directory(path):
         content = Reader(path, configs.read(path))
@@ -94,14 +101,17 @@ def model_of(path: epath.PathLike, dtype) -> tuple[ModelConfig, Any]:
     return config, parameters_by_layer(params, dtype, use_up=True)
 
 
-def params_of(path: epath.PathLike, target: Any) -> tuple[ModelConfig, Any]:
-    """The model that a checkpoint is of, and parameters of training, where the target wants them.
+def load_params(path: epath.PathLike, target: Any) -> tuple[ModelConfig, Any]:
+    """Loads parameters to train from.
 
     Args:
-      target: tree of `jax.ShapeDtypeStruct` with shardings, cast to on the way.
+      target: tree of `jax.ShapeDtypeStruct` with shardings; parameters are cast to its dtypes.
+
+    Returns:
+      The configuration of the checkpoint, and its parameters as the target.
 
     Raises:
-      UserError: nothing there, nothing readable, or parameters of other shapes.
+      UserError: there is no checkpoint, it is damaged, or its parameters have other shapes.
     """
     if configs.is_directory(path):
         content = Reader(path, configs.read(path))
@@ -111,23 +121,23 @@ def params_of(path: epath.PathLike, target: Any) -> tuple[ModelConfig, Any]:
 
 
 def _by_layer(content: Reader, dtype) -> Any:
+    """Parameters of a Hugging Face directory as of `parameters_by_layer`."""
 
     def read(path: str, layer: int | None = None) -> jax.Array:
         x = content.read(path, layer)
         return jnp.asarray(x, dtype if x.ndim > 1 else jnp.float32)
 
-    whole, of_layers = (
-        [path for path in content.arrays if path.startswith("layers/") == layers]
-        for layers in (False, True)
-    )
+    of_layers = [path for path in content.arrays if path.startswith("layers/")]
+    others = [path for path in content.arrays if not path.startswith("layers/")]
     layers = tuple(
         tree_of_leaves({path.removeprefix("layers/"): read(path, i) for path in of_layers})
         for i in range(content.config.num_layers)
     )
-    return {**tree_of_leaves({path: read(path) for path in whole}), "layers": layers}
+    return {**tree_of_leaves({path: read(path) for path in others}), "layers": layers}
 
 
 def _stacked(content: Reader, target: Any) -> Any:
+    """Parameters of a Hugging Face directory stacked by layer, as the target."""
     recorded = {path: {"shape": shape} for path, (shape, _) in content.arrays.items()}
     restore.check_shapes(content.directory, "parameter", recorded, target)
 

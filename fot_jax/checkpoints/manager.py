@@ -104,7 +104,9 @@ class Checkpointer:
         """Steps that are complete on disk, ascending."""
         return complete_steps(self.directory)
 
-    def save(self, step: int, params: Any, opt_state: Any, data: items.Data, meta: Mapping) -> None:
+    def save(
+        self, step: int, params: Any, opt_state: Any, data: items.LaneGroups, meta: Mapping
+    ) -> None:
         """Starts saving a step; the arrays may be donated or changed as soon as this returns.
 
         Waits for the save before it, if that has not ended. If that one failed, a warning says so

@@ -151,18 +151,18 @@ def read_step(
       UserError: a newer format, arrays of other shapes, or a bucket that cannot be read.
     """
     folder = directory / str(step)
-    meta, of_params, of_opt_state = _on_all("meta", lambda: items.read_meta(folder, step))
+    saved = _on_all("meta", lambda: items.read_meta(folder, step))
     if params is None:
-        params = items.as_saved(of_params)
+        params = items.shapes_as_saved(saved.params)
     else:
-        check_shapes(folder, "parameter", of_params, params)
+        check_shapes(folder, "parameter", saved.params, params)
     if opt_state is not None:
-        check_shapes(folder, "optimizer state", of_opt_state, opt_state)
+        check_shapes(folder, "optimizer state", saved.opt_state, opt_state)
     data = _on_all("data", lambda: items.read_data(folder, groups))
-    params = _read_arrays(folder / "params", of_params, params)
+    params = _read_arrays(folder / "params", saved.params, params)
     if opt_state is not None:
-        opt_state = _read_arrays(folder / "opt_state", of_opt_state, opt_state)
-    return Restored(step, params, opt_state, data, meta)
+        opt_state = _read_arrays(folder / "opt_state", saved.opt_state, opt_state)
+    return Restored(step, params, opt_state, data, saved.meta)
 
 
 def _on_all(item: str, read: Callable[[], T]) -> T:

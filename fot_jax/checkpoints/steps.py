@@ -53,7 +53,7 @@ def is_unmarked_copy(directory: epath.Path) -> bool:
     if not in_bucket(directory):
         return False
     try:
-        _, _, of_opt_state = items.read_meta(directory / "0", 0)
-        return not of_opt_state and not items.read_data(directory / "0")
+        meta = items.read_meta(directory / "0", 0)
+        return not meta.opt_state and not items.read_data(directory / "0")
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False

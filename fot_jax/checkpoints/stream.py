@@ -34,12 +34,12 @@ from fot_jax.model.transformer import ModelConfig
 
 
 @dataclasses.dataclass
-class Stream:
+class StreamedArray:
     """An array to be written, slice by slice along its first axis if it is `sliced`.
 
     Attributes:
-      read: the slice of an index, or the whole of None.
-      checksum: as of `array_checksums`, once it is written.
+      read: given an index, reads that slice; given None, the whole array.
+      checksum: as of `array_checksums`, when the array has been written.
     """
 
     shape: tuple[int, ...]
@@ -61,17 +61,22 @@ class Stream:
         return self.size * self.dtype.itemsize
 
 
-class _StreamHandler(ocp.type_handlers.NumpyHandler):
-    """How Orbax (0.12, where the method below has this name) writes it: as a NumPy array."""
+class _StreamedArrayHandler(ocp.type_handlers.NumpyHandler):
+    """Writes a StreamedArray as Orbax writes NumPy arrays.
+
+    The method below is a private one of Orbax 0.12.
+    """
 
     def __init__(self):
         super().__init__(deepcopy_host_arrays=False)
         self._one_at_a_time = asyncio.Lock()
         self._failed = False
 
-    async def _open_and_write(self, value: Stream, tspec: dict[str, Any], ts_context: ts.Context):
+    async def _open_and_write(
+        self, value: StreamedArray, tspec: dict[str, Any], ts_context: ts.Context
+    ):
         async with self._one_at_a_time:
-            if self._failed:  # nobody waits for the others any more
+            if self._failed:  # the error of another array has ended the save
                 return
             try:
                 array = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
@@ -85,22 +90,26 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
                 raise
 
 
-def save(workdir: epath.Path, c: ModelConfig, arrays: Mapping[str, Stream]) -> None:
-    """Writes step 0 of a new workdir, with parameters alone.
+def save(workdir: epath.Path, c: ModelConfig, arrays: Mapping[str, StreamedArray]) -> None:
+    """Writes step 0 of a new workdir, with parameters and nothing else.
 
     Args:
+      c: the model.
       arrays: by path, "layers/mlp/down".
+
+    Raises:
+      UserError: it cannot be written, or what reading an array raises.
     """
     folder = absolute(workdir) / "checkpoints" / "0"
     folder.mkdir(parents=True)
     raise_without_printing()
     registry = ocp.type_handlers.create_type_handler_registry(
-        (Stream, _StreamHandler()),
+        (StreamedArray, _StreamedArrayHandler()),
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # or Orbax warns
     )
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     tree = tree_of_leaves(arrays)
-    # A chunk is what is written at once.
+    # A chunk holds what is written at once.
     chunks = {
         name: ocp.SaveArgs(shard_axes=(0,)) if x.sliced else ocp.SaveArgs()
         for name, x in arrays.items()
@@ -132,7 +141,7 @@ def save(workdir: epath.Path, c: ModelConfig, arrays: Mapping[str, Stream]) -> N
 
 
 class Reader:
-    """The parameters of a checkpoint, read when they are asked for.
+    """The parameters of a checkpoint, each read on request.
 
     Attributes:
       directory: the workdir.
@@ -149,24 +158,30 @@ class Reader:
         directory, steps = locate(path)
         self.directory, self._step = directory.parent, directory / str(steps[-1])
         try:
-            meta, self._recorded, _ = items.read_meta(self._step, steps[-1])
+            meta = items.read_meta(self._step, steps[-1])
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged("meta") from error
-        self.config = model_config_of(path, meta)
+        self._recorded = meta.params
+        self.config = model_config_of(path, meta.meta)
         self.arrays = {
             name: (tuple(x["shape"]), jax.numpy.dtype(x["dtype"]))
             for name, x in self._recorded.items()
         }
         self._open: tuple[str | None, Any] = None, None
-        self._sums: dict[str, list[int]] = {}  # checksum and elements of what was read in order
+        # Of arrays read in order: checksum and number of the elements read so far.
+        self._sums: dict[str, list[int]] = {}
 
     def read(self, path: str, layer: int | None = None) -> np.ndarray:
-        """A parameter, of one layer if it is of a layer.
+        """Reads a parameter.
+
+        Args:
+          path: of `arrays`.
+          layer: of parameters stacked by layer, the one to read; None: the whole array.
 
         Raises:
-          UserError: it is damaged; of layers read in order this is seen at the last.
+          UserError: it is damaged. Of layers that are read in order, the last one shows it.
         """
         try:
             if self._open[0] != path:
@@ -187,7 +202,7 @@ class Reader:
         return x
 
     def _array(self, path: str) -> ts.TensorStore | np.ndarray:
-        """A parameter's array, as Orbax lays them out; in memory if chunks have several layers."""
+        """Opens an array where Orbax puts it; reads it all if a chunk holds several layers."""
         folder = self._step / "params"
         tree = json.loads((folder / "_METADATA").read_text())
         spec = {

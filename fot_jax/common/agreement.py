@@ -1,10 +1,11 @@
-"""What one process of several is asked to do, all do after the same step.
+"""Agreement between processes: what one of them requests, all do after the same step.
 
-A process asks through the key-value store of `jax.distributed`, and all look there in each step,
-after they have begun it and have the results of the step before. That is in time: to have the
-results of step n + 1 a process needs this one to have begun it, and so to have asked in step n;
-then nobody leaves step n + 2 without having seen it. (JAX's own preemption service would take
-SIGTERM for itself, and knows no other request.)
+A request is written to the key-value store of `jax.distributed` in some step n and carried out by
+all processes after step n + 2. Each process looks there in every step, once it has started the step
+and has the results of the one before. No process can miss a request: to have the results of step
+n + 1, which step n + 2 waits for, it needs the requesting process to have started step n + 1, and
+so to have written the request before. (JAX's own preemption service would handle SIGTERM itself,
+and has no other requests.)
 """
 
 from __future__ import annotations
@@ -14,35 +15,35 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-AHEAD = 2  # steps between asking and doing, where there are several processes
+AHEAD = 2  # steps from a request to what it asks for, where there are several processes
 
 
 class Agreement:
-    """Requests of the processes of one run, each by a name of its own."""
+    """Requests of the processes of one run, each under a name that is used once."""
 
     def __init__(self):
         several = jax.process_count() > 1
         self._store = ocp.multihost.get_jax_distributed_client() if several else None
         self._alone: dict[str, tuple[int, int]] = {}
 
-    def ask(self, what: str, step: int, value: int = 0) -> None:
-        """Asks for something in `step`; where several do, the first one's value is taken."""
+    def request(self, name: str, step: int, value: int = 0) -> None:
+        """Makes a request in `step`; of several processes that do, the first one's value holds."""
         if self._store is None:
-            self._alone.setdefault(what, (step, value))
+            self._alone.setdefault(name, (step, value))
             return
         try:
-            self._store.key_value_set(_key(what), f"{step + AHEAD} {value}")
+            self._store.key_value_set(_key(name), f"{step + AHEAD} {value}")
         except jax.errors.JaxRuntimeError as error:
             if "ALREADY_EXISTS" not in str(error):
                 raise
 
-    def due(self, what: str, step: int) -> int | None:
-        """The value of what was asked, where it is to be done after `step`."""
+    def due(self, name: str, step: int) -> int | None:
+        """The value of a request that is to be carried out after `step`; None: there is none."""
         if self._store is None:
-            at, value = self._alone.get(what, (step + 1, 0))
+            at, value = self._alone.get(name, (step + 1, 0))
         else:
             try:
-                at, value = map(int, self._store.key_value_try_get(_key(what)).split())
+                at, value = map(int, self._store.key_value_try_get(_key(name)).split())
             except jax.errors.JaxRuntimeError as error:
                 if "NOT_FOUND" not in str(error):
                     raise
@@ -50,12 +51,12 @@ class Agreement:
         return value if step >= at else None
 
 
-def _key(what: str) -> str:
-    return f"fot_jax/asked/{what}"
+def _key(name: str) -> str:
+    return f"fot_jax/requests/{name}"
 
 
-def all_agree(fine: bool) -> bool:
-    """Whether it is fine on all processes, which wait for each other here."""
+def all_agree(condition: bool) -> bool:
+    """Whether a condition holds on all processes, which wait for each other here."""
     if jax.process_count() == 1:
-        return fine
-    return bool(multihost_utils.process_allgather(np.array(fine)).all())
+        return condition
+    return bool(multihost_utils.process_allgather(np.array(condition)).all())

@@ -1,4 +1,4 @@
-"""The one exception that bad input raises, and what raises it for numbers."""
+"""The one exception that bad input raises, and the check of numbers that raises it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ LARGEST_FLOAT = float.fromhex("0x1.fffffep+127")  # of float32, which programs c
 
 
 class UserError(ValueError):
-    """Bad input or a full disk: what is wrong, where, and how to mend it, in one line.
+    """Bad input or a full disk: what is wrong, where, and what to do about it, in one line.
 
     The command line prints the message and exits with code 2.
     """
 
 
 @contextlib.contextmanager
-def because_of(what: str) -> Iterator[None]:
-    """What is refused in here says first what it follows from: `Owner.field has 3`, say."""
+def because_of(cause: str) -> Iterator[None]:
+    """Puts a cause ("Owner.field has 3") before the message of a UserError raised in the block."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{what}: {error}") from error
+        raise UserError(f"{cause}: {error}") from error
 
 
 def check_range(
@@ -37,12 +37,12 @@ def check_range(
 
     Args:
       owner: what they are parameters of, as experiment files name it.
-      least, most: None for no other upper bound than that of float32.
-      whole: only whole numbers fit.
+      least, most: bounds; most = None for no upper bound but that of float32.
+      whole: fractions are refused, too.
       values: by parameter; a value of None passes.
 
     Raises:
-      UserError: names the first that does not fit.
+      UserError: names the first value out of range.
     """
     for name, value in values.items():
         if whole and value is not None and (value != value or value != int(value)):

@@ -1,4 +1,4 @@
-"""How far a long job is: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a long job: a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from tqdm import tqdm
 
 @contextlib.contextmanager
 def bar(total: int, unit: str = "token", seconds: float = 30.0) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with the number of tokens (or what the unit is) just done.
+    """Gives a function to call with the number of tokens, or other units, just done.
 
-    Speaks on standard error, on process 0; elsewhere than on a terminal a line every so many
-    seconds.
+    Process 0 shows progress on standard error: as a bar if that is a terminal, else as a line every
+    `seconds`.
+
+    Args:
+      total: units in all.
+      unit: singular, "token".
     """
     if jax.process_index():
         yield lambda tokens: None

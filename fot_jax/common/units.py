@@ -1,4 +1,4 @@
-"""Sizes in bytes as people, and XLA's compilers, write them."""
+"""Sizes in bytes, formatted for messages and parsed from XLA's."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def in_bytes(size: float) -> str:
 
 
 def bytes_of(text: str) -> int:
-    """What XLA's compilers write: "15.48G", "1.02T", "8.5K", "512B", "512".
+    """Parses a size as XLA's compilers write it: "15.48G", "1.02T", "8.5K", "512B", "512".
 
     Raises:
-      ValueError: it is none of these.
+      ValueError: it is no size.
     """
     number = text.strip().removesuffix("B").removesuffix("i")
     unit = _LETTERS.index(number[-1:]) if number[-1:] in _LETTERS[1:] else 0

@@ -89,7 +89,7 @@ class LanguageModel:
                     f"devices = {devices}, but this machine has {len(at_hand)}: give at most these"
                 )
             mesh = Mesh(np.asarray(at_hand[:devices]), (memories.AXIS,))
-        config, params = loading.model_of(path, jnp.dtype(dtype))
+        config, params = loading.load_model(path, jnp.dtype(dtype))
         if mesh is not None:
             params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         vocabulary = loading.vocabulary_of(path)

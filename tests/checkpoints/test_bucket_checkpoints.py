@@ -105,7 +105,7 @@ def test_a_hugging_face_directory_is_read_from_there_once(model, bucket, cloud):
     assert size <= cloud.received(".safetensors") < 1.5 * size  # and what is said of the files
     target = restore_params(model / "base").params
     cloud.requests.clear()
-    config, params = loading.params_of(f"{bucket.url}/hf", target)
+    config, params = loading.load_params(f"{bucket.url}/hf", target)
     assert (
         dataclasses.replace(config, memory_layers=(1,)) == LanguageModel.load(model / "base").config
     )

@@ -40,7 +40,7 @@ def streams(values, seen=lambda name, index: None):
             seen(name, index)
             return x if index is None else x[index]
 
-        return stream.Stream(x.shape, x.dtype, name.startswith("layers/"), read)
+        return stream.StreamedArray(x.shape, x.dtype, name.startswith("layers/"), read)
 
     return {name: of(name, x) for name, x in values.items()}
 

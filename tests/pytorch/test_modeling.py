@@ -74,7 +74,7 @@ def converted(tmp_path_factory):
         directory = tmp_path_factory.mktemp("converted")
         values = leaves_by_path(random_params(config_of(name)))
         arrays = {
-            path: stream.Stream(
+            path: stream.StreamedArray(
                 *(x.shape, x.dtype, path.startswith("layers/")),
                 lambda i, x=x: x if i is None else x[i],
             )
@@ -416,7 +416,7 @@ def test_a_pipeline(tmp_path):
     config = dataclasses.replace(config_of("llama"), vocab_size=258)
     values = leaves_by_path(random_params(config))
     arrays = {
-        path: stream.Stream(
+        path: stream.StreamedArray(
             *(x.shape, x.dtype, path.startswith("layers/")),
             lambda i, x=x: x if i is None else x[i],
         )
