@@ -392,4 +392,6 @@ def _gives(thing: Callable, hint: Any) -> bool:
     """Whether a call of what is registered gives what a type or protocol asks for."""
     if not inspect.isclass(thing):
         return typing.get_type_hints(thing).get("return") == hint
-    return _follows(thing, hint) if getattr(hint, "_is_protocol", False) else thing is hint
+    if getattr(hint, "_is_protocol", False):
+        return _follows(thing, hint)
+    return inspect.isclass(hint) and issubclass(thing, hint)

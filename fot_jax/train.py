@@ -111,9 +111,7 @@ def train(
             f"train.positive_mass_every = {positive_mass_every} is not a multiple of "
             f"train.log_every = {log_every}: change one of them"
         )
-    if positive_mass_every and (
-        not model.memory_layers or isinstance(scheme, schemes.NoCrossbatch | schemes.CachedContext)
-    ):
+    if positive_mass_every and not (model.memory_layers and scheme.has_contexts):
         raise UserError(
             f"train.positive_mass_every = {positive_mass_every}: r_d is of memory layers in "
             "crossbatch, and there are none: set it to None"

@@ -36,11 +36,17 @@ class Cached(NamedTuple):
 
 def empty(config, scheme: CachedContext, rows: int, dtype) -> Cached:
     """Nothing yet, for a model of this ModelConfig."""
-    shape = (len(config.memory_layers), rows, scheme.tokens, config.num_kv_heads, config.head_dim)
+    shape = (
+        len(config.memory_layers),
+        rows,
+        scheme.cached_tokens,
+        config.num_kv_heads,
+        config.head_dim,
+    )
     return Cached(
         jnp.zeros(shape, dtype),
         jnp.zeros(shape, dtype),
-        jnp.zeros((rows, scheme.tokens), jnp.int32),
+        jnp.zeros((rows, scheme.cached_tokens), jnp.int32),
         jnp.zeros([], jnp.int32),
     )
 

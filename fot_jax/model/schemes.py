@@ -1,13 +1,13 @@
 """Crossbatch schemes: which contexts each row of a batch attends to (paper §3.2).
 
-Each is a small object that gives, for every row of a crossbatch group, the rows it attends to: as
-positives, earlier windows of its own document, and as negatives, windows of others.
+A scheme is a subclass of Scheme. It gives, for every row of a crossbatch group, the rows it attends
+to: as positives, earlier windows of its own document, and as negatives, windows of others.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -25,29 +25,67 @@ class Context(NamedTuple):
     sees: int = ANY_DOCUMENT  # SAME_DOCUMENT hides the keys of other documents in it
 
 
-@configurable
-@dataclasses.dataclass(frozen=True)
-class NoCrossbatch:
-    """Plain transformer: a lane gives one window a step, and no row sees another one."""
+class Scheme:
+    """What memory layers attend to in training: by default, nothing beyond the local context.
 
-    windows = 1  # rows that a lane gives each step: consecutive windows of its document
-    advance = 1  # windows that a lane moves on per step
+    A new scheme is a frozen dataclass that inherits from this class, is marked @configurable, and
+    overrides what differs.
+
+    Attributes:
+      windows: rows that a lane gives each step: consecutive windows of its document.
+      advance: windows that a lane moves on per step.
+      has_contexts: whether rows attend to other rows of the batch.
+      cached_tokens: how many earlier tokens of a lane memory layers keep from step to step, and
+        attend to without gradients; 0: none.
+    """
+
+    windows: int = 1
+    advance: int = 1
+    has_contexts: bool = True
+    cached_tokens: int = 0
 
     def contexts(self, rows: int) -> list[list[Context]]:
-        """For each of `rows` rows of a group, the contexts its memory layers attend to."""
+        """For each of `rows` rows of a group, the contexts its memory layers attend to.
+
+        Raises:
+          UserError: a group of so few rows does not have them.
+        """
         return [[] for _ in range(rows)]
 
     def output_place(self) -> slice:
         """The windows of a lane, by place, that the loss is taken on."""
         return slice(0, self.windows)
 
-    def with_d(self, d: int) -> NoCrossbatch:
-        raise UserError(f"the scheme NoCrossbatch has no d (asked for d={d}): drop train.d")
+    def with_d(self, d: int) -> Scheme:
+        """The scheme with another number of contexts: what the schedule train.d sets.
+
+        Raises:
+          UserError: the scheme has no such number.
+        """
+        raise UserError(
+            f"the scheme {type(self).__name__} has no d (asked for d={d}): drop train.d"
+        )
+
+    def check_model(self, model: Any) -> None:
+        """Raises UserError where the scheme does not fit a model (a transformer.ModelConfig)."""
+        if model.memory_gate:
+            raise UserError(
+                f"model.memory_gate = True needs the scheme CachedContext: {type(self).__name__} "
+                "has contexts and window in one softmax"
+            )
 
 
 @configurable
 @dataclasses.dataclass(frozen=True)
-class PreviousContext:
+class NoCrossbatch(Scheme):
+    """Plain transformer: a lane gives one window a step, and no row sees another one."""
+
+    has_contexts = False
+
+
+@configurable
+@dataclasses.dataclass(frozen=True)
+class PreviousContext(Scheme):
     """Scheme A: the previous context of this document and of d - 1 others (paper §3.2).
 
     A lane gives its last `w` windows and its current one. The current window of lane i attends to
@@ -102,7 +140,7 @@ class PreviousContext:
 
 @configurable
 @dataclasses.dataclass(frozen=True)
-class Packed:
+class Packed(Scheme):
     """Scheme B, stepping rule: `pack` consecutive windows of a lane in a step (paper §4).
 
     The row at place r of its pack attends to min(r * step + 1, n) contexts, its own among them,
@@ -135,15 +173,13 @@ class Packed:
             table.append([Context(row - j, j <= place) for j in range(1, reach + 1)])
         return table
 
-    output_place = NoCrossbatch.output_place
-
     def with_d(self, d: int) -> Packed:
         return dataclasses.replace(self, range=d)
 
 
 @configurable
 @dataclasses.dataclass(frozen=True)
-class PackedTable:
+class PackedTable(Scheme):
     """Scheme B, fixed table: (positives, negatives) for every place in the pack (paper §4).
 
     LongLLaMA 3B: ((0, 0), (1, 1), (2, 1), (3, 0)); 7B: ((0, 0), (1, 2), (2, 5), (3, 4)). Positives
@@ -184,15 +220,13 @@ class PackedTable:
             )
         return table
 
-    output_place = NoCrossbatch.output_place
-
     def with_d(self, d: int) -> PackedTable:
         raise UserError(f"PackedTable has no d (asked for d={d}): use Packed, or drop train.d")
 
 
 @configurable
 @dataclasses.dataclass(frozen=True)
-class CachedContext:
+class CachedContext(Scheme):
     """Not crossbatch: a row sees what memory layers have cached of its lane, without gradients.
 
     A Transformer-XL has `memory_layers` = all of them, `tokens` = the local context, and
@@ -209,24 +243,29 @@ class CachedContext:
     lookup: Lookup = Dense()
     multi_doc: bool = False
 
-    windows = 1
-    advance = 1
+    has_contexts = False
 
     def __post_init__(self):
         check_range("CachedContext", 1, 2**30, tokens=self.tokens)
         self.lookup.check(self.tokens)
 
-    contexts = NoCrossbatch.contexts
-    output_place = NoCrossbatch.output_place
+    @property
+    def cached_tokens(self) -> int:
+        return self.tokens
 
-    def with_d(self, d: int) -> CachedContext:
-        raise UserError(f"the scheme CachedContext has no d (asked for d={d}): drop train.d")
+    def check_model(self, model: Any) -> None:
+        window = model.local_context
+        if not model.memory_layers:
+            raise UserError("the scheme CachedContext needs memory layers: set model.memory_layers")
+        if self.tokens % window or model.memory_before and self.tokens > window:
+            wanted = "the same (model.memory_before)" if model.memory_before else "a multiple of it"
+            raise UserError(
+                f"CachedContext.tokens = {self.tokens} for a local context of {window}: give "
+                f"{wanted}"
+            )
 
 
 def output_rows(scheme: Scheme, x: jax.Array) -> jax.Array:
     """Of an array of rows, those with a loss: [lanes * windows, ...] -> [lanes * n, ...]."""
     by_lane = x.reshape(-1, scheme.windows, *x.shape[1:])[:, scheme.output_place()]
     return by_lane.reshape(-1, *x.shape[1:])
-
-
-Scheme = NoCrossbatch | PreviousContext | Packed | PackedTable | CachedContext

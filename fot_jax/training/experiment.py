@@ -173,7 +173,7 @@ def make_program(
                 f"model.{name} = {getattr(model, name)} does not divide over mesh axis tensor of "
                 f"{mesh.shape['tensor']}: change MeshShape.tensor"
             )
-    _check_cache(model, scheme)
+    scheme.check_model(model)
     rows = data.lanes * scheme.windows
     if rows > MOST_ROWS:
         raise UserError(
@@ -204,7 +204,7 @@ def make_program(
         tokens = jnp.zeros((1, model.local_context), jnp.int32)
         params = transformer.init(key, tokens, tokens, crossbatch.Plan())["params"]
         cached = None
-        if isinstance(scheme, schemes.CachedContext):
+        if scheme.cached_tokens:
             cached = cached_context.empty(model, scheme, rows, transformer.dtype)
         return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params), cached)
 
@@ -228,24 +228,6 @@ def make_program(
         step_of=step_of,
         flops_of=functools.cache(lambda d: training_flops(model, by_d[d], rows, group_rows)),
     )
-
-
-def _check_cache(model: ModelConfig, scheme: schemes.Scheme) -> None:
-    if not isinstance(scheme, schemes.CachedContext):
-        if model.memory_gate:
-            raise UserError(
-                f"model.memory_gate = True needs the scheme CachedContext: {type(scheme).__name__} "
-                "has contexts and window in one softmax"
-            )
-        return
-    tokens, window = scheme.tokens, model.local_context
-    if not model.memory_layers:
-        raise UserError("the scheme CachedContext needs memory layers: set model.memory_layers")
-    if tokens % window or model.memory_before and tokens > window:
-        wanted = "the same (model.memory_before)" if model.memory_before else "a multiple of it"
-        raise UserError(
-            f"CachedContext.tokens = {tokens} for a local context of {window}: give {wanted}"
-        )
 
 
 def _placed(x: jax.ShapeDtypeStruct, sharding) -> jax.ShapeDtypeStruct:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fot_jax.model.schemes import CachedContext, Scheme
+from fot_jax.model.schemes import Scheme
 from fot_jax.model.transformer import ModelConfig
 
 
@@ -23,7 +23,7 @@ def training_flops(c: ModelConfig, scheme: Scheme, rows: int, group_rows: int) -
     kept = rows * len(range(scheme.windows)[scheme.output_place()]) // scheme.windows
     layers_of_all = c.memory_layers[-1] + 1 if c.memory_layers else 0
     contexts = sum(len(of_row) for of_row in scheme.contexts(group_rows)) * (rows // group_rows)
-    beyond = contexts * T + (rows * scheme.tokens if isinstance(scheme, CachedContext) else 0)
+    beyond = contexts * T + rows * scheme.cached_tokens
     forward = row_of_a_layer * (rows * layers_of_all + kept * (c.num_layers - layers_of_all))
     forward += len(c.memory_layers) * per_score * T * beyond
     forward += kept * 2 * c.hidden_size * c.vocab_size * T
