@@ -314,7 +314,7 @@ def _evaluate(args) -> int:
 
 def _generate(args) -> int:
     from fot_jax.inference import generate as writing
-    from fot_jax.inference.prefill import MemoryConfig
+    from fot_jax.inference.state import MemoryConfig
     from fot_jax.model.lookup import Dense, TopK
 
     if hasattr(sys.stdout, "reconfigure"):

@@ -34,7 +34,7 @@ from fot_jax.gguf import weights as gguf_weights
 from fot_jax.hugging_face import config as configs
 from fot_jax.hugging_face import tensors, tokenizers
 from fot_jax.inference.language_model import LanguageModel
-from fot_jax.inference.prefill import MemoryConfig
+from fot_jax.inference.state import MemoryConfig
 from fot_jax.model.transformer import ModelConfig
 
 DTYPES = {dtype.name: dtype for dtype in tensors.DTYPES.values()}

@@ -16,7 +16,7 @@ from fot_jax.data.documents import DocumentSource
 from fot_jax.data.synthetic import KEY, QUESTION, DictionaryLookup, Records
 from fot_jax.evals import plots
 from fot_jax.inference.language_model import LanguageModel
-from fot_jax.inference.prefill import MemoryConfig, State
+from fot_jax.inference.state import MemoryConfig, State
 from fot_jax.model.lookup import Lookup, TopK
 from fot_jax.model.transformer import ModelConfig
 

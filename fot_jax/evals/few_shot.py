@@ -20,7 +20,7 @@ from fot_jax.data import corpus
 from fot_jax.data.documents import DocumentSource
 from fot_jax.evals import plots
 from fot_jax.inference.language_model import LanguageModel
-from fot_jax.inference.prefill import MemoryConfig, State, all_of_a_text, last_context
+from fot_jax.inference.state import MemoryConfig, State, all_of_a_text, last_context
 from fot_jax.model.lookup import Dense, Lookup
 from fot_jax.model.transformer import ModelConfig
 

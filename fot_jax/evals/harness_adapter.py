@@ -16,7 +16,7 @@ import numpy as np
 from fot_jax.common.errors import UserError
 from fot_jax.data.vocabulary import Vocabulary, encode_prompt
 from fot_jax.inference.language_model import LanguageModel
-from fot_jax.inference.prefill import MemoryConfig, last_context
+from fot_jax.inference.state import MemoryConfig, last_context
 
 # How a task says how many tokens it waits for: the first of these that it sets counts.
 LENGTH_SETTINGS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")

@@ -17,7 +17,7 @@ from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.data.documents import DocumentSource
 from fot_jax.evals import plots
 from fot_jax.inference.language_model import LanguageModel
-from fot_jax.inference.prefill import MemoryConfig
+from fot_jax.inference.state import MemoryConfig
 from fot_jax.model.lookup import TopK
 from fot_jax.model.transformer import ModelConfig
 

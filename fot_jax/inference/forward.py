@@ -1,15 +1,15 @@
-"""How a trained model reads: windows of tokens, a local cache, a memory (paper §3.1).
+"""Compiled programs of a model that reads: windows of tokens, a local cache, a memory (paper §3.1).
 
 A model reads a *piece* of text at a time. Every layer keeps the pieces of the local window in its
 cache; memory layers see in the same softmax everything in their memory. When a piece no longer fits
 into the window, the cache is emptied: memory layers move it to their memory, the others forget
 it, and positions start again at 0.
 
-Two compiled programs: `read` runs the layers over a piece and writes the caches only, `move`
+Two programs read: `run` runs the layers over a piece and writes the caches only, `evict`
 appends a cache to the memory. The former does not change the memory, so that it is never copied.
 
 Letters: B rows, T tokens of a piece, W places of the window (the local context, rounded up), H
-heads, K key/value heads, G = H / K, D head dim, E model dim.
+heads, K key/value heads, G = H / K, D head dim, E model dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from fot_jax.model import lookup as lookups
 from fot_jax.model import memory as memories
 from fot_jax.model import transformer
-from fot_jax.model.attention import partial_softmax as parts_of
+from fot_jax.model.attention import partial_softmax
 from fot_jax.model.lookup import Lookup
 from fot_jax.model.memory import LayerMemory, Memory
 from fot_jax.model.transformer import ModelConfig
@@ -70,38 +70,11 @@ def empty_cache(c: ModelConfig, rows: int, dtype=jnp.float32, mesh: Mesh | None 
     )
 
 
-def cut(tokens: int, cached: int, context: int, last: int) -> list[tuple[int, int, bool]]:
-    """How text is cut into pieces, as LongLLaMA does it.
-
-    All but the last `last` tokens are cut from the left into pieces of `context`, then comes one
-    piece with the rest. Text read from the start has each piece in a window of its own. With
-    tokens in the window already, a piece joins them where it fits.
-
-    Args:
-      tokens: to read now.
-      cached: places of the window in use.
-      context: places of the window in all.
-      last: at most so many tokens in the last piece.
-
-    Returns:
-      (start, stop, whether the window is emptied before) of each piece.
-    """
-    before = tokens - min(tokens, last)
-    bounds = [(i, min(i + context, before)) for i in range(0, before, context)]
-    bounds.append((before, tokens))
-    joins, pieces = cached > 0, []
-    for i, (start, stop) in enumerate(bounds):
-        moves = cached + stop - start > context if joins else i > 0
-        cached = stop - start + (0 if moves else cached)
-        pieces.append((start, stop, moves))
-    return pieces
-
-
-# --- Read ----------------------------------------------------------------------------------------
+# --- Run -----------------------------------------------------------------------------------------
 
 
 @functools.partial(jax.jit, static_argnames=("c", "lookup", "mesh"), donate_argnames="cache")
-def read(
+def run(
     c: ModelConfig,
     lookup: Lookup,
     mesh: Mesh | None,
@@ -154,7 +127,7 @@ def read(
                 return local.attended()
             beyond = _attend_memory(lookup, q, of_memory, memory.visible, mesh)
             if not c.memory_gate:
-                return parts_of.merge(local, beyond).attended()
+                return partial_softmax.merge(local, beyond).attended()
             return _gated(layer["attention"]["memory_gate"], local, beyond)
 
         attended = _by_tiles(attend, q, place, c.num_kv_heads)
@@ -175,7 +148,7 @@ def _by_tiles(attend, q: Float[Array, "B T H D"], place: Int[Array, "B T"], kv_h
     """attend(q [B, K, G * t, D], place [B, t]) over tiles of t tokens: [B, T, H, D]."""
     B, T, H, D = q.shape
     tile = T
-    while tile % 2 == 0 and tile * B * H * 256 > parts_of.score_budget():
+    while tile % 2 == 0 and tile * B * H * 256 > partial_softmax.score_budget():
         tile //= 2
     tiles, G = T // tile, H // kv_heads
 
@@ -201,17 +174,17 @@ def _attend_window(q, layer: LayerCache, valid, place):
         scores = jnp.einsum("bknd,bksd->bkns", q, k, preferred_element_type=jnp.float32)
         before = i * block + jnp.arange(block) <= place[:, :, None]
         visible = jnp.tile(before & seen[:, None], (1, groups, 1))[:, None]
-        return parts_of.absorb(parts, scores, visible, v)
+        return partial_softmax.absorb(parts, scores, visible, v)
 
     steps = jnp.minimum(place.max() // block + 1, W // block)
-    return lax.fori_loop(0, steps, step, parts_of.no_parts(q))
+    return lax.fori_loop(0, steps, step, partial_softmax.no_parts(q))
 
 
 def _gated(gate: Float[Array, " H"], local, beyond):
     """sigmoid(gate) of memory, and the rest of the window; all of it where memory is empty."""
     K, N = local.top.shape[1:]
     share = jnp.repeat(jax.nn.sigmoid(gate).reshape(K, -1), N * K // len(gate), axis=1)  # [K, N]
-    seen = (beyond.top > parts_of.MASKED / 2)[..., None]
+    seen = (beyond.top > partial_softmax.MASKED / 2)[..., None]
     merged = share[..., None] * beyond.attended() + (1 - share[..., None]) * local.attended()
     return jnp.where(seen, merged, local.attended())
 
@@ -225,13 +198,13 @@ def _attend_memory(lookup: Lookup, q, layer: LayerMemory, visible, mesh):
     return jax.tree.map(lambda x: x.reshape(K, B, N, *x.shape[3:]).swapaxes(0, 1), parts)
 
 
-# --- Move ----------------------------------------------------------------------------------------
+# --- Evict ---------------------------------------------------------------------------------------
 
 
 @functools.partial(
     jax.jit, static_argnames=("c", "mesh"), donate_argnames=("memory", "valid", "length")
 )
-def move(
+def evict(
     c: ModelConfig,
     mesh: Mesh | None,
     layers,
@@ -256,3 +229,35 @@ def move(
         windows.append((k if k_memory is None else k_memory, v))
     memory = memories.append(memory, windows, valid & rows[:, None], mesh)
     return valid & ~rows[:, None], jnp.where(rows, 0, length), memory
+
+
+# --- Results -------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("c", "mesh"))
+def logits(
+    c: ModelConfig, mesh: Mesh | None, params: Any, hidden: Float[Array, "B T E"]
+) -> Float[Array, "B T V"]:
+    """Next-token logits, float32, of hidden states from `run`."""
+    return replicated(mesh, transformer.logits(c, params, hidden))
+
+
+@functools.partial(jax.jit, static_argnames=("c", "mesh"))
+def score(
+    c: ModelConfig,
+    mesh: Mesh | None,
+    params: Any,
+    hidden: Float[Array, "B T E"],
+    targets: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """Nats of the targets, and whether they are the most likely tokens."""
+    logits = transformer.logits(c, params, hidden)
+    at_target = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    scores = jax.nn.logsumexp(logits, -1) - at_target, at_target >= logits.max(-1)
+    return replicated(mesh, scores)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """Arrays that every device of the mesh holds whole."""
+    return replicated(mesh, tree)

@@ -13,7 +13,7 @@ from fot_jax.common.progress import bar
 from fot_jax.data.vocabulary import Vocabulary
 from fot_jax.inference import memory_files
 from fot_jax.inference.language_model import LanguageModel
-from fot_jax.inference.prefill import EVERYTHING, MemoryConfig, State
+from fot_jax.inference.state import EVERYTHING, MemoryConfig, State
 
 
 def generate(

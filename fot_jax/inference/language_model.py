@@ -3,11 +3,11 @@
     lm = fot_jax.LanguageModel.load("workdirs/quickstart")
     state = lm.read(lm.encode(book))                    # into memory, window by window
     lm.save_memory(state, "book.memory")                # and back: lm.load_memory("book.memory")
-    new = lm.generate(lm.vocabulary.encode("def "), 100, state=state.copy())
-    print(lm.decode(new))
+    question = lm.encode("def ", continues=True)        # goes on from the book
+    print(lm.decode(lm.generate(question, 100, state=state.copy())))
 
 How text is cut into windows, and what happens when the window is full, is that of LongLLaMA: see
-`inference.cut`.
+`prefill.plan`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ from etils import epath
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
-from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
+from fot_jax.common.errors import UserError, check_range
 from fot_jax.data.vocabulary import Vocabulary, encode_prompt
-from fot_jax.inference import forward as inference
-from fot_jax.inference import prefill as reading
-from fot_jax.inference import sampling
-from fot_jax.inference.prefill import EVERYTHING, SHARED, MemoryConfig, State
+from fot_jax.inference import forward, inputs, sampling
+from fot_jax.inference.decode import decode
+from fot_jax.inference.prefill import prefill, remember
+from fot_jax.inference.state import EVERYTHING, SHARED, MemoryConfig, State, begin
 from fot_jax.model import memory as memories
-from fot_jax.model import transformer
 from fot_jax.model.lookup import Lookup
 from fot_jax.model.parameters import parameters_by_layer
 from fot_jax.model.transformer import ModelConfig, Transformer
@@ -83,12 +82,12 @@ class LanguageModel:
         mesh = None
         check_range("LanguageModel", 1, devices=devices)
         if devices > 1:
-            at_hand = jax.local_devices()
-            if devices > len(at_hand):
+            present = jax.local_devices()
+            if devices > len(present):
                 raise UserError(
-                    f"devices = {devices}, but this machine has {len(at_hand)}: give at most these"
+                    f"devices = {devices}, but this machine has {len(present)}: give at most these"
                 )
-            mesh = Mesh(np.asarray(at_hand[:devices]), (memories.AXIS,))
+            mesh = Mesh(np.asarray(present[:devices]), (memories.AXIS,))
         config, params = loading.load_model(path, jnp.dtype(dtype))
         if mesh is not None:
             params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
@@ -124,21 +123,23 @@ class LanguageModel:
         """
         if self.mesh is None:
             return self
-        whole = _whole(self.mesh, self.params)
+        whole = forward.replicate(self.mesh, self.params)
         here = jax.tree.map(lambda x: x.addressable_data(0), whole)
         return dataclasses.replace(self, params=here, mesh=None)
 
     # --- Text --------------------------------------------------------------------------------
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a text that begins here, with the marks that the vocabulary puts around it.
+    def encode(self, text: str, *, continues: bool = False) -> list[int]:
+        """Tokens of a text, with the marks that the vocabulary puts around it.
 
-        To read on from a state, `vocabulary.encode` gives the text alone.
+        Args:
+          continues: the text goes on from what was read before (a state), and so has no marks.
 
         Raises:
           UserError: the checkpoint has no tokenizer; the text cannot be tokenized.
         """
-        return encode_prompt(self._tokenizer(), text)
+        tokenizer = self._tokenizer()
+        return tokenizer.encode(text) if continues else encode_prompt(tokenizer, text)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of tokens, without marks.
@@ -169,12 +170,12 @@ class LanguageModel:
 
         Args: as of `logits`. One document may be given (and masked) without the axis of rows.
         """
-        if len(tokens) == 0 or np.ndim(tokens[0]) == 0:
+        if inputs.is_one_text(tokens):
             tokens, mask = [tokens], None if mask is None else [mask]
-        tokens, valid = self._text(tokens, mask)
-        state = reading.begin(self, state, memory, len(tokens))
-        for _ in reading.pieces(
-            self, state, tokens, valid, last=last_context_length, progress=progress
+        tokens, valid = self._checked(tokens, mask)
+        state = self._begin(len(tokens), memory, state)
+        for _ in prefill(
+            self.params, state, tokens, valid, last=last_context_length, progress=progress
         ):
             pass
         return state
@@ -202,7 +203,7 @@ class LanguageModel:
         Raises:
           UserError: longer windows, or a memory that is not shared; as of `logits`.
         """
-        windows, _ = self._text(windows, None)
+        windows, _ = self._checked(windows, None)
         check_range("remember", 1, rows=rows)
         if windows.shape[1] > self.config.local_context:
             raise UserError(
@@ -210,10 +211,10 @@ class LanguageModel:
                 f"{self.config.local_context}: cut them shorter"
             )
         if state is None:
-            state = reading.begin(self, None, memory, rows)
+            state = self._begin(rows, memory, None)
         if not state.config.shared:
             raise UserError("a memory for each row: set MemoryConfig.shared to have one for all")
-        reading.remember(self, state, windows, progress)
+        remember(self.params, state, windows, progress)
         return state
 
     def logits(
@@ -243,13 +244,13 @@ class LanguageModel:
           UserError: no tokens, or tokens outside the vocabulary; a memory that the model, the
             state or the text does not fit.
         """
-        tokens, valid = self._text(tokens, mask)
-        state = reading.begin(self, state, memory, len(tokens))
+        tokens, valid = self._checked(tokens, mask)
+        state = self._begin(len(tokens), memory, state)
         out = np.empty((*tokens.shape, self.config.vocab_size), np.float32)
-        for piece in reading.pieces(
-            self, state, tokens, valid, last=last_context_length, progress=progress
+        for piece in prefill(
+            self.params, state, tokens, valid, last=last_context_length, progress=progress
         ):
-            of_piece = np.asarray(_logits(self.config, self.mesh, self.params, piece.hidden))
+            of_piece = np.asarray(forward.logits(self.config, self.mesh, self.params, piece.hidden))
             out[:, piece.columns()] = of_piece[:, : piece.length[0]]
         return out
 
@@ -267,20 +268,23 @@ class LanguageModel:
 
         Arguments as of `logits`; the last token is not read.
         """
-        tokens, valid = self._text(tokens, mask)
+        tokens, valid = self._checked(tokens, mask)
         if tokens.shape[1] < 2:
             raise UserError("one token alone has no score: give at least two")
         targets = tokens[:, 1:]
-        state = reading.begin(self, state, memory, len(tokens))
+        state = self._begin(len(tokens), memory, state)
         nats, correct = np.empty(targets.shape, np.float32), np.empty(targets.shape, bool)
-        for piece in reading.pieces(
-            *(self, state, tokens[:, :-1], valid[:, :-1]),
+        for piece in prefill(
+            self.params,
+            state,
+            tokens[:, :-1],
+            valid[:, :-1],
             last=last_context_length,
             progress=progress,
         ):
             columns = piece.columns()
-            of_piece = reading.widened(targets[:, columns], piece.hidden.shape[1])
-            scored = _score(self.config, self.mesh, self.params, piece.hidden, of_piece)
+            of_piece = inputs.padded(targets[:, columns], piece.hidden.shape[1])
+            scored = forward.score(self.config, self.mesh, self.params, piece.hidden, of_piece)
             nats[:, columns], correct[:, columns] = (
                 np.asarray(x)[:, : piece.length[0]] for x in scored
             )
@@ -300,7 +304,7 @@ class LanguageModel:
           The new tokens, up to but without the first stop token: a list of them for one prompt, a
           list of lists for several.
         """
-        single = len(tokens) == 0 or np.ndim(tokens[0]) == 0
+        single = inputs.is_one_text(tokens)
         prompts = [tokens] if single else tokens
         new: list[list[int]] = [[] for _ in prompts]
         for step in self.stream(prompts, max_new_tokens, **options):
@@ -337,7 +341,7 @@ class LanguageModel:
           top_p: draws among the fewest tokens whose probabilities sum to this.
           seed: of the draws, one for each row; of a number s, row r has s + r.
           stop: tokens that end a row; None: those at which the vocabulary says that a text ends.
-          until: asked after each token with all that its row has written; True ends the row, which
+          until: called after each token with all that its row has written; True ends the row, which
             keeps the token.
           mask, last_context_length, memory, state, progress: as of `logits`.
           when_read: called with the state when the prompts have been read, to save it, say.
@@ -351,72 +355,35 @@ class LanguageModel:
         Raises:
           UserError: as of `logits`; or a number out of range.
         """
-        if not len(prompts) or mask is None and any(len(prompt) == 0 for prompt in prompts):
-            raise UserError("the prompt is empty: give at least one token")
-        rows = len(prompts)
+        padded, lengths = inputs.side_by_side(prompts, mask)
         check_range("generate", 0, whole=True, max_new_tokens=max_new_tokens)
-        check_range("generate", 0, temperature=temperature)
-        check_range("generate", 1, whole=True, top_k=top_k)
-        check_range("generate", 0, 1, top_p=top_p)
-        seeds = list(seed) if isinstance(seed, Sequence | np.ndarray) else [seed] * rows
-        if len(seeds) != rows:
-            raise UserError(f"{len(seeds)} seeds for {rows} prompts: give one for each")
-        for each in seeds:
-            check_range("generate", 0, LARGEST_SEED, whole=True, seed=each)
-        seeds = [int(each) for each in seeds]
-        if not isinstance(seed, Sequence | np.ndarray):
-            seeds = [each + row for row, each in enumerate(seeds)]
-        lengths = np.asarray([len(prompt) for prompt in prompts])
-        if mask is not None and len(set(lengths)) > 1:
-            raise UserError("prompts of different lengths with a mask: pad them to one length")
-        padded = [_whole_numbers(prompt, "a prompt", 1) for prompt in prompts]
-        padded = np.stack([reading.widened(prompt, lengths.max()) for prompt in padded])
-        tokens, valid = self._text(padded, mask)
-        state = reading.begin(self, state, memory, rows)
-        pieces = reading.pieces(
-            *(self, state, tokens, valid),
+        sampler = sampling.sampler(
+            temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, rows=len(prompts)
+        )
+        tokens, valid = self._checked(padded, mask)
+        state = self._begin(len(prompts), memory, state)
+        prompt = prefill(
+            self.params,
+            state,
+            tokens,
+            valid,
             last=last_context_length,
             progress=progress,
             lengths=lengths,
             new_tokens=int(max_new_tokens),
         )
-        draw = sampling.Draw.of(temperature, top_k, top_p, seeds)
         if stop is None:
             stop = () if self.vocabulary is None else self.vocabulary.ends
-        most = int(max_new_tokens)
-        return self._write(state, pieces, most, draw, frozenset(stop), until, when_read)
-
-    def _write(self, state, pieces, max_new_tokens, draw, stop, until, when_read):
-        """The steps of `stream`."""
-        for piece in pieces:
-            last = piece
-        if when_read is not None:
-            when_read(state)
-        if not max_new_tokens:
-            return
-        token = sampling.first_token(
-            *(self.config, draw.among, self.mesh, self.params),
-            *(last.hidden, last.length, draw.numbers),
+        return decode(
+            self.params,
+            state,
+            prompt,
+            sampler,
+            max_new_tokens=int(max_new_tokens),
+            stop=frozenset(stop),
+            until=until,
+            when_read=when_read,
         )
-        ended = np.zeros(state.rows, bool)
-        written: list[list[int]] = [[] for _ in ended]
-        for step in range(1, max_new_tokens + 1):
-            fetched = np.asarray(token).tolist()
-            ended |= [each in stop for each in fetched]
-            now = [None if end else each for each, end in zip(fetched, ended, strict=True)]
-            if until is not None:
-                for row in np.flatnonzero(~ended):
-                    written[row].append(fetched[row])
-                    ended[row] = until(written[row])
-            if not ended.all() and step < max_new_tokens:  # computed while this one is looked at
-                reading.make_room(self, state, ~ended)
-                token, state.cache = sampling.next_token(
-                    *(self.config, draw.among, state.config.lookup, self.mesh, self.params),
-                    *(state.cache, state.memory, token, ~ended, draw.numbers, np.int32(step)),
-                )
-            yield now
-            if ended.all():
-                return
 
     # --- Memory on disk ----------------------------------------------------------------------
 
@@ -457,69 +424,13 @@ class LanguageModel:
         dtype = self.params["embedding"].dtype.name
         return {"model": config, "dtype": dtype, "parameters": array_checksums(leaves)}
 
-    # --- Checks ------------------------------------------------------------------------------
+    # --- What calls begin with ---------------------------------------------------------------
 
-    def _text(self, tokens, mask) -> tuple[np.ndarray, np.ndarray]:
-        """Checked tokens [B, N] int32, and where they are none of padding."""
-        tokens = _whole_numbers(tokens, "tokens", 2)
-        if not tokens.size:
-            raise UserError("the text is empty: give at least one token")
-        if mask is None:
-            valid = np.ones(tokens.shape, bool)
-        else:
-            valid = _whole_numbers(mask, "a mask", 2) > 0
-        if valid.shape != tokens.shape:
-            raise UserError(f"a mask of shape {valid.shape} for tokens of shape {tokens.shape}")
-        rows = self.config.vocab_size
-        outside = tokens[(tokens < 0) | (tokens >= rows)]
-        if outside.size:
-            of_another = "the text was tokenized for another model"
-            if self.vocabulary is not None and outside[0] in range(rows, self.vocabulary.size):
-                of_another = (
-                    f"the tokenizer has {self.vocabulary.size}: leave what was added to it out of "
-                    "the text"
-                )
-            raise UserError(
-                f"token {outside[0]} is outside the model's vocabulary of {rows}: {of_another}"
-            )
-        return tokens.astype(np.int32), valid
+    def _checked(self, tokens, mask) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [B, N] int32, and where they are not padding."""
+        return inputs.checked(tokens, mask, self.config.vocab_size, self.vocabulary)
 
-
-def _whole_numbers(x: Any, what: str, dimensions: int) -> np.ndarray:
-    """An array of so many dimensions, checked to be one of whole numbers (a mask may be bool)."""
-    try:
-        array = np.asarray(x)
-    except (ValueError, OverflowError) as error:
-        raise UserError(f"{what} with rows of different lengths: pad them, with a mask") from error
-    if (
-        array.ndim != dimensions
-        or array.size
-        and array.dtype.kind not in "iu" + "b" * (what == "a mask")
-    ):
-        raise UserError(
-            f"{what} of shape {array.shape} and type {array.dtype}: give whole numbers, "
-            + ("a list of them" if dimensions == 1 else "[documents, length]")
-        )
-    return array
-
-
-# --- Compiled ------------------------------------------------------------------------------------
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _whole(mesh: Mesh, params):
-    return inference.replicated(mesh, params)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _logits(c: ModelConfig, mesh: Mesh | None, params, hidden):
-    return inference.replicated(mesh, transformer.logits(c, params, hidden))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _score(c: ModelConfig, mesh: Mesh | None, params, hidden, targets):
-    """Nats and correctness of targets [B, T]."""
-    logits = transformer.logits(c, params, hidden)
-    at_target = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    scores = jax.nn.logsumexp(logits, -1) - at_target, at_target >= logits.max(-1)
-    return inference.replicated(mesh, scores)
+    def _begin(self, rows: int, memory: MemoryConfig, state: State | None) -> State:
+        """The state to read on from."""
+        dtype = self.params["embedding"].dtype
+        return begin(self.config, dtype, self.mesh, rows=rows, config=memory, state=state)

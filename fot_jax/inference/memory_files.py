@@ -30,9 +30,9 @@ from fot_jax.common.checksums import seal, unseal
 from fot_jax.common.errors import UserError
 from fot_jax.common.paths import in_bucket, kvstore, path_of
 from fot_jax.common.trees import leaves_by_path
-from fot_jax.inference import forward as inference
+from fot_jax.inference import forward
 from fot_jax.inference.forward import Cache
-from fot_jax.inference.prefill import MemoryConfig, State
+from fot_jax.inference.state import MemoryConfig, State
 from fot_jax.model import memory as memories
 from fot_jax.model.lookup import Lookup
 from fot_jax.model.memory import Memory
@@ -137,7 +137,7 @@ def load(
     appended, places = np.asarray(content["appended"]), np.asarray(content["places"])
     rows = len(places)
     memory = memories.empty(c, len(appended), content["limit"], storage, mesh)
-    cache = inference.empty_cache(c, rows, jnp.dtype(content["window_dtype"]), mesh)
+    cache = forward.empty_cache(c, rows, jnp.dtype(content["window_dtype"]), mesh)
     try:
         if memory.slots:
             memory = _read_memory(path, memory, content["arrays"], mesh)

@@ -14,7 +14,7 @@ from fot_jax.data.files import SPLITS
 from fot_jax.data.synthetic import KEY, QUESTION, DictionaryLookup, Passkey
 from fot_jax.evals.dictionary import DictionaryAccuracy
 from fot_jax.inference.language_model import Scores
-from fot_jax.inference.prefill import MemoryConfig
+from fot_jax.inference.state import MemoryConfig
 from fot_jax.model.lookup import Dense, TopK
 
 TASK = DictionaryLookup(document_tokens=64, key_length=2, value_length=3)  # 4 records of 7 a half

@@ -12,7 +12,7 @@ import pytest
 from fot_jax.common.errors import UserError
 from fot_jax.data.vocabulary import Bytes
 from fot_jax.evals.few_shot import FewShot
-from fot_jax.inference.prefill import EVERYTHING, MemoryConfig
+from fot_jax.inference.state import EVERYTHING, MemoryConfig
 from fot_jax.model.lookup import TopK
 
 SOURCE = types.SimpleNamespace(vocabulary=Bytes())

@@ -12,7 +12,7 @@ from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
 from fot_jax.data.vocabulary import Bytes
 from fot_jax.evals.harness import LmEval
 from fot_jax.inference.language_model import Scores
-from fot_jax.inference.prefill import EVERYTHING, MemoryConfig
+from fot_jax.inference.state import EVERYTHING, MemoryConfig
 from fot_jax.model.lookup import TopK
 
 SOURCE = types.SimpleNamespace(vocabulary=Bytes())

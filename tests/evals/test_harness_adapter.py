@@ -14,7 +14,7 @@ from fot_jax.common.errors import UserError
 from fot_jax.evals.harness import LmEval
 from fot_jax.evals.harness_adapter import LENGTH_SETTINGS, adapter, generation_settings
 from fot_jax.inference.language_model import LanguageModel
-from fot_jax.inference.prefill import EVERYTHING
+from fot_jax.inference.state import EVERYTHING
 
 pytestmark = [pytest.mark.slow, pytest.mark.torch]
 

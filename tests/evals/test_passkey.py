@@ -12,7 +12,7 @@ from fot_jax.common.errors import UserError
 from fot_jax.data.synthetic import FILLER, PASSKEY_QUESTION, TASK, Passkey
 from fot_jax.data.vocabulary import Bytes
 from fot_jax.evals.passkey import PasskeyRetrieval
-from fot_jax.inference.prefill import EVERYTHING, MemoryConfig, last_context
+from fot_jax.inference.state import EVERYTHING, MemoryConfig, last_context
 from fot_jax.model.lookup import Dense, TopK
 
 SOURCE = types.SimpleNamespace(vocabulary=Bytes())

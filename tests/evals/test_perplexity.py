@@ -13,7 +13,7 @@ from tiny import tiny, untrained
 from fot_jax.common.errors import UserError
 from fot_jax.data.documents import Document
 from fot_jax.evals.perplexity import PerplexityByContext
-from fot_jax.inference.prefill import MemoryConfig
+from fot_jax.inference.state import MemoryConfig
 from fot_jax.model.lookup import Dense, TopK
 
 WINDOW = 8

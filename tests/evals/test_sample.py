@@ -7,7 +7,7 @@ from fot_jax.common.errors import UserError
 from fot_jax.data.documents import Document
 from fot_jax.data.vocabulary import Bytes
 from fot_jax.evals.sample import Sample
-from fot_jax.inference.prefill import MemoryConfig
+from fot_jax.inference.state import MemoryConfig
 
 
 class Recorder:

@@ -18,7 +18,7 @@ from fot_jax import cli
 from fot_jax.data.vocabulary import Bytes
 from fot_jax.inference.generate import as_text
 from fot_jax.inference.language_model import LanguageModel
-from fot_jax.inference.prefill import MemoryConfig
+from fot_jax.inference.state import MemoryConfig
 
 EXPERIMENT = f"""{runs.MODEL}
 ModelConfig.vocab_size = 258

@@ -12,7 +12,7 @@ from tiny import LLAMA, random_params
 
 from fot_jax.common.errors import UserError
 from fot_jax.inference.language_model import LanguageModel
-from fot_jax.inference.prefill import MemoryConfig
+from fot_jax.inference.state import MemoryConfig
 from fot_jax.model.transformer import Transformer
 
 # --- Writing -------------------------------------------------------------------------------------
@@ -254,17 +254,16 @@ def test_generates_without_memory():
 
 
 def test_a_token_needs_no_compilation_and_no_copy_of_memory():
-    from fot_jax.inference import forward as inference
-    from fot_jax.inference import sampling
+    from fot_jax.inference import decode, forward
 
     lm = model_of("llama")
     prompt = random_text(1, 4500)[0].tolist()
     state = lm.read(prompt)
     lm.generate([1], 2, state=state.copy())
-    compiled = sampling.next_token._cache_size(), inference.move._cache_size()
+    compiled = decode.next_token._cache_size(), forward.evict._cache_size()
     lm.generate([1], 200, state=state.copy())
-    assert (sampling.next_token._cache_size(), inference.move._cache_size()) == compiled
-    args = inference.read.lower(
+    assert (decode.next_token._cache_size(), forward.evict._cache_size()) == compiled
+    args = forward.run.lower(
         *(lm.config, state.config.lookup, None, lm.params, state.cache, state.memory),
         *(np.ones((1, 1), np.int32), np.ones((1, 1), bool), np.ones(1, np.int32)),
     )

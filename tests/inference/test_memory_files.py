@@ -12,7 +12,7 @@ from readers import model_of, random_text
 
 from fot_jax.common.errors import UserError
 from fot_jax.inference.language_model import LanguageModel
-from fot_jax.inference.prefill import MemoryConfig
+from fot_jax.inference.state import MemoryConfig
 from fot_jax.model.lookup import TopK
 
 

@@ -28,7 +28,7 @@ from tiny import LLAMA, random_params
 
 from fot_jax.common.errors import UserError
 from fot_jax.inference.language_model import LanguageModel
-from fot_jax.inference.prefill import MemoryConfig
+from fot_jax.inference.state import MemoryConfig
 from fot_jax.model.lookup import ApproximateTopK, TopK
 from fot_jax.model.transformer import Transformer
 
@@ -278,15 +278,15 @@ def test_parameters_on_a_training_mesh_give_the_same(name):
 
 def test_growing_memory_compiles_few_programs():
     """A text fed bit by bit."""
-    from fot_jax.inference import forward as inference
+    from fot_jax.inference import forward
 
     lm = model_of("llama")
     text = random_text(1, 6000, seed=9)
-    before = inference.read._cache_size()
+    before = forward.run._cache_size()
     state = lm.read(text[:, :16])
     for start in range(16, 6000, 16):
         lm.read(text[:, start : start + 16], state=state)
-    assert inference.read._cache_size() - before < 16
+    assert forward.run._cache_size() - before < 16
     whole = lm.logits(text[:, :64], state=state)
     assert np.isfinite(whole).all()
 
@@ -301,7 +301,7 @@ def test_what_reading_takes_is_the_memory_and_a_constant():
         from fot_jax.inference.language_model import LanguageModel
         from fot_jax.model import crossbatch
         from fot_jax.model.transformer import ModelConfig, Transformer
-        from fot_jax.inference.prefill import MemoryConfig
+        from fot_jax.inference.state import MemoryConfig
         model = Transformer(ModelConfig(64, 64, 2, 8, 8, 128, 64, (1,), 512))
         tokens = np.zeros((1, 8), np.int32)
         params = model.init(jax.random.key(0), tokens, tokens, crossbatch.Plan())["params"]

@@ -15,7 +15,7 @@ from fot_jax.common.errors import UserError
 from fot_jax.data.documents import Document
 from fot_jax.data.lanes import Lanes
 from fot_jax.inference.language_model import LanguageModel
-from fot_jax.inference.prefill import MemoryConfig
+from fot_jax.inference.state import MemoryConfig
 from fot_jax.model import cached_context, crossbatch
 from fot_jax.model.cached_context import Cached
 from fot_jax.model.lookup import ApproximateTopK, Dense, TopK

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from fot_jax.common.configurable import configurables_of
 from fot_jax.common.errors import UserError
-from fot_jax.inference import forward as inference
+from fot_jax.inference import forward
 from fot_jax.model import crossbatch, memory, sizes
 from fot_jax.model.lookup import TopK
 from fot_jax.model.parameters import parameters_by_layer
@@ -92,13 +92,13 @@ def test_every_size_traces_at_inference(name):
     shape = jax.eval_shape
     params = shape(init, jax.random.key(0), tokens, tokens)["params"]
     params = shape(functools.partial(parameters_by_layer, dtype=jnp.bfloat16), params)
-    cache = shape(lambda: inference.empty_cache(config, 2, jnp.bfloat16))
+    cache = shape(lambda: forward.empty_cache(config, 2, jnp.bfloat16))
     state = shape(lambda: memory.empty(config, 2, 2**20, "int8"))
     vectors = 2 * 2 * len(config.memory_layers) * config.num_kv_heads * 2**20
     assert 0 < sum(x.size for x in jax.tree.leaves(state)) - vectors * (config.head_dim + 1) < 9
     for T in (1, config.local_context):
         piece = jnp.zeros((2, T), jnp.int32)
-        read = functools.partial(inference.read, config, TopK(128), None)
+        read = functools.partial(forward.run, config, TopK(128), None)
         hidden, after = shape(read, params, cache, state, piece, piece > 0, piece[:, 0])
         assert hidden.shape == (2, T, config.hidden_size) and hidden.dtype == jnp.bfloat16
         assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(

@@ -24,7 +24,7 @@ from fot_jax import convert
 from fot_jax.checkpoints import stream
 from fot_jax.common.trees import leaves_by_path
 from fot_jax.inference.language_model import LanguageModel
-from fot_jax.inference.prefill import MemoryConfig
+from fot_jax.inference.state import MemoryConfig
 from fot_jax.model.lookup import TopK
 from fot_jax.model.transformer import RopeScaling, Transformer
 from fot_jax.pytorch import modeling_fot

@@ -1,0 +1,255 @@
+"""What a model has read: the local window and the memory of each row, and what is kept in them.
+
+Letters: B rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Bool, DTypeLike, Int
+
+from fot_jax.common.errors import UserError, check_range
+from fot_jax.inference import forward
+from fot_jax.inference.forward import Cache
+from fot_jax.model import memory as memories
+from fot_jax.model.lookup import Dense, Lookup
+from fot_jax.model.memory import Memory
+from fot_jax.model.transformer import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+    """What is kept of text that has left the local window, and how it is read.
+
+    Attributes:
+      size: most tokens kept, of each row, or of all together where they share; None: all.
+      ring: what happens beyond them: True forgets the oldest, False refuses to read more.
+      storage: float32, bfloat16, float16 or int8 (with a scale for each key and value); None:
+        ModelConfig.memory_dtype or, where that is None too, the type that the model computes in.
+      lookup: Dense() attends to all of memory, TopK(k) to the best k keys of each head and query,
+        ApproximateTopK(k, recall) to most of these.
+      shared: one memory for all rows of a batch (the paper's multi-doc setting).
+    """
+
+    size: int | None = None
+    ring: bool = True
+    storage: str | None = None
+    lookup: Lookup = Dense()
+    shared: bool = False
+
+    def __post_init__(self):
+        check_range("MemoryConfig", 0, 2**30, whole=True, size=self.size)
+        if self.storage not in (None, *memories.STORAGE):
+            raise UserError(
+                f"MemoryConfig.storage = {self.storage!r}: choose one of "
+                f"{', '.join(memories.STORAGE)}"
+            )
+        if self.size:
+            self.lookup.check(self.size)
+
+
+LAST_CONTEXT = 1024  # tokens of a text that stay in the window, as in LongLLaMA
+EVERYTHING = MemoryConfig()
+SHARED = MemoryConfig(shared=True)
+
+
+def all_of_a_text(c: ModelConfig, storage: str | None, lookup: Lookup) -> MemoryConfig:
+    """A memory of all that is read; of a model without memory layers, none."""
+    return MemoryConfig(storage=storage, lookup=lookup) if c.memory_layers else EVERYTHING
+
+
+def last_context(c: ModelConfig, more: int = 0) -> int:
+    """How many tokens of a text stay in the window, when so many more are to have room beside them.
+
+    Of a model without memory layers all that fit, as it has no others; else what its configuration
+    says, or LongLLaMA's 1,024.
+    """
+    room = c.local_context - more
+    return max(1, min(c.last_context_length or LAST_CONTEXT, room) if c.memory_layers else room)
+
+
+@dataclasses.dataclass
+class State:
+    """What a model has read: the local window and the memory.
+
+    Reading on changes it; `copy` it first to ask several things of one text.
+
+    Attributes:
+      model, mesh: of the LanguageModel that read it.
+      cache, memory: on the devices.
+      config: how memory was asked for.
+      places: of each row's window, in use.
+      held: tokens of each window that are none of padding.
+      stored: tokens moved into each row of memory.
+      limit: of memory, known here so that no window waits for the devices to say it.
+      borrowed: whether another state has the same memory, which then must not be used up.
+    """
+
+    model: ModelConfig
+    mesh: Mesh | None
+    cache: Cache
+    memory: Memory
+    config: MemoryConfig
+    places: Int[np.ndarray, " B"]
+    held: Int[np.ndarray, " B"]
+    stored: Int[np.ndarray, " rows"]
+    limit: int = 0
+    borrowed: bool = False
+
+    @property
+    def rows(self) -> int:
+        return len(self.places)
+
+    def copy(self) -> State:
+        """Another one of the same content. The memory is copied once one of them adds to it."""
+        self.borrowed = True
+        cache = jax.tree.map(jnp.copy, self.cache)
+        return dataclasses.replace(
+            self,
+            cache=cache,
+            places=self.places.copy(),
+            held=self.held.copy(),
+            stored=self.stored.copy(),
+        )
+
+    def repeated(self, rows: int) -> State:
+        """A state of several rows, each with what the only row of this one holds.
+
+        Raises:
+          UserError: this one has several rows, or a memory for them to share.
+        """
+        if self.rows > 1 or self.config.shared:
+            raise UserError("only a state of one row, with a memory of its own, can be repeated")
+
+        def repeat(x):
+            return jnp.repeat(x, rows, axis=0) if x.ndim else x
+
+        cache, memory = jax.tree.map(repeat, (self.cache, self.memory))
+        return dataclasses.replace(
+            self,
+            cache=cache,
+            memory=memory,
+            places=np.repeat(self.places, rows),
+            held=np.repeat(self.held, rows),
+            stored=np.repeat(self.stored, rows),
+            borrowed=False,
+        )
+
+    def make_room(self, rows: Bool[np.ndarray, " B"]) -> None:
+        """Takes a place for one more token of some rows, whose windows are emptied where full."""
+        self.evict(rows & (self.places == self.model.local_context))
+        self.places += rows
+        self.held += rows
+
+    def evict(self, rows: Bool[np.ndarray, " B"]) -> None:
+        """Empties the windows of some rows; memory layers append them to their memory."""
+        if not rows.any():
+            return
+        moved = np.where(rows, self.held, 0)
+        self.stored += moved.sum() if self.config.shared else moved
+        self.reserve(int(self.stored.max()), 2 * int(self.stored.max()))
+        self._own_memory()
+        valid, length, self.memory = forward.evict(
+            self.model,
+            self.mesh,
+            layers=self.cache.layers,
+            valid=self.cache.valid,
+            length=self.cache.length,
+            memory=self.memory,
+            rows=rows,
+        )
+        self.cache = Cache(self.cache.layers, valid, length)
+        self.places[rows] = self.held[rows] = 0
+
+    def reserve(self, needed: int, wanted: int) -> None:
+        """Room for `wanted` tokens in each row of memory, if it has less than the `needed`."""
+        if self.config.size is not None:
+            needed, wanted = min(needed, self.config.size), min(wanted, self.config.size)
+        if self.model.memory_layers and needed > self.limit:
+            self._own_memory()
+            self.memory, self.limit = memories.grow(self.memory, wanted, self.mesh), wanted
+
+    def check_room(self, needed: int) -> None:
+        """Raises UserError where so many tokens do not fit, and the memory is no ring."""
+        size = self.config.size
+        if size is not None and needed > size and not self.config.ring:
+            raise UserError(
+                f"the memory of {size} tokens is full before the end of the text, which needs "
+                f"{needed}: raise MemoryConfig.size, or set MemoryConfig.ring to forget the oldest"
+            )
+
+    def _own_memory(self) -> None:
+        """Makes the memory this state's alone: compiled programs use it up."""
+        if self.borrowed:
+            self.memory, self.borrowed = jax.tree.map(jnp.copy, self.memory), False
+
+
+def begin(
+    c: ModelConfig,
+    dtype: DTypeLike,
+    mesh: Mesh | None,
+    *,
+    rows: int,
+    config: MemoryConfig,
+    state: State | None,
+) -> State:
+    """The state to read on from: the given one, or one in which nothing was read.
+
+    Args:
+      c: of the model that reads.
+      dtype: that it computes in.
+      mesh: devices that hold it.
+      rows: texts that are read side by side.
+      config: of a new memory.
+      state: what was read before.
+
+    Raises:
+      UserError: the state is of another model or number of rows, or has a memory of its own; or a
+        memory for a model without memory layers.
+    """
+    if state is not None:
+        if state.rows != rows:
+            raise UserError(f"{rows} documents for a state of {state.rows}: give as many")
+        if (state.model, state.mesh) != (c, mesh):
+            raise UserError("a state of another model, or on other devices: read the text again")
+        if config != EVERYTHING:
+            raise UserError(
+                "a state has a memory of its own, which cannot be changed: give a state or how "
+                "memory is wanted, not both"
+            )
+        return state
+    if not c.memory_layers and (config.size or config.lookup != Dense()):
+        wanted = f"of {config.size} tokens" if config.size else f"with {config.lookup}"
+        raise UserError(
+            f"a memory {wanted} for a model without memory layers: it reads its local window "
+            "alone; leave the memory out"
+        )
+    if c.memory_before:
+        config = _of_one_window(config, c.local_context)
+    storage = config.storage or c.memory_dtype or jnp.dtype(dtype).name
+    memory = memories.empty(c, 1 if config.shared else rows, 0, storage, mesh)
+    return State(
+        model=c,
+        mesh=mesh,
+        cache=forward.empty_cache(c, rows, dtype, mesh),
+        memory=memory,
+        config=config,
+        places=np.zeros(rows, int),
+        held=np.zeros(rows, int),
+        stored=np.zeros(memory.rows, int),
+    )
+
+
+def _of_one_window(config: MemoryConfig, context: int) -> MemoryConfig:
+    """For a model whose memory is at positions right before the window: at most one window."""
+    if config.size is not None and config.size > context:
+        raise UserError(
+            f"a memory of {config.size} tokens for a model that sees the window before "
+            f"(memory_before): give at most {context}, or leave the size out"
+        )
+    return dataclasses.replace(config, size=context if config.size is None else config.size)
