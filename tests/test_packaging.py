@@ -41,6 +41,16 @@ def test_importing_the_package_loads_nothing_heavy():
     assert not {"jax", "numpy", "tensorflow", "seqio", "torch", "flax"} & set(loaded)
 
 
+def test_the_public_api_is_offered_by_the_package():
+    offered = {
+        name: getattr(fot_jax, name)
+        for name in ("LanguageModel", "MemoryConfig", "Dense", "TopK", "ApproximateTopK")
+    }
+    assert list(offered) == fot_jax.__all__ and offered.keys() <= set(dir(fot_jax))
+    for name, what in offered.items():
+        assert what.__name__ == name and what.__doc__
+
+
 def test_unknown_attributes_are_attribute_errors():
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         fot_jax.nonsense  # noqa: B018
@@ -80,7 +90,6 @@ def test_rooms_import_each_other_in_one_direction():
                 of_top = node.module == "fot_jax"
                 names = [a.name for a in node.names] if of_top else [node.module.split(".")[1]]
                 rooms.setdefault(room, set()).update(set(names) - {room})
-    rooms.pop("__init__")  # offers what is in the rooms, when it is asked for
     order = list(graphlib.TopologicalSorter(rooms).static_order())
     assert order.index("common") < order.index("model") < order.index("train")
 

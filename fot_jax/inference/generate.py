@@ -66,10 +66,7 @@ def generate(
     if save_memory is not None and not lm.config.memory_layers:
         raise UserError(f"{checkpoint}: the model has no memory layers: there is no memory to save")
     state = None if memory is None else lm.load_memory(memory, config.lookup)
-    if state is None:  # a document begins
-        tokens = lm.encode(text)
-    else:
-        tokens = lm.vocabulary.encode(text)
+    tokens = lm.encode(text, continues=state is not None)
 
     def save(state: State) -> None:
         if save_memory is not None:
@@ -103,7 +100,7 @@ def _prompt(prompt: str | None, prompt_file: str | None) -> str:
         try:
             prompt.encode()
         except UnicodeEncodeError as error:  # bytes that Python's command line could not read
-            raise UserError("the prompt is not UTF-8 text: mend it, or the locale") from error
+            raise UserError("the prompt is not UTF-8 text: correct it, or the locale") from error
         return prompt
     path = path_of(prompt_file)
     if not path.exists() or path.is_dir():

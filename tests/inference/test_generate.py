@@ -214,7 +214,7 @@ def test_bad_input_is_one_line(workdir, capsys, tmp_path, monkeypatch):
         (("--prompt_file", "empty"), "the prompt is empty: give some text"),
         (("--prompt_file", "gone"), "gone: no such file: give one with the prompt in it"),
         (("--prompt_file", "."), ".: no such file: give one with the prompt in it"),
-        (("--prompt", "a\udcff"), "the prompt is not UTF-8 text: mend it, or the locale"),
+        (("--prompt", "a\udcff"), "the prompt is not UTF-8 text: correct it, or the locale"),
         (("--prompt_file", "/dev/zero"), "/dev/zero: a device, which has no end: give a file"),
         (("--prompt_file", "latin"), "latin: not UTF-8 text (byte 2): give a text file"),
         (("--prompt", "a", "--memory", "gone"), "gone: no memory here: give a directory that a"),
