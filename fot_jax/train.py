@@ -32,13 +32,11 @@ from fot_jax.inference.language_model import LanguageModel
 from fot_jax.model import schemes
 from fot_jax.model.transformer import ModelConfig
 from fot_jax.training import partitioning
-from fot_jax.training.experiment import Checkpoints, Compute, Data, make_program
+from fot_jax.training.experiment import Checkpoints, Compute, Data
 from fot_jax.training.metrics import Counts, Metrics, matmul_rate, when_ready
-from fot_jax.training.step import (
-    ScheduleOfD,
-    StepInfo,
-    make_positive_mass,
-)
+from fot_jax.training.program import make_program
+from fot_jax.training.schedules import ScheduleOfD
+from fot_jax.training.step import StepInfo, make_positive_mass
 
 RETRY_SECONDS = 10  # from a save that failed to the next; then twice that, and so on
 

@@ -30,7 +30,7 @@ from fot_jax.data.synthetic import DictionaryLookup
 from fot_jax.evals.evaluate import Evaluation
 from fot_jax.evals.perplexity import PerplexityByContext
 from fot_jax.model.schemes import PreviousContext
-from fot_jax.training.optim import adamw
+from fot_jax.training.optimizers import adamw
 
 
 def last_step(workdir):

@@ -35,7 +35,8 @@ from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
 from fot_jax.data.synthetic import DictionaryLookup
 from fot_jax.data.tasks import Text
 from fot_jax.model.schemes import PreviousContext
-from fot_jax.training.optim import adamw, constant_rate
+from fot_jax.training.optimizers import adamw
+from fot_jax.training.schedules import constant_rate
 
 # --- Resuming ------------------------------------------------------------------------------------
 

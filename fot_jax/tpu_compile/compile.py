@@ -30,9 +30,10 @@ from fot_jax.model import schemes
 from fot_jax.model.crossbatch import Plan
 from fot_jax.model.transformer import REMAT_POLICIES, ModelConfig
 from fot_jax.tpu_compile import costs
-from fot_jax.training.experiment import Compute, Data, Program, make_program
+from fot_jax.training.experiment import Compute, Data
 from fot_jax.training.partitioning import MeshShape
-from fot_jax.training.step import ScheduleOfD
+from fot_jax.training.program import Program, make_program
+from fot_jax.training.schedules import ScheduleOfD
 
 GIB = 2**30
 

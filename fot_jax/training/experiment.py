@@ -1,34 +1,14 @@
-"""What an experiment file says of data, devices and checkpoints; and the training step it makes.
-
-`make_program` is everything of an experiment that needs neither documents nor devices: `fot train`
-runs it, `fot compile` compiles it for devices that are elsewhere.
-"""
+"""What experiment files set of data, devices and checkpoints."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-import optax
-from jax.sharding import AbstractMesh, Mesh
 
 from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.common.topologies import topology_of
 from fot_jax.data.documents import DocumentSource
-from fot_jax.data.lanes import FIELDS
-from fot_jax.model import cached_context, crossbatch, schemes
-from fot_jax.model.transformer import ModelConfig, Transformer
-from fot_jax.training import partitioning
-from fot_jax.training.flops import training_flops
 from fot_jax.training.partitioning import MeshShape
-from fot_jax.training.step import ScheduleOfD, TrainState, make_train_step
-
-MOST_ROWS = 2**20  # of a step; what hosts know of every row would not fit in their memory
 
 
 @configurable
@@ -114,138 +94,3 @@ class Checkpoints:
 
     def __post_init__(self):
         check_range("Checkpoints", 1, **dataclasses.asdict(self))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Program:
-    """The training step of an experiment on a mesh.
-
-    Attributes:
-      mesh: the devices.
-      transformer: the model.
-      rows: of a step's batch, over all devices.
-      tokens_per_step: new ones.
-      init: key -> fresh state.
-      state: shape, type and sharding of everything that training changes.
-      batch: shape, type and sharding of everything that it reads.
-      ds: the values that the crossbatch dimension takes; (None,) where nothing schedules it.
-      plan_of, step_of, flops_of: by that value: which contexts rows see, where they live; the
-        compiled (state, batch) -> (state, info); model FLOPs of a step.
-    """
-
-    mesh: Mesh | AbstractMesh
-    transformer: Transformer
-    rows: int
-    tokens_per_step: int
-    init: Callable[[jax.Array], TrainState]
-    state: TrainState
-    batch: dict[str, jax.ShapeDtypeStruct]
-    ds: tuple[int | None, ...]
-    plan_of: Callable[[int | None], crossbatch.Plan]
-    step_of: Callable[[int | None], Any]
-    flops_of: Callable[[int | None], int]
-
-    @property
-    def parameters(self) -> int:
-        """How many there are."""
-        return sum(x.size for x in jax.tree.leaves(self.state.params))
-
-
-def make_program(
-    mesh: Mesh | AbstractMesh,
-    model: ModelConfig,
-    data: Data,
-    optimizer: Callable[[optax.Schedule], optax.GradientTransformation],
-    learning_rate: optax.Schedule,
-    scheme: schemes.Scheme,
-    d: ScheduleOfD | None,
-    compute: Compute,
-    z_loss: float,
-) -> Program:
-    """Lays an experiment out on a mesh; the other arguments are those of `train`.
-
-    Raises:
-      UserError: parts that do not fit each other, or do not divide over the mesh.
-    """
-    for name in ("num_heads", "num_kv_heads"):
-        if getattr(model, name) % mesh.shape["tensor"]:
-            raise UserError(
-                f"model.{name} = {getattr(model, name)} does not divide over mesh axis tensor of "
-                f"{mesh.shape['tensor']}: change MeshShape.tensor"
-            )
-    scheme.check_model(model)
-    rows = data.lanes * scheme.windows
-    if rows > MOST_ROWS:
-        raise UserError(
-            f"Data.lanes = {data.lanes} makes {rows} rows a step ({scheme.windows} a lane), more "
-            f"than {MOST_ROWS}: lower it"
-        )
-    group_rows = (data.group_lanes or data.lanes) * scheme.windows
-    by_d = {None: scheme} if d is None else {value: scheme.with_d(value) for value in d.values}
-    for each in by_d.values():  # a d that does not fit shows now, not at step 450,000
-        each.contexts(group_rows)
-
-    @functools.cache
-    def plan_of(d: int | None) -> crossbatch.Plan:
-        return crossbatch.make_plan(
-            by_d[d],
-            _microbatch(rows, compute.accumulation),
-            group_rows=group_rows,
-            mesh=mesh,
-            heads=model.num_heads,
-            window=model.local_context,
-        )
-
-    plan_of(next(iter(by_d)))  # what does not divide shows before anything is written
-    transformer = Transformer(model, dtype=jnp.dtype(compute.dtype), remat=compute.remat)
-    tx = optimizer(learning_rate)
-
-    def init(key) -> TrainState:
-        tokens = jnp.zeros((1, model.local_context), jnp.int32)
-        params = transformer.init(key, tokens, tokens, crossbatch.Plan())["params"]
-        cached = None
-        if scheme.cached_tokens:
-            cached = cached_context.empty(model, scheme, rows, transformer.dtype)
-        return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params), cached)
-
-    @functools.cache
-    def step_of(d: int | None):
-        return make_train_step(
-            *(transformer, tx, by_d[d], plan_of(d), compute.accumulation, z_loss)
-        )
-
-    abstract = jax.eval_shape(init, jax.random.key(0))
-    return Program(
-        mesh=mesh,
-        transformer=transformer,
-        rows=rows,
-        tokens_per_step=data.lanes * scheme.advance * model.local_context,
-        init=init,
-        state=jax.tree.map(_placed, abstract, partitioning.shardings(abstract, mesh)),
-        batch=_batch(rows, model.local_context, mesh),
-        ds=tuple(by_d),
-        plan_of=plan_of,
-        step_of=step_of,
-        flops_of=functools.cache(lambda d: training_flops(model, by_d[d], rows, group_rows)),
-    )
-
-
-def _placed(x: jax.ShapeDtypeStruct, sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def _batch(rows: int, window: int, mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    by_rows = partitioning.rows(mesh)
-    return {
-        name: jax.ShapeDtypeStruct((rows, window), dtype, sharding=by_rows)
-        for name, dtype in FIELDS.items()
-    }
-
-
-def _microbatch(rows: int, accumulation: int) -> int:
-    if rows % accumulation:
-        raise UserError(
-            f"{rows} rows do not divide into Compute.accumulation = {accumulation} microbatches: "
-            "change it or Data.lanes"
-        )
-    return rows // accumulation

@@ -1,14 +1,11 @@
-"""Learning-rate schedules and optimizers (paper §5).
+"""Optimizers (paper §5).
 
-A schedule is a function of the number of updates done so far, as optax has them; update n = 1, 2, …
-uses schedule(n - 1). Optimizers keep their state in float32 whatever the parameters' type. Layers
-are stacked on axis 0 under params["layers"], and an optimizer treats them exactly as it would
-treat separate layers.
+Optimizers keep their state in float32 whatever the parameters' type. Layers are stacked on axis 0
+under params["layers"], and an optimizer treats them exactly as it would treat separate layers.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -16,65 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from fot_jax.common.configurable import configurable
-from fot_jax.common.errors import LARGEST_COUNT, UserError, check_range
-
-# --- Schedules -----------------------------------------------------------------------------------
-
-
-@configurable
-def constant_rate(value: float, warmup_steps: int = 0) -> optax.Schedule:
-    """`value`, after a linear warm-up over the first `warmup_steps` updates."""
-    check_range("constant_rate", 0, value=value)
-    check_range("constant_rate", 0, LARGEST_COUNT, warmup_steps=warmup_steps)
-    return lambda count: value * _warmup(count, warmup_steps)
-
-
-@configurable
-def inverse_square_root(
-    max_value: float, min_value: float, warmup_steps: int = 1000
-) -> optax.Schedule:
-    """Linear warm-up to max_value, then max_value · sqrt(warmup_steps / n), never below min_value.
-
-    n counts updates from 1; the maximum is reached at n = warmup_steps.
-    """
-    _check_values("inverse_square_root", max_value, min_value)
-    check_range("inverse_square_root", 1, LARGEST_COUNT, warmup_steps=warmup_steps)
-
-    def schedule(count):
-        n = jnp.maximum(count + 1, warmup_steps).astype(jnp.float32)
-        decayed = jnp.maximum(max_value * jnp.sqrt(warmup_steps / n), min_value)
-        return decayed * _warmup(count, warmup_steps)
-
-    return schedule
-
-
-@configurable
-def cosine(max_value: float, min_value: float, warmup_steps: int, steps: int) -> optax.Schedule:
-    """Linear warm-up to max_value, then half a cosine down to min_value at update `steps`."""
-    _check_values("cosine", max_value, min_value)
-    check_range("cosine", 0, LARGEST_COUNT, warmup_steps=warmup_steps, steps=steps)
-    if steps <= warmup_steps:
-        raise UserError(f"cosine: steps = {steps} must exceed warmup_steps = {warmup_steps}")
-
-    def schedule(count):
-        done = jnp.clip((count + 1 - warmup_steps) / (steps - warmup_steps), 0.0, 1.0)
-        decayed = min_value + (max_value - min_value) * 0.5 * (1 + jnp.cos(math.pi * done))
-        return decayed * _warmup(count, warmup_steps)
-
-    return schedule
-
-
-def _warmup(count, warmup_steps: int) -> jax.Array:
-    return jnp.minimum((count + 1) / max(warmup_steps, 1), 1.0)
-
-
-def _check_values(schedule: str, max_value: float, min_value: float) -> None:
-    check_range(schedule, 0, max_value=max_value, min_value=min_value)
-    if min_value > max_value:
-        raise UserError(f"{schedule}: min_value = {min_value} exceeds max_value = {max_value}")
-
-
-# --- Optimizers ----------------------------------------------------------------------------------
+from fot_jax.common.errors import check_range
 
 
 @configurable

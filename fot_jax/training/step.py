@@ -1,23 +1,19 @@
-"""One training step, as pure functions: loss, gradient, update; and the schedules of d.
+"""One training step, as pure functions: loss, gradient, update.
 
 Letters: R rows, T tokens of a row, E model dim, V vocabulary.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from fot_jax.common.configurable import configurable
-from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.model import cached_context, crossbatch, layout, schemes
 from fot_jax.model.cached_context import Cached
 from fot_jax.model.transformer import Transformer
@@ -210,65 +206,3 @@ def make_positive_mass(model: Transformer, plan: crossbatch.Plan, accumulation: 
         ).positive_mass
 
     return jax.jit(measure)
-
-
-# --- Schedules of d (paper §5) -------------------------------------------------------------------
-
-
-@configurable
-@dataclasses.dataclass(frozen=True)
-class SwitchAtStep:
-    """d is values[0] before steps[0], then values[1] up to steps[1], and so on."""
-
-    steps: tuple[int, ...] = (450_000,)
-    values: tuple[int, ...] = (2, 64)
-
-    def __post_init__(self):
-        if len(self.values) != len(self.steps) + 1 or list(self.steps) != sorted(self.steps):
-            raise UserError(
-                f"SwitchAtStep: steps {tuple(self.steps)} must ascend and values "
-                f"{tuple(self.values)} must be one more than steps"
-            )
-
-    def __call__(self, step: int, last_d: int | None, accuracy: float) -> int:
-        """d of `step`; `last_d` is d of the step before, `accuracy` that of two steps before."""
-        return self.values[int(np.searchsorted(self.steps, step, side="right"))]
-
-
-@configurable
-@dataclasses.dataclass(frozen=True)
-class SwitchAtAccuracy:
-    """d is values[0] until the accuracy of a training step reaches `threshold`, then values[1]."""
-
-    threshold: float = 0.98
-    values: tuple[int, int] = (1, 128)
-
-    def __post_init__(self):
-        if len(self.values) != 2:
-            raise UserError(
-                f"SwitchAtAccuracy.values = {tuple(self.values)}: give two values of d, "
-                "before and after the switch"
-            )
-
-    def __call__(self, step: int, last_d: int | None, accuracy: float) -> int:
-        return self.values[last_d == self.values[1] or accuracy >= self.threshold]
-
-
-@configurable
-@dataclasses.dataclass(frozen=True)
-class DrawnEachStep:
-    """d is drawn anew at each step from `values`, as a function of seed and step alone."""
-
-    values: tuple[int, ...] = (2, 128)
-    seed: int = 0
-
-    def __post_init__(self):
-        check_range("DrawnEachStep", 0, LARGEST_SEED, seed=self.seed)
-        if not self.values:
-            raise UserError("DrawnEachStep.values is empty: give the values of d to draw from")
-
-    def __call__(self, step: int, last_d: int | None, accuracy: float) -> int:
-        return self.values[np.random.default_rng((self.seed, step)).integers(len(self.values))]
-
-
-ScheduleOfD = SwitchAtStep | SwitchAtAccuracy | DrawnEachStep

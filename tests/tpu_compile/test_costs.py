@@ -14,7 +14,7 @@ from fot_jax.model import crossbatch, schemes
 from fot_jax.model.attention.partial_softmax import LOOP_SCOPE
 from fot_jax.model.transformer import Transformer
 from fot_jax.tpu_compile import costs
-from fot_jax.training import optim
+from fot_jax.training import optimizers
 from fot_jax.training.step import TrainState, make_train_step
 
 F32 = 4
@@ -73,7 +73,7 @@ def test_kept_attention_is_not_computed_again():
     """remat "dots" keeps all products and attention; "full" computes a whole forward pass again."""
     scheme, params = schemes.PreviousContext(d=2), shapes_of(LLAMA)
     plan = crossbatch.make_plan(scheme, 4, heads=LLAMA.num_heads, window=8)
-    optimizer = optim.adamw(0.1)
+    optimizer = optimizers.adamw(0.1)
     state = TrainState(jnp.int32(0), params, jax.eval_shape(optimizer.init, params))
     names = dict(inputs=jnp.int32, targets=jnp.int32, segment_ids=jnp.int32, weights=jnp.float32)
     batch = {name: jax.ShapeDtypeStruct((4, 8), dtype) for name, dtype in names.items()}

@@ -1,6 +1,4 @@
-"""Optimizers against torch and against unstacked layers; schedules against their formulas."""
-
-import math
+"""Optimizers against torch and against unstacked layers."""
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +7,7 @@ import optax
 import pytest
 import torch
 
-from fot_jax.common.errors import UserError
-from fot_jax.training import optim
+from fot_jax.training import optimizers
 
 LAYERS = 3
 
@@ -82,7 +79,7 @@ def test_adamw_is_torch_adamw_with_global_clipping(gradient_scale):
             group["lr"] = rate(step)
         reference.step()
 
-    optimizer = optim.adamw(rate, weight_decay=0.1)
+    optimizer = optimizers.adamw(rate, weight_decay=0.1)
     ours, _ = run(optimizer, params, 5, lambda step: gradients(params, step, gradient_scale))
     expected = jax.tree.unflatten(treedef, [t.detach().numpy() for t in tensors])
     assert_trees_close(ours, expected, rtol=2e-5, atol=1e-6)
@@ -90,7 +87,7 @@ def test_adamw_is_torch_adamw_with_global_clipping(gradient_scale):
 
 def test_only_matrices_decay():
     params = small_params()
-    optimizer = optim.adamw(0.5, weight_decay=0.1)
+    optimizer = optimizers.adamw(0.5, weight_decay=0.1)
     zero = jax.tree.map(jnp.zeros_like, params)
     after, _ = run(optimizer, params, 1, lambda step: zero)
     ratio = jax.tree.map(lambda a, b: float((a / b).mean()), after, params)
@@ -105,7 +102,9 @@ def test_temperatures_may_learn_faster():
     """And nothing else does."""
     params = small_params()
     plain, fast = (
-        run(optim.adamw(0.01, temperature_rate=rate), params, 3, lambda s: gradients(params, s))[0]
+        run(
+            optimizers.adamw(0.01, temperature_rate=rate), params, 3, lambda s: gradients(params, s)
+        )[0]
         for rate in (1.0, 7.0)
     )
     moved = jax.tree.map(lambda a, b: np.asarray(a - b), (plain, fast), (params, params))
@@ -126,7 +125,7 @@ def test_adafactor_on_stacked_layers_is_adafactor_on_each_layer(factor):
         drawn = gradients(params, step)
         return drawn | {"layers": jax.tree.map(lambda g: g.at[1].mul(50.0), drawn["layers"])}
 
-    ours, _ = run(optim.adafactor(rate, min_dim_size_to_factor=factor), params, 4, make)
+    ours, _ = run(optimizers.adafactor(rate, min_dim_size_to_factor=factor), params, 4, make)
     alone = optax.adafactor(rate, min_dim_size_to_factor=factor, momentum=0.9)
     for layer in range(LAYERS):
         expected, _ = run(
@@ -142,7 +141,7 @@ def test_first_adafactor_update_follows_the_paper():
     """Adafactor (arXiv 1804.04235), algorithms 4 and 5, written out for one matrix and step 1."""
     params = {"layers": {"w": jnp.asarray(np.random.default_rng(1).normal(size=(1, 6, 9)))}}
     g = np.random.default_rng(2).normal(size=(6, 9)) * np.linspace(0.1, 3, 9)
-    optimizer = optim.adafactor(0.02, min_dim_size_to_factor=2)
+    optimizer = optimizers.adafactor(0.02, min_dim_size_to_factor=2)
     updates, _ = optimizer.update(
         {"layers": {"w": jnp.asarray(g)[None]}}, optimizer.init(params), params
     )
@@ -160,8 +159,8 @@ def test_adafactor_clips_the_norm_of_the_whole_gradient_when_asked():
     params = small_params()
     # What step 1 divides by decides how much step 2 counts: only clipping tells these apart.
     scales = [1000.0, 1.0]
-    plain = optim.adafactor(0.1)
-    clipped = optim.adafactor(0.1, clip_norm=1.0)
+    plain = optimizers.adafactor(0.1)
+    clipped = optimizers.adafactor(0.1, clip_norm=1.0)
 
     def unit(step):
         drawn = gradients(params, step)
@@ -174,7 +173,7 @@ def test_adafactor_clips_the_norm_of_the_whole_gradient_when_asked():
     assert not np.allclose(a["embedding"], c["embedding"], rtol=1e-3)
 
 
-@pytest.mark.parametrize("make", [optim.adamw, optim.adafactor])
+@pytest.mark.parametrize("make", [optimizers.adamw, optimizers.adafactor])
 def test_state_is_float32_for_bfloat16_parameters(make):
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), small_params())
     optimizer = make(1e-2)
@@ -183,51 +182,3 @@ def test_state_is_float32_for_bfloat16_parameters(make):
     floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert floats and all(x.dtype == jnp.float32 for x in floats)
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(after))
-
-
-# --- Schedules -----------------------------------------------------------------------------------
-
-
-def test_inverse_square_root_is_the_papers():
-    # 184M: 0.01 -> 0.0005 over 500k steps, 1000 of warm-up (paper §5).
-    rate = optim.inverse_square_root(0.01, 0.0005, 1000)
-    for update in (1, 500, 1000):
-        assert float(rate(update - 1)) == pytest.approx(0.01 * update / 1000, rel=1e-6)
-    for update in (1001, 4000, 100_000):
-        expected = 0.01 * math.sqrt(1000 / update)
-        assert float(rate(update - 1)) == pytest.approx(expected, rel=1e-6)
-    assert float(rate(499_999)) == pytest.approx(0.0005, rel=1e-6)
-
-
-def test_cosine_and_constant():
-    rate = optim.cosine(1.0, 0.1, warmup_steps=10, steps=110)
-    assert float(rate(4)) == pytest.approx(0.5)
-    assert float(rate(9)) == pytest.approx(1.0)
-    for update in (11, 35, 60, 110):
-        expected = 0.1 + 0.9 * (1 + math.cos(math.pi * (update - 10) / 100)) / 2
-        assert float(rate(update - 1)) == pytest.approx(expected, rel=1e-5)
-    assert float(rate(1000)) == pytest.approx(0.1)
-    assert [float(optim.constant_rate(0.3)(n)) for n in (0, 7)] == pytest.approx([0.3, 0.3])
-    warmed = [float(optim.constant_rate(0.4, 4)(n)) for n in (0, 1, 3, 9)]
-    assert warmed == pytest.approx([0.1, 0.2, 0.4, 0.4])
-
-
-def test_schedules_compile():
-    constant = optim.constant_rate(0.3, 5)
-    schedules = constant, optim.inverse_square_root(1, 0.1), optim.cosine(1, 0, 2, 9)
-    for schedule in schedules:
-        np.testing.assert_allclose(jax.jit(schedule)(jnp.int32(3)), schedule(3), rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: optim.cosine(0.1, 0.2, 1, 9), "min_value = 0.2 exceeds max_value = 0.1"),
-        (lambda: optim.cosine(0.1, 0.0, 9, 9), "steps = 9 must exceed warmup_steps = 9"),
-        (lambda: optim.inverse_square_root(0.1, 0.0, 0), "warmup_steps = 0"),
-        (lambda: optim.constant_rate(float("nan")), "value = nan"),
-    ],
-)
-def test_impossible_schedules_are_refused(make, message):
-    with pytest.raises(UserError, match=message):
-        make()

@@ -15,7 +15,7 @@ from tiny import LLAMA, PAPER, shapes_of
 from fot_jax.common.errors import UserError
 from fot_jax.model import crossbatch, schemes
 from fot_jax.model.transformer import Transformer
-from fot_jax.training import optim, partitioning
+from fot_jax.training import optimizers, partitioning
 from fot_jax.training.partitioning import MeshShape
 from fot_jax.training.step import TrainState, make_train_step
 
@@ -117,7 +117,7 @@ def test_a_step_on_more_devices_than_are_here_can_be_traced(accumulation):
     plan = crossbatch.make_plan(
         *(scheme, 256 // accumulation), group_rows=32, mesh=mesh, heads=EVEN.num_heads, window=8
     )
-    optimizer = optim.adamw(0.1)
+    optimizer = optimizers.adamw(0.1)
     params = shapes_of(EVEN)
     state = TrainState(jnp.int32(0), params, jax.eval_shape(optimizer.init, params))
     batch = {
@@ -185,7 +185,7 @@ def test_data_axis_replicates_parameters():
 
 def test_adamw_moments_go_where_their_parameters_are():
     params = shapes_of(EVEN)
-    state = jax.eval_shape(optim.adamw(0.1).init, params)
+    state = jax.eval_shape(optimizers.adamw(0.1).init, params)
     got = pieces(state, MeshShape(1, 4, 2).make())
     for moment in ("mu", "nu"):
         of = {name.split(f"{moment}/")[1]: cut for name, cut in got.items() if f"{moment}/" in name}
@@ -195,7 +195,7 @@ def test_adamw_moments_go_where_their_parameters_are():
 @pytest.mark.parametrize("factor", [8, 10**6])  # statistics of matrices factored, and not
 def test_adafactor_statistics_are_replicated_when_factored(factor):
     params = shapes_of(EVEN)
-    state = jax.eval_shape(optim.adafactor(0.1, min_dim_size_to_factor=factor).init, params)
+    state = jax.eval_shape(optimizers.adafactor(0.1, min_dim_size_to_factor=factor).init, params)
     got = pieces(state, MeshShape(1, 4, 2).make())
     shapes = {
         partitioning.path_name(path): leaf.shape

@@ -1,6 +1,5 @@
 """Training steps against a float64 objective in PyTorch, on one device and on eight."""
 
-import collections
 import dataclasses
 import functools
 import os
@@ -18,7 +17,6 @@ import pytest
 from oracles.training_step import gradient
 from tiny import LLAMA, PAPER, lane_segments, random_params, random_tokens
 
-from fot_jax.common.errors import UserError
 from fot_jax.common.trees import tree_of_leaves
 from fot_jax.model import cached_context, crossbatch
 from fot_jax.model.schemes import (
@@ -33,9 +31,6 @@ from fot_jax.training import partitioning
 from fot_jax.training import step as steps
 from fot_jax.training.partitioning import MeshShape
 from fot_jax.training.step import (
-    DrawnEachStep,
-    SwitchAtAccuracy,
-    SwitchAtStep,
     TrainState,
     make_positive_mass,
     make_train_step,
@@ -467,50 +462,6 @@ def test_a_step_leaves_the_state_as_it_came(d):
         return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
 
     assert types(after) == types(jax.eval_shape(lambda x: x, state))
-
-
-def test_switch_at_step():
-    schedule = SwitchAtStep((450_000,), (2, 64))
-    assert [schedule(step, None, 0.0) for step in (0, 449_999, 450_000, 499_999)] == [2, 2, 64, 64]
-    schedule = SwitchAtStep((10, 20), (1, 8, 64))
-    assert [schedule(step, None, 0.0) for step in (9, 10, 19, 20)] == [1, 8, 8, 64]
-    assert SwitchAtStep((), (5,))(123, None, 0.0) == 5
-
-
-def test_switch_at_accuracy_is_for_good():
-    schedule = SwitchAtAccuracy(0.98, (1, 128))
-    d, history = None, []
-    for step, accuracy in enumerate([np.nan, 0.5, 0.979, 0.98, 0.2, np.nan]):
-        d = schedule(step, d, accuracy)
-        history.append(d)
-    assert history == [1, 1, 1, 128, 128, 128]
-
-
-def test_drawn_each_step():
-    """A function of seed and step alone, every value as often as any other."""
-    schedule = DrawnEachStep((2, 16, 128), seed=3)
-    drawn = [schedule(step, None, 0.0) for step in range(600)]
-    assert drawn == [schedule(step, 128, 1.0) for step in range(600)]
-    counts = collections.Counter(drawn)
-    assert set(counts) == {2, 16, 128}
-    assert all(150 < count < 250 for count in counts.values())
-    pairs = collections.Counter(zip(drawn, drawn[1:], strict=False))
-    assert len(pairs) == 9 and min(pairs.values()) > 35
-    assert drawn != [DrawnEachStep((2, 16, 128), seed=4)(step, None, 0.0) for step in range(600)]
-
-
-@pytest.mark.parametrize(
-    "make, message",
-    [
-        (lambda: SwitchAtStep((5,), (1,)), r"SwitchAtStep: steps \(5,\) must ascend and values"),
-        (lambda: SwitchAtStep((9, 5), (1, 2, 3)), r"SwitchAtStep: steps \(9, 5\) must ascend"),
-        (lambda: SwitchAtAccuracy(0.9, (1, 2, 3)), r"SwitchAtAccuracy\.values = \(1, 2, 3\): give"),
-        (lambda: DrawnEachStep(()), r"DrawnEachStep\.values is empty"),
-    ],
-)
-def test_bad_schedules(make, message):
-    with pytest.raises(UserError, match=message):
-        make()
 
 
 # --- Positive attention mass ---------------------------------------------------------------------
