@@ -14,7 +14,7 @@ from typing import Any
 # Buckets are read and written through gcsfs (buckets.py); else epath would take TensorFlow.
 os.environ["EPATH_USE_TF"] = "0"
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {  # all of the public API, and where it is
     "LanguageModel": "fot_jax.inference.language_model",

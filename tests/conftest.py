@@ -1,7 +1,9 @@
 """For every test: eight CPU devices, and programs that are compiled quickly, as most run once."""
 
 import gc
+import importlib.util
 import os
+import re
 import tempfile
 import uuid
 from importlib.metadata import version
@@ -26,6 +28,74 @@ import buckets  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 import runs  # noqa: E402
+
+# What tests need beyond the extra `dev` -> the extra that brings it.
+EXTRAS = {
+    "accelerate": "test",
+    "libtpu": "tpu",
+    "lm_eval": "lm_eval",
+    "mkdocs": "docs",
+    "torch": "torch",
+    "wonderwords": "lm_eval",
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every_extra",
+        action="store_true",
+        help="tests whose extra is not installed fail, as in CI; else they are skipped",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "needs(*modules): skipped where one is not installed")
+
+
+def _skip_without(modules):
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            extra = EXTRAS[module]
+            pytest.skip(f"needs the extra {extra}: pip install -e '.[{extra}]'")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """A module of tests that imports what is not installed is skipped as a whole."""
+    if collector.config.getoption("every_extra"):
+        return (yield)
+    collect = collector.collect
+
+    def collect_or_skip():
+        try:
+            return collect()
+        except collector.CollectError as error:
+            missing = re.findall(r"No module named '(\w+)", str(error))
+            if not set(missing) & EXTRAS.keys():
+                raise
+            extra = EXTRAS[missing[-1]]
+            pytest.skip(f"needs the extra {extra}", allow_module_level=True)
+
+    collector.collect = collect_or_skip
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """A test that meets what is not installed is skipped."""
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if item.config.getoption("every_extra") or missing not in EXTRAS:
+            raise
+        pytest.skip(f"needs the extra {EXTRAS[missing]}")
+
+
+def pytest_runtest_setup(item):
+    if not item.config.getoption("every_extra"):
+        for mark in item.iter_markers("needs"):
+            _skip_without(mark.args)
 
 
 def pytest_runtest_teardown():

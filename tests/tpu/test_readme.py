@@ -1,10 +1,10 @@
-"""Every command of the user's page but those that make keys; `fot compile`: test_compile.py."""
+"""Every `python -m tpu` and gcloud command of the pages; `fot compile`: test_compile.py."""
 
-import configparser
 import re
 import shlex
 import shutil
 
+import pages
 import pytest
 from clouds import REPOSITORY, Cloud, copy_repository
 from test_gcloud import said_by_gcloud
@@ -12,10 +12,8 @@ from test_gcloud import said_by_gcloud
 from fot_jax import cli
 from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
 
-PAGE = (REPOSITORY / "tpu" / "README.md").read_text()
-COMMANDS = [
-    line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.S) for line in block.splitlines()
-]
+PAGE = pages.text("tpu/README.md")
+COMMANDS = [shlex.join(argv) for argv in pages.commands(*pages.PAGES)]
 OURS = [line for line in COMMANDS if line.startswith("python -m tpu ") and " local " not in line]
 OF_GCLOUD = [line for line in COMMANDS if line.startswith("gcloud ")]
 OF_AN_ACCOUNT = "do not currently have an active account"
@@ -56,7 +54,7 @@ def test_the_parser_of_gcloud_takes_it(line, tmp_path):
 
 def test_the_experiment_is_read(tmp_path, monkeypatch, capsys):
     """With a directory in place of the bucket: a tokenizer is all that a dry run reads of it."""
-    (line,) = (line for line in COMMANDS if line.startswith("fot train "))
+    (line,) = (line for line in COMMANDS if line.startswith("fot train experiments/my_3b.gin "))
     _, *argv = shlex.split(line)
     model = TrainedSentencePiece(300).train(f"some words, all different: {i}" for i in range(99))
     (tmp_path / "tokenizer.model").write_bytes(model.model)
@@ -66,13 +64,3 @@ def test_the_experiment_is_read(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(argv) == 0
     assert "3,426,473,600 parameters, mesh {'replica': 1, 'data': 4" in capsys.readouterr().out
-
-
-def test_what_is_installed_exists():
-    (line,) = (line for line in COMMANDS if line.startswith("pip "))
-    _, _, _, what, _, constraints = shlex.split(line)
-    config = configparser.ConfigParser(interpolation=None)
-    config.read(REPOSITORY / "setup.cfg")
-    (extras,) = re.findall(r"^\.\[(.*)\]$", what)
-    assert set(extras.split(",")) <= set(config["options.extras_require"])
-    assert (REPOSITORY / constraints).exists()
