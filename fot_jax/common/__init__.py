@@ -1,1 +1,1 @@
-"""What every room uses: errors, paths on disks and in buckets, progress, sizes, agreement."""
+"""Used everywhere: errors, paths, atomic files, checksums, formats, progress, agreement."""

@@ -1,6 +1,6 @@
-"""Files in Google Cloud Storage: gcsfs, but like a disk where it is not.
+"""The file system of Google Cloud Storage: gcsfs, changed to behave as a disk does.
 
-paths.py tells fsspec of this, which imports it when the first gs:// path is opened.
+paths.py registers it with fsspec, which imports it when the first gs:// path is opened.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import google.auth.exceptions
 from fsspec.asyn import sync_wrapper
 from gcsfs.core import GCSFileSystem  # gcsfs.GCSFileSystem asks about each bucket by gRPC
 
-logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints what it raises, with a traceback
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs what it raises, with a traceback
 
 _LOGIN = "log in (gcloud auth application-default login)"
 _ROLES = "grant roles/storage.objectUser and roles/storage.legacyBucketReader on the bucket"
@@ -24,10 +24,10 @@ _ROLES = "grant roles/storage.objectUser and roles/storage.legacyBucketReader on
 class BucketFileSystem(GCSFileSystem):
     """As gcsfs, except that:
 
-    - nothing is remembered of what other processes may change;
-    - what is refused, or fails, is an OSError with a number and a file name, and does not pass for
-      a file or directory that is not there;
-    - no bucket is made or removed.
+    - listings are not cached, as other processes may change them;
+    - every failed request is an OSError with errno and a file name, and a refused one is not taken
+      for a file or directory that does not exist;
+    - no bucket is created or removed.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -52,14 +52,14 @@ class BucketFileSystem(GCSFileSystem):
             return False
 
     async def _mkdir(self, path: str, **kwargs: Any) -> None:
-        """Does nothing: directories are what names of objects have in common."""
+        """Does nothing: a directory is a common prefix of names of objects."""
 
     async def _rmdir(self, path: str) -> None:
-        """The same."""
+        """Does nothing, likewise."""
 
     async def _delete_files(self, files: list[str], batchsize: int) -> list[Any]:
         removed = await super()._delete_files(files, batchsize)
-        # What is refused of several that Google is asked for at once.
+        # Answers to a batch of requests, of which some may be refused.
         return [
             PermissionError(errno.EACCES, f"not allowed ({x}): {_ROLES}", f"gs://{files[0]}")
             if isinstance(x, OSError) and re.search(r'"code": ?403|: 403$', str(x))
@@ -71,10 +71,14 @@ class BucketFileSystem(GCSFileSystem):
 
 
 def as_os_error(error: Exception, url: str) -> OSError:
-    """What gcsfs raises, or Google's libraries do, as the error that a disk would give."""
-    asked = re.search("/b/([^/?]+)(?:/o/([^/?]+))?", url)  # a bucket, and a name in it
-    name = asked and asked[2]
-    path = "gs://" + "/".join(map(unquote, filter(None, asked.groups() if asked else ())))
+    """The error a disk would give, for one that gcsfs or Google's libraries raise.
+
+    Args:
+      url: of the request.
+    """
+    target = re.search("/b/([^/?]+)(?:/o/([^/?]+))?", url)  # a bucket, and a name in it
+    name = target and target[2]
+    path = "gs://" + "/".join(map(unquote, filter(None, target.groups() if target else ())))
     said = " ".join(str(getattr(error, "message", None) or error).split())
     code = getattr(error, "code", None)
     if isinstance(error, FileNotFoundError) or code == 404:
@@ -86,7 +90,7 @@ def as_os_error(error: Exception, url: str) -> OSError:
     if isinstance(error, google.auth.exceptions.GoogleAuthError) or code in (401, "401"):
         return PermissionError(errno.EACCES, f"not allowed ({said}): {_LOGIN}", path)
     if code == 403 or type(error) is OSError and said.startswith("Forbidden: "):
-        said = re.sub(r"^(Forbidden: \S+|[A-Z]+ \S+:) ", "", said)  # what was asked
+        said = re.sub(r"^(Forbidden: \S+|[A-Z]+ \S+:) ", "", said)  # the request
         return PermissionError(errno.EACCES, f"not allowed ({said}): {_ROLES}", path)
     if code in (416, "416"):
         return OSError(errno.EINVAL, "it ends before that", path)

@@ -201,7 +201,7 @@ def test_a_directory_appears_when_it_is_whole(bucket, cloud):
 
 
 @pytest.mark.parametrize(
-    ("permission", "asked"),
+    ("permission", "verb"),
     [
         ("storage.buckets.get", "train"),
         ("storage.objects.list", "train"),
@@ -214,9 +214,9 @@ def test_a_directory_appears_when_it_is_whole(bucket, cloud):
         ("a bucket", "train"),
     ],
 )
-def test_training_without_it_is_one_line(permission, asked, bucket, cloud, tmp_path, capsys):
+def test_training_without_it_is_one_line(permission, verb, bucket, cloud, tmp_path, capsys):
     experiment, workdir = runs.write(tmp_path, runs.DICTIONARY), f"{bucket.url}/run"
-    if asked == "resume":
+    if verb == "resume":
         assert runs.train(experiment, workdir) == 0
     before = bucket.names()
     if permission == "a login":
