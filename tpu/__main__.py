@@ -69,8 +69,13 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     add("status", verbs.status, "the pod, its nodes, its workers' runs", _pod)
 
     again = add(
-        *("recover", recover.recover, "create, set up, run, watch, recreate, until done"),
-        *(_experiment, _pod, _tier, _training),
+        "recover",
+        recover.recover,
+        "create, set up, run, watch, recreate, until done",
+        _experiment,
+        _pod,
+        _tier,
+        _training,
     )
     again.add_argument(
         "--poll", type=_positive(float), default=60.0, metavar="SECONDS", help="between looks"
@@ -90,11 +95,15 @@ def _parser(argv: list[str]) -> argparse.ArgumentParser:
     jobs.add_argument("--image", required=True, help="container image with the repository")
     jobs.add_argument("--spot", dest="tier", action="store_const", const="spot")
 
-    # Loaded only when asked for: a worker starts on every host, with a Python that is just there.
-    for name, help_ in (("local", "a pod made of processes"), ("worker", "watch over one process")):
+    # Imported only when they are called: `worker` runs on every host, and only `local` starts
+    # processes of its own.
+    for name, module_name, help_ in (
+        ("local", "tpu.local", "a pod made of processes"),
+        ("worker", "tpu.supervisor", "watch over one process"),
+    ):
         verb = verbs_.add_parser(name, help=help_)
         if argv[:1] == [name]:
-            module = importlib.import_module(f"tpu.{name}")
+            module = importlib.import_module(module_name)
             module.add_arguments(verb)
             verb.set_defaults(run=module.run)
     return parser
@@ -116,7 +125,7 @@ def _positive(kind: Callable, least: float = 1e-9) -> Callable:
 def _experiment(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("experiment", nargs="+", help="gin files; later ones override earlier ones")
     verb.add_argument(
-        *("--gin",),
+        "--gin",
         action="append",
         default=[],
         metavar='"NAME = VALUE"',
@@ -140,7 +149,7 @@ def _tier(verb: argparse.ArgumentParser) -> None:
 def _training(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--workdir", required=True, help="gs://BUCKET/DIRECTORY")
     verb.add_argument(
-        *("--env",),
+        "--env",
         action="append",
         default=[],
         metavar="NAME=VALUE",

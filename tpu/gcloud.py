@@ -75,7 +75,9 @@ def ssh(pod: Pod, command: str, worker: str = "all", in_turn: bool = False) -> A
     """
     return [
         *_queued_resources("ssh", pod.name),
-        *("--node=all", f"--worker={worker}", *(["--batch-size=1"] if in_turn else [])),
+        "--node=all",
+        f"--worker={worker}",
+        *(["--batch-size=1"] if in_turn else []),
         f"--command={command}",
         *_where(pod),
     ]

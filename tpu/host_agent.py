@@ -1,17 +1,17 @@
-"""What runs on a worker over ssh: makes its environment, starts a run, tells of it.
+"""What runs on a TPU VM host over ssh: makes its environment, starts a run, reports on it.
 
-Workers run this file with the python3 they came with, which is older than what training needs: it
-uses nothing but the standard library of Python 3.8. Each verb prints one line, ANSWER and a JSON
-object, short enough to be written at once: ssh to all workers mixes what they print, and this way
-not within a line.
+Hosts are "workers" to Google Cloud, and in what is printed. They run this file with the python3
+they came with, which is older than what training needs: it uses nothing but the standard library
+of Python 3.8. Each verb prints one line, ANSWER and a JSON object, short enough to be written at
+once: ssh to all hosts mixes what they print, and this way not within a line.
 
-In the home directory of a worker:
+In the home directory of a host:
 
     fot/code/DIGEST/      the code, and the archive that it came in
     fot/venv/DIGEST/      an environment; `whole` in it was written last
     fot/runs/NAME/        log, pid, and the state.json of `python -m tpu worker`
     fot/cache/            compiled programs
-    fot/on_worker.py      this file
+    fot/on_worker.py      this file, under the name that it has had on pods set up before
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import time
 from pathlib import Path
 
 ANSWER = "fot_answer "
+INSTALLED_AS = "on_worker.py"  # in FOT; pods that are set up already have it
 FOT = Path.home() / "fot"
 PYTHON = "3.11"  # the version that .ci/constraints.txt was tested with
 LONGEST_ANSWER = 4000  # bytes: pipes take up to 4096 at once
@@ -91,9 +92,9 @@ def setup(digest: str) -> None:
         except OSError as error:
             answer(state="failed", why=str(error))
             return
-        half = FOT / "on_worker.py.half-written"
+        half = FOT / f"{INSTALLED_AS}.half-written"
         shutil.copyfile(__file__, half)
-        half.rename(FOT / "on_worker.py")
+        half.rename(FOT / INSTALLED_AS)
     answer(state="ready")
 
 
@@ -117,10 +118,9 @@ def _make_environment(code: Path, environment: Path) -> None:
     uv = _uv()
     _output(uv, "venv", "--python", PYTHON, environment)
     # Of the package its dependencies only: the code of a run is what it is started in.
-    _output(
-        *(uv, "pip", "install", "--python", environment / "bin" / "python"),
-        *("-r", code / "setup.cfg", "--extra", "tpu", "-c", code / ".ci" / "constraints.txt"),
-    )
+    install = [uv, "pip", "install", "--python", environment / "bin" / "python"]
+    constraints = code / ".ci" / "constraints.txt"
+    _output(*install, "-r", code / "setup.cfg", "--extra", "tpu", "-c", constraints)
     (environment / "whole").touch()
 
 
@@ -160,11 +160,9 @@ def start(name: str, digest: str, assignments: list[str], arguments: list[str]) 
         with open(run / "log", "ab") as log:
             log.write(f"{STARTED}{time.strftime('%Y-%m-%d %H:%M:%S')} code {digest}\n".encode())
             log.flush()
+            supervisor = [python, "-m", "tpu", "worker", "--run_dir", str(run), "--"]
             child = subprocess.Popen(
-                [
-                    *(python, "-m", "tpu", "worker", "--run_dir", str(run), "--"),
-                    *(python, "-m", "fot_jax", *arguments),
-                ],
+                supervisor + [python, "-m", "fot_jax"] + arguments,
                 cwd=code,
                 env={**os.environ, **ours, **given},
                 stdin=subprocess.DEVNULL,
@@ -189,7 +187,7 @@ def _going_on(run: Path) -> bool:
 
 
 def status(name: str) -> None:
-    """Tells how the run is: a state of state.json, or one of
+    """Reports the state of the run: one of state.json, or one of
 
     none (never started), starting, lost (it is gone and has not said why).
     """
@@ -197,7 +195,9 @@ def status(name: str) -> None:
     if not (run / "pid").exists():
         answer(state="none")
         return
-    going_on = _going_on(run)  # asked first: what it writes at its end is there when it is gone
+    going_on = _going_on(
+        run
+    )  # looked at first: when it is gone, it has written what it writes at its end
     try:
         told = json.loads((run / "state.json").read_text())
     except (OSError, ValueError):

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from fot_jax.common.errors import UserError
-from tpu.worker import STOPPED, dies_with_parent
+from tpu.supervisor import STOPPED, dies_with_parent
 
 GRACE_SECONDS = 15  # for workers to end on their own after one has failed
 LINES_KEPT = 500  # of each worker's output, to show again those of a failure
@@ -40,10 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices", type=int, required=True, metavar="N", help="of each worker")
     parser.add_argument("--workdir", required=True, metavar="DIR")
     parser.add_argument(
-        *("--gin",), action="append", default=[], metavar='"NAME = VALUE"', help="repeatable"
+        "--gin", action="append", default=[], metavar='"NAME = VALUE"', help="repeatable"
     )
     parser.add_argument(
-        *("--restarts",), type=int, default=0, metavar="N", help="after failures, at most: 0"
+        "--restarts", type=int, default=0, metavar="N", help="after failures, at most: 0"
     )
 
 

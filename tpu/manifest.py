@@ -7,7 +7,7 @@ import re
 from argparse import Namespace
 
 from fot_jax.common.errors import UserError
-from tpu import asked, ship, verbs
+from tpu import ship, targets, verbs
 
 _JOB_SET = """\
 # {count} x {topology}, {hosts} workers each. Before: a cluster with JobSet and, for each slice, a
@@ -67,20 +67,18 @@ def job_set(args: Namespace) -> str:
     Raises:
       UserError: something that cannot be, or a TPU that clusters do not have.
     """
-    asked.check_name(args.name)
-    asked.check_workdir(args.workdir)
-    asked.check_environment(args.env)
-    slices = asked.slices_of(args.experiment, args.gin, args.topology)
+    targets.check_name(args.name)
+    targets.check_workdir(args.workdir)
+    targets.check_environment(args.env)
+    slices = targets.slices_of(args.experiment, args.gin, args.topology)
     topology = slices.topology
     if topology.chip.accelerator_label is None:
         raise UserError(f"{topology.name}: clusters have no nodes of it: choose another topology")
     code = ship.pack(args.experiment)
     if any(not (ship.REPOSITORY / place).is_file() for place in code.experiments):
         raise UserError("experiment files must be in the repository, which the image holds")
-    command = [
-        *("python", "-m", "tpu", "worker", "--run_dir", f"/tmp/{args.name}", "--"),
-        *("python", "-m", "fot_jax", *verbs.training_arguments(code, args)),
-    ]
+    supervisor = ["python", "-m", "tpu", "worker", "--run_dir", f"/tmp/{args.name}", "--"]
+    command = supervisor + ["python", "-m", "fot_jax"] + verbs.training_arguments(code, args)
     environment = []
     for name, value in (each.split("=", 1) for each in ("PYTHONUNBUFFERED=1", *args.env)):
         environment.append(f"              - name: {_quoted(name)}")

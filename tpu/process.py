@@ -1,4 +1,4 @@
-"""Runs command lines of gcloud, and says in one line what went wrong."""
+"""Runs command lines of gcloud as processes, and says in one line what went wrong."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DROPPED = 255  # exit code of ssh, and so of gcloud, when a connection fails
 TRIES = 4
 PAUSE = 2.0  # seconds before the next try; gcloud has itself tried for 50 seconds by then
 LIMIT = 3600.0  # seconds; deleting a large pod, or making an environment, is the longest
-SHORT = 300.0  # for what workers, or Google's servers, answer at once; ssh may hang for ever
+SHORT = 300.0  # for what workers, or Google's servers, answer at once; ssh may hang
 
 
 class CallFailed(UserError):
@@ -60,7 +60,7 @@ def call(argv: Argv, limit: float = LIMIT) -> str:
     return out
 
 
-def call_again(argv: Argv, limit: float = LIMIT) -> str:
+def call_with_retries(argv: Argv, limit: float = LIMIT) -> str:
     """The same, for commands that may be repeated: tries again after a dropped connection.
 
     Raises:

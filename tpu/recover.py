@@ -24,7 +24,7 @@ import time
 from argparse import Namespace
 
 from fot_jax.common.errors import UserError
-from tpu import asked, calls, gcloud, ship, verbs, workers
+from tpu import gcloud, process, ship, ssh, targets, verbs
 from tpu.gcloud import Argv, Pod
 
 _GONE = ("PREEMPTED", "TERMINATED", "STOPPED", "DELETING", "HIDDEN")
@@ -60,13 +60,13 @@ def recover(args: Namespace) -> int:
 
     Returns 0 when it has finished, 1 after --max_failures failures (see _Failures).
     """
-    pod = asked.pod_of(args.name, args.zone, args.project)
-    slices = asked.slices_of(args.experiment, args.gin, args.topology)
+    pod = targets.pod_of(args.name, args.zone, args.project)
+    slices = targets.slices_of(args.experiment, args.gin, args.topology)
     code = ship.pack(args.experiment)
     create = gcloud.create(pod, slices.topology, slices.count, args.tier)
     start = verbs.start_command(pod, code, args)
     if args.dry_run:
-        calls.print_commands(_without_trouble(pod, code, create, start))
+        process.print_commands(_without_trouble(pod, code, create, start))
         return 0
 
     if args.tier == "spot" and not args.workdir.startswith("gs://"):
@@ -82,7 +82,7 @@ def recover(args: Namespace) -> int:
 
 
 def _until_done(
-    pod: Pod, slices: asked.Slices, code: ship.Code, create: Argv, start: Argv, args: Namespace
+    pod: Pod, slices: targets.Slices, code: ship.Code, create: Argv, start: Argv, args: Namespace
 ) -> int:
     """Turn after turn; the exit code."""
     newest = _newest_checkpoint(pod, args.workdir)
@@ -104,17 +104,17 @@ def _until_done(
                 return 1
         try:
             if acts and step.do == "create":
-                calls.call(create)
-                failures.asked_for_a_pod()
+                process.call(create)
+                failures.requested_a_pod()
             elif acts and step.do == "delete":
                 # Before it is deleted, so that giving up leaves it for its owner to look at. (What
                 # was there before this watch is none of its failures.)
                 if said is not None and failures.of_requests(step.why, step.refused):
                     return 1
-                calls.call(gcloud.delete(pod))
+                process.call(gcloud.delete(pod))
             elif acts and step.do == "start":
-                workers.set_up(pod, code, slices.workers)
-                workers.start(start, slices.workers)
+                ssh.set_up(pod, code, slices.workers)
+                ssh.start(start, slices.workers)
             elif step.denied and failures.of_requests(step.why, True):
                 return 1
         except UserError as error:
@@ -132,19 +132,15 @@ def _until_done(
 
 
 def _without_trouble(pod: Pod, code: ship.Code, create: Argv, start: Argv) -> list[Argv]:
-    """The commands of a run that nothing happens to, but for how often it is asked for."""
-    look = [gcloud.describe(pod), gcloud.nodes(pod), workers.status_command(pod)]
-    return [
-        *(gcloud.describe(pod), create),
-        *(*look, *workers.setup_commands(pod, code), start),
-        *look,
-    ]
+    """The commands of a run without trouble; those that look at it would repeat."""
+    look = [gcloud.describe(pod), gcloud.nodes(pod), ssh.status_command(pod)]
+    return [gcloud.describe(pod), create, *look, *ssh.setup_commands(pod, code), start, *look]
 
 
 # --- What is next --------------------------------------------------------------------------------
 
 
-def _look(pod: Pod, slices: asked.Slices) -> Step:
+def _look(pod: Pod, slices: targets.Slices) -> Step:
     """The next step of a pod, from what Google Cloud and the workers say now."""
     try:
         found = verbs.look(pod)
@@ -153,13 +149,13 @@ def _look(pod: Pod, slices: asked.Slices) -> Step:
         step = step_of_nodes(verbs.nodes_of(pod), slices.count)
         if step is not None:
             return step
-    except calls.CallFailed as error:  # the network, or Google's servers: they come back
+    except process.CallFailed as error:  # the network, or Google's servers: they come back
         denied = re.search("PERMISSION_DENIED|UNAUTHENTICATED", str(error)) is not None
         return Step("wait", f"unknown: {error}", denied=denied)
     try:
-        status = workers.status_command(pod)
-        answers = workers.ask(status, slices.workers, calls.SHORT)
-    except calls.CallFailed as error:
+        status = ssh.status_command(pod)
+        answers = ssh.ask(status, slices.workers, process.SHORT)
+    except process.CallFailed as error:
         return Step("start", f"ACTIVE, no worker answers: {error}", if_still=True)
     return dataclasses.replace(step_of_runs(answers, slices.workers), running=True)
 
@@ -273,7 +269,7 @@ class _Failures:
             _say(self.pod, f"request {self.requests} of {self.most} failed: {why}")
         return self.requests >= self.most
 
-    def asked_for_a_pod(self) -> None:
+    def requested_a_pod(self) -> None:
         if not self.workdir.startswith("gs://"):
             self.runs = 0
 
@@ -292,8 +288,8 @@ def _newest_checkpoint(pod: Pod, workdir: str) -> int:
     if not workdir.startswith("gs://"):
         return -1
     try:
-        listed = calls.call(gcloud.list_checkpoints(pod, workdir), calls.SHORT)
-    except calls.CallFailed:
+        listed = process.call(gcloud.list_checkpoints(pod, workdir), process.SHORT)
+    except process.CallFailed:
         return -1
     steps = re.findall(r"/checkpoints/(\d+)/commit_success.txt$", listed, re.MULTILINE)
     return max(map(int, steps), default=-1)

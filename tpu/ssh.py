@@ -1,4 +1,4 @@
-"""What is said to the workers of a pod, and what they answer."""
+"""Commands for the hosts of a pod, sent over ssh to all of them at once, and their answers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import shlex
 import time
 
 from fot_jax.common.errors import UserError
-from tpu import calls, gcloud
+from tpu import gcloud, process
 from tpu.gcloud import Argv, Pod
-from tpu.on_worker import ANSWER
+from tpu.host_agent import ANSWER, INSTALLED_AS
 from tpu.ship import Code
 
-_SCRIPT = "~/fot/on_worker.py"
+_SCRIPT = f"~/fot/{INSTALLED_AS}"
 
 
 def setup_commands(pod: Pod, code: Code) -> list[Argv]:
@@ -27,7 +27,7 @@ def setup_commands(pod: Pod, code: Code) -> list[Argv]:
     return [
         gcloud.ssh(pod, "mkdir -p ~/fot/code"),
         gcloud.scp(pod, str(code.path), f"fot/code/{digest}.tar.gz"),
-        gcloud.ssh(pod, f"{unpack} && python3 {digest}/tpu/on_worker.py setup {digest}"),
+        gcloud.ssh(pod, f"{unpack} && python3 {digest}/tpu/host_agent.py setup {digest}"),
     ]
 
 
@@ -60,8 +60,8 @@ def set_up(pod: Pod, code: Code, expected: int) -> None:
     """
     make_directory, copy, make_environment = setup_commands(pod, code)
     code.save()
-    calls.call_again(make_directory, calls.SHORT)
-    calls.call_again(copy, calls.SHORT)
+    process.call_with_retries(make_directory, process.SHORT)
+    process.call_with_retries(copy, process.SHORT)
     _all(ask(make_environment, expected), expected)
 
 
@@ -71,10 +71,10 @@ def start(command: Argv, expected: int) -> list[dict]:
     Raises:
       UserError: as `set_up`.
     """
-    return _all(ask(command, expected, calls.SHORT), expected)
+    return _all(ask(command, expected, process.SHORT), expected)
 
 
-def ask(command: Argv, expected: int, limit: float = calls.LIMIT) -> list[dict]:
+def ask(command: Argv, expected: int, limit: float = process.LIMIT) -> list[dict]:
     """The answers of workers, in order; fewer than expected where some do not speak.
 
     (Where gcloud cannot prepare a node for ssh, it warns and goes on without.)
@@ -82,16 +82,16 @@ def ask(command: Argv, expected: int, limit: float = calls.LIMIT) -> list[dict]:
     Raises:
       UserError: gcloud fails, and nobody has answered.
     """
-    for tries_left in reversed(range(calls.TRIES)):
+    for tries_left in reversed(range(process.TRIES)):
         try:
-            answers = _answers(calls.call(command, limit))
-        except calls.CallFailed as error:
+            answers = _answers(process.call(command, limit))
+        except process.CallFailed as error:
             answers = _answers(error.out)
-            if error.code != calls.DROPPED or not (tries_left or answers):
+            if error.code != process.DROPPED or not (tries_left or answers):
                 raise
         if len(answers) >= expected:
             break
-        time.sleep(calls.PAUSE if tries_left else 0)
+        time.sleep(process.PAUSE if tries_left else 0)
     return sorted(answers, key=lambda each: (each["worker"] is None, each["worker"]))
 
 

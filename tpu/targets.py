@@ -1,4 +1,4 @@
-"""What a command line asks for, checked: names, paths, the slices of an experiment."""
+"""The targets of a command: its pod, workdir and environment, checked, and its slices."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ def check_environment(assignments: list[str]) -> None:
 
 
 def slices_of(files: list[str], bindings: list[str], topology: str | None) -> Slices:
-    """The slices that experiment files, or --topology, ask for.
+    """The slices that experiment files, or --topology, name.
 
     Raises:
-      UserError: they ask for none, or for something that does not exist, or whose devices the mesh
-        does not use exactly; or they do not parse.
+      UserError: they name none, or one that does not exist, or whose devices the mesh does not use
+        exactly; or they do not parse.
     """
     from fot_jax import (
         gin_files,  # brings JAX: only where an experiment is read

@@ -8,19 +8,19 @@ import time
 from argparse import Namespace
 
 from fot_jax.common.errors import UserError
-from tpu import asked, calls, gcloud, ship, workers
+from tpu import gcloud, process, ship, ssh, targets
 from tpu.gcloud import Pod
 
 
 def create(args: Namespace) -> int:
     """Asks for the queued resource that the experiment names."""
-    pod = asked.pod_of(args.name, args.zone, args.project)
-    slices = asked.slices_of(args.experiment, args.gin, args.topology)
+    pod = targets.pod_of(args.name, args.zone, args.project)
+    slices = targets.slices_of(args.experiment, args.gin, args.topology)
     command = gcloud.create(pod, slices.topology, slices.count, args.tier)
     if args.dry_run:
-        calls.print_commands([command])
+        process.print_commands([command])
         return 0
-    calls.call(command)
+    process.call(command)
     tier = args.tier or "on demand"
     what = f"{slices.count} x {slices.topology.name}, {tier}"
     print(f"{pod.name}: asked for {what}; it is billed once ACTIVE")
@@ -29,28 +29,28 @@ def create(args: Namespace) -> int:
 
 def setup(args: Namespace) -> int:
     """Ships the code to every worker and makes its environment there."""
-    pod = asked.pod_of(args.name, args.zone, args.project)
-    slices = asked.slices_of(args.experiment, args.gin, args.topology)
+    pod = targets.pod_of(args.name, args.zone, args.project)
+    slices = targets.slices_of(args.experiment, args.gin, args.topology)
     code = ship.pack(args.experiment)
     if args.dry_run:
-        calls.print_commands(workers.setup_commands(pod, code))
+        process.print_commands(ssh.setup_commands(pod, code))
         return 0
     print(f"{pod.name}: setting up code {code.digest}; the first time takes minutes", flush=True)
-    workers.set_up(pod, code, slices.workers)
+    ssh.set_up(pod, code, slices.workers)
     print(f"{pod.name}: {slices.workers} workers are ready")
     return 0
 
 
 def run(args: Namespace) -> int:
     """Starts training on every worker, detached."""
-    pod = asked.pod_of(args.name, args.zone, args.project)
-    slices = asked.slices_of(args.experiment, args.gin, args.topology)
+    pod = targets.pod_of(args.name, args.zone, args.project)
+    slices = targets.slices_of(args.experiment, args.gin, args.topology)
     code = ship.pack(args.experiment)
     command = start_command(pod, code, args)
     if args.dry_run:
-        calls.print_commands([command])
+        process.print_commands([command])
         return 0
-    for answer in workers.start(command, slices.workers):
+    for answer in ssh.start(command, slices.workers):
         told = {"started": "started", "going on": "a run of this name is going on: left alone"}
         print(f"worker {answer['worker']}: {told[answer['state']]}")
     return 0
@@ -62,9 +62,9 @@ def start_command(pod: Pod, code: ship.Code, args: Namespace) -> gcloud.Argv:
     Raises:
       UserError: a flag that cannot be.
     """
-    asked.check_workdir(args.workdir)
-    asked.check_environment(args.env)
-    return workers.start_command(pod, code, args.env, training_arguments(code, args))
+    targets.check_workdir(args.workdir)
+    targets.check_environment(args.env)
+    return ssh.start_command(pod, code, args.env, training_arguments(code, args))
 
 
 def training_arguments(code: ship.Code, args: Namespace) -> list[str]:
@@ -75,19 +75,17 @@ def training_arguments(code: ship.Code, args: Namespace) -> list[str]:
 
 def logs(args: Namespace) -> int:
     """Prints the ends of the workers' logs; a worker that failed first comes first."""
-    pod = asked.pod_of(args.name, args.zone, args.project)
+    pod = targets.pod_of(args.name, args.zone, args.project)
     worker = "all" if args.worker is None else str(args.worker)
-    ask, show = (
-        workers.status_command(pod),
-        workers.logs_command(pod, worker, args.lines, args.follow),
-    )
+    ask = ssh.status_command(pod)
+    show = ssh.logs_command(pod, worker, args.lines, args.follow)
     if args.dry_run:
-        calls.print_commands([ask, show])
+        process.print_commands([ask, show])
         return 0
-    failed = first_failed(workers.ask(ask, 1, calls.SHORT))
+    failed = first_failed(ssh.ask(ask, 1, process.SHORT))
     if failed:
         print(failure(failed))
-    return min(calls.show(show), 1)
+    return min(process.show(show), 1)
 
 
 def first_failed(answers: list[dict]) -> dict | None:
@@ -106,10 +104,10 @@ def failure(answer: dict) -> str:
 
 def status(args: Namespace) -> int:
     """Prints the queued resource, its nodes, and every worker's run, as one table."""
-    pod = asked.pod_of(args.name, args.zone, args.project)
-    commands = [gcloud.describe(pod), gcloud.nodes(pod), workers.status_command(pod)]
+    pod = targets.pod_of(args.name, args.zone, args.project)
+    commands = [gcloud.describe(pod), gcloud.nodes(pod), ssh.status_command(pod)]
     if args.dry_run:
-        calls.print_commands(commands)
+        process.print_commands(commands)
         return 0
     found = look(pod)
     if found is None:
@@ -122,7 +120,7 @@ def status(args: Namespace) -> int:
         rows.append(("node", node_id(node), node.get("state", ""), more))
     if state_of(found) == "ACTIVE":
         expected = sum(len(node.get("networkEndpoints", ())) for node in nodes)
-        answers = workers.ask(workers.status_command(pod), expected, calls.SHORT)
+        answers = ssh.ask(ssh.status_command(pod), expected, process.SHORT)
         rows += [_row(answer) for answer in answers]
         silent = expected - len(answers)
         rows += [("workers", f"{silent} more", "silent", "did not answer")] if silent > 0 else []
@@ -143,12 +141,12 @@ def _row(answer: dict) -> tuple[str, str, str, str]:
 
 def delete(args: Namespace) -> int:
     """Deletes the queued resource and all that is on its workers."""
-    pod = asked.pod_of(args.name, args.zone, args.project)
+    pod = targets.pod_of(args.name, args.zone, args.project)
     command = gcloud.delete(pod)
     if args.dry_run:
-        calls.print_commands([command])
+        process.print_commands([command])
         return 0
-    calls.call(command)
+    process.call(command)
     print(f"{pod.name}: deleted")
     return 0
 
@@ -163,8 +161,8 @@ def look(pod: Pod) -> dict | None:
       UserError: gcloud fails.
     """
     try:
-        return _read(calls.call(gcloud.describe(pod), calls.SHORT), dict)
-    except calls.CallFailed as error:
+        return _read(process.call(gcloud.describe(pod), process.SHORT), dict)
+    except process.CallFailed as error:
         if "NOT_FOUND" in error.text:
             return None
         raise
@@ -176,7 +174,7 @@ def _read(printed: str, kind: type):
             return found
     except ValueError:
         pass
-    raise calls.CallFailed(f"gcloud printed no JSON {kind.__name__}", 0, printed, "")
+    raise process.CallFailed(f"gcloud printed no JSON {kind.__name__}", 0, printed, "")
 
 
 def nodes_of(pod: Pod) -> list[dict]:
@@ -185,7 +183,7 @@ def nodes_of(pod: Pod) -> list[dict]:
     Raises:
       UserError: gcloud fails.
     """
-    everything = _read(calls.call(gcloud.nodes(pod), calls.SHORT), list)
+    everything = _read(process.call(gcloud.nodes(pod), process.SHORT), list)
     ours = re.compile(rf"{re.escape(pod.name)}(-\d+)?")
     return sorted((node for node in everything if _is_of(node, pod, ours)), key=node_id)
 

@@ -146,7 +146,7 @@ def test_what_passes_by_itself_is_waited_for(cloud):
 def test_pods_are_asked_for_ever_more_seldom_without_progress(monkeypatch):
     saved = "gs://b/run/checkpoints/3/commit_success.txt"
     listed = iter(["", saved, saved])
-    monkeypatch.setattr(recover.calls, "call", lambda *_: next(listed))
+    monkeypatch.setattr(recover.process, "call", lambda *_: next(listed))
     failures = recover._Failures(Pod("pod", "zone"), "gs://b/run", 100, -1)
     patience = [failures.patience()]
     for _ in range(7):

@@ -69,7 +69,7 @@ def test_with_git_new_files_are_shipped_and_ignored_ones_are_not(copy, monkeypat
     (copy / "experiments" / "key.secret").touch()
     (copy / "experiments" / "quickstart.gin").unlink()
     names = [each.name for each in members(packed(monkeypatch, copy))]
-    assert "experiments/new.gin" in names and "tpu/on_worker.py" in names
+    assert "experiments/new.gin" in names and "tpu/host_agent.py" in names
     assert "experiments/key.secret" not in names and "experiments/quickstart.gin" not in names
 
 

@@ -336,6 +336,6 @@ def test_one_that_does_not_stop_with_the_others_is_named(pod, pids):
 
 
 def test_it_starts_without_jax():
-    program = "import sys, tpu.worker; sys.exit('jax' in sys.modules)"
+    program = "import sys, tpu.supervisor; sys.exit('jax' in sys.modules)"
     command = [sys.executable, "-c", program]
     assert subprocess.run(command, cwd=hosts.ROOT, timeout=hosts.LIMIT).returncode == 0
