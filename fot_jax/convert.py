@@ -32,12 +32,12 @@ from fot_jax.data.vocabulary import Symbols, Vocabulary
 from fot_jax.gguf import directory as gguf_directory
 from fot_jax.gguf import weights as gguf_weights
 from fot_jax.hugging_face import config as configs
-from fot_jax.hugging_face import tensors, tokenizers
+from fot_jax.hugging_face import tensors, tokenizers, weight_files
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.state import MemoryConfig
 from fot_jax.model.transformer import ModelConfig
 
-DTYPES = {dtype.name: dtype for dtype in tensors.DTYPES.values()}
+DTYPES = {dtype.name: dtype for dtype in weight_files.DTYPES.values()}
 
 
 class Reader(Protocol):

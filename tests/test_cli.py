@@ -93,7 +93,7 @@ def test_texts_that_cannot_be_trained_on(here, capsys):
         file.write('\n{"text": "cut o')
     line = refused_texts(capsys, here)
     assert line.startswith("texts/train.jsonl:6: broken row, not JSON")
-    assert line.endswith("mend or remove it")
+    assert line.endswith("correct or remove it")
     write_split(here, "a short text")
     line = refused_texts(capsys, here, "Corpus.min_document_length = 15")
     assert line.startswith("texts: no training document of 15 tokens or more in shard 0 of 1")

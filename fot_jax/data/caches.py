@@ -18,12 +18,12 @@ from fot_jax.data.corpus import Corpus
 from fot_jax.data.documents import Document
 from fot_jax.data.files import SPLITS
 from fot_jax.data.sources import to_shuffle
-from fot_jax.data.tensorflow_imports import libraries
+from fot_jax.data.tensorflow_imports import import_seqio, import_tensorflow
 
 
 def cache_of(directory: epath.PathLike, task_name: str) -> epath.Path:
     """The directory of a task in a directory of caches."""
-    return path_of(directory) / libraries().seqio.get_task_dir_from_name(task_name)
+    return path_of(directory) / import_seqio().get_task_dir_from_name(task_name)
 
 
 def write_split(
@@ -41,7 +41,7 @@ def write_split(
     Raises:
       OSError: the directory cannot be written.
     """
-    seqio = libraries().seqio
+    seqio = import_seqio()
     files, lengths = _record_files(directory, split, shards), []
     with contextlib.ExitStack() as stack:
         # Not TensorFlow's writer: there is one way into a bucket.
@@ -72,7 +72,7 @@ def cached_source(cache_dir: epath.PathLike, task_name: str, corpus: Corpus) -> 
 
     What SeqIO itself reads them with has 256 documents in memory, of whatever length.
     """
-    tf, seqio = libraries().tf, libraries().seqio
+    tf, seqio = import_tensorflow(), import_seqio()
     directory = cache_of(cache_dir, task_name)
     if not (directory / "COMPLETED").exists():
         raise UserError(
@@ -120,5 +120,5 @@ def _check_whole(file: epath.Path, size: int) -> None:
 
 
 def _record_files(directory: epath.Path, split: str, shards: int) -> list[str]:
-    prefix = libraries().seqio.get_cached_tfrecord_prefix(os.fspath(directory), split)
+    prefix = import_seqio().get_cached_tfrecord_prefix(os.fspath(directory), split)
     return [f"{prefix}-{i:05d}-of-{shards:05d}" for i in range(shards)]

@@ -119,7 +119,7 @@ def splits_in(corpus: Corpus) -> list[str]:
     return splits_of(_directory(corpus))
 
 
-def parts_of(corpus: Corpus, split: str) -> list[Part]:
+def split_parts(corpus: Corpus, split: str) -> list[Part]:
     """What a split consists of; nothing where there is none of that name."""
     if corpus.path == "standard_library":
         return [functools.partial(_package, files) for files in _packages().get(split, [])]
@@ -149,7 +149,9 @@ def field(place: str, row: dict[str, Any], name: str, kind: type) -> Any:
         raise UserError(f"{place}: no field {name!r} in the row, which has {', '.join(row)}")
     value = row[name]
     if not isinstance(value, kind):
-        raise UserError(f"{place}: field {name!r} is {json.dumps(value)[:40]}, not a text: mend it")
+        raise UserError(
+            f"{place}: field {name!r} is {json.dumps(value)[:40]}, not a text: correct it"
+        )
     if kind is str and not value.isascii():
         try:
             value.encode()
@@ -210,9 +212,9 @@ def _row(place: str, line: bytes) -> dict[str, Any]:
             why = "it is in UTF-16: write UTF-8"
         elif line.strip() == b"[":
             why = "an array begins: write one row a line, as jq -c '.[]' does"
-        raise UserError(f"{place}: broken row, not JSON ({why}): mend or remove it") from error
+        raise UserError(f"{place}: broken row, not JSON ({why}): correct or remove it") from error
     if not isinstance(row, dict):
-        raise UserError(f'{place}: broken row, not an object like {{"text": "..."}}: mend it')
+        raise UserError(f'{place}: broken row, not an object like {{"text": "..."}}: correct it')
     return row
 
 

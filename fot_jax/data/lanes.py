@@ -29,7 +29,7 @@ FIELDS = {
     # The document of each input: 1, 2, … along a lane, whatever the step; 0 for padding.
     "segment_ids": np.int32,
 }
-PATIENCE = 1000  # documents a group draws before it complains that all are short
+SHORT_DOCUMENTS = 1000  # in a row, from the first on: a group refuses to go on after so many
 
 
 class _Lane(NamedTuple):
@@ -143,14 +143,14 @@ class Lanes:
         self._longest[group] = max(self._longest[group], len(document.tokens))
         if (
             self._windows > 1
-            and self._drawn[group] == PATIENCE
+            and self._drawn[group] == SHORT_DOCUMENTS
             and self._longest[group] <= self._window
         ):
             raise UserError(
-                f"the first {PATIENCE} documents have at most {self._longest[group]} tokens: none "
-                f"is longer than a window of {self._window}, so memory layers would never see an "
-                "earlier part of their own document: set min_document_length, or a smaller "
-                "model.local_context"
+                f"the first {SHORT_DOCUMENTS} documents have at most {self._longest[group]} "
+                f"tokens: none is longer than a window of {self._window}, so memory layers would "
+                "never see an earlier part of their own document: set min_document_length, or a "
+                "smaller model.local_context"
             )
         return document
 

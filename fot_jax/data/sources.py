@@ -11,24 +11,24 @@ from typing import Any
 import numpy as np
 
 from fot_jax.common.errors import UserError
-from fot_jax.data.corpus import SHUFFLED_BYTES, Corpus, Part, dealt, parts_of, shard_of
-from fot_jax.data.tensorflow_imports import libraries
+from fot_jax.data.corpus import SHUFFLED_BYTES, Corpus, Part, dealt, shard_of, split_parts
+from fot_jax.data.tensorflow_imports import import_seqio, import_tensorflow
 
-PATIENCE = 8  # passes over the files within which each shard must have a document, to start a run
+MAX_EMPTY_PASSES = 8  # at the start of a run: by then every shard must have had a document
 
 
-def patience(shards: int) -> int:
-    """Passes in a row in which a shard that has had documents may have none.
+def max_empty_passes(shards: int) -> int:
+    """How many passes in a row a shard that has had documents may be without any.
 
-    As files are shared out, so many come about only where the corpus has been changed. A shard that
-    is all there is has the same documents in each.
+    Files are dealt out anew in every pass, so a longer row means that the corpus was changed. The
+    only shard there is has the same documents in every pass.
     """
     return max(1, 100 * (shards - 1))
 
 
 @contextlib.contextmanager
 def kept_in(failures: list[Exception]) -> Iterator[None]:
-    """Keeps an exception that TensorFlow would make a text of."""
+    """Keeps an exception of the block, of which TensorFlow would pass on the text alone."""
     try:
         yield
     except Exception as error:
@@ -38,7 +38,7 @@ def kept_in(failures: list[Exception]) -> Iterator[None]:
 
 def tfds_source(corpus: Corpus, data_dir: str | None) -> tuple[Any, int]:
     """A data set of TensorFlow Datasets, and how many of its documents to shuffle among."""
-    tf, seqio = libraries().tf, libraries().seqio
+    tf, seqio = import_tensorflow(), import_seqio()
     import tensorflow_datasets as tfds
 
     name = corpus.path.removeprefix("tfds:")
@@ -98,7 +98,7 @@ def to_shuffle(size: int, documents: int) -> int:
 
 
 class CorpusSource:
-    """What SeqIO asks of a data source, over `parts_of`."""
+    """What SeqIO asks of a data source, over `split_parts`."""
 
     caching_permitted = True
     supports_arbitrary_sharding = True
@@ -118,7 +118,7 @@ class CorpusSource:
           corpus: says which documents are left out.
           splits: those it has.
           tokens_of: of a document in UTF-8.
-          failures: gets the exceptions that TensorFlow makes texts of.
+          failures: collects exceptions, of which TensorFlow passes on the texts alone.
           of_mixture: SeqIO repeats the dataset without end; it would stop where a pass has no
             documents, so such a pass is followed by the next one at once.
         """
@@ -136,21 +136,21 @@ class CorpusSource:
     def lengths(self, split: str, shard: int, shards: int, seed: int) -> Iterator[int]:
         """Tokens of the documents that a shard has in its first passes, but in another order."""
         parts = self._parts(split)
-        for number in range(min(PATIENCE, patience(shards))):
+        for number in range(min(MAX_EMPTY_PASSES, max_empty_passes(shards))):
             rng = np.random.default_rng((seed, number))
             for tokens in self._tokenized(dealt(parts, shard, shards, rng)):
                 yield len(tokens)
 
     def get_dataset(self, split, shuffle=True, seed=None, shard_info=None) -> Any:
         """Tokens of a shard. Where SeqIO repeats the dataset, every pass is shuffled anew."""
-        tf = libraries().tf
+        tf = import_tensorflow()
         parts = self._parts(split)
         shard, shards = (shard_info.index, shard_info.num_shards) if shard_info else (0, 1)
         passes = itertools.count()
 
         def rows():
             with kept_in(self._failures):
-                for _ in range(patience(shards) if shuffle and self._of_mixture else 1):
+                for _ in range(max_empty_passes(shards) if shuffle and self._of_mixture else 1):
                     rng = np.random.default_rng((seed, next(passes))) if shuffle else None
                     tokenized = self._tokenized(shard_of(parts, shard, shards, rng))
                     if (first := next(tokenized, None)) is None:
@@ -163,7 +163,7 @@ class CorpusSource:
         return tf.data.Dataset.from_generator(rows, output_signature=signature)
 
     def _parts(self, split: str) -> list[Part]:
-        parts = parts_of(self._corpus, split)
+        parts = split_parts(self._corpus, split)
         if all(next(part(), None) is None for part in parts):
             raise UserError(f"{self._corpus.path}: the {split} split is empty: give it some rows")
         return parts

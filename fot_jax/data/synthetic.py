@@ -1,4 +1,4 @@
-"""Made-up documents: dictionary lookup and pass keys (paper §4, §5). NumPy only.
+"""Synthetic documents: dictionary lookup and pass keys (paper §4, §5). NumPy only.
 
 Document i of a split is a function of (split, seed, i) alone. Training is one endless epoch, of
 which shard s of n takes documents s, s + n, s + 2n, …: to go on from a position costs nothing, and
@@ -24,7 +24,7 @@ from fot_jax.data.vocabulary import Bytes, Symbols, Vocabulary, encode_document
 
 
 class _Drawn:
-    """What sources have in common that draw one document at a time."""
+    """The common part of sources whose documents are drawn one at a time."""
 
     eval_documents: int
 
@@ -45,7 +45,7 @@ class _Drawn:
     def stream(
         self, shard: int, shards: int, seed: int, position: Position = START
     ) -> Iterator[tuple[Position, Document]]:
-        """Training documents of a shard, for ever; the epoch of a position stays 0."""
+        """Training documents of a shard, without end; the epoch of a position stays 0."""
         epoch, taken = single_source_position(position)
         for n in itertools.count(taken):
             yield (epoch, n + 1), self.document("train", seed, n * shards + shard)
@@ -156,10 +156,10 @@ class DictionaryLookup(_Drawn):
         tokens = np.full(self.document_tokens + 1, SEPARATOR, np.int32)
         weights = np.zeros(len(tokens), np.float32)
         dictionary = self.dictionary(rng, self.records, symbols)
-        asked = rng.permutation(self.records)
-        tokens[: self.half] = self.written(KEY, dictionary)
+        order = rng.permutation(self.records)
+        tokens[: self.half] = self.half_document(KEY, dictionary)
         questions = slice(self.half, 2 * self.half)
-        tokens[questions] = self.written(QUESTION, dictionary.of(asked))
+        tokens[questions] = self.half_document(QUESTION, dictionary.of(order))
         weights[questions] = self.weights_of_questions()
         return Document(tokens, weights)
 
@@ -184,7 +184,7 @@ class DictionaryLookup(_Drawn):
         values = rng.integers(FIRST_SYMBOL, FIRST_SYMBOL + SYMBOLS, (records, self.value_length))
         return Records(keys, values)
 
-    def written(self, mark: int, records: Records) -> np.ndarray:
+    def half_document(self, mark: int, records: Records) -> np.ndarray:
         """Tokens [..., half] of `self.records` definitions (KEY) or questions (QUESTION)."""
         keys, values = records
         first, second = (np.full((*keys.shape[:-1], 1), each) for each in (mark, VALUE))

@@ -24,8 +24,14 @@ from fot_jax.data.corpus import Corpus, splits_in
 from fot_jax.data.documents import START, Document, Position, single_source_position
 from fot_jax.data.files import SPLITS, not_read
 from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
-from fot_jax.data.sources import PATIENCE, CorpusSource, kept_in, patience, tfds_source
-from fot_jax.data.tensorflow_imports import libraries
+from fot_jax.data.sources import (
+    MAX_EMPTY_PASSES,
+    CorpusSource,
+    kept_in,
+    max_empty_passes,
+    tfds_source,
+)
+from fot_jax.data.tensorflow_imports import close_at_exit, import_seqio, import_tensorflow
 from fot_jax.data.vocabulary import Vocabulary, encode_document
 
 CACHE_SHARDS = 64  # of a training split
@@ -108,16 +114,16 @@ class Text:
         short documents, it goes on to the next epoch.
 
         Raises:
-          UserError: as `documents`; or, at the start, the shard has had none in PATIENCE epochs.
+          UserError: as `documents`; or the first MAX_EMPTY_PASSES epochs have none for the shard.
         """
         self._check_split("train")
         endless = len(self.corpora) > 1
         epoch, taken = single_source_position(position)
         if endless:
             self._check_shards(shard, shards, _seed_of(seed, 0))
-        empty, most = 0, patience(shards)
+        empty, most = 0, max_empty_passes(shards)
         if position == START:
-            most = min(PATIENCE, most)
+            most = min(MAX_EMPTY_PASSES, most)
         while True:
             read = functools.partial(
                 self._read,
@@ -125,20 +131,23 @@ class Text:
                 split="train",
                 shuffle=True,
                 seed=_seed_of(seed, epoch),
-                shard_info=libraries().seqio.ShardInfo(shard, shards),
+                shard_info=import_seqio().ShardInfo(shard, shards),
             )
             documents = read(self.provider, num_epochs=None if endless else 1, skip=taken)
             for document in documents:
                 taken += 1
                 yield (epoch, taken), document
             if taken:
-                empty, most = 0, patience(shards)
+                empty, most = 0, max_empty_passes(shards)
             elif endless or (empty := empty + 1) == most:
                 raise self._no_documents(self.corpora, shard, shards)
             elif empty == 1:
                 logging.info(
                     "%s: no document for shard %d of %d in epoch %d: on to the next epoch",
-                    *(self.corpora[0].path, shard, shards, epoch),
+                    self.corpora[0].path,
+                    shard,
+                    shards,
+                    epoch,
                 )
             epoch, taken = epoch + 1, 0
 
@@ -149,7 +158,7 @@ class Text:
         """The SeqIO task of the only corpus, or the mixture of several; registered by its name."""
         if len(self.corpora) == 1:
             return self._tasks[0]
-        registry = libraries().seqio.MixtureRegistry
+        registry = import_seqio().MixtureRegistry
         rates = [(task.name, c.weight) for task, c in zip(self._tasks, self.corpora, strict=True)]
         name = f"fot.mixture.{_digest(rates)}"
         registry.remove(name)
@@ -160,7 +169,7 @@ class Text:
         return [self._make_task(corpus) for corpus in self.corpora]
 
     def _make_task(self, corpus: Corpus) -> Any:
-        seqio = libraries().seqio
+        seqio = import_seqio()
         name = _task_name(corpus, self.vocabulary)
         if self.cache_dir is not None:
             source, to_shuffle = cached_source(self.cache_dir, name, corpus)
@@ -200,20 +209,19 @@ class Text:
         if piece_tokens is not None:
             dataset = _pieces(dataset, piece_tokens, options["seed"])
         rows = self._rows(dataset.skip(skip))
-        libraries().reading.add(rows)
+        close_at_exit(rows)
         for row in rows:
             yield Document(row["targets"], np.ones(len(row["targets"]), np.float32))
 
     def _rows(self, dataset: Any) -> Generator[dict[str, Any]]:
         """Rows of a dataset. An error of ours inside TensorFlow is raised as it was."""
-        errors = libraries().tf.errors
-        any_error, damage = errors.OpError, errors.DataLossError
+        errors = import_tensorflow().errors
         try:
             yield from dataset.as_numpy_iterator()
-        except any_error as error:
+        except errors.OpError as error:
             if self._failures:
                 raise self._failures.pop() from None
-            if isinstance(error, damage):
+            if isinstance(error, errors.DataLossError):
                 where = self.cache_dir or ", ".join(corpus.path for corpus in self.corpora)
                 why = error.message.splitlines()[0]
                 raise UserError(f"{where}: damaged data ({why}): make it again") from error
@@ -268,7 +276,7 @@ class Text:
             if isinstance(task.source, CorpusSource):
                 lengths = task.source.lengths("train", shard, shards, seed)
             else:
-                info = libraries().seqio.ShardInfo(shard, shards)
+                info = import_seqio().ShardInfo(shard, shards)
                 rows = self._read(task, split="train", shuffle=False, num_epochs=1, shard_info=info)
                 lengths = (len(document.tokens) for document in rows)
             if all(length < (self.piece_tokens or 0) for length in lengths):
@@ -321,7 +329,7 @@ def _all_too_short(corpus: Corpus, split: str) -> UserError:
 
 
 def _task_name(corpus: Corpus, vocabulary: Vocabulary) -> str:
-    """Changes with all that changes the documents, so that no cache is read which has others."""
+    """Differs wherever the documents would, so that no cache of other documents is read."""
     content = dataclasses.replace(corpus, weight=1.0)
     version = platform.python_version() if corpus.path == "standard_library" else None
     kind, fields = type(vocabulary).__name__, dataclasses.astuple(vocabulary)
@@ -347,7 +355,7 @@ def _tokenize(
             return tokens_of(text)
 
     def tokens(row: Mapping[str, Any]) -> dict[str, Any]:
-        tf = libraries().tf
+        tf = import_tensorflow()
         targets = tf.numpy_function(encode, [row[field]], tf.int32)
         return {"targets": tf.ensure_shape(targets, [None])}
 
@@ -356,13 +364,13 @@ def _tokenize(
 
 def _at_least(length: int) -> Callable:
     """A preprocessor: leaves out documents of fewer tokens."""
-    size = libraries().tf.size
-    return lambda dataset: dataset.filter(lambda row: size(row["targets"]) >= length)
+    tf = import_tensorflow()
+    return lambda dataset: dataset.filter(lambda row: tf.size(row["targets"]) >= length)
 
 
 def _pieces(dataset: Any, length: int, seed: int) -> Any:
     """Rows of `length` tokens of a document each, in random order."""
-    tf = libraries().tf
+    tf = import_tensorflow()
 
     def cut(row):
         whole = tf.size(row["targets"], tf.int64) // length
@@ -375,5 +383,5 @@ def _pieces(dataset: Any, length: int, seed: int) -> Any:
 
 def _as_int32(dataset: Any) -> Any:
     """A preprocessor: tokens as records have them to tokens as tasks have them."""
-    cast, int32 = libraries().tf.cast, libraries().tf.int32
-    return dataset.map(lambda row: {"targets": cast(row["targets"], int32)})
+    tf = import_tensorflow()
+    return dataset.map(lambda row: {"targets": tf.cast(row["targets"], tf.int32)})

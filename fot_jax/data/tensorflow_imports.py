@@ -1,4 +1,7 @@
-"""TensorFlow and SeqIO: imported when first used, quietly; that takes some seconds."""
+"""TensorFlow and SeqIO: imported when first used, quietly; that takes some seconds.
+
+They are kept off the accelerators, which are JAX's.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +13,45 @@ import time
 import types
 import weakref
 from collections.abc import Generator, Iterable, Iterator
-from typing import Any
+
+
+def import_tensorflow() -> types.ModuleType:
+    """The module tensorflow."""
+    return _import_both()[0]
+
+
+def import_seqio() -> types.ModuleType:
+    """The module seqio."""
+    return _import_both()[1]
+
+
+def close_at_exit(rows: Generator) -> None:
+    """Closes a generator of rows before the interpreter shuts down, if it is still in use.
+
+    TensorFlow's threads read ahead, in Python: during the shutdown that would abort the process.
+    """
+    _open_generators().add(rows)
 
 
 @functools.cache
-def libraries() -> Any:
-    """TensorFlow and SeqIO as .tf and .seqio: quiet, and kept off the accelerators.
+def _open_generators() -> weakref.WeakSet[Generator]:
+    generators: weakref.WeakSet[Generator] = weakref.WeakSet()
+    atexit.register(_close, generators)
+    return generators
 
-    In .reading are the generators of rows that are in use. TensorFlow's threads read ahead, in
-    Python; did they so while the interpreter goes away, they would abort the process.
-    """
+
+@functools.cache
+def _import_both() -> tuple[types.ModuleType, types.ModuleType]:
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":  # JAX sets that
-        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # or a broken row shows as a hundred lines
-    with _silent_stderr():  # before TensorFlow knows of the level, it says what it looks for
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # else a broken row is reported in a hundred lines
+    with _silent_stderr():  # TensorFlow logs its start before it reads that level
         import seqio
         import tensorflow as tf
 
         for kind in ("GPU", "TPU"):
             with contextlib.suppress(RuntimeError, ValueError):  # none there, or they are in use
                 tf.config.set_visible_devices([], kind)
-
-    reading: weakref.WeakSet[Generator] = weakref.WeakSet()
-    atexit.register(_close, reading)
-    return types.SimpleNamespace(tf=tf, seqio=seqio, reading=reading)
+    return tf, seqio
 
 
 @contextlib.contextmanager

@@ -116,7 +116,9 @@ class DictionaryAccuracy:
         with bar(sizes[-1]) as progress:
             for size in sizes:
                 records = slice(*(n // source.half * source.records for n in (done, size)))
-                windows = source.written(KEY, _windows(dictionary.of(records), source.records))
+                windows = source.half_document(
+                    KEY, _windows(dictionary.of(records), source.records)
+                )
                 memory = {"memory": self._memory(sizes[-1])} if state is None else {"state": state}
                 state = lm.remember(windows, rows=self.rows, progress=progress, **memory)
                 done = size
@@ -137,7 +139,7 @@ class DictionaryAccuracy:
             config = dataclasses.replace(lm.config, local_context=size + source.half)
             wide = dataclasses.replace(lm, config=config)
             records = dictionary.of(slice(size // source.half * source.records))
-            read = source.written(KEY, _windows(records, source.records)).reshape(-1)
+            read = source.half_document(KEY, _windows(records, source.records)).reshape(-1)
             questions = self._questions(source, dictionary, size)
             yield (
                 size,
@@ -151,7 +153,7 @@ class DictionaryAccuracy:
         rng = np.random.default_rng((self.seed, size))
         there = size // source.half * source.records
         chosen = [rng.choice(there, source.records, replace=False) for _ in range(self.windows)]
-        return source.written(QUESTION, dictionary.of(np.stack(chosen)))
+        return source.half_document(QUESTION, dictionary.of(np.stack(chosen)))
 
     def scalars(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """Accuracy of each size."""

@@ -118,8 +118,8 @@ def _auto_tokenizer(directory: epath.Path, named: epath.Path) -> Any:
             SentencePiece(directory / _MODEL)  # refused, if it is none
         what = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
         raise UserError(
-            f"{named}: transformers cannot read its tokenizer ({what}): mend {_CONFIG}, or restore "
-            "the tokenizer's files from a copy"
+            f"{named}: transformers cannot read its tokenizer ({what}): correct {_CONFIG}, or "
+            "restore the tokenizer's files from a copy"
         ) from error
     finally:
         transformers.logging.set_verbosity(said)

@@ -447,7 +447,7 @@ def message_of(call, *args):
 
 
 def test_documents_that_all_fit_one_window(monkeypatch):
-    monkeypatch.setattr(lanes_module, "PATIENCE", 20)
+    monkeypatch.setattr(lanes_module, "SHORT_DOCUMENTS", 20)
     short = Numbered(shortest=2, longest=8, per_epoch=50)
     message = message_of(take, LAYOUT.open(short, window=8), 100)
     assert "20 documents have at most 8 tokens" in message and "window of 8" in message

@@ -20,7 +20,9 @@ def test_importing_it_imports_neither_tensorflow_nor_seqio():
 
 READ_IN_A_THREAD = """
 import jax, sys, threading
-from fot_jax.data.tasks import Bytes, Corpus, Text
+from fot_jax.data.corpus import Corpus
+from fot_jax.data.tasks import Text
+from fot_jax.data.vocabulary import Bytes
 from fot_jax.common.errors import UserError
 
 def read(path):
@@ -55,7 +57,8 @@ SLOW_READER = """
 import dataclasses, time
 from fot_jax.data.lanes import Lanes
 from fot_jax.data.prefetch import Prefetch
-from fot_jax.data.tasks import Bytes, Text
+from fot_jax.data.tasks import Text
+from fot_jax.data.vocabulary import Bytes
 
 @dataclasses.dataclass(frozen=True)
 class Slow(Bytes):

@@ -99,10 +99,10 @@ def documents(seed, sizes, windows):
     for size in sizes:
         rng = np.random.default_rng((seed, size))
         n = size // 32 * 4
-        read = [TASK.written(KEY, dictionary.of(slice(i, i + 4))) for i in range(0, n, 4)]
+        read = [TASK.half_document(KEY, dictionary.of(slice(i, i + 4))) for i in range(0, n, 4)]
         for _ in range(windows):
             asked = dictionary.of(rng.choice(n, 4, replace=False))
-            yield np.concatenate([*read, TASK.written(QUESTION, asked)])
+            yield np.concatenate([*read, TASK.half_document(QUESTION, asked)])
 
 
 def shares(lm, texts, windows, **options):

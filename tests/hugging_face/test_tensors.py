@@ -536,7 +536,7 @@ def test_no_weights(copy):
         ),
         (
             {"intermediate_size": 50},
-            "model.layers.0.mlp.gate_proj.weight is [48, 32], but [50, 32] by config.json: mend",
+            "model.layers.0.mlp.gate_proj.weight is [48, 32], but [50, 32] by config.json: correct",
         ),
         ({"vocab_size": 62}, "model.embed_tokens.weight is [61, 32], but [62, 32] by config.json"),
         ({"num_key_value_heads": 2}, "k_proj.weight is [32, 32], but [8, 32] by config.json"),
