@@ -1,5 +1,6 @@
 """For every test: eight CPU devices, and programs that are compiled quickly, as most run once."""
 
+import contextlib
 import gc
 import importlib.util
 import os
@@ -32,6 +33,7 @@ import runs  # noqa: E402
 # What tests need beyond the extra `dev` -> the extra that brings it.
 EXTRAS = {
     "accelerate": "test",
+    "datasets": "lm_eval",
     "libtpu": "tpu",
     "lm_eval": "lm_eval",
     "mkdocs": "docs",
@@ -55,8 +57,7 @@ def pytest_configure(config):
 def _skip_without(modules):
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            extra = EXTRAS[module]
-            pytest.skip(f"needs the extra {extra}: pip install -e '.[{extra}]'")
+            pytest.skip(f"needs the extra {EXTRAS[module]}")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -70,32 +71,40 @@ def pytest_make_collect_report(collector):
         try:
             return collect()
         except collector.CollectError as error:
-            missing = re.findall(r"No module named '(\w+)", str(error))
-            if not set(missing) & EXTRAS.keys():
+            (missing, *_) = re.findall(r"No module named '(\w+)", str(error)) or [None]
+            if missing not in EXTRAS:
                 raise
-            extra = EXTRAS[missing[-1]]
-            pytest.skip(f"needs the extra {extra}", allow_module_level=True)
+            pytest.skip(f"needs the extra {EXTRAS[missing]}", allow_module_level=True)
 
     collector.collect = collect_or_skip
     return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    if not item.config.getoption("every_extra"):
+        for mark in item.iter_markers("needs"):
+            _skip_without(mark.args)
+    with _skipped_without_extras(item):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
+    with _skipped_without_extras(item):
+        return (yield)
+
+
+@contextlib.contextmanager
+def _skipped_without_extras(item):
     """A test that meets what is not installed is skipped."""
     try:
-        return (yield)
+        yield
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
         if item.config.getoption("every_extra") or missing not in EXTRAS:
             raise
         pytest.skip(f"needs the extra {EXTRAS[missing]}")
-
-
-def pytest_runtest_setup(item):
-    if not item.config.getoption("every_extra"):
-        for mark in item.iter_markers("needs"):
-            _skip_without(mark.args)
 
 
 def pytest_runtest_teardown():

@@ -17,6 +17,8 @@ from fot_jax.tpu_compile import compile
 from fot_jax.training.experiment import Compute
 from fot_jax.training.partitioning import MeshShape
 
+pytestmark = pytest.mark.needs("libtpu")
+
 EXPERIMENT = f"""{runs.MODEL}
 train.data = @Data()
 train.optimizer = @adamw
