@@ -8,6 +8,7 @@ import pytest
 from oracles import reading as rules
 from tiny import LLAMA, PAPER, random_params
 
+from fot_jax.data.vocabulary import Bytes
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.model.transformer import Transformer
 
@@ -34,6 +35,14 @@ def model_of(name, **changes):
 def by_rules(name, tokens, feeds, last=C, valid=None):
     config = config_of(name)
     return rules.read(config, random_params(config), tokens, feeds, last, valid)
+
+
+class OfBytes:
+    """What stands for a LanguageModel has its way from text to tokens and back."""
+
+    vocabulary = Bytes()
+    encode, decode = LanguageModel.encode, LanguageModel.decode
+    _tokenizer = LanguageModel._tokenizer
 
 
 def random_text(rows, length, seed=0):

@@ -136,6 +136,8 @@ def evaluate(
     source = evaluation.source or source
     if lm.vocabulary is not None:
         source = source.with_vocabulary(lm.vocabulary)
+    else:
+        lm = dataclasses.replace(lm, vocabulary=source.vocabulary)
     results = run_evals(lm, evaluation.evals, source, plots)
     if output is not None:
         content = {"checkpoint": checkpoint, "made": provenance(), **results}

@@ -97,7 +97,7 @@ class FewShot:
     def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
         """One row a length: demonstrations, accuracy, half a 95 % interval of its mean, questions.
 
-        Of the source only the vocabulary is used.
+        The source is not used.
 
         Raises:
           UserError: no rows, or rows of another form; a length without room for a question.
@@ -106,8 +106,9 @@ class FewShot:
         demonstrations = self._examples("train")
         questions = self._examples(self.split)[: self.questions]
         memory, rows = all_of_a_text(lm.config, self.storage, self.lookup), []
-        encode = source.vocabulary.encode
-        longest = max(len(encode(self._written(question))) for question in questions)
+        longest = max(
+            len(lm.encode(self._written(question), continues=True)) for question in questions
+        )
         last = last_context(lm.config, longest + self.answer_tokens)  # these have room beside it
         with bar(len(self.lengths) * self.draws * len(questions)) as progress:
             for length in self.lengths:
@@ -115,14 +116,14 @@ class FewShot:
                 for draw in range(self.draws):
                     rng = np.random.default_rng((self.seed, length, draw))
                     order = [demonstrations[i] for i in rng.permutation(len(demonstrations))]
-                    tokens, count = self._context(source.vocabulary, order, longest, length)
+                    tokens, count = self._context(lm, order, longest, length)
                     state = None
                     if tokens:
                         state = lm.read(tokens, memory=memory, last_context_length=last)
                     right = 0
                     for start in range(0, len(questions), self.rows):
                         batch = questions[start : start + self.rows]
-                        right += self._right(lm, source.vocabulary, state, memory, batch)
+                        right += self._right(lm, state, memory, batch)
                         progress(len(batch))
                     found.append(right / len(questions))
                     shown.append(count)
@@ -161,9 +162,11 @@ class FewShot:
             form = form[: form.index(" {answer}")]
         return form.format(question=example.question, answer=answer)
 
-    def _context(self, vocabulary, order, longest: int, length: int) -> tuple[list[int], int]:
+    def _context(
+        self, lm: LanguageModel, order: Sequence[Example], longest: int, length: int
+    ) -> tuple[list[int], int]:
         """Tokens of as many demonstrations as fit with any question, and how many these are."""
-        tokens, count = list(vocabulary.before), 0
+        tokens, count = list(lm.vocabulary.before), 0  # a text begins, and does not end
         room = length - longest - self.answer_tokens
         if room < len(tokens):
             raise UserError(
@@ -171,7 +174,7 @@ class FewShot:
                 f"an answer of {self.answer_tokens}: leave it out"
             )
         for example in order:
-            more = vocabulary.encode(self._written(example, example.answers[0]))
+            more = lm.encode(self._written(example, example.answers[0]), continues=True)
             if len(tokens) + len(more) > room:
                 break
             tokens, count = [*tokens, *more], count + 1
@@ -180,7 +183,6 @@ class FewShot:
     def _right(
         self,
         lm: LanguageModel,
-        vocabulary,
         state: State | None,
         memory: MemoryConfig,
         batch: Sequence[Example],
@@ -188,13 +190,13 @@ class FewShot:
         """How many of the questions are answered rightly."""
         before = {"memory": memory} if state is None else {"state": state.repeated(len(batch))}
         written = lm.generate(
-            [vocabulary.encode(self._written(example)) for example in batch],
+            [lm.encode(self._written(example), continues=True) for example in batch],
             self.answer_tokens,
             temperature=0,
-            stop=vocabulary.ends,
+            stop=lm.vocabulary.ends,
             **before,
         )
-        lines = [vocabulary.decode(new).lstrip().partition("\n")[0] for new in written]
+        lines = [lm.decode(new).lstrip().partition("\n")[0] for new in written]
         return sum(
             _plain(line) in map(_plain, example.answers)
             for line, example in zip(lines, batch, strict=True)

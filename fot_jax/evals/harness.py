@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -85,7 +86,7 @@ class LmEval:
     def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
         """One row a task, length and metric: value, standard error where there is one.
 
-        Of the source only the vocabulary is used.
+        The source is not used.
 
         Raises:
           UserError: the harness is not installed, or knows no such task; or a task asks for what
@@ -93,16 +94,15 @@ class LmEval:
         """
         self.check(lm.config)
         for length in self.lengths or ():
-            ruler.check(self.tasks, length, source.vocabulary.encode)
+            ruler.check(self.tasks, length, functools.partial(lm.encode, continues=True))
         with self._templates(lm) as templates, tempfile.TemporaryDirectory() as directory:
             metadata: dict[str, Any] = {}
             if self.lengths:
-                tokenizers.write(source.vocabulary, epath.Path(directory))
+                tokenizers.write(lm.vocabulary, epath.Path(directory))
                 metadata["tokenizer"] = directory
             manager = self._manager(metadata)
             model = adapter(
                 lm,
-                source.vocabulary,
                 all_of_a_text(lm.config, self.storage, self.lookup),
                 rows=self.rows,
                 seed=self.seed,

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fot_jax.common.errors import UserError
-from fot_jax.data.vocabulary import Vocabulary, encode_prompt
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.state import MemoryConfig, last_context
 
@@ -126,7 +125,6 @@ def _refusal(task: str, name: str, value: Any, advice: str) -> UserError:
 
 def adapter(
     lm: LanguageModel,
-    vocabulary: Vocabulary,
     memory: MemoryConfig,
     *,
     rows: int = 8,
@@ -137,7 +135,7 @@ def adapter(
     """The model as the harness wants it, a `lm_eval.api.model.LM`.
 
     Args:
-      vocabulary: of the model.
+      lm: with a vocabulary.
       memory: of each text.
       rows: so many texts are read side by side.
       seed: of draws: the n-th question has draws of its own, whatever `rows`.
@@ -147,6 +145,7 @@ def adapter(
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+    vocabulary = lm.vocabulary
     start = vocabulary.eos if vocabulary.bos is None else vocabulary.bos
     end = getattr(vocabulary, "eos_token", None)
     name = getattr(vocabulary, "bos_token", None) or end
@@ -164,9 +163,8 @@ def adapter(
 
         def tok_encode(self, string, add_special_tokens=None, **kwargs):
             begun = bool(name) and string.startswith(name)  # by a chat template, say
-            if add_special_tokens is False or add_special_tokens is None and begun:
-                return vocabulary.encode(string)
-            return encode_prompt(vocabulary, string)
+            continues = begun if add_special_tokens is None else not add_special_tokens
+            return lm.encode(string, continues=continues)
 
         def apply_chat_template(self, chat_history, add_generation_prompt=True):
             import jinja2
@@ -269,12 +267,12 @@ def adapter(
                 top_k=how.top_k,
                 top_p=how.top_p,
                 seed=[_seed(seed, place) for place in places],
-                stop=(*vocabulary.ends, *_marks(vocabulary, until)),
-                until=_ends(vocabulary, until),
+                stop=(*vocabulary.ends, *_marks(lm, until)),
+                until=_ends(lm, until),
                 memory=memory,
                 last_context_length=last_context(lm.config, room),
             )
-            return [_before(vocabulary.decode(new), until) for new in written]
+            return [_before(lm.decode(new), until) for new in written]
 
     def _scores(texts: Sequence[list[int]]):
         """(nats, correct) of every token but the first of each text, in order."""
@@ -300,18 +298,18 @@ def _seed(seed: int, place: int) -> int:
     return int(np.random.SeedSequence((seed, place)).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _marks(vocabulary: Vocabulary, until: Sequence[str]) -> list[int]:
+def _marks(lm: LanguageModel, until: Sequence[str]) -> list[int]:
     """Those of the texts that are marks: a token each, of which decoding leaves nothing."""
-    tokens = [list(vocabulary.encode(text)) for text in until if text]
-    return [each[0] for each in tokens if len(each) == 1 and not vocabulary.decode(each)]
+    tokens = [lm.encode(text, continues=True) for text in until if text]
+    return [each[0] for each in tokens if len(each) == 1 and not lm.decode(each)]
 
 
-def _ends(vocabulary: Vocabulary, until: Sequence[str]):
+def _ends(lm: LanguageModel, until: Sequence[str]):
     """Whether one of the texts is in what a row has written, of which the end is looked at."""
     if not until:
         return None
     reach = max(len(text.encode()) for text in until) + 8  # hardly a token is less than a byte
-    return lambda new: any(text in vocabulary.decode(new[-reach:]) for text in until)
+    return lambda new: any(text in lm.decode(new[-reach:]) for text in until)
 
 
 def _before(text: str, until: Sequence[str]) -> str:

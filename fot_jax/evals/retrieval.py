@@ -102,9 +102,8 @@ class RetrievalTable:
         jax.effects_barrier()
         rng = np.random.default_rng(self.seed)
         places = np.sort(rng.choice(c.local_context, self.queries, replace=False))
-        decode = source.vocabulary.decode
         return [
-            self._row(layer, int(place), tokens, decode, scores[:, place], slots[:, place])
+            self._row(layer, int(place), tokens, lm.decode, scores[:, place], slots[:, place])
             for layer, (scores, slots) in zip(
                 c.memory_layers, found.by_layer(len(c.memory_layers), c.num_heads), strict=True
             )

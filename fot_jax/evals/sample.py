@@ -68,8 +68,7 @@ class Sample:
             last_context_length=lm.config.local_context,
             memory=MemoryConfig(size),
         )
-        decode = source.vocabulary.decode
-        return [{"prompt": decode(prompt[-64:]), "continuation": decode(new)}]
+        return [{"prompt": lm.decode(prompt[-64:]), "continuation": lm.decode(new)}]
 
     def scalars(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """None."""

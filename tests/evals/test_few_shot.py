@@ -8,6 +8,7 @@ import types
 import matplotlib.image
 import numpy as np
 import pytest
+from readers import OfBytes
 
 from fot_jax.common.errors import UserError
 from fot_jax.data.vocabulary import Bytes
@@ -15,12 +16,11 @@ from fot_jax.evals.few_shot import FewShot
 from fot_jax.inference.state import EVERYTHING, MemoryConfig
 from fot_jax.model.lookup import TopK
 
-SOURCE = types.SimpleNamespace(vocabulary=Bytes())
 DEMONSTRATION = re.compile(r"Question: (.*)\nType: (.*)\n\n")
 QUESTIONS = [(f"What is number {i} ?", f"KIND{i % 3}:sub{i}") for i in range(40)]
 
 
-class Copier:
+class Copier(OfBytes):
     """Answers a question that was among the demonstrations, and goes on; else "no"."""
 
     def __init__(self, memory_layers=(1,), how="{}\n\nQuestion: ", context=1500):
@@ -68,7 +68,7 @@ def evaluation(directory, **changes):
 
 def test_a_model_that_copies_scores_what_it_was_shown(directory):
     copier = Copier()
-    rows = evaluation(directory).run(copier, SOURCE)
+    rows = evaluation(directory).run(copier, None)
     assert [row["length"] for row in rows] == [200, 600]
     for row, contexts in zip(rows, (copier.contexts[:4], copier.contexts[4:]), strict=True):
         shares = [len(shown) / 40 for _, shown in contexts]
@@ -81,7 +81,7 @@ def test_a_model_that_copies_scores_what_it_was_shown(directory):
 
 def test_as_many_demonstrations_as_fit_in_another_order_each_time(directory):
     copier = Copier()
-    evaluation(directory).run(copier, SOURCE)
+    evaluation(directory).run(copier, None)
     longest = max(n for _, n in copier.asked)
     demonstration = max(len(f"Question: {q}\nType: {a}\n\n") for q, a in QUESTIONS)
     for i, (tokens, shown) in enumerate(copier.contexts):
@@ -90,16 +90,16 @@ def test_as_many_demonstrations_as_fit_in_another_order_each_time(directory):
         assert set(shown.items()) < set(QUESTIONS[:30])
     assert len({tuple(shown) for _, shown in copier.contexts}) == 8
     again = Copier()
-    evaluation(directory).run(again, SOURCE)
+    evaluation(directory).run(again, None)
     assert again.contexts == copier.contexts
     other = Copier()
-    evaluation(directory, seed=1).run(other, SOURCE)
+    evaluation(directory, seed=1).run(other, None)
     assert other.contexts != copier.contexts
 
 
 def test_the_first_questions_alone(directory):
     copier = Copier()
-    rows = evaluation(directory, questions=7, draws=1).run(copier, SOURCE)
+    rows = evaluation(directory, questions=7, draws=1).run(copier, None)
     assert [q for q, _ in copier.asked] == [q for q, _ in QUESTIONS[:7]] * 2
     assert rows[0]["questions"] == 7 and rows[0]["interval"] == 0
 
@@ -111,6 +111,8 @@ def test_a_vocabulary_without_a_mark_at_the_beginning(directory):
         before, ends = (), (10, 257)
 
     class Reader(Copier):
+        vocabulary = Plain()
+
         def read(self, tokens, *, memory, last_context_length):
             return super().read([Bytes.bos, *tokens], memory=memory, last_context_length=0)
 
@@ -121,10 +123,9 @@ def test_a_vocabulary_without_a_mark_at_the_beginning(directory):
             how = {"temperature": temperature, "state": state, "stop": (Bytes.eos,)}
             return super().generate(prompts, max_new_tokens, **how)
 
-    source = types.SimpleNamespace(vocabulary=Plain())
     for length, alone in ((600, False), (55, True)):
         reader = Reader()
-        (row,) = evaluation(directory, lengths=(length,), draws=1).run(reader, source)
+        (row,) = evaluation(directory, lengths=(length,), draws=1).run(reader, None)
         assert reader.alone == alone == (row["demonstrations"] == 0)
 
 
@@ -140,7 +141,7 @@ def test_a_vocabulary_without_a_mark_at_the_beginning(directory):
     ],
 )
 def test_what_counts_as_right(directory, how, right):
-    rows = evaluation(directory, answer_tokens=24).run(Copier(how=how), SOURCE)
+    rows = evaluation(directory, answer_tokens=24).run(Copier(how=how), None)
     assert (rows[0]["accuracy"] > 0) == right
 
 
@@ -163,7 +164,7 @@ def test_any_of_several_answers(tmp_path):
             asked = [re.findall(r"Question: (.*)\nAnswer:$", Bytes().decode(p))[0] for p in prompts]
             return [Bytes().encode(said[question]) for question in asked]
 
-    (row,) = evaluation(tmp_path, form="webqs", lengths=(400,)).run(Speaker(), SOURCE)
+    (row,) = evaluation(tmp_path, form="webqs", lengths=(400,)).run(Speaker(), None)
     assert row["accuracy"] == 0.5
 
 
@@ -171,23 +172,23 @@ def test_the_question_has_room_in_the_window(directory):
     """Of a model without memory, all of it: it does not see what was in another."""
     for memory_layers, context, last in (((1,), 1500, 1024), ((1,), 500, None), ((), 1500, None)):
         copier = Copier(memory_layers, context=context)
-        evaluation(directory).run(copier, SOURCE)
+        evaluation(directory).run(copier, None)
         longest = max(n for _, n in copier.asked)
         assert set(copier.last) == {last or context - longest - 16}
 
 
 def test_memory_is_as_asked_for(directory):
     copier = Copier()
-    evaluation(directory, lookup=TopK(7), storage="int8").run(copier, SOURCE)
+    evaluation(directory, lookup=TopK(7), storage="int8").run(copier, None)
     assert set(copier.memories) == {MemoryConfig(storage="int8", lookup=TopK(7))}
     copier = Copier(memory_layers=())
-    evaluation(directory).run(copier, SOURCE)
+    evaluation(directory).run(copier, None)
     assert set(copier.memories) == {EVERYTHING}
 
 
 def test_what_the_rows_become(directory, tmp_path):
     each = evaluation(directory)
-    rows = each.run(Copier(), SOURCE)
+    rows = each.run(Copier(), None)
     assert each.scalars(rows) == {
         "few_shot/200": rows[0]["accuracy"],
         "few_shot/600": rows[1]["accuracy"],
@@ -214,5 +215,5 @@ def test_what_the_rows_become(directory, tmp_path):
 )
 def test_what_does_not_fit_is_named(directory, changes, message):
     with pytest.raises(UserError) as raised:
-        evaluation(directory, **changes).run(Copier(), SOURCE)
+        evaluation(directory, **changes).run(Copier(), None)
     assert message in str(raised.value)

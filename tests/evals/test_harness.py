@@ -6,6 +6,7 @@ import types
 import matplotlib.image
 import numpy as np
 import pytest
+from readers import OfBytes
 
 from fot_jax.common.errors import UserError
 from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
@@ -15,7 +16,6 @@ from fot_jax.inference.language_model import Scores
 from fot_jax.inference.state import EVERYTHING, MemoryConfig
 from fot_jax.model.lookup import TopK
 
-SOURCE = types.SimpleNamespace(vocabulary=Bytes())
 ANIMALS = [("cow", "moo"), ("dog", "woof"), ("cat", "meow"), ("pig", "oink"), ("owl", "hoot")]
 WRONG = {"dog", "owl"}  # what the model gets wrong
 
@@ -24,7 +24,7 @@ def says(animal):
     return "moo" if animal in WRONG else dict(ANIMALS)[animal]
 
 
-class Speaker:
+class Speaker(OfBytes):
     """Finds the sound that it believes in likely, letter by letter, and all others unlikely."""
 
     def __init__(self, memory_layers=(1,)):
@@ -165,7 +165,7 @@ def by_metric(rows):
 @pytest.mark.slow
 def test_tasks_score_what_the_model_knows(tasks, tmp_path):
     speaker, each = Speaker(), evaluation(tasks, "choices", "written", "rolled")
-    rows = each.run(speaker, SOURCE)
+    rows = each.run(speaker, None)
     found = by_metric(rows)
     assert found["choices", "acc"] == pytest.approx(3 / 5)
     assert found["written", "exact_match"] == pytest.approx(3 / 5)
@@ -183,13 +183,11 @@ def test_tasks_score_what_the_model_knows(tasks, tmp_path):
 @pytest.mark.slow
 def test_as_asked_for(tasks):
     speaker = Speaker()
-    rows = evaluation(tasks, "choices", limit=2, lookup=TopK(7), storage="int8").run(
-        speaker, SOURCE
-    )
+    rows = evaluation(tasks, "choices", limit=2, lookup=TopK(7), storage="int8").run(speaker, None)
     assert by_metric(rows)["choices", "acc"] == 1 / 2  # cow and dog
     assert set(speaker.memories) == {MemoryConfig(storage="int8", lookup=TopK(7))}
     speaker = Speaker(memory_layers=())
-    evaluation(tasks, "choices", "written").run(speaker, SOURCE)
+    evaluation(tasks, "choices", "written").run(speaker, None)
     assert set(speaker.memories) == {EVERYTHING}
     assert speaker.last == {2048, 2048 - 12}  # all that fits, beside what is written
 
@@ -227,7 +225,7 @@ def english():
         "ABCDEFGHIJKLMNOPQRSTUVWXYZ VAR = VAR Question: Answer: jkqxz",
     )
     vocabulary = TrainedSentencePiece(460).train(sentences * 50)
-    return types.SimpleNamespace(vocabulary=vocabulary)
+    return vocabulary
 
 
 @pytest.mark.slow
@@ -235,7 +233,8 @@ def test_ruler_by_length(english, tmp_path):
     """All is found in questions that are given back whole, little in their last 2,000 tokens."""
     lengths, parrot = (2_000, 3_500), Parrot(2_000)
     each = LmEval(RULER, lengths=lengths, limit=3, name="ruler")
-    rows = each.run(parrot, english)
+    parrot.vocabulary = english
+    rows = each.run(parrot, None)
     assert [(row["length"], row["task"]) for row in rows] == [
         (n, x) for n in lengths for x in RULER
     ]
@@ -272,7 +271,7 @@ def test_ruler_by_length(english, tmp_path):
 def test_lengths_that_cannot_be_had(tasks, task, length, message):
     lengths = None if length is None else (length,)
     with pytest.raises(UserError) as raised:
-        evaluation(tasks, task, lengths=lengths).run(Speaker(), SOURCE)
+        evaluation(tasks, task, lengths=lengths).run(Speaker(), None)
     assert message in str(raised.value)
 
 
@@ -294,11 +293,11 @@ def test_lengths_that_cannot_be_had(tasks, task, length, message):
 )
 def test_what_does_not_fit_is_named(tasks, make, message):
     with pytest.raises(UserError) as raised:
-        make(tasks).run(Speaker(), SOURCE)
+        make(tasks).run(Speaker(), None)
     assert message in str(raised.value)
 
 
 def test_without_the_harness(tasks, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="LmEval needs the harness: pip install"):
-        evaluation(tasks, "choices").run(Speaker(), SOURCE)
+        evaluation(tasks, "choices").run(Speaker(), None)

@@ -1,7 +1,6 @@
 """What the harness asks of a model, against its own `hf` adapter on the same directory."""
 
 import json
-import types
 
 import hypothesis.strategies as st
 import llamas
@@ -68,7 +67,7 @@ def both(request, tmp_path_factory):
     write(path, request.param)
     lm = LanguageModel.load(path)
     hf = HFLM(str(path), device="cpu", dtype="float32", batch_size=1)
-    return hf, adapter(lm, lm.vocabulary, EVERYTHING, rows=3, templates=hf.tokenizer), lm
+    return hf, adapter(lm, EVERYTHING, rows=3, templates=hf.tokenizer), lm
 
 
 def request(kind, *arguments):
@@ -187,7 +186,7 @@ def test_repeats_are_draws_of_their_own_whatever_the_rows(both):
     texts = ["hello", "hello", "world", "hello", "hello", "hello"]
     requests = [request("generate_until", text, how) for text in texts]
     found = [
-        adapter(lm, lm.vocabulary, EVERYTHING, rows=rows, seed=seed).generate_until(requests)
+        adapter(lm, EVERYTHING, rows=rows, seed=seed).generate_until(requests)
         for rows, seed in ((1, 0), (4, 0), (6, 1))
     ]
     assert found[0] == found[1] != found[2]
@@ -361,7 +360,7 @@ def test_whole_evaluations_are_those_of_hf(both, options, tmp_path, monkeypatch)
         **options,
     )["results"]
     each = LmEval(tuple(KINDS), include_path=str(tmp_path), rows=1, **options)
-    found = each.run(lm, types.SimpleNamespace(vocabulary=lm.vocabulary))
+    found = each.run(lm, None)
     assert {row["task"] for row in found} == {*KINDS}
     for row in found:
         assert row["value"] == pytest.approx(want[row["task"]][row["metric"]], rel=1e-4), row

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from readers import OfBytes
 
 from fot_jax.common.errors import UserError
 from fot_jax.data.documents import Document
@@ -10,7 +11,7 @@ from fot_jax.evals.sample import Sample
 from fot_jax.inference.state import MemoryConfig
 
 
-class Recorder:
+class Recorder(OfBytes):
     """In place of a language model with windows of 16: writes the same five letters."""
 
     class config:  # noqa: N801
