@@ -23,8 +23,12 @@ from fot_jax.data.files import SPLITS
 from fot_jax.data.vocabulary import Bytes, Symbols, Vocabulary, encode_document
 
 
-class _Drawn:
-    """The common part of sources whose documents are drawn one at a time."""
+class DrawnSource:
+    """A base for sources that draw each document by itself, from its number.
+
+    A subclass is a frozen dataclass with fields `vocabulary` and `eval_documents` (of each split),
+    and defines `document` and `with_vocabulary`.
+    """
 
     eval_documents: int
 
@@ -51,7 +55,8 @@ class _Drawn:
             yield (epoch, n + 1), self.document("train", seed, n * shards + shard)
 
 
-def _generator(split: str, seed: int, index: int) -> np.random.Generator:
+def generator_of(split: str, seed: int, index: int) -> np.random.Generator:
+    """The generator of document `index` of a split: no two documents share one."""
     return np.random.default_rng((SPLITS.index(split), seed, index))
 
 
@@ -64,7 +69,7 @@ LONGEST_KEY = 10  # symbols: there are more keys than an int64 can count beyond 
 
 @configurable
 @dataclasses.dataclass(frozen=True)
-class DictionaryLookup(_Drawn):
+class DictionaryLookup(DrawnSource):
     """A dictionary, then questions about it: 64 tokens in all (paper §5).
 
     The first half of a document holds definitions `<k> k1 … <v> v1 …`, the second half questions
@@ -152,7 +157,7 @@ class DictionaryLookup(_Drawn):
         if split == "train" and self.near_documents is not None:
             near = np.random.default_rng((0, seed, index // self.near_documents, 1))
             symbols = near.permutation(SYMBOLS)[: self.near_symbols]
-        rng = _generator(split, seed, index)
+        rng = generator_of(split, seed, index)
         tokens = np.full(self.document_tokens + 1, SEPARATOR, np.int32)
         weights = np.zeros(len(tokens), np.float32)
         dictionary = self.dictionary(rng, self.records, symbols)
@@ -226,7 +231,7 @@ PASSKEY_QUESTION = "What is the pass key? The pass key is"
 
 @configurable
 @dataclasses.dataclass(frozen=True)
-class Passkey(_Drawn):
+class Passkey(DrawnSource):
     """A number stated somewhere in filler and asked for at the end (paper §4).
 
     The number has five digits and stands before any of the fillers, or after the last, all equally
@@ -259,7 +264,7 @@ class Passkey(_Drawn):
 
     def document(self, split: str, seed: int, index: int) -> Document:
         """Raises UserError if not even a document without filler fits."""
-        rng = _generator(split, seed, index)
+        rng = generator_of(split, seed, index)
         key = draw_passkey(rng, training=split == "train")
         fillers = self.draw_fillers(rng, key)
         before = int(rng.integers(len(fillers) + 1))
