@@ -362,9 +362,9 @@ def _convert(args) -> int:
 
 
 def _check(args) -> int:
-    from fot_jax import convert
+    from fot_jax import compare
 
-    return 0 if convert.check(args.a, args.b) else 1
+    return 0 if compare.check(args.a, args.b) else 1
 
 
 def _cache(args) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import runs
 
-from fot_jax import LanguageModel, cli, convert
+from fot_jax import LanguageModel, cli, compare
 from fot_jax.checkpoints.steps import complete_steps
 from fot_jax.data.vocabulary import Bytes
 from fot_jax.hugging_face import tokenizers
@@ -148,7 +148,7 @@ def test_a_whole_life_in_a_bucket(bucket, cloud, tmp_path, one_device, capsys):
     assert {name.split("/")[1] for name in bucket.names("memory")} == memory
 
     assert cli.main(["convert", "to-hf", workdir, str(tmp_path / "out")]) == 0
-    assert convert.check(workdir, tmp_path / "out")
+    assert compare.check(workdir, tmp_path / "out")
     tokens = llamas.random_tokens(1, 16, 258)
     np.testing.assert_allclose(
         LanguageModel.load(tmp_path / "out").logits(tokens),

@@ -602,16 +602,16 @@ def test_outputs_that_cannot_be_replaced_are_refused_at_once(two, capsys, monkey
 
 @pytest.mark.parametrize("direction", ["from-hf", "to-hf"])
 def test_what_has_come_there_meanwhile_stays(two, capsys, monkeypatch, direction):
-    say, written = convert._read, []
+    read_as_written, written = convert._read_as_written, []
 
     def read(*args, **how):
         if not written:
             (two / "out").mkdir()
             (two / "out" / "precious").write_text("x")
         written.append(args)
-        return say(*args, **how)
+        return read_as_written(*args, **how)
 
-    monkeypatch.setattr(convert, "_read", read)
+    monkeypatch.setattr(convert, "_read_as_written", read)
     source = "a" if direction == "from-hf" else "b"
     line = runs.refused(capsys, "convert", direction, source, "out")
     assert line.endswith("out: exists and is not empty: give a new directory")

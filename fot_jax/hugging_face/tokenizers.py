@@ -28,7 +28,11 @@ from fot_jax.hugging_face.config import CONFIG, Fields
 _JSON, _CONFIG, _MODEL = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 _TOKENIZERS = (_JSON, _MODEL, "vocab.json", "tekken.json")  # one of them, and there is a tokenizer
 FILES = (
-    *(*_TOKENIZERS, "merges.txt", _CONFIG, "special_tokens_map.json", "added_tokens.json"),
+    *_TOKENIZERS,
+    "merges.txt",
+    _CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
 )
 GENERATION = "generation_config.json"
@@ -134,19 +138,22 @@ def _marks(tokenizer: Tokenizer, ends: tuple[int, ...]) -> Marks:
     text = tokenizer.encode("a")
     own = [i for i, mark in enumerate(text.special_tokens_mask) if not mark]
     start, end = (own[0], own[-1] + 1) if own else (len(text.ids), len(text.ids))
-    return Marks(ends, tuple(text.ids[:start]), tuple(text.ids[end:]))
+    return Marks(ends=ends, before=tuple(text.ids[:start]), after=tuple(text.ids[end:]))
 
 
 def _infilling(theirs: Any) -> Infilling | None:
-    """Of Code Llama's tokenizer, which is changed for it."""
+    """How Code Llama's tokenizer arranges a text with a gap; changes the tokenizer's settings."""
     if getattr(theirs, "fill_token", None) is None:
         return None
     if None in (theirs.prefix_id, theirs.middle_id, theirs.suffix_id):
         return None
     theirs.set_infilling_processor(False, add_special_tokens=False)
     content = json.loads(theirs.backend_tokenizer.to_str())
-    steps = (json.dumps(content[name]) for name in ("normalizer", "post_processor"))
-    return Infilling(theirs.fill_token, *steps)
+    return Infilling(
+        gap=theirs.fill_token,
+        normalizer=json.dumps(content["normalizer"]),
+        post_processor=json.dumps(content["post_processor"]),
+    )
 
 
 def write(vocabulary: Vocabulary, directory: epath.Path) -> None:
@@ -255,7 +262,9 @@ def _sentence_piece(vocabulary: SentencePiece) -> tuple[Tokenizer, str | None, s
     before: list[Any] = []
     after = [
         decoders.Replace(names[spec.unk_id], spec.unk_surface),
-        *(decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()),
+        decoders.Replace(SPACE, " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
     ]
     if normal.remove_extra_whitespaces:
         before += [normalizers.Replace(Regex(r"\A +"), ""), normalizers.Replace(Regex(" +"), " ")]

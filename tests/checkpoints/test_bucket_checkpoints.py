@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import runs
 
-from fot_jax import LanguageModel, convert
+from fot_jax import LanguageModel, compare, convert
 from fot_jax.checkpoints import loading
 from fot_jax.checkpoints.manager import Checkpointer
 from fot_jax.checkpoints.restore import restore_params
@@ -38,7 +38,7 @@ def test_a_conversion_that_is_copied_is_a_checkpoint_there(model, bucket, capsys
     bucket.copy(model / "base", "base")
     assert locate(f"{bucket.url}/base")[1] == locate(f"{bucket.url}/base/checkpoints/0")[1] == [0]
     np.testing.assert_array_equal(logits(f"{bucket.url}/base"), logits(model / "base"))
-    assert convert.check(f"{bucket.url}/base", model / "base")
+    assert compare.check(f"{bucket.url}/base", model / "base")
     before = bucket.files()
     checkpointer = Checkpointer(f"{bucket.url}/base/checkpoints")
     checkpointer.open()
@@ -120,7 +120,7 @@ def test_converting_reads_from_there(model, bucket, tmp_path, capsys):
     runs.assert_same_parameters(tmp_path / "base", model / "base")
     convert.to_hugging_face(f"{bucket.url}/base", tmp_path / "hf")
     assert llamas.contents(tmp_path / "hf") == llamas.contents(model / "hf")
-    assert convert.check(f"{bucket.url}/hf", tmp_path / "hf") is False  # it has no memory
+    assert compare.check(f"{bucket.url}/hf", tmp_path / "hf") is False  # it has no memory
 
 
 DAMAGES = {

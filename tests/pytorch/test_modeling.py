@@ -75,8 +75,10 @@ def converted(tmp_path_factory):
         values = leaves_by_path(random_params(config_of(name)))
         arrays = {
             path: stream.StreamedArray(
-                *(x.shape, x.dtype, path.startswith("layers/")),
-                lambda i, x=x: x if i is None else x[i],
+                shape=x.shape,
+                dtype=x.dtype,
+                sliced=path.startswith("layers/"),
+                read=lambda i, x=x: x if i is None else x[i],
             )
             for path, x in values.items()
         }
@@ -417,8 +419,10 @@ def test_a_pipeline(tmp_path):
     values = leaves_by_path(random_params(config))
     arrays = {
         path: stream.StreamedArray(
-            *(x.shape, x.dtype, path.startswith("layers/")),
-            lambda i, x=x: x if i is None else x[i],
+            shape=x.shape,
+            dtype=x.dtype,
+            sliced=path.startswith("layers/"),
+            read=lambda i, x=x: x if i is None else x[i],
         )
         for path, x in values.items()
     }
