@@ -168,7 +168,7 @@ class LanguageModel:
     ) -> State:
         """Reads text, and returns what is then in the window and in memory.
 
-        Args: as of `logits`. One document may be given (and masked) without the axis of rows.
+        Arguments as of `logits`; one document may be given (and masked) without the axis of rows.
         """
         if inputs.is_one_text(tokens):
             tokens, mask = [tokens], None if mask is None else [mask]
@@ -405,7 +405,7 @@ class LanguageModel:
 
         Args:
           path: a directory with a memory, saved on any number of devices.
-          lookup: how the memory is read from now on; what else it was asked for stays.
+          lookup: how the memory is read from now on; its size and storage stay.
 
         Raises:
           UserError: nothing there, damaged, or the memory of another model.

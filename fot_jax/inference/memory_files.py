@@ -1,4 +1,4 @@
-"""What a model has read, on disk: a book is read once and asked many times.
+"""Saved memories: a book is read once, and many questions are put to it.
 
 A directory with memory.json, which says of what model it is and what shapes there are, and a
 TensorStore (zarr) array for the keys and for the values of every memory layer and of the local
@@ -63,7 +63,7 @@ def save(path: epath.PathLike, state: State, fingerprint: Any, mesh: Mesh | None
         "fingerprint": fingerprint,
         "config": {name: config[name] for name in ("size", "ring", "storage", "shared")},
         "storage": state.memory.storage,
-        # Of a ring that has gone around its own; else no more than what is there.
+        # A full ring keeps its size; any other memory is saved as large as what is in it.
         "limit": min(state.limit, int(appended.max())),
         "appended": appended.tolist(),
         "stored": state.stored.tolist(),
@@ -147,7 +147,17 @@ def load(
     except ValueError as error:  # TensorStore's
         raise UserError(f"{path}: damaged ({_first_line(error)}): read the text again") from error
     stored, held = (np.asarray(content[name]) for name in ("stored", "held"))
-    return State(c, mesh, cache, memory, config, places, held, stored, content["limit"])
+    return State(
+        model=c,
+        mesh=mesh,
+        cache=cache,
+        memory=memory,
+        config=config,
+        places=places,
+        held=held,
+        stored=stored,
+        limit=content["limit"],
+    )
 
 
 def _window(cache: Cache):

@@ -82,7 +82,7 @@ class State:
     Attributes:
       model, mesh: of the LanguageModel that read it.
       cache, memory: on the devices.
-      config: how memory was asked for.
+      config: what is kept in memory, and how it is read.
       places: of each row's window, in use.
       held: tokens of each window that are none of padding.
       stored: tokens moved into each row of memory.

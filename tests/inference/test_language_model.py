@@ -82,6 +82,7 @@ def test_text_ends_at_any_end_of_the_vocabulary():
     assert lm.generate(prompt, 40, temperature=0) == whole[:first]
     assert lm.generate(prompt, 40, temperature=0, stop=()) == whole
     assert lm.encode("abc") == [1, 3, 2] and lm.decode((4, 5)) == [4, 5]
+    assert lm.encode("abc", continues=True) == [3]
     for call in (lambda: model_of("llama").encode("a"), lambda: model_of("llama").decode([1])):
         with pytest.raises(UserError, match="the checkpoint has no tokenizer: give tokens"):
             call()
