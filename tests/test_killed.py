@@ -30,6 +30,7 @@ from fot_jax.data.synthetic import DictionaryLookup
 from fot_jax.evals.evaluate import Evaluation
 from fot_jax.evals.perplexity import PerplexityByContext
 from fot_jax.model.schemes import PreviousContext
+from fot_jax.training import saving
 from fot_jax.training.optimizers import adamw
 
 
@@ -123,11 +124,11 @@ def test_stopped_between_logged_steps_it_ends_as_if_unbroken(tmp_path):
 def test_a_second_sigterm_ends_the_process_at_once():
     code = """if True:
         import os, signal
-        from fot_jax.train import _stop_signals
-        with _stop_signals() as asked:
-            assert not asked.to_stop
+        from fot_jax.training.signals import stop_signals
+        with stop_signals() as signals:
+            assert not signals.received
             os.kill(os.getpid(), signal.SIGTERM)
-            print(asked.to_stop.name, flush=True)
+            print(signals.received.name, flush=True)
             os.kill(os.getpid(), signal.SIGTERM)
             print("still here", flush=True)
     """
@@ -166,8 +167,9 @@ def test_saves_that_always_fail_end_the_run(tmp_path, one_device, monkeypatch):
 
 
 RETRIES_AT_ONCE = """
-from fot_jax import cli, train
-train.RETRY_SECONDS = 0
+from fot_jax import cli
+from fot_jax.training import saving
+saving.RETRY_SECONDS = 0
 cli.run()
 """
 
@@ -201,7 +203,7 @@ def fail_saves(monkeypatch, times):
         finalize(self, directory)
 
     monkeypatch.setattr(DataHandler, "finalize", fail_first)
-    monkeypatch.setattr(train_module, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(saving, "RETRY_SECONDS", 0)
     return left
 
 

@@ -242,7 +242,7 @@ def test_a_save_is_no_part_of_the_steps_around_it(tmp_path, one_device, monkeypa
 
 @pytest.mark.slow
 def test_a_step_is_compiled_once_for_each_d(trained, tmp_path, one_device):
-    assert trained.programs["step"] == 2
+    assert trained.programs["train_step"] == 2
     drawn = "train.d = @DrawnEachStep()", "DrawnEachStep.values = (1, 3)"
     profile = "train.profile_steps = (2, 3)"
     programs = Programs()
@@ -250,7 +250,7 @@ def test_a_step_is_compiled_once_for_each_d(trained, tmp_path, one_device):
         assert runs.train(trained.experiment, tmp_path, *drawn, profile, "train.steps = 8") == 0
     ds = [row["d"] for row in training_curve(tmp_path)]
     assert sum(a != b for a, b in zip(ds, ds[1:], strict=False)) >= 2
-    assert programs.counts["step"] == 2
+    assert programs.counts["train_step"] == 2
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 

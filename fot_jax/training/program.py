@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
@@ -24,7 +25,7 @@ from fot_jax.training import partitioning
 from fot_jax.training.experiment import Compute, Data
 from fot_jax.training.flops import training_flops
 from fot_jax.training.schedules import ScheduleOfD
-from fot_jax.training.step import TrainState, make_train_step
+from fot_jax.training.step import TrainState, make_positive_mass, make_train_step
 
 MOST_ROWS = 2**20  # of a step; what hosts know of every row would not fit in their memory
 
@@ -42,8 +43,9 @@ class Program:
       state: shape, type and sharding of everything that training changes.
       batch: shape, type and sharding of everything that it reads.
       ds: the values that the crossbatch dimension takes; (None,) where nothing schedules it.
-      plan_of, step_of, flops_of: by that value: which contexts rows see, where they live; the
-        compiled (state, batch) -> (state, info); model FLOPs of a step.
+      plan_of, step_of, positive_mass_of, flops_of: by that value: which contexts rows see, where
+        they live; the compiled `step.train_step`, (state, batch) -> (state, info); the compiled
+        (params, batch) -> r_d of each memory layer; model FLOPs of a step.
     """
 
     mesh: Mesh | AbstractMesh
@@ -56,12 +58,29 @@ class Program:
     ds: tuple[int | None, ...]
     plan_of: Callable[[int | None], crossbatch.Plan]
     step_of: Callable[[int | None], Any]
+    positive_mass_of: Callable[[int | None], Any]
     flops_of: Callable[[int | None], int]
 
     @property
     def parameters(self) -> int:
         """How many there are."""
         return sum(x.size for x in jax.tree.leaves(self.state.params))
+
+    def positive_mass(self, d: int | None, params: Any, batch: Any) -> dict[str, float]:
+        """r_d of each memory layer (paper §3.3), by its name in the metrics."""
+        mass = np.asarray(self.positive_mass_of(d)(params, batch))
+        layers = zip(self.transformer.config.memory_layers, mass, strict=True)
+        return {f"positive_mass/layer_{layer}": float(x) for layer, x in layers}
+
+    def trace(self) -> str:
+        """Traces a step without computing it, and describes it in a line."""
+        first_d, window = self.ds[0], self.transformer.config.local_context
+        jax.eval_shape(self.step_of(first_d), self.state, self.batch)
+        return (
+            f"{self.parameters:,} parameters, mesh {dict(self.mesh.shape)}, {self.rows} rows of "
+            f"{window} tokens ({self.tokens_per_step:,} new tokens a step), "
+            f"{self.flops_of(first_d):.3g} FLOPs a step"
+        )
 
 
 def make_program(
@@ -132,6 +151,10 @@ def make_program(
             z_loss=z_loss,
         )
 
+    @functools.cache
+    def positive_mass_of(d: int | None):
+        return make_positive_mass(transformer, plan_of(d), compute.accumulation)
+
     abstract = jax.eval_shape(init, jax.random.key(0))
     return Program(
         mesh=mesh,
@@ -144,6 +167,7 @@ def make_program(
         ds=tuple(by_d),
         plan_of=plan_of,
         step_of=step_of,
+        positive_mass_of=positive_mass_of,
         flops_of=functools.cache(lambda d: training_flops(model, by_d[d], rows, group_rows)),
     )
 

@@ -5,6 +5,7 @@ Letters: R rows, T tokens of a row, E model dim, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -102,7 +103,9 @@ def batch_sums(
     """Loss of the output rows of a (micro)batch under a scheme; what is cached afterwards."""
     out = model.apply(
         {"params": params},
-        *(batch["inputs"], batch["segment_ids"], plan),
+        batch["inputs"],
+        batch["segment_ids"],
+        plan,
         keep=scheme,
         cached=cached,
     )
@@ -122,41 +125,68 @@ def make_train_step(
     accumulation: int = 1,
     z_loss: float = 0.0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepInfo]]:
-    """The compiled step (state, batch) -> (state, info) for one scheme; the state is donated.
+    """`train_step` compiled, (state, batch) -> (state, info); the state is donated."""
+    step = functools.partial(
+        train_step,
+        model=model,
+        optimizer=optimizer,
+        scheme=scheme,
+        plan=plan,
+        accumulation=accumulation,
+        z_loss=z_loss,
+    )
+    return jax.jit(step, donate_argnums=0)
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    scheme: schemes.Scheme,
+    plan: crossbatch.Plan,
+    accumulation: int,
+    z_loss: float,
+) -> tuple[TrainState, StepInfo]:
+    """One update of the parameters.
 
     The objective is the mean over all target tokens of the batch, whatever the number of
-    microbatches. `plan` is for one microbatch. An update whose loss or gradient is not finite is
-    skipped: the state comes back with only its step counter moved.
+    microbatches. An update whose loss or gradient is not finite is skipped: the state comes back
+    with only its step counter moved.
+
+    Args:
+      scheme: which windows of a lane have a loss.
+      plan: which contexts rows attend to, for one microbatch.
+      accumulation: microbatches, each of whole crossbatch groups.
+      z_loss: weight of the squared log normaliser in the loss.
     """
 
     def objective(params, cached, batch, total_weight):
         sums, cached = batch_sums(model, params, cached, batch, scheme, plan)
         return (sums.loss + z_loss * sums.z_loss) / total_weight, (sums, cached)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepInfo]:
-        weights = schemes.output_rows(scheme, batch["weights"])
-        gradient = jax.grad(objective, has_aux=True)
-        total = jnp.maximum(weights.sum(), 1.0)
-        if accumulation == 1:
-            grads, (sums, cached) = gradient(state.params, state.cached, batch, total)
-        else:
-            grads, sums, cached = _accumulate(gradient, state, batch, total, accumulation, plan)
-        squares = jnp.stack([jnp.square(g).sum() for g in jax.tree.leaves(grads)])
-        finite = jnp.isfinite(squares.sum()) & jnp.isfinite(sums.loss)
+    weights = schemes.output_rows(scheme, batch["weights"])
+    gradient = jax.grad(objective, has_aux=True)
+    total = jnp.maximum(weights.sum(), 1.0)
+    if accumulation == 1:
+        grads, (sums, cached) = gradient(state.params, state.cached, batch, total)
+    else:
+        grads, sums, cached = _accumulate(gradient, state, batch, total, accumulation, plan)
+    squares = jnp.stack([jnp.square(g).sum() for g in jax.tree.leaves(grads)])
+    finite = jnp.isfinite(squares.sum()) & jnp.isfinite(sums.loss)
 
-        def update():
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            return optax.apply_updates(state.params, updates), opt_state
+    def update():
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        return optax.apply_updates(state.params, updates), opt_state
 
-        params, opt_state = lax.cond(finite, update, lambda: (state.params, state.opt_state))
-        cached = jax.tree.map(lambda new, old: jnp.where(finite, new, old), cached, state.cached)
-        info = StepInfo(sums, jnp.sqrt(squares.sum()), squares, finite)
-        after = TrainState(state.step + 1, params, opt_state, cached)
-        if plan.mesh is not None:  # or the compiler may choose others, and the next step recompile
-            after = lax.with_sharding_constraint(after, shardings(after, plan.mesh))
-        return after, info
-
-    return jax.jit(step, donate_argnums=0)
+    params, opt_state = lax.cond(finite, update, lambda: (state.params, state.opt_state))
+    cached = jax.tree.map(lambda new, old: jnp.where(finite, new, old), cached, state.cached)
+    info = StepInfo(sums, jnp.sqrt(squares.sum()), squares, finite)
+    after = TrainState(state.step + 1, params, opt_state, cached)
+    if plan.mesh is not None:  # or the compiler may choose others, and the next step recompile
+        after = lax.with_sharding_constraint(after, shardings(after, plan.mesh))
+    return after, info
 
 
 def _accumulate(gradient, state: TrainState, batch, total_weight, accumulation, plan):
@@ -201,7 +231,9 @@ def make_positive_mass(model: Transformer, plan: crossbatch.Plan, accumulation: 
         first = jax.tree.map(lambda x: x[0], _microbatches(batch, accumulation, plan))
         return model.apply(
             {"params": params},
-            *(first["inputs"], first["segment_ids"], plan),
+            first["inputs"],
+            first["segment_ids"],
+            plan,
             measure_positive_mass=True,
         ).positive_mass
 

@@ -282,7 +282,9 @@ def _gives_signs(
     host = found[0].get("host", "another machine")
     logging.warning(
         "%s: a run on %s has it; if it gives no sign of life for %.0f s, this one goes on",
-        *(workdir, host, LEASE_SECONDS),
+        workdir,
+        host,
+        LEASE_SECONDS,
     )
     deadline = time.monotonic() + LEASE_SECONDS
     while time.monotonic() < deadline:
@@ -316,7 +318,10 @@ def _keep_beating(workdir: str, path: str, generation: str, ended: threading.Eve
 def _beat(path: str, generation: str, count: int) -> None:
     bucket, name = path.removeprefix("gs://").split("/", 1)
     fsspec.filesystem("gs").call(
-        *("PATCH", "b/{}/o/{}", bucket, name),
+        "PATCH",
+        "b/{}/o/{}",
+        bucket,
+        name,
         ifGenerationMatch=generation,
         json={"metadata": {"beat": str(count)}},
     )

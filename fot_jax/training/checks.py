@@ -1,0 +1,80 @@
+"""Whether the parts of an experiment fit each other."""
+
+from __future__ import annotations
+
+import jax
+from absl import logging
+from etils import epath
+
+from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
+from fot_jax.data.documents import DocumentSource
+from fot_jax.model import schemes
+from fot_jax.model.transformer import ModelConfig
+
+
+def check_numbers(steps: int, z_loss: float, seed: int, log_every: int, max_skipped: int) -> None:
+    """Raises UserError where one of these arguments of `train` is out of range."""
+    check_range("train", 1, steps=steps, log_every=log_every)
+    check_range("train", 0, z_loss=z_loss, max_skipped=max_skipped)
+    check_range("train", 0, LARGEST_SEED, seed=seed)
+
+
+def check_profile(profile_steps: tuple[int, int] | None, steps: int) -> None:
+    """Raises UserError where steps to profile are not among those of the run."""
+    if profile_steps and not 1 <= profile_steps[0] <= profile_steps[1] <= steps:
+        raise UserError(
+            f"train.profile_steps = {profile_steps}: give (first, last), two of the steps 1 … "
+            f"{steps}, in order"
+        )
+
+
+def check_positive_mass(
+    every: int | None, log_every: int, model: ModelConfig, scheme: schemes.Scheme
+) -> None:
+    """Raises UserError where r_d cannot be measured, or not when metrics are written."""
+    check_range("train", 1, positive_mass_every=every)
+    if every and every % log_every:
+        raise UserError(
+            f"train.positive_mass_every = {every} is not a multiple of train.log_every = "
+            f"{log_every}: change one of them"
+        )
+    if every and not (model.memory_layers and scheme.has_contexts):
+        raise UserError(
+            f"train.positive_mass_every = {every}: r_d is of memory layers in crossbatch, and "
+            "there are none: set it to None"
+        )
+
+
+def check_first_step(first_step: int, steps: int, workdir: epath.Path) -> None:
+    """Raises UserError where a workdir has more steps than the run is to have."""
+    if first_step > steps:
+        raise UserError(
+            f"{workdir} has a checkpoint of step {first_step}, beyond train.steps = {steps}: "
+            "raise train.steps, or choose another workdir"
+        )
+
+
+def check_vocabulary(source: DocumentSource, model: ModelConfig) -> None:
+    """Raises UserError where the tokenizer has more tokens than the model."""
+    if source.vocabulary.size > model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {source.vocabulary.size} tokens, the model a vocabulary of "
+            f"{model.vocab_size}: raise the model's vocab_size or use a smaller tokenizer"
+        )
+
+
+def warn_of_other_functions(initialize_from: str, there: ModelConfig, model: ModelConfig) -> None:
+    """Warns where this run computes something else from the parameters of a checkpoint."""
+    differences = there.differences(model)
+    names = ("norm_epsilon", "qk_norm", "rope_theta", "rope_scaling", "norm", "mlp")
+    compared = [(name, *differences[name]) for name in names if name in differences]
+    rotated = [
+        tuple(i for i in range(c.num_layers) if c.memory_positions or i not in c.memory_layers)
+        for c in (there, model)
+    ]
+    compared.append(("positions in the window in layers", *rotated))
+    for name, before, now in compared:
+        if before != now and jax.process_index() == 0:
+            logging.warning(
+                "%s was trained with %s = %s, this run has %s", initialize_from, name, before, now
+            )

@@ -1,0 +1,33 @@
+"""Saves that failed are tried again, by all processes after the same step."""
+
+from __future__ import annotations
+
+import time
+
+from fot_jax.checkpoints.manager import Checkpointer
+from fot_jax.common.agreement import Agreement
+
+RETRY_SECONDS = 10  # from a save that failed to the next; then twice that, and so on
+
+
+class SaveRetries:
+    """When to save again after a save has failed in the background."""
+
+    def __init__(self, checkpointer: Checkpointer, agreement: Agreement):
+        self._checkpointer, self._agreement = checkpointer, agreement
+        self._retries = 0
+        self._retry_at: float | None = None  # by time.monotonic
+
+    def due(self, step: int) -> bool:
+        """Whether all processes save after this step because a save has failed on one of them."""
+        if self._checkpointer.failed():
+            wait = RETRY_SECONDS * 2 ** (self._checkpointer.failures - 1)
+            self._retry_at = time.monotonic() + wait
+        request = f"save again, {self._retries}"
+        if self._retry_at is not None and time.monotonic() >= self._retry_at:
+            self._agreement.request(request, step)
+            self._retry_at = None
+        if self._agreement.due(request, step) is None:
+            return False
+        self._retries += 1
+        return True

@@ -1,0 +1,112 @@
+"""Where a run starts: at the newest checkpoint of its workdir, or with parameters of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from fot_jax.checkpoints import loading
+from fot_jax.checkpoints.items import LaneGroups
+from fot_jax.checkpoints.manager import Checkpointer
+from fot_jax.data.documents import DocumentSource
+from fot_jax.data.saved_vocabulary import load_vocabulary
+from fot_jax.model.transformer import ModelConfig
+from fot_jax.training.checks import warn_of_other_functions
+from fot_jax.training.history import History
+from fot_jax.training.program import Program
+from fot_jax.training.step import TrainState
+
+
+class Start(NamedTuple):
+    """What the first step of this process needs.
+
+    Attributes:
+      state: on the devices of the mesh.
+      source: documents, tokenized with the vocabulary of the run.
+      history: of the steps before.
+      lanes: their place in the documents; None at step 0.
+    """
+
+    state: TrainState
+    source: DocumentSource
+    history: History
+    lanes: LaneGroups | None = None
+
+
+def resume(
+    program: Program,
+    checkpointer: Checkpointer,
+    workdir: epath.Path,
+    source: DocumentSource,
+    lane_groups: Iterable[int],
+) -> Start | None:
+    """The newest whole checkpoint of a workdir; None where it has none.
+
+    Args:
+      lane_groups: those whose rows this process reads.
+
+    Raises:
+      UserError: no checkpoint can be read, or it is of another model.
+    """
+    template = program.state
+    restored = checkpointer.restore_latest(template.params, template.beside, lane_groups)
+    if restored is None:
+        return None
+    step = jax.device_put(np.int32(restored.step), template.step.sharding)
+    return Start(
+        state=template.restored(step, restored.params, restored.opt_state),
+        source=source.with_vocabulary(load_vocabulary(workdir / "vocabulary")),
+        history=History(**restored.meta["history"]),
+        lanes=restored.data,
+    )
+
+
+def begin(
+    program: Program,
+    model: ModelConfig,
+    source: DocumentSource,
+    initialize_from: str | None,
+    seed: int,
+) -> Start:
+    """Step 0: parameters drawn from `seed`, or those of a checkpoint and its vocabulary.
+
+    Raises:
+      UserError: the checkpoint cannot be read, or its parameters have other shapes.
+    """
+    history = History()
+    shardings = jax.tree.map(lambda x: x.sharding, program.state)
+    state = jax.jit(program.init, out_shardings=shardings)(jax.random.key(seed))
+    if initialize_from is not None:
+        there, params = loading.load_params(initialize_from, program.state.params)
+        state = state._replace(params=params)
+        if (vocabulary := loading.vocabulary_of(initialize_from)) is not None:
+            source = source.with_vocabulary(vocabulary)
+        warn_of_other_functions(initialize_from, there, model)
+    return Start(state, source, history)
+
+
+def write_settings(
+    workdir: epath.Path,
+    config_text: str,
+    source: DocumentSource,
+    initialize_from: str | None,
+    resumed: bool,
+) -> None:
+    """Writes the configuration, and at step 0 what else stays: the vocabulary, kept files."""
+    if jax.process_index() != 0:
+        return
+    (workdir / "config.gin").write_text(config_text)
+    if not resumed:
+        if initialize_from is not None:
+            loading.keep_files(initialize_from, workdir)
+        source.vocabulary.save(workdir / "vocabulary")
+
+
+def cache_compiled_programs(workdir: epath.Path) -> None:
+    """Keeps compiled programs in the workdir, unless JAX was told of another place."""
+    if jax.default_backend() != "cpu" and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(workdir / "compilation_cache"))
