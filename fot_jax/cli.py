@@ -43,36 +43,36 @@ def main(argv: list[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         line = f"{error.filename or 'writing'}: {error.strerror}"
-        if not str(error.filename).startswith("gs://"):  # which say how to mend it
-            line += ": mend that, or choose another place"
+        if not str(error.filename).startswith("gs://"):  # errors of buckets say what to do
+            line += ": fix that, or choose another place"
     except Exception as error:
-        if not _is_of_storage(error):
+        if not _is_storage_error(error):
             raise
         what = str(error).split("\n  In call to")[0]  # gin says where it was called from
-        line = f"{what}: log in (gcloud auth application-default login), or mend the path"
+        line = f"{what}: log in (gcloud auth application-default login), or correct the path"
     print(f"fot: error: {' '.join(line.split())}", file=sys.stderr)
     return 2
 
 
-def _is_of_storage(error: Exception) -> bool:
-    """Whether a library that reads buckets by itself could not read or write something there."""
-    of = type(error).__module__
-    return of.startswith(("google.auth.", "google.api_core.")) or (
-        of.startswith("tensorflow.") and "gs://" in str(error)
+def _is_storage_error(error: Exception) -> bool:
+    """Whether a library that accesses buckets itself failed to read or write there."""
+    module = type(error).__module__
+    return module.startswith(("google.auth.", "google.api_core.")) or (
+        module.startswith("tensorflow.") and "gs://" in str(error)
     )
 
 
 def run() -> None:
-    """The process of `fot`. A failure ends it here and now.
+    """The process of `fot`. A failure ends it at once.
 
-    The interpreter would wait for threads first, and Orbax's wait for ever once a save has failed;
-    JAX would wait for the other processes of the run, which are waiting for this one.
+    The interpreter would first wait for threads, and those of Orbax never end once a save has
+    failed; JAX would wait for the other processes of the run, which are waiting for this one.
     """
-    _leave_tpus_to_machines_that_have_some()
+    _use_cpus_where_there_are_no_tpus()
     try:
         code = main()
     except Exception as error:
-        # What the others meet when a process of the run has ended; it said itself what of.
+        # Gloo's error in the others when a process has ended, which has said why.
         if gone := re.search(r"Gloo [\w-]+ failed: .*?([^]:]*)$", str(error).splitlines()[0]):
             line = f"fot: error: another process of this run is gone ({gone[1].strip()})"
             print(f"{line}: see what that one said", file=sys.stderr)
@@ -87,8 +87,8 @@ def run() -> None:
     sys.exit(code)
 
 
-def _leave_tpus_to_machines_that_have_some() -> None:
-    """Where libtpu is installed for `fot compile` alone, it would be looked to, and complain."""
+def _use_cpus_where_there_are_no_tpus() -> None:
+    """Without this, JAX would try libtpu where it is installed for `fot compile` only, and warn."""
     vendors = (path.read_text().strip() for path in Path("/sys/bus/pci/devices").glob("*/vendor"))
     others = importlib.metadata.entry_points(group="jax_plugins")  # GPUs
     if not others and _GOOGLE not in vendors:
@@ -288,7 +288,7 @@ def _compile(args) -> int:
     jax.config.update("jax_platforms", "cpu")
     gin_files.load(args.experiment, args.gin)
     gin_files.without_documents()
-    gin_files.take_over("train", "compile_experiment")
+    gin_files.copy_bindings("train", "compile_experiment")
     import gin
 
     with gin_files.gin_errors():
@@ -313,7 +313,7 @@ def _evaluate(args) -> int:
 
 
 def _generate(args) -> int:
-    from fot_jax.inference import generate as writing
+    from fot_jax.inference.generate import generate
     from fot_jax.inference.state import MemoryConfig
     from fot_jax.model.lookup import Dense, TopK
 
@@ -321,17 +321,21 @@ def _generate(args) -> int:
         sys.stdout.reconfigure(errors="replace")  # a model writes what it likes
     stop = functools.partial(_interrupted_saving, args.save_memory)
     with _on(signal.SIGTERM, stop), _on(signal.SIGINT, stop):
-        writing.generate(
-            **{
-                name: getattr(args, name)
-                for name in (
-                    *("checkpoint", "prompt", "prompt_file", "max_new_tokens", "temperature"),
-                    *("top_p", "seed", "last_context_length", "memory", "save_memory"),
-                    *("dtype", "devices"),
-                )
-            },
+        generate(
+            checkpoint=args.checkpoint,
+            prompt=args.prompt,
+            prompt_file=args.prompt_file,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
+            last_context_length=args.last_context_length,
+            memory=args.memory,
+            save_memory=args.save_memory,
+            dtype=args.dtype,
+            devices=args.devices,
             config=MemoryConfig(
-                args.memory_size,
+                size=args.memory_size,
                 storage=args.memory_dtype,
                 lookup=Dense() if args.k is None else TopK(args.k),
             ),
@@ -354,10 +358,14 @@ def _convert(args) -> int:
     with _on(signal.SIGTERM, stop), _on(signal.SIGINT, stop), _on(signal.SIGHUP, stop):
         if args.direction == "from-hf":
             convert.from_hugging_face(
-                args.source, args.output, args.memory_layers, args.local_context, args.dtype
+                args.source,
+                args.output,
+                memory_layers=args.memory_layers,
+                local_context=args.local_context,
+                dtype=args.dtype,
             )
         else:
-            convert.to_hugging_face(args.source, args.output, args.dtype)
+            convert.to_hugging_face(args.source, args.output, dtype=args.dtype)
     return 0
 
 

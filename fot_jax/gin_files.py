@@ -110,7 +110,7 @@ def _reader() -> tuple[Callable, Callable]:
 
 
 def _text_of(path: str) -> str:
-    """With the line ends and without the mark that some editors put at the beginning."""
+    """The text of a file: line ends as "\n", without a byte order mark at the beginning."""
     content = Path(path).read_bytes()
     try:
         text = content.decode("utf-8-sig")
@@ -123,7 +123,7 @@ def _text_of(path: str) -> str:
 
 
 def _check_names_are_ours(text: str, place: str) -> None:
-    """Under dynamic registration, as in files of T5X, names would be those of Python's modules."""
+    """Refuses gin's dynamic registration, which T5X uses: names would be those of modules."""
     for number, line in enumerate(text.splitlines(), 1):
         if re.match(r"\s*(from|import)\s+__gin__\b", line):
             at = place if "\n" not in text and place.startswith("--gin") else f"{place}:{number}"
@@ -148,7 +148,7 @@ def value_of(name: str) -> Any:
 
 
 def without_documents() -> None:
-    """Loaded experiment files need no corpus and no tokenizer from now on."""
+    """Puts a stand-in for Data.source: loaded experiment files need no corpus and no tokenizer."""
     import gin
 
     from fot_jax.data.documents import DocumentSource
@@ -157,13 +157,17 @@ def without_documents() -> None:
     gin.bind_parameter("Data.source", types.SimpleNamespace(**dict.fromkeys(names)))
 
 
-def take_over(of: str, to: str) -> None:
-    """What loaded experiment files bind to parameters of one function, another gets as well."""
+def copy_bindings(source: str, target: str) -> None:
+    """Binds parameters of one function to what experiment files bind those of another to.
+
+    Args:
+      source, target: names of functions; parameters that both have are copied.
+    """
     import gin
 
-    for parameter in set(_parameters_of(of)) & set(_parameters_of(to)):
-        if (value := value_of(f"{of}.{parameter}")) is not None:
-            gin.bind_parameter(f"{to}.{parameter}", value)
+    for parameter in set(_parameters_of(source)) & set(_parameters_of(target)):
+        if (value := value_of(f"{source}.{parameter}")) is not None:
+            gin.bind_parameter(f"{target}.{parameter}", value)
 
 
 def _register(gin) -> None:
@@ -230,7 +234,7 @@ def _gin_message(error: Exception, file: str | None) -> str | None:
     if isinstance(error, RecursionError) and (circle := _circle()):
         return f"{' -> '.join(circle)}: refers back to itself: give one of them a value of its own"
     if isinstance(error, ImportError) and file:
-        return f"{text.splitlines()[0]}{place}: install it, or mend the import"
+        return f"{text.splitlines()[0]}{place}: install it, or correct the import"
     macro = re.search(r"In call to configurable 'macro' .* in scope '([^']+)'", text)
     if macro:
         return f"%{macro[1]} has no value: set {macro[1]} = ... in the experiment file"

@@ -260,7 +260,7 @@ def test_workdirs_where_a_file_cannot_be_written(here, trained, capsys, name):
     (here / "run" / name).mkdir()
     argv = ["train", "experiment.gin", "--workdir", "run", *bind("train.steps = 3")]
     assert refused(capsys, *argv) == (
-        f"run/{name}: Is a directory: mend that, or choose another place"
+        f"run/{name}: Is a directory: fix that, or choose another place"
     )
 
 

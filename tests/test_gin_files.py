@@ -131,7 +131,7 @@ def test_no_experiment_file(here, capsys, verb):
         ),
         (
             "import nothing_there",
-            "No module named 'nothing_there' (broken.gin:3): install it, or mend the import",
+            "No module named 'nothing_there' (broken.gin:3): install it, or correct the import",
         ),
         (
             "from __gin__ import dynamic_registration",

@@ -18,8 +18,14 @@ from fot_jax.common.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PARTS = (
-    *("fot_jax", "experiments", "tpu", ".ci/constraints.txt"),
-    *("setup.cfg", "pyproject.toml", "README.md", "LICENSE"),
+    "fot_jax",
+    "experiments",
+    "tpu",
+    ".ci/constraints.txt",
+    "setup.cfg",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
 )
 
 

@@ -137,7 +137,15 @@ def compile_experiment(
     def report(compute: Compute) -> Report:
         mesh = compute.mesh.make(devices)
         program = make_program(
-            *(mesh, model, data, optimizer, learning_rate, scheme, d, compute, z_loss)
+            mesh=mesh,
+            model=model,
+            data=data,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            scheme=scheme,
+            d=d,
+            compute=compute,
+            z_loss=z_loss,
         )
         return compile_program(program, compute, name)
 
