@@ -366,7 +366,7 @@ def test_buckets_that_cannot_be_read(here, capsys, monkeypatch):
 
     monkeypatch.setattr(cli, "_train", fail)
     line = refused(capsys, "train", "experiment.gin")
-    assert line.startswith(f"{what}: log in (gcloud auth application-default login), or mend")
+    assert line.startswith(f"{what}: log in (gcloud auth application-default login), or correct")
 
 
 def test_libtpu_is_silent_where_there_is_no_tpu(here):
