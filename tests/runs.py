@@ -29,6 +29,21 @@ ModelConfig.memory_layers = (1,)
 ModelConfig.local_context = 16
 """
 
+# A single step on a corpus of texts; tests add the model, and Corpus.path.
+ONE_STEP_ON_TEXT = """
+train.data = @Data()
+train.optimizer = @adamw
+train.learning_rate = @constant_rate()
+train.steps = 1
+train.scheme = @PreviousContext()
+train.checkpoints = @Checkpoints()
+constant_rate.value = 0.01
+Data.source = @Text()
+Data.lanes = 2
+Text.corpora = [@Corpus()]
+Text.tokenizer = @Bytes()
+"""
+
 # Embedding and head 64 x 16 each; a layer: 4 matrices 16 x 16 and 3 of 16 x 32, 2 norms; a norm.
 PARAMETERS = 2 * 64 * 16 + 2 * (4 * 16 * 16 + 3 * 16 * 32 + 2 * 16) + 16
 

@@ -364,19 +364,8 @@ def byte_pairs():
 
 LAYOUTS = {**dict(sentence_pieces()), **dict(byte_pairs())}
 
-EXPERIMENT = """
+EXPERIMENT = f"""{runs.ONE_STEP_ON_TEXT}
 train.model = @ModelConfig()
-train.data = @Data()
-train.optimizer = @adamw
-train.learning_rate = @constant_rate()
-train.steps = 1
-train.scheme = @PreviousContext()
-train.checkpoints = @Checkpoints()
-constant_rate.value = 0.01
-Data.source = @Text()
-Data.lanes = 2
-Text.corpora = [@Corpus()]
-Text.tokenizer = @Bytes()
 ModelConfig.memory_layers = (0,)
 """
 

@@ -20,19 +20,8 @@ from fot_jax.inference.generate import as_text
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.state import MemoryConfig
 
-EXPERIMENT = f"""{runs.MODEL}
+EXPERIMENT = f"""{runs.MODEL}{runs.ONE_STEP_ON_TEXT}
 ModelConfig.vocab_size = 258
-train.data = @Data()
-train.optimizer = @adamw
-train.learning_rate = @constant_rate()
-train.steps = 1
-train.scheme = @PreviousContext()
-train.checkpoints = @Checkpoints()
-constant_rate.value = 0.01
-Data.source = @Text()
-Data.lanes = 2
-Text.corpora = [@Corpus()]
-Text.tokenizer = @Bytes()
 Corpus.path = "texts"
 Checkpoints.every = 1
 """
