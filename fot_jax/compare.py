@@ -16,7 +16,7 @@ from fot_jax.data.vocabulary import Symbols
 from fot_jax.hugging_face import tensors
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.state import MemoryConfig
-from fot_jax.model.transformer import ModelConfig
+from fot_jax.model.config import ModelConfig
 
 _SETTINGS_OF_READING = ("last_context_length", "memory_dtype")
 _FLOAT32 = MemoryConfig(storage="float32")

@@ -33,7 +33,7 @@ from fot_jax.gguf import directory as gguf_directory
 from fot_jax.gguf import weights as gguf_weights
 from fot_jax.hugging_face import config as configs
 from fot_jax.hugging_face import tensors, tokenizers, weight_files
-from fot_jax.model.transformer import ModelConfig
+from fot_jax.model.config import ModelConfig
 
 DTYPES = {dtype.name: dtype for dtype in weight_files.DTYPES.values()}
 

@@ -19,7 +19,7 @@ from fot_jax.data.lanes import Lanes
 from fot_jax.data.prefetch import Prefetch
 from fot_jax.evals.evaluate import Evaluation
 from fot_jax.model import schemes
-from fot_jax.model.transformer import ModelConfig
+from fot_jax.model.config import ModelConfig
 from fot_jax.training import partitioning, start
 from fot_jax.training.checks import (
     check_first_step,

@@ -9,7 +9,8 @@ import numpy as np
 
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.model import crossbatch
-from fot_jax.model.transformer import ModelConfig, Transformer
+from fot_jax.model.config import ModelConfig
+from fot_jax.model.transformer import Transformer
 
 
 def tiny(**changes):

@@ -22,8 +22,9 @@ import numpy as np
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.model import crossbatch, lookup
 from fot_jax.model import memory as memories
+from fot_jax.model.config import ModelConfig
 from fot_jax.model.memory import LayerMemory
-from fot_jax.model.transformer import ModelConfig, Transformer
+from fot_jax.model.transformer import Transformer
 from fot_jax.training.flops import layer_parameters, reading_flops
 from fot_jax.training.metrics import matmul_rate
 

@@ -11,7 +11,8 @@ import numpy as np
 import optax
 
 from fot_jax.model import crossbatch, schemes
-from fot_jax.model.transformer import ModelConfig, Transformer
+from fot_jax.model.config import ModelConfig
+from fot_jax.model.transformer import Transformer
 from fot_jax.training.flops import training_flops
 from fot_jax.training.metrics import matmul_rate
 from fot_jax.training.step import TrainState, make_train_step

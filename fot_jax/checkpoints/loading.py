@@ -20,8 +20,8 @@ from fot_jax.data.vocabulary import Vocabulary
 from fot_jax.hugging_face import config as configs
 from fot_jax.hugging_face import tokenizers
 from fot_jax.hugging_face.tensors import Reader
+from fot_jax.model.config import ModelConfig
 from fot_jax.model.parameters import parameters_by_layer
-from fot_jax.model.transformer import ModelConfig
 
 KEPT = "hugging_face"  # folder of a workdir: the files of a Hugging Face model beside its weights
 

@@ -27,7 +27,7 @@ from fot_jax.common.agreement import all_agree
 from fot_jax.common.errors import UserError
 from fot_jax.common.paths import absolute
 from fot_jax.common.trees import leaves_by_path
-from fot_jax.model.transformer import ModelConfig, RopeScaling
+from fot_jax.model.config import ModelConfig, RopeScaling
 
 T = TypeVar("T")
 

@@ -28,7 +28,7 @@ from fot_jax.checkpoints.steps import COMMITTED, locate
 from fot_jax.common.errors import UserError
 from fot_jax.common.paths import absolute, kvstore
 from fot_jax.common.trees import tree_of_leaves
-from fot_jax.model.transformer import ModelConfig
+from fot_jax.model.config import ModelConfig
 
 # --- Writing -------------------------------------------------------------------------------------
 

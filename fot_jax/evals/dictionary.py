@@ -17,8 +17,8 @@ from fot_jax.data.synthetic import KEY, QUESTION, DictionaryLookup, Records
 from fot_jax.evals import plots
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.state import MemoryConfig, State
+from fot_jax.model.config import ModelConfig
 from fot_jax.model.lookup import Lookup, TopK
-from fot_jax.model.transformer import ModelConfig
 
 LONGEST_WINDOW = 2**16  # tokens of dictionary for a model without memory: attention is quadratic
 

@@ -19,8 +19,9 @@ from fot_jax.data.documents import DocumentSource
 from fot_jax.evals import plots
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.model import crossbatch
+from fot_jax.model.config import ModelConfig
 from fot_jax.model.schemes import PreviousContext
-from fot_jax.model.transformer import ModelConfig, Transformer
+from fot_jax.model.transformer import Transformer
 
 
 @configurable

@@ -19,7 +19,7 @@ from fot_jax.common.paths import absolute, path_of
 from fot_jax.data.documents import DocumentSource
 from fot_jax.evals.provenance import provenance
 from fot_jax.inference.language_model import LanguageModel
-from fot_jax.model.transformer import ModelConfig
+from fot_jax.model.config import ModelConfig
 
 RESERVED_NAMES = ("checkpoint", "made")  # of what results hold beside rows of evaluations
 

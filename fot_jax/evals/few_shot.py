@@ -21,8 +21,8 @@ from fot_jax.data.documents import DocumentSource
 from fot_jax.evals import plots
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.state import MemoryConfig, State, all_of_a_text, last_context
+from fot_jax.model.config import ModelConfig
 from fot_jax.model.lookup import Dense, Lookup
-from fot_jax.model.transformer import ModelConfig
 
 # Fields of a row: the question, and its answer or list of answers; how a demonstration is written.
 FORMS = {

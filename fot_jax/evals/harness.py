@@ -23,8 +23,8 @@ from fot_jax.hugging_face import config as configs
 from fot_jax.hugging_face import tokenizers
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.state import all_of_a_text
+from fot_jax.model.config import ModelConfig
 from fot_jax.model.lookup import Dense, Lookup
-from fot_jax.model.transformer import ModelConfig
 
 
 @configurable

@@ -16,7 +16,7 @@ from fot_jax.data.documents import DocumentSource
 from fot_jax.evals import plots
 from fot_jax.evals.perplexity import PerplexityByContext
 from fot_jax.inference.language_model import LanguageModel
-from fot_jax.model.transformer import ModelConfig
+from fot_jax.model.config import ModelConfig
 
 
 @configurable

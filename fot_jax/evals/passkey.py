@@ -17,8 +17,8 @@ from fot_jax.data.synthetic import Passkey, draw_passkey
 from fot_jax.evals import plots
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.state import MemoryConfig, all_of_a_text, last_context
+from fot_jax.model.config import ModelConfig
 from fot_jax.model.lookup import Dense, Lookup
-from fot_jax.model.transformer import ModelConfig
 
 
 @configurable

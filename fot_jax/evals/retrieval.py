@@ -18,8 +18,8 @@ from fot_jax.data.documents import DocumentSource
 from fot_jax.evals import plots
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.state import MemoryConfig
+from fot_jax.model.config import ModelConfig
 from fot_jax.model.lookup import TopK
-from fot_jax.model.transformer import ModelConfig
 
 CONTEXT = 12  # tokens shown on either side
 BINS = 100  # of positions, in the plot

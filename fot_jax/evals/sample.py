@@ -12,7 +12,7 @@ from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.data.documents import DocumentSource
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.state import MemoryConfig
-from fot_jax.model.transformer import ModelConfig
+from fot_jax.model.config import ModelConfig
 
 
 @configurable

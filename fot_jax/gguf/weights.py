@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType, GGUFReader, quants
 from fot_jax.common.errors import UserError
 from fot_jax.common.paths import in_bucket, is_file
 from fot_jax.hugging_face.tensors import Tensor, of_model
-from fot_jax.model.transformer import ModelConfig
+from fot_jax.model.config import ModelConfig
 
 SUFFIX = ".gguf"
 _ARCHITECTURE = "llama"  # Mistral's files, too, say so

@@ -18,7 +18,7 @@ from etils import epath
 from fot_jax.common import formats
 from fot_jax.common.errors import UserError
 from fot_jax.common.paths import is_file, path_of
-from fot_jax.model.transformer import ROPE_SCALINGS, ModelConfig, RopeScaling
+from fot_jax.model.config import ROPE_SCALINGS, ModelConfig, RopeScaling
 
 CONFIG = "config.json"
 # Model types, and max_position_embeddings of files that leave it out.

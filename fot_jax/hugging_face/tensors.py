@@ -19,7 +19,7 @@ from etils import epath
 
 from fot_jax.common.errors import UserError
 from fot_jax.hugging_face.weight_files import DTYPES, SAFETENSORS, Entry, open_weights
-from fot_jax.model.transformer import ModelConfig
+from fot_jax.model.config import ModelConfig
 
 SHARD = 5 * 10**9  # bytes of a file, as transformers cuts them
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"

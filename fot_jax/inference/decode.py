@@ -21,9 +21,9 @@ from fot_jax.inference.prefill import Piece
 from fot_jax.inference.sampling import Numbers, Sampler, sample
 from fot_jax.inference.state import State
 from fot_jax.model import transformer
+from fot_jax.model.config import ModelConfig
 from fot_jax.model.lookup import Lookup
 from fot_jax.model.memory import Memory
-from fot_jax.model.transformer import ModelConfig
 
 
 def decode(

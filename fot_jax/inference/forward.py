@@ -27,9 +27,10 @@ from fot_jax.model import lookup as lookups
 from fot_jax.model import memory as memories
 from fot_jax.model import transformer
 from fot_jax.model.attention import partial_softmax
+from fot_jax.model.config import ModelConfig
 from fot_jax.model.lookup import Lookup
 from fot_jax.model.memory import LayerMemory, Memory
-from fot_jax.model.transformer import ModelConfig
+from fot_jax.model.rope import positioned, rope_table, rotate
 
 
 class LayerCache(NamedTuple):
@@ -103,7 +104,7 @@ def run(
     seen = valid & (jnp.arange(tokens.shape[1]) < advance[:, None])
     places = cache.valid.shape[1]
     rope, before = (
-        tuple(x[jnp.minimum(place, places - 1)] for x in transformer.rope_table(c, places, start))
+        tuple(x[jnp.minimum(place, places - 1)] for x in rope_table(c, places, start))
         for start in (0, -c.local_context)
     )
     x = params["embedding"][tokens]
@@ -112,9 +113,9 @@ def run(
     for i, (layer, of_layer) in enumerate(zip(params["layers"], cache.layers, strict=True)):
         remembers = i in c.memory_layers
         q, k, v = transformer.queries_keys_values(c, layer, x)
-        k_memory = transformer.rotate(k, before) if c.memory_before else k
+        k_memory = rotate(k, before) if c.memory_before else k
         if not remembers or c.memory_positions:
-            q, k = transformer.positioned(c, q, k, rope)
+            q, k = positioned(c, q, k, rope)
         new = LayerCache(k, v, None if of_layer.k_memory is None else k_memory)
         new = jax.tree.map(lambda x: x.swapaxes(1, 2), new)
         of_layer = jax.tree.map(functools.partial(memories.put, at=place), of_layer, new)
@@ -174,7 +175,7 @@ def _attend_window(q, layer: LayerCache, valid, place):
         scores = jnp.einsum("bknd,bksd->bkns", q, k, preferred_element_type=jnp.float32)
         before = i * block + jnp.arange(block) <= place[:, :, None]
         visible = jnp.tile(before & seen[:, None], (1, groups, 1))[:, None]
-        return partial_softmax.absorb(parts, scores, visible, v)
+        return partial_softmax.add_block(parts, scores, visible, v)
 
     steps = jnp.minimum(place.max() // block + 1, W // block)
     return lax.fori_loop(0, steps, step, partial_softmax.no_parts(q))

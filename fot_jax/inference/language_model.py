@@ -31,9 +31,10 @@ from fot_jax.inference.decode import decode
 from fot_jax.inference.prefill import prefill, remember
 from fot_jax.inference.state import EVERYTHING, SHARED, MemoryConfig, State, begin
 from fot_jax.model import memory as memories
+from fot_jax.model.config import ModelConfig
 from fot_jax.model.lookup import Lookup
 from fot_jax.model.parameters import parameters_by_layer
-from fot_jax.model.transformer import ModelConfig, Transformer
+from fot_jax.model.transformer import Transformer
 
 
 class Scores(NamedTuple):

@@ -34,9 +34,9 @@ from fot_jax.inference import forward
 from fot_jax.inference.forward import Cache
 from fot_jax.inference.state import MemoryConfig, State
 from fot_jax.model import memory as memories
+from fot_jax.model.config import ModelConfig
 from fot_jax.model.lookup import Lookup
 from fot_jax.model.memory import Memory
-from fot_jax.model.transformer import ModelConfig
 
 DESCRIPTION = "memory.json"
 CHUNK = 2**24  # bytes of an array written or read at a time

@@ -17,9 +17,9 @@ from fot_jax.common.errors import UserError, check_range
 from fot_jax.inference import forward
 from fot_jax.inference.forward import Cache
 from fot_jax.model import memory as memories
+from fot_jax.model.config import ModelConfig
 from fot_jax.model.lookup import Dense, Lookup
 from fot_jax.model.memory import Memory
-from fot_jax.model.transformer import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,16 +24,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from fot_jax.common.errors import UserError
-from fot_jax.model.attention import gpu, pair_lists, tpu
-from fot_jax.model.attention import partial_softmax as parts_of
-from fot_jax.model.attention.partial_softmax import SAME_DOCUMENT, Pairs
+from fot_jax.model.attention import partial_softmax
+from fot_jax.model.attention.engine import Engine, Pair, engine_of
 from fot_jax.model.layout import HEAD_AXIS, ROW_AXES
 from fot_jax.model.schemes import Scheme
 
 # --- Plan ----------------------------------------------------------------------------------------
 
-Pair = tuple[int, int, int]  # query row, key row, what it sees
-Lists = Pairs | pair_lists.Lists  # many of them, laid out for a device
+Lists = Any  # of pairs, laid out for a device by an engine
 
 
 class Contexts(NamedTuple):
@@ -53,14 +51,14 @@ class Plan:
       mesh: None for one device.
       group_devices: devices that a crossbatch group spans, and its rows travel around.
       contexts: all of them; positives: those alone, for the positive attention mass.
-      engine: the module that attends: attention.py, or tpu.py, gpu.py.
+      engine: what attends.
     """
 
     mesh: Mesh | AbstractMesh | None = None
     group_devices: int = 1
     contexts: Contexts = Contexts()
     positives: Contexts = Contexts()
-    engine: Any = parts_of
+    engine: Engine = partial_softmax
 
     @property
     def row_devices(self) -> int:
@@ -115,13 +113,11 @@ def make_plan(
             "one must be a multiple of the other; change Data.group_lanes or the mesh"
         )
     group_devices = max(1, group_rows // local_rows)
-    engine = _engine(mesh, window)
-    slots = parts_of.slots_of(heads // head_shards, window, window, Plan(mesh).platform)
+    engine = engine_of(mesh, window)
+    slots = partial_softmax.slots_of(heads // head_shards, window, window, Plan(mesh).platform)
 
     def lay_out(per_device: list[list[Pair]], keys: int) -> Lists:
-        if engine is parts_of:
-            return _schedule(per_device, local_rows, slots)
-        return pair_lists.list_pairs(per_device, local_rows, keys)
+        return engine.lay_out(per_device, rows=local_rows, keys=keys, slots=slots)
 
     edges = [  # (query row, context) over all groups
         (start + row, context._replace(row=start + context.row))
@@ -130,13 +126,19 @@ def make_plan(
         for context in of_row
     ]
     positives = [(row, context) for row, context in edges if context.positive]
+    in_contexts = functools.partial(
+        _contexts,
+        devices=devices,
+        local_rows=local_rows,
+        group_devices=group_devices,
+        lay_out=lay_out,
+    )
     return Plan(
-        *(mesh, group_devices),
-        *(
-            _contexts(each, devices, local_rows, group_devices, lay_out)
-            for each in (edges, positives)
-        ),
-        engine,
+        mesh=mesh,
+        group_devices=group_devices,
+        contexts=in_contexts(edges),
+        positives=in_contexts(positives),
+        engine=engine,
     )
 
 
@@ -172,39 +174,6 @@ def _contexts(edges, devices: int, local_rows: int, group_devices: int, lay_out)
         jax.tree.map(by_device, lay_out(renumbered, len(sent))) if ring else None,
         tuple(sent),
         direction,
-    )
-
-
-def _engine(mesh: Mesh | AbstractMesh | None, window: int):
-    """Kernels where the devices have them, for windows of tiles that fill their registers."""
-    if isinstance(mesh, AbstractMesh):
-        return parts_of
-    device, tile = (
-        (jax.devices() if mesh is None else mesh.devices.flat)[0],
-        parts_of.tile_of(window),
-    )
-    if device.platform == "tpu" and device.device_kind not in ("TPU v2", "TPU v3"):
-        return tpu if tile % 128 == 0 else parts_of
-    major = str(getattr(device, "compute_capability", "")).split(".")[0]  # AMD's are words
-    ampere_or_later = device.platform == "gpu" and major.isdigit() and int(major) >= 8
-    if ampere_or_later and tile % gpu.SMALLEST_BLOCK == 0:
-        return gpu
-    return parts_of
-
-
-def _schedule(per_device: list[list[Pair]], rows: int, slots: int) -> Pairs:
-    """Pair lists of all devices as one Pairs with a leading device axis, filled up alike."""
-    queries = max(len({pair[0] for pair in pairs}) for pairs in per_device)
-    slots = max(1, min(slots, queries))
-    scheduled = [parts_of.schedule_pairs(pairs, rows, slots) for pairs in per_device]
-    steps = max(1, *(s.count for s in scheduled))
-    fill = [(0, steps - s.count) for s in scheduled]
-    return Pairs(
-        *(
-            np.stack([np.pad(s[i], (f, (0, 0))) for s, f in zip(scheduled, fill, strict=True)])
-            for i in range(3)
-        ),
-        np.stack([s.count for s in scheduled]),
     )
 
 
@@ -269,7 +238,7 @@ def _attention(plan, contexts, q, k, k_context, v, segments, pairs):
 
 def _forward(plan, contexts, q, k, k_context, v, segments, pairs):
     R, T = q.shape[:2]
-    q_t, k_t, kc_t, v_t = (parts_of.to_tiles(x, k.shape[2]) for x in (q, k, k_context, v))
+    q_t, k_t, kc_t, v_t = (partial_softmax.to_tiles(x, k.shape[2]) for x in (q, k, k_context, v))
     attend = plan.engine.attend
     local, parts = _local_pairs(plan, q), _no_parts(plan, q_t, T)
     parts = attend(q_t, k_t, v_t, segments, segments, local, parts, causal=True)
@@ -278,7 +247,7 @@ def _forward(plan, contexts, q, k, k_context, v, segments, pairs):
         return attend(q_t, *block[:2], segments, block[2], pairs, parts, causal=False)
 
     parts = _around(plan, contexts, visit, parts, (kc_t, v_t, segments), pairs)
-    out = parts_of.from_tiles(parts.attended().astype(q.dtype), R, T)
+    out = partial_softmax.from_tiles(parts.attended().astype(q.dtype), R, T)
     # Named here, where remat policies see both: with either gone, all of it is computed again.
     out, lse = checkpoint_name(out, "attention"), checkpoint_name(parts.lse, "attention")
     return out, (q, k, k_context, v, segments, out, lse, pairs)
@@ -306,15 +275,25 @@ def _around(plan, contexts, visit, parts, block, pairs):
 def _backward(plan, contexts, saved, d_out):
     q, k, k_context, v, segments, out, lse, pairs = saved
     R, T = q.shape[:2]
-    q_t, k_t, kc_t, v_t = (parts_of.to_tiles(x, k.shape[2]) for x in (q, k, k_context, v))
-    d_out_t, out_t = (parts_of.to_tiles(x, k.shape[2]) for x in (d_out, out))
+    q_t, k_t, kc_t, v_t = (partial_softmax.to_tiles(x, k.shape[2]) for x in (q, k, k_context, v))
+    d_out_t, out_t = (partial_softmax.to_tiles(x, k.shape[2]) for x in (d_out, out))
     delta = (d_out_t.astype(jnp.float32) * out_t.astype(jnp.float32)).sum(-1)
 
     def gradients(block, pairs, before, causal=False):
         """Adds what the pairs give to (dq, dk, dv) of queries and block."""
         k, v, k_segments = block
         return plan.engine.attend_backward(
-            *(q_t, k, v, segments, k_segments, pairs, lse, d_out_t, delta, before), causal=causal
+            q_t,
+            k,
+            v,
+            q_segments=segments,
+            k_segments=k_segments,
+            pairs=pairs,
+            lse=lse,
+            d_out=d_out_t,
+            delta=delta,
+            grads=before,
+            causal=causal,
         )
 
     dq, dk, dv = gradients(
@@ -333,7 +312,7 @@ def _backward(plan, contexts, saved, d_out):
             .reshape(x.shape)
             for x, y in zip((d_kc, dv), of_sent, strict=True)
         )
-    grads = (parts_of.from_tiles(x, R, T).astype(q.dtype) for x in (dq, dk, d_kc, dv))
+    grads = (partial_softmax.from_tiles(x, R, T).astype(q.dtype) for x in (dq, dk, d_kc, dv))
     return (*grads, None, None)
 
 
@@ -365,16 +344,12 @@ _attention.defvjp(_forward, _backward)
 
 
 def _no_parts(plan: Plan, q_t: jax.Array, window: int):
-    if plan.engine is tpu:
-        return tpu.no_parts(q_t, parts_of.tile_of(window))
-    return parts_of.no_parts(q_t)
+    return plan.engine.no_parts(q_t, partial_softmax.tile_of(window))
 
 
 def _local_pairs(plan: Plan, q: jax.Array) -> Lists:
     R, T, H, _ = q.shape
-    if plan.engine is parts_of:
-        return parts_of.every_row(R, SAME_DOCUMENT, parts_of.slots_of(H, T, T, plan.platform))
-    return pair_lists.every_row(R)
+    return plan.engine.local_pairs(R, partial_softmax.slots_of(H, T, T, plan.platform))
 
 
 def _zeros(tree):
@@ -417,7 +392,7 @@ def positive_mass(q, k_context, v, segments, plan: Plan) -> jax.Array:
         _context_logsumexp(plan, contexts, q, k_context, segments)
         for contexts in (plan.positives, plan.contexts)
     )
-    sees = (positive > parts_of.MASKED / 2) & (segments > 0)[:, :, None]
+    sees = (positive > partial_softmax.MASKED / 2) & (segments > 0)[:, :, None]
     share = jnp.where(sees, jnp.exp(positive - everything), 0.0)
     return share.sum() / sees.sum()
 
@@ -427,16 +402,16 @@ def _context_logsumexp(plan, contexts, q, k_context, segments) -> jax.Array:
 
     def on_device(device, q, k_context, segments):
         R, T = q.shape[:2]
-        q_t, k_t = (parts_of.to_tiles(x, k_context.shape[2]) for x in (q, k_context))
+        q_t, k_t = (partial_softmax.to_tiles(x, k_context.shape[2]) for x in (q, k_context))
 
         def visit(parts, block, pairs):
             k, k_segments = block  # what is attended to does not matter: keys will do for values
             return plan.engine.attend(
-                *(q_t, k, k, segments, k_segments, pairs, parts), causal=False
+                q_t, k, k, segments, k_segments, pairs=pairs, parts=parts, causal=False
             )
 
         pairs, parts = _of_device(contexts, device), _no_parts(plan, q_t, T)
         parts = _around(plan, contexts, visit, parts, (k_t, segments), pairs)
-        return parts_of.from_tiles(parts.lse[..., None], R, T)
+        return partial_softmax.from_tiles(parts.lse[..., None], R, T)
 
     return over_devices(plan, on_device, q, k_context, segments)[..., 0]

@@ -1,4 +1,4 @@
-"""Mesh axes, and which of them every dimension of a parameter is cut over: one table for all."""
+"""Mesh axes, and over which of them each dimension of a parameter is sharded: one table."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ CACHED = {
 }
 
 
-class Cut(NamedTuple):
-    """How a layer's kernel lies on the devices: at rest, and when it is used."""
+class KernelSharding(NamedTuple):
+    """How a layer's kernel is sharded where it is stored, and where it is multiplied with."""
 
-    sharded: NamedSharding
+    stored: NamedSharding
     gathered: NamedSharding
 
 
-def cuts(mesh: Mesh | AbstractMesh | None) -> dict[str, Cut]:
+def kernel_shardings(mesh: Mesh | AbstractMesh | None) -> dict[str, KernelSharding]:
     """Of every kernel of a layer, by its own name; none where there is no mesh."""
     if mesh is None:
         return {}
@@ -48,7 +48,8 @@ def cuts(mesh: Mesh | AbstractMesh | None) -> dict[str, Cut]:
     for (_, *name), (_, *axes) in PARAMETERS.items():
         if name:  # of a layer: without the axis that layers are stacked on
             gathered = [None if axis == GATHERED_AXIS else axis for axis in axes]
-            found[name[0]] = Cut(
-                *(NamedSharding(mesh, PartitionSpec(*each)) for each in (axes, gathered))
+            found[name[0]] = KernelSharding(
+                stored=NamedSharding(mesh, PartitionSpec(*axes)),
+                gathered=NamedSharding(mesh, PartitionSpec(*gathered)),
             )
     return found

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
 from fot_jax.model import memory as memories
-from fot_jax.model.attention import partial_softmax as parts_of
+from fot_jax.model.attention import partial_softmax
 from fot_jax.model.attention.partial_softmax import MASKED, Parts
 from fot_jax.model.memory import AXIS, LayerMemory, Stored
 
@@ -45,10 +45,10 @@ class Dense:
 
         def step(i, parts):
             k, v = (x.slot(i * block, block, q.dtype) for x in layer)
-            return parts_of.absorb(parts, _dot(q, k), _seen(visible, i * block, block), v)
+            return partial_softmax.add_block(parts, _dot(q, k), _seen(visible, i * block, block), v)
 
         steps = (visible.max() + block - 1) // block
-        parts = lax.fori_loop(0, steps, step, parts_of.no_parts(q))
+        parts = lax.fori_loop(0, steps, step, partial_softmax.no_parts(q))
         return _merge_shards(parts) if shards > 1 else parts
 
 
@@ -113,7 +113,7 @@ class ApproximateTopK(TopK):
         B, K, N, _ = q.shape
         block = keys.slots
         while (
-            block * B * K * N > parts_of.score_budget()
+            block * B * K * N > partial_softmax.score_budget()
             and block % 2 == 0
             and block // 2 >= 8 * self.k
         ):
@@ -205,7 +205,7 @@ def _best_groups(q, keys: Stored, visible, k: int, group: int) -> Int[Array, "B 
     many = 1
     while (
         blocks % (2 * many) == 0
-        and 2 * many * block * B * K * N <= 2 * group * parts_of.score_budget()
+        and 2 * many * block * B * K * N <= 2 * group * partial_softmax.score_budget()
     ):
         many *= 2
 
@@ -290,7 +290,7 @@ def _block(slots: int, queries: int) -> int:
     """Slots of a block: a power of two that divides them all, so many that scores fit."""
     longest = 1024 if jax.default_backend() == "cpu" else 2**16  # longer ones gained nothing
     block = min(longest, slots & -slots)
-    while block > 256 and block * queries > parts_of.score_budget():
+    while block > 256 and block * queries > partial_softmax.score_budget():
         block //= 2
     return block
 
@@ -335,7 +335,7 @@ def _take_groups(stored: Stored, groups: Int[Array, "B K n i"], size: int, dtype
 def _map_queries(function, arrays, cost: int):
     """function over arrays [B, K, N, ...], so many queries at a time that N * cost stays small."""
     N = arrays[0].shape[2]
-    size = max(1, parts_of.score_budget() // (4 * cost))
+    size = max(1, partial_softmax.score_budget() // (4 * cost))
     while N % size:
         size -= 1
 

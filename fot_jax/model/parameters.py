@@ -1,4 +1,8 @@
-"""Parameters as training has them, stacked, and as inference does, a tree for each layer."""
+"""Initial parameters; and parameters as training has them, stacked, and as inference does, a tree
+for each layer.
+
+Letters: L layers, E model dim, F mlp dim, D head dim.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,61 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from fot_jax.model.config import ModelConfig
+
+# --- Initial parameters --------------------------------------------------------------------------
+
+
+def init_kernel(key, shape, scale: float = 1.0):
+    """Normal with standard deviation scale / sqrt(fan in), fan in being the axis before last."""
+    return jax.random.normal(key, shape, jnp.float32) * (scale * shape[-2] ** -0.5)
+
+
+def init_norm(key, c: ModelConfig, layers: tuple[int, ...] = ()):
+    """A norm that changes nothing: [*layers, E] of ones, and zeros where there is a bias."""
+    del key
+    scale = jnp.ones((*layers, c.hidden_size), jnp.float32)
+    return (
+        {"scale": scale, "bias": jnp.zeros_like(scale)}
+        if c.norm == "layernorm"
+        else {"scale": scale}
+    )
+
+
+def init_layers(key, c: ModelConfig):
+    """Parameters of all layers, stacked on a leading axis, float32."""
+    L, E, F, D = c.num_layers, c.hidden_size, c.mlp_dim, c.head_dim
+    keys = iter(jax.random.split(key, 7))
+    # Layers that write into the residual stream start smaller, so that its size does not grow
+    # with depth.
+    into_residual = (2 * L) ** -0.5
+    attention = {
+        "query": init_kernel(next(keys), (L, E, c.num_heads * D)),
+        "key": init_kernel(next(keys), (L, E, c.num_kv_heads * D)),
+        "value": init_kernel(next(keys), (L, E, c.num_kv_heads * D)),
+        "out": init_kernel(next(keys), (L, c.num_heads * D, E), into_residual),
+    }
+    if c.memory_gate:
+        attention["memory_gate"] = jnp.zeros((L, c.num_heads), jnp.float32)
+    if c.qk_norm:
+        attention["log_scale"] = jnp.full((L, c.num_heads), np.log(10.0), jnp.float32)
+    mlp = {
+        "up": init_kernel(next(keys), (L, E, F)),
+        "down": init_kernel(next(keys), (L, F, E), into_residual),
+    }
+    if c.mlp == "swiglu":
+        mlp["gate"] = init_kernel(next(keys), (L, E, F))
+    return {
+        "attention_norm": init_norm(None, c, (L,)),
+        "attention": attention,
+        "mlp_norm": init_norm(None, c, (L,)),
+        "mlp": mlp,
+    }
+
+
+# --- Layer by layer ------------------------------------------------------------------------------
 
 
 def parameters_by_layer(params, dtype=jnp.float32, use_up: bool = False):

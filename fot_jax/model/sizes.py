@@ -21,8 +21,9 @@ import jax.numpy as jnp
 
 from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError
+from fot_jax.model.config import ModelConfig, RopeScaling
 from fot_jax.model.crossbatch import Plan
-from fot_jax.model.transformer import ModelConfig, RopeScaling, Transformer
+from fot_jax.model.transformer import Transformer
 
 
 def parameter_count(config: ModelConfig) -> int:

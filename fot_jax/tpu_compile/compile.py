@@ -27,8 +27,9 @@ from fot_jax.common.errors import UserError
 from fot_jax.common.topologies import Topology, topology_of
 from fot_jax.common.units import bytes_of
 from fot_jax.model import schemes
+from fot_jax.model.config import ModelConfig
 from fot_jax.model.crossbatch import Plan
-from fot_jax.model.transformer import REMAT_POLICIES, ModelConfig
+from fot_jax.model.transformer import REMAT_POLICIES
 from fot_jax.tpu_compile import costs
 from fot_jax.training.experiment import Compute, Data
 from fot_jax.training.partitioning import MeshShape

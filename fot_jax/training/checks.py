@@ -9,7 +9,7 @@ from etils import epath
 from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.data.documents import DocumentSource
 from fot_jax.model import schemes
-from fot_jax.model.transformer import ModelConfig
+from fot_jax.model.config import ModelConfig
 
 
 def check_numbers(steps: int, z_loss: float, seed: int, log_every: int, max_skipped: int) -> None:

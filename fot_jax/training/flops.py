@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from fot_jax.model.config import ModelConfig
 from fot_jax.model.schemes import Scheme
-from fot_jax.model.transformer import ModelConfig
 
 
 def training_flops(c: ModelConfig, scheme: Scheme, rows: int, group_rows: int) -> int:

@@ -20,7 +20,8 @@ from jax.sharding import AbstractMesh, Mesh
 from fot_jax.common.errors import UserError
 from fot_jax.data.lanes import FIELDS
 from fot_jax.model import cached_context, crossbatch, schemes
-from fot_jax.model.transformer import ModelConfig, Transformer
+from fot_jax.model.config import ModelConfig
+from fot_jax.model.transformer import Transformer
 from fot_jax.training import partitioning
 from fot_jax.training.experiment import Compute, Data
 from fot_jax.training.flops import training_flops

@@ -14,7 +14,7 @@ from fot_jax.checkpoints.items import LaneGroups
 from fot_jax.checkpoints.manager import Checkpointer
 from fot_jax.data.documents import DocumentSource
 from fot_jax.data.saved_vocabulary import load_vocabulary
-from fot_jax.model.transformer import ModelConfig
+from fot_jax.model.config import ModelConfig
 from fot_jax.training.checks import warn_of_other_functions
 from fot_jax.training.history import History
 from fot_jax.training.program import Program

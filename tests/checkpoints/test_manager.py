@@ -22,7 +22,7 @@ from fot_jax.checkpoints import items, manager
 from fot_jax.checkpoints.manager import Checkpointer
 from fot_jax.checkpoints.restore import restore_model, restore_params
 from fot_jax.common.errors import UserError
-from fot_jax.model.transformer import RopeScaling
+from fot_jax.model.config import RopeScaling
 
 optimizer = optax.adamw(1e-2)
 

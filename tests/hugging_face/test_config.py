@@ -10,7 +10,7 @@ from tiny import tiny
 
 from fot_jax.common.errors import UserError
 from fot_jax.hugging_face import config as configs
-from fot_jax.model.transformer import ModelConfig, RopeScaling
+from fot_jax.model.config import ModelConfig, RopeScaling
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

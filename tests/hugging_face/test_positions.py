@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fot_jax.common.errors import UserError
 from fot_jax.hugging_face import config as configs
-from fot_jax.model.transformer import rope_frequencies
+from fot_jax.model.rope import rope_frequencies
 
 pytestmark = pytest.mark.torch
 

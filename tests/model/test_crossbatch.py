@@ -44,8 +44,8 @@ def test_equals_brute_force(scheme, groups, group_lanes, window, kv_heads, ratio
 @pytest.mark.parametrize("tile, budget", [(4, 2), (4, 100), (8, 10**6), (16, 1)])
 def test_any_tiling_gives_the_same(monkeypatch, tile, budget):
     # Small tiles and steps, so that the paths for long windows run at a size brute force can do.
-    monkeypatch.setattr(crossbatch.parts_of, "tile_of", lambda length: min(tile, length))
-    monkeypatch.setattr(crossbatch.parts_of, "slots_of", lambda *a: budget)
+    monkeypatch.setattr(crossbatch.partial_softmax, "tile_of", lambda length: min(tile, length))
+    monkeypatch.setattr(crossbatch.partial_softmax, "slots_of", lambda *a: budget)
     for scheme in (PreviousContext(d=3, w=2), Packed(pack=3, range=7)):
         check(scheme, 6, 3, 16, 4, 2, 4, seed=tile + budget)
 

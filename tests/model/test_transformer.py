@@ -23,8 +23,9 @@ from fot_jax.common.errors import UserError
 from fot_jax.hugging_face import config as configs
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.model import crossbatch
+from fot_jax.model.config import ModelConfig, RopeScaling
 from fot_jax.model.schemes import NoCrossbatch, Packed, PackedTable, PreviousContext
-from fot_jax.model.transformer import ModelConfig, RopeScaling, Transformer
+from fot_jax.model.transformer import Transformer
 
 FAMILIES = pytest.mark.parametrize("family", [LLAMA, PAPER], ids=["llama", "paper"])
 

@@ -25,8 +25,9 @@ from fot_jax.checkpoints import stream
 from fot_jax.common.trees import leaves_by_path
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.state import MemoryConfig
+from fot_jax.model.config import RopeScaling
 from fot_jax.model.lookup import TopK
-from fot_jax.model.transformer import RopeScaling, Transformer
+from fot_jax.model.transformer import Transformer
 from fot_jax.pytorch import modeling_fot
 from fot_jax.pytorch.configuration_fot import FotConfig, FotLlamaConfig
 from fot_jax.pytorch.modeling_fot import (

@@ -11,8 +11,8 @@ from oracles.training_step import gradient
 from tiny import LLAMA, random_params, random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
+from fot_jax.model.config import ModelConfig
 from fot_jax.model.schemes import CachedContext, NoCrossbatch, Packed, PackedTable, PreviousContext
-from fot_jax.model.transformer import ModelConfig
 from fot_jax.training.flops import layer_parameters, reading_flops, training_flops
 
 SCHEMES = [

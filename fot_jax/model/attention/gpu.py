@@ -1,4 +1,4 @@
-"""Softmax attention in parts as GPU kernels: `attention.py` without scores in main memory.
+"""Softmax attention in parts as GPU kernels: partial_softmax.py without scores in main memory.
 
 The same parts and the same functions, through Triton, for NVIDIA's Ampere and later. A program of
 a kernel holds a block of queries and walks the list of the key rows they meet, or the other way
@@ -19,7 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from fot_jax.model.attention.pair_lists import Lists
+from fot_jax.model.attention.pair_lists import lay_out as lay_out  # of the engine, as they are
+from fot_jax.model.attention.pair_lists import local_pairs as local_pairs
 from fot_jax.model.attention.partial_softmax import ANY_DOCUMENT, MASKED, NOTHING, Parts
+from fot_jax.model.attention.partial_softmax import no_parts as no_parts
 
 SMALLEST_BLOCK = 16  # that a GPU's matrix units multiply
 # Of those tried on an H100 (64 or 128 of each, 4 or 8 warps, 2 or 3 stages) none was faster by more
@@ -173,15 +176,15 @@ def _widened(*arrays):
 # --- Forward -------------------------------------------------------------------------------------
 
 
-def attend(q, k, v, q_segments, k_segments, lists: Lists, parts: Parts, causal: bool) -> Parts:
-    """As `attention.attend`: merges the attention of all that the lists name into `parts`."""
+def attend(q, k, v, q_segments, k_segments, pairs: Lists, parts: Parts, causal: bool) -> Parts:
+    """As `partial_softmax.attend`: merges the attention of all `pairs` into `parts`."""
     D = q.shape[-1]
     q, k, v, out = _widened(q, k, v, parts.out)
     walk = _Walk(q, k, q_segments, k_segments, causal)
     q_segments, k_segments = walk.segments
     inputs = (q, q_segments), (k, v, k_segments)
     results = out, parts.top, parts.total
-    out, *rest = walk.call(_attend, lists[:2], inputs, results, by_keys=False, name="attend")
+    out, *rest = walk.call(_attend, pairs[:2], inputs, results, by_keys=False, name="attend")
     return Parts(out[..., :D], *rest)
 
 
@@ -209,17 +212,17 @@ def _attend(walk, rows, sees, count, k, v, k_seg, q, q_seg, *refs):
 # --- Backward ------------------------------------------------------------------------------------
 
 
-def attend_backward(q, k, v, q_segments, k_segments, lists, lse, d_out, delta, grads, causal):
-    """As `attention.attend_backward`: adds the gradients of all that the lists name to `grads`."""
+def attend_backward(q, k, v, q_segments, k_segments, pairs, lse, d_out, delta, grads, causal):
+    """As `partial_softmax.attend_backward`: adds the gradients of all `pairs` to `grads`."""
     D = q.shape[-1]
     q, k, v, d_out, dq, dk, dv = _widened(q, k, v, d_out, *grads)
 
     walk = _Walk(q, k, q_segments, k_segments, causal)
     q_segments, k_segments = walk.segments
     inputs = (q, d_out, lse, delta, q_segments), (k, v, k_segments)
-    (dq,) = walk.call(_backward_queries, lists[:2], inputs, [dq], by_keys=False, name="attend_dq")
+    (dq,) = walk.call(_backward_queries, pairs[:2], inputs, [dq], by_keys=False, name="attend_dq")
     dk, dv = walk.call(
-        _backward_keys, lists[2:], inputs, [dk, dv], by_keys=True, name="attend_dk_dv"
+        _backward_keys, pairs[2:], inputs, [dk, dv], by_keys=True, name="attend_dk_dv"
     )
     return tuple(x[..., :D] for x in (dq, dk, dv))
 

@@ -24,16 +24,25 @@ class Lists(NamedTuple):
     q_sees: jax.Array  # [N, P'] int32
 
 
-def list_pairs(per_device: Sequence[Sequence[tuple[int, int, int]]], rows: int, keys: int) -> Lists:
-    """Lists of (query row, key row, sees) triples, with a leading device axis, filled up alike."""
+def lay_out(
+    pairs: Sequence[Sequence[tuple[int, int, int]]], rows: int, keys: int, slots: int = 0
+) -> Lists:
+    """Lists of (query row, key row, sees) triples, with a leading device axis, filled up alike.
+
+    Args:
+      pairs: of each device.
+      rows, keys: query rows and key rows of a device.
+      slots: of engines that compute in steps; kernels have none.
+    """
+    del slots
 
     def table(mine: int, other: int, count: int):
-        found = [[[] for _ in range(count)] for _ in per_device]
-        for device, pairs in enumerate(per_device):
-            for pair in pairs:
+        found = [[[] for _ in range(count)] for _ in pairs]
+        for device, of_device in enumerate(pairs):
+            for pair in of_device:
                 found[device][pair[mine]].append((pair[other], pair[2]))
         longest = max(1, max(len(each) for device in found for each in device))
-        filled = np.zeros((len(per_device), count, longest, 2), np.int32)
+        filled = np.zeros((len(pairs), count, longest, 2), np.int32)
         filled[..., 1] = NOTHING
         for device, lists in enumerate(found):
             for row, each in enumerate(lists):
@@ -45,8 +54,9 @@ def list_pairs(per_device: Sequence[Sequence[tuple[int, int, int]]], rows: int, 
     return Lists(*table(0, 1, rows), *table(1, 0, keys))
 
 
-def every_row(rows: int) -> Lists:
+def local_pairs(rows: int, slots: int = 0) -> Lists:
     """Each query row meets the key row of the same number, as far as it is the same document."""
+    del slots
     row = jnp.arange(rows, dtype=jnp.int32)[:, None]
     sees = jnp.full((rows, 1), SAME_DOCUMENT, jnp.int32)
     return Lists(row, sees, row, sees)

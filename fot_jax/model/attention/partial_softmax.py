@@ -32,7 +32,7 @@ ANY_DOCUMENT = 2  # every key that is not padding
 
 MAX_TILE = 512
 
-LOOP_SCOPE = "at_most_{}_times"  # names the bound of a loop for training/costs.py
+LOOP_SCOPE = "at_most_{}_times"  # names the bound of a loop for tpu_compile/costs.py
 
 
 class Pairs(NamedTuple):
@@ -93,9 +93,35 @@ def slots_of(heads: int, queries: int, keys: int, platform: str) -> int:
     return max(1, score_budget(platform) // (heads * tile_of(queries) * tile_of(keys)))
 
 
-def every_row(rows: int, sees: int, slots: int) -> Pairs:
-    """Pairs of each query row with the key row of the same number."""
-    return schedule_pairs([(row, row, sees) for row in range(rows)], rows, min(slots, rows))
+def lay_out(
+    pairs: Sequence[Sequence[tuple[int, int, int]]], rows: int, keys: int, slots: int
+) -> Pairs:
+    """Pairs of all devices as one Pairs with a leading device axis, filled up alike.
+
+    Args:
+      pairs: (query row, key row, sees) of each device.
+      rows: query rows of a device.
+      keys: key rows of a device; steps do not depend on it.
+      slots: pairs worth computing in one step.
+    """
+    del keys
+    queries = max(len({pair[0] for pair in of_device}) for of_device in pairs)
+    slots = max(1, min(slots, queries))
+    scheduled = [schedule_pairs(of_device, rows, slots) for of_device in pairs]
+    steps = max(1, *(s.count for s in scheduled))
+
+    def stacked(field: str):
+        filled = (np.pad(getattr(s, field), ((0, steps - s.count), (0, 0))) for s in scheduled)
+        return np.stack(list(filled))
+
+    count = np.stack([s.count for s in scheduled])
+    return Pairs(stacked("q_row"), stacked("k_row"), stacked("sees"), count)
+
+
+def local_pairs(rows: int, slots: int) -> Pairs:
+    """Each query row meets the key row of the same number, as far as it is the same document."""
+    pairs = [(row, row, SAME_DOCUMENT) for row in range(rows)]
+    return schedule_pairs(pairs, rows, min(slots, rows))
 
 
 def to_tiles(x_RTHD: jax.Array, kv_heads: int) -> jax.Array:
@@ -131,13 +157,18 @@ class Parts(NamedTuple):
         return self.out / self.total[..., None]
 
 
-def no_parts(q: jax.Array) -> Parts:
-    """The neutral element of merging: nothing seen yet, for queries `q` [..., D]."""
+def no_parts(q: jax.Array, tile: int = 0) -> Parts:
+    """The neutral element of merging: nothing seen yet, for queries `q` [..., D].
+
+    Args:
+      tile: of engines that keep tiles apart; this one does not.
+    """
+    del tile
     top = jnp.full(q.shape[:-1], MASKED, jnp.float32)
     return Parts(jnp.zeros(q.shape, jnp.float32), top, jnp.zeros(q.shape[:-1], jnp.float32))
 
 
-def absorb(parts: Parts, scores: jax.Array, visible: jax.Array, v: jax.Array) -> Parts:
+def add_block(parts: Parts, scores: jax.Array, visible: jax.Array, v: jax.Array) -> Parts:
     """One more block of keys in the same softmax, exactly (paper §3.1).
 
     Args:
@@ -179,7 +210,7 @@ def attend(q, k, v, q_segments, k_segments, pairs: Pairs, parts: Parts, causal: 
     def step(i, parts):
         at = walk.at(i)
         before = Parts(*(walk.take_q(x, at) for x in parts))
-        after = absorb(before, *walk.scores(at), walk.take_k(v, at))
+        after = add_block(before, *walk.scores(at), walk.take_k(v, at))
         return Parts(*(walk.put_q(x, at, new) for x, new in zip(parts, after, strict=True)))
 
     with walk.bounded():

@@ -1,4 +1,4 @@
-"""Softmax attention in parts as TPU kernels: `attention.py` without scores in main memory.
+"""Softmax attention in parts as TPU kernels: partial_softmax.py without scores in main memory.
 
 The same parts and the same functions, for TPU v4 and later (v2 and v3 have no compiler for them).
 A list says for each query row which key rows it meets; the kernel walks it with the scores of one
@@ -24,6 +24,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from fot_jax.model.attention.pair_lists import Lists
+from fot_jax.model.attention.pair_lists import lay_out as lay_out  # of the engine, as they are
+from fot_jax.model.attention.pair_lists import local_pairs as local_pairs
 from fot_jax.model.attention.partial_softmax import ANY_DOCUMENT, MASKED, NOTHING
 
 
@@ -216,9 +218,9 @@ def _at_last_step(do):
 # --- Forward -------------------------------------------------------------------------------------
 
 
-def attend(q, k, v, q_segments, k_segments, lists: Lists, parts: Parts, causal: bool) -> Parts:
-    """As `attention.attend`: merges the attention of all that the lists name into `parts`."""
-    walk = _Walk(q, k, q_segments, k_segments, lists, causal)
+def attend(q, k, v, q_segments, k_segments, pairs: Lists, parts: Parts, causal: bool) -> Parts:
+    """As `partial_softmax.attend`: merges the attention of all `pairs` into `parts`."""
+    walk = _Walk(q, k, q_segments, k_segments, pairs, causal)
     grid, queries, keys, segments, across = walk.by_queries()
     of_parts = [across(walk.D), across(1), across(1)]
     specs = (
@@ -227,7 +229,7 @@ def attend(q, k, v, q_segments, k_segments, lists: Lists, parts: Parts, causal: 
         [(walk.D, walk.T), (1, walk.T), (1, walk.T)],
     )
     call = walk.call(_attend, grid, specs, parts, {7: 0, 8: 1, 9: 2}, 2, "attend")
-    listed = lists.k_row.reshape(-1), lists.k_sees.reshape(-1)
+    listed = pairs.k_row.reshape(-1), pairs.k_sees.reshape(-1)
     return Parts(*call(*listed, walk.by_head(q), k, v, *walk.segments, *parts))
 
 
@@ -261,10 +263,10 @@ def _attend(walk, rows, sees, q, k, v, q_seg, k_seg, *refs):
 # --- Backward ------------------------------------------------------------------------------------
 
 
-def attend_backward(q, k, v, q_segments, k_segments, lists, lse, d_out, delta, grads, causal):
-    """As `attention.attend_backward`: adds the gradients of all that the lists name to `grads`."""
+def attend_backward(q, k, v, q_segments, k_segments, pairs, lse, d_out, delta, grads, causal):
+    """As `partial_softmax.attend_backward`: adds the gradients of all `pairs` to `grads`."""
     dq, dk, dv = grads
-    walk = _Walk(q, k, q_segments, k_segments, lists, causal)
+    walk = _Walk(q, k, q_segments, k_segments, pairs, causal)
     inputs = (walk.by_head(q), k, v, *walk.segments)
     inputs += (walk.across(lse), walk.by_head(d_out), walk.across(delta))
 
@@ -277,12 +279,12 @@ def attend_backward(q, k, v, q_segments, k_segments, lists, lse, d_out, delta, g
     of_queries = specs(blocks, [blocks[0]], [(walk.T, walk.D)])
     before = walk.by_head(dq)
     call = walk.call(_backward_queries, grid, of_queries, [before], {10: 0}, 3, "attend_dq")
-    (after,) = call(lists.k_row.reshape(-1), lists.k_sees.reshape(-1), *inputs, before)
+    (after,) = call(pairs.k_row.reshape(-1), pairs.k_sees.reshape(-1), *inputs, before)
 
     grid, *blocks = walk.by_keys()
     of_keys = specs(blocks, [blocks[1]] * 2, [(walk.S, walk.D)] * 2)
     call = walk.call(_backward_keys, grid, of_keys, [dk, dv], {10: 0, 11: 1}, 4, "attend_dk_dv")
-    dk, dv = call(lists.q_row.reshape(-1), lists.q_sees.reshape(-1), *inputs, dk, dv)
+    dk, dv = call(pairs.q_row.reshape(-1), pairs.q_sees.reshape(-1), *inputs, dk, dv)
     return after.reshape(dq.shape), dk, dv
 
 

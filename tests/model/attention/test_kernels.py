@@ -13,6 +13,7 @@ from oracles.crossbatch import brute_force, visibility
 
 from fot_jax.model import crossbatch
 from fot_jax.model.attention import gpu, tpu
+from fot_jax.model.attention.engine import engine_of
 from fot_jax.model.schemes import NoCrossbatch, Packed, PackedTable, PreviousContext
 
 
@@ -21,8 +22,8 @@ def interpreted(request, monkeypatch):
     """Plans choose kernels whatever the device, which then are interpreted."""
 
     def with_tile(tile: int):
-        monkeypatch.setattr(crossbatch, "_engine", lambda mesh, window: request.param)
-        monkeypatch.setattr(crossbatch.parts_of, "tile_of", lambda length: min(tile, length))
+        monkeypatch.setattr(crossbatch, "engine_of", lambda mesh, window: request.param)
+        monkeypatch.setattr(crossbatch.partial_softmax, "tile_of", lambda length: min(tile, length))
         monkeypatch.setattr(gpu, "BLOCK", 2)
         interpreted = functools.partial(pl.pallas_call, interpret=True)
         monkeypatch.setattr(request.param.pl, "pallas_call", interpreted)
@@ -80,7 +81,7 @@ def test_positive_mass(interpreted):
     blocks, engine = mass()
     kernels = interpreted(4)
     got, kernel_engine = mass()
-    assert (engine, kernel_engine) == (crossbatch.parts_of, kernels)
+    assert (engine, kernel_engine) == (crossbatch.partial_softmax, kernels)
     np.testing.assert_allclose(got, blocks, rtol=1e-5)
 
 
@@ -90,7 +91,7 @@ def test_positive_mass(interpreted):
 )
 def test_compiles_for_gpus(monkeypatch, window, kv_heads, dim, dtype):
     """As far as a machine without one can: to what Triton's compiler is given."""
-    monkeypatch.setattr(crossbatch, "_engine", lambda mesh, window: gpu)
+    monkeypatch.setattr(crossbatch, "engine_of", lambda mesh, window: gpu)
     plan = crossbatch.make_plan(PreviousContext(d=2), 4, heads=8, window=window)
 
     def gradients(q, k, v, segments):
@@ -111,7 +112,7 @@ def test_devices_that_have_kernels(monkeypatch):
     def engine(platform, kind, window=256, **of_device):
         device = types.SimpleNamespace(platform=platform, device_kind=kind, **of_device)
         monkeypatch.setattr(jax, "devices", lambda: [device])
-        return crossbatch._engine(None, window).__name__.split(".")[-1]
+        return engine_of(None, window).__name__.split(".")[-1]
 
     assert engine("tpu", "TPU v3") == engine("cpu", "cpu") == "partial_softmax"
     assert engine("tpu", "TPU v5 lite") == "tpu"
