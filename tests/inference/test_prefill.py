@@ -300,7 +300,8 @@ def test_what_reading_takes_is_the_memory_and_a_constant():
         import jax, numpy as np
         from fot_jax.inference.language_model import LanguageModel
         from fot_jax.model import crossbatch
-        from fot_jax.model.transformer import ModelConfig, Transformer
+        from fot_jax.model.config import ModelConfig
+        from fot_jax.model.transformer import Transformer
         from fot_jax.inference.state import MemoryConfig
         model = Transformer(ModelConfig(64, 64, 2, 8, 8, 128, 64, (1,), 512))
         tokens = np.zeros((1, 8), np.int32)
