@@ -121,8 +121,10 @@ def attention(
         rows = q, k, v, k_cached, v_cached, segments, cached_segments
         return lax.map(jax.checkpoint(of_row), rows)
 
-    arrays = q, k, v, k_cached, v_cached, segments, cached_segments
-    return crossbatch.over_devices(plan, on_device, *arrays, *(() if gate is None else (weight,)))
+    arrays = [q, k, v, k_cached, v_cached, segments, cached_segments]
+    if weight is not None:
+        arrays.append(weight)
+    return crossbatch.over_devices(plan, on_device, *arrays)
 
 
 def _of_row(scheme, q, k, v, k_cached, v_cached, segments, cached_segments, weight=None):

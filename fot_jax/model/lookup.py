@@ -180,9 +180,7 @@ def exact_search(q, keys: Stored, visible, k: int):
         chosen = jnp.sort(groups, -1)  # so that of equal scores the oldest comes first
         slots = chosen[..., None] * group + jnp.arange(group)
         x = _take_groups(keys, chosen, group, q.dtype)  # [B, K, n, k, group, D]
-        scores = jnp.einsum(
-            *("bknd,bknigd->bknig", q, x), preferred_element_type=jnp.float32, precision=PRECISION
-        )
+        scores = _einsum("bknd,bknigd->bknig", q, x)
         scores = jnp.where(slots < visible[:, None, None, None, None], scores, MASKED)
         scores, slots = (x.reshape(*x.shape[:3], k * group) for x in (scores, slots))
         best, at = lax.top_k(scores, k)
@@ -301,9 +299,11 @@ def _dot(q, k):
 
 def _scores(q, k):
     """The same where they decide which keys are the best."""
-    return jnp.einsum(
-        *("bknd,bksd->bkns", q, k), preferred_element_type=jnp.float32, precision=PRECISION
-    )
+    return _einsum("bknd,bksd->bkns", q, k)
+
+
+def _einsum(spec: str, a, b):
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32, precision=PRECISION)
 
 
 def _seen(visible, start, size: int):

@@ -126,11 +126,10 @@ COLLECTIVES = {
 }
 
 # What moves nothing, or has its traffic counted elsewhere.
-_FREE = {
-    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
-    *("call", "after-all", "partition-id", "replica-id", "iota", "copy-done", "async-done"),
-    *("async-update", "opt-barrier"),
-}
+_FREE = frozenset(
+    "parameter constant tuple get-tuple-element bitcast while conditional call after-all "
+    "partition-id replica-id iota copy-done async-done async-update opt-barrier".split()
+)
 _BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _BYTES |= {f"{sign}{bits}": max(1, bits // 8) for sign in "su" for bits in (2, 4, 8, 16, 32, 64)}
@@ -214,7 +213,9 @@ class _Program:
                     which = channel[0] if channel else name
                     # XLA's TPU backend writes a reduce-scatter as a fusion of this name.
                     scatters = kind == "all-reduce" and "all-reduce-scatter" in called.name
-                    yield which, *(("reduce-scatter", size // 2) if scatters else (kind, size))
+                    if scatters:
+                        kind, size = "reduce-scatter", size // 2
+                    yield which, kind, size
 
     def memory_bytes(self, computation: _Computation, op: _Op) -> int:
         """Traffic of one operation with the device's main memory."""

@@ -185,7 +185,6 @@ def with_another(name, shape=(4,)):
         ({"change": with_another("rope_freqs.weight", (8,))}, None),
         ({"kind": "Q2_K"}, "is of type Q2_K: have F32, F16, BF16, Q8_0"),
     ],
-    ids=str,
 )
 def test_what_is_refused(tmp_path, capsys, how, line):
     wide = {"hidden_size": 256, "intermediate_size": 256} if "kind" in how else {}
