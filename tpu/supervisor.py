@@ -29,6 +29,7 @@ from fot_jax.training.cluster import Place
 from tpu import control
 
 STOPPED = 128 + signal.SIGTERM  # the exit code of a command that saved and stopped
+SILENT_SHARE = 1 / 30  # of --timeout: how long worker 0 waits for the last ones without a word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the verb."""
     parser.add_argument("--run_dir", required=True, metavar="DIR", help="for state.json")
     for flag, seconds, what in (
-        ("--timeout", 300, "for all workers to get here, and to stop after one has"),
+        ("--timeout", 300, "for all workers to get here, and to end after one has"),
         ("--silence", 30, "without a sign of life, after which a worker is lost"),
     ):
         parser.add_argument(
@@ -187,14 +188,21 @@ def _exit_code(place: Place, verdict: Verdict, returncode: int) -> int:
 async def _judge(place: Place, events: control.Events, timeout: float) -> Verdict:
     """What worker 0 makes of all that happens."""
     codes: dict[int, int] = {}
-    deadline = None  # set once one has stopped: the others must follow
+    times: list[float] = []  # once one has ended: to say who is missing, and to give up
     while len(codes) < len(place.hosts):
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout_at(times[0] if times else None):
                 worker, message = await events.get()
         except TimeoutError:
-            late = min(set(range(len(place.hosts))) - set(codes))
-            return Verdict(1, late, f"did not stop within {timeout:g} s after another one had")
+            missing = sorted(set(range(len(place.hosts))) - set(codes))
+            if len(times) == 1:
+                why = f"did not end within {timeout:g} s after another one"
+                return Verdict(1, missing[0], why)
+            del times[0]
+            names = ", ".join(control.name_of(place, each) for each in missing)
+            so = f"another worker's command has ended; at most {timeout:g} s"
+            print(f"tpu worker 0: waiting for {names}: {so}", file=sys.stderr, flush=True)
+            continue
         if "lost" in message and worker not in codes:
             return Verdict(1, worker, message["lost"])
         if type(ended := message.get("ended")) is int:
@@ -202,8 +210,9 @@ async def _judge(place: Place, events: control.Events, timeout: float) -> Verdic
                 how = f"signal {-ended}" if ended < 0 else f"exit code {ended}"
                 return Verdict(1, worker, f"ended with {how}")
             codes[worker] = _code(ended)
-            if codes[worker] == STOPPED and deadline is None:
-                deadline = asyncio.get_running_loop().time() + timeout
+            if not times:
+                now = asyncio.get_running_loop().time()
+                times = [now + timeout * SILENT_SHARE, now + timeout]
     return Verdict(max(codes.values()))
 
 

@@ -22,6 +22,7 @@ METADATA_TRIES = 3
 
 INITIALIZATION_SECONDS = 300  # from the first process that is ready to join to the last
 HEARTBEAT_SECONDS = 100  # without a sign of life; supervisors notice a death long before
+SHUTDOWN_SECONDS = 100  # from the first process that is ready to end to the last
 
 
 class Place(NamedTuple):
@@ -160,6 +161,7 @@ def _initialize(coordinator: str, count: int, process: int) -> None:
         process,
         initialization_timeout=INITIALIZATION_SECONDS,
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
     )
 
 

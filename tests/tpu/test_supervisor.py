@@ -329,9 +329,25 @@ def test_one_that_does_not_stop_with_the_others_is_named(pod, pids):
     command = [pids(worker) for worker in range(2)][1]
     for worker in two.workers.values():
         worker.send_signal(signal.SIGTERM)
-    why = "worker 1 (127.0.0.1) did not stop within 3 s after another one had"
+    why = "worker 1 (127.0.0.1) did not end within 3 s after another one"
     assert_stopped(two, 0, because=why)
     assert two.end(1)[0] == 128 + 9
+    assert not alive(command)
+
+
+def test_one_that_does_not_end_with_the_others_is_named(pod, pids):
+    three = pod(3)
+    for worker, program in enumerate(("", SLEEPS, "")):
+        three.start(worker, program, "--timeout", "3", **pids.environment)
+    command = pids(1)
+    _, err = three.workers[0].communicate(timeout=hosts.LIMIT)
+    late = "worker 1 (127.0.0.1)"
+    why = f"{late} did not end within 3 s after another one"
+    waiting, stopped = err.splitlines()
+    assert waiting.startswith("tpu worker 0: waiting for ") and late in waiting
+    assert stopped == f"tpu worker 0: stopped because {why}"
+    assert_stopped(three, 2, because=why)
+    assert three.end(1)[0] == 128 + 9
     assert not alive(command)
 
 
