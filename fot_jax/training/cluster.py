@@ -90,7 +90,7 @@ def finish() -> None:
     """Waits until the devices have done all they were given; one of several calls it at its end.
 
     A result is there when one device has it. The others may still be meeting those of another
-    process, and wait for ever if that one has ended.
+    process, and wait forever if that one has ended.
     """
     import jax
     import numpy as np
@@ -114,7 +114,7 @@ def _check_alone() -> None:
     if len(here.hosts) > 1:
         raise UserError(
             f"this machine is worker {here.index} of {len(here.hosts)} of a pod: started alone it "
-            "would wait for the others for ever: start all with python -m tpu run"
+            "would wait for the others forever: start all with python -m tpu run"
         )
 
 
