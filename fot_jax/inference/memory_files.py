@@ -39,7 +39,7 @@ from fot_jax.model.lookup import Lookup
 from fot_jax.model.memory import Memory
 
 DESCRIPTION = "memory.json"
-CHUNK = 2**24  # bytes of an array written or read at a time
+CHUNK = 2**24  # bytes of an array that are written at a time; a file says what its own are
 
 
 def save(path: epath.PathLike, state: State, fingerprint: Any, mesh: Mesh | None) -> None:
@@ -245,23 +245,54 @@ def _read_tree(path: epath.Path, prefix: str, tree, crcs) -> Iterator[tuple[int,
     """
     leaves = {f"{prefix}_{name.replace('/', '_')}": x for name, x in leaves_by_path(tree).items()}
     arrays = {name: ts.open(_spec(path, name), open=True).result() for name in leaves}
-    found = dict.fromkeys(leaves, 0)
+    written = {
+        name: _Checksum(array.chunk_layout.read_chunk.shape[2]) for name, array in arrays.items()
+    }
     length = min(array.shape[2] for array in arrays.values())
     for name, array in arrays.items():
         x = leaves[name]
         shape = (*x.shape[:2], length, *x.shape[3:])
         if array.shape != shape or array.dtype.name != x.dtype.name or length > x.shape[2]:
             raise ValueError(f"{name} is {array.dtype.name}{list(array.shape)}")
-    chunk = max(1, CHUNK // max(x.nbytes // x.shape[2] for x in leaves.values()))
+    chunk = min(each.slots for each in written.values())
     for start in range(0, length, chunk):
         stop = min(start + chunk, length)
         reads = [array[:, :, start:stop].read() for array in arrays.values()]
         chunks = [np.ascontiguousarray(read.result()) for read in reads]
         for name, content in zip(leaves, chunks, strict=True):
-            found[name] = zlib.crc32(content.data, found[name])
+            written[name].add(content)
         yield start, jax.tree.unflatten(jax.tree.structure(tree), chunks)
-    if wrong := [name for name in leaves if found[name] != crcs.get(name, 0)]:
+    if wrong := [name for name in leaves if written[name].value() != crcs.get(name, 0)]:
         raise ValueError(f"{wrong[0]} is not what was written")
+
+
+class _Checksum:
+    """Of an array as `_write_tree` went through it: chunk by chunk, each in the order of its axes.
+
+    Attributes:
+      slots: of a chunk.
+    """
+
+    def __init__(self, slots: int):
+        self.slots, self._crc, self._rest = slots, 0, None
+
+    def add(self, content: np.ndarray) -> None:
+        """More slots [B, K, slots, ...], as many as were read at a time."""
+        if self._rest is not None:
+            content = np.concatenate([self._rest, content], axis=2)
+        while content.shape[2] >= self.slots:
+            self._take(content[:, :, : self.slots])
+            content = content[:, :, self.slots :]
+        self._rest = content
+
+    def value(self) -> int:
+        if self._rest is not None and self._rest.shape[2]:
+            self._take(self._rest)
+            self._rest = None
+        return self._crc
+
+    def _take(self, chunk: np.ndarray) -> None:
+        self._crc = zlib.crc32(np.ascontiguousarray(chunk).data, self._crc)
 
 
 # --- Description ---------------------------------------------------------------------------------

@@ -87,6 +87,25 @@ def test_chunks_of_files(tmp_path, monkeypatch):
     assert len(runs.files(tmp_path / "a")) > 30
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("read_with", [2**10, 2**12, 2**24])
+def test_arrays_are_read_as_they_were_cut(tmp_path, monkeypatch, storage, rows, read_with):
+    """Those of scales, and of a window's marks, have fewer bytes a token than those of keys."""
+    from fot_jax.inference import memory_files
+
+    monkeypatch.setattr(memory_files, "CHUNK", 2**12)
+    lm = model_of("llama")
+    mask = np.arange(600) >= 37 * np.arange(rows)[:, None]
+    memory = MemoryConfig(storage=storage)
+    state = lm.read(random_text(rows, 600), mask=mask, memory=memory)
+    lm.save_memory(state, tmp_path / "m")
+    monkeypatch.setattr(memory_files, "CHUNK", read_with)
+    loaded = lm.load_memory(tmp_path / "m")
+    more = random_text(rows, 50, seed=1)
+    np.testing.assert_array_equal(lm.logits(more, state=loaded), lm.logits(more, state=state))
+
+
 def test_of_a_short_text_that_was_written_on(tmp_path):
     """Nothing has left the window, though there was room for it."""
     lm = model_of("llama")
