@@ -65,7 +65,7 @@ def train(
     """Trains, or resumes what is in `workdir`, and evaluates at the end.
 
     Args:
-      workdir: directory for everything a run writes (README: what a workdir holds).
+      workdir: directory for everything a run writes (docs/training.md).
       model: shapes and function; rows are windows of model.local_context tokens.
       data: documents and lanes.
       optimizer: called with the schedule, e.g. the function `adamw`.

@@ -146,6 +146,18 @@ def test_resumes_from_a_damaged_checkpoint_or_says_why_not(trained, tmp_path, on
 
 
 @pytest.mark.slow
+def test_resuming_as_another_function_is_said(tmp_path, one_device, caplog):
+    experiment = write(tmp_path, runs.DICTIONARY)
+    steps = ("train.steps = 2", "Checkpoints.every = 2")
+    assert runs.train(experiment, tmp_path / "run", *steps) == 0
+    assert runs.train(experiment, tmp_path / "run", "train.steps = 3") == 0
+    assert "was trained with" not in caplog.text
+    other = ("train.steps = 4", "ModelConfig.rope_theta = 20000.0")
+    assert runs.train(experiment, tmp_path / "run", *other) == 0
+    said = f"{tmp_path / 'run'} was trained with rope_theta = 10000.0, this run has 20000.0"
+    assert said in caplog.text
+
+
 def test_resumes_with_more_steps(trained, tmp_path, one_device):
     """Stopped where an evaluation during training is due: it is made good."""
     for steps in (5, 12):

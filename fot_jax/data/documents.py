@@ -19,7 +19,8 @@ class Document(NamedTuple):
     weights: Float[np.ndarray, " N"]  # float32: of each token's loss when it is to be predicted
 
 
-# Epoch, documents of the shard already taken in it; of a mixture, then those of its sources.
+# Epoch, documents of the shard already taken in it; of a mixture, then those of its sources. Saved
+# in checkpoints: another form is a new version of that format (common/formats.py).
 Position = tuple[int, ...]
 START: Position = (0, 0)
 

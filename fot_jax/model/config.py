@@ -90,6 +90,9 @@ class RopeScaling:
 class ModelConfig:
     """Everything that determines the parameters and the function of a model.
 
+    Checkpoints and memories record every field. A new one makes memories of before those of another
+    model, and checkpoints of before get its default: give it the value that they were trained with.
+
     `local_context` is the window that positions are trained for. How a long text is read where
     nobody says otherwise is part of it as it is of LongLLaMA's config.json: the last two fields.
     """

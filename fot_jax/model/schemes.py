@@ -21,7 +21,7 @@ class Context(NamedTuple):
     """One additional context of a row."""
 
     row: int  # its row in the group
-    positive: bool  # of the same document, as far as the scheme knows
+    positive: bool  # of the same document, as far as the scheme knows: r_d is measured by it
     sees: int = ANY_DOCUMENT  # SAME_DOCUMENT hides the keys of other documents in it
 
 
@@ -47,6 +47,9 @@ class Scheme:
     def contexts(self, rows: int) -> list[list[Context]]:
         """For each of `rows` rows of a group, the contexts its memory layers attend to.
 
+        Rows are numbered lane by lane, `windows` each. A row may attend to earlier windows of its
+        own lane and to any of other lanes, to none twice; crossbatch.make_plan checks it.
+
         Raises:
           UserError: a group of so few rows does not have them.
         """
@@ -67,7 +70,7 @@ class Scheme:
         )
 
     def check_model(self, model: Any) -> None:
-        """Raises UserError where the scheme does not fit a model (a transformer.ModelConfig)."""
+        """Raises UserError where the scheme does not fit a model (a config.ModelConfig)."""
         if model.memory_gate:
             raise UserError(
                 f"model.memory_gate = True needs the scheme CachedContext: {type(self).__name__} "

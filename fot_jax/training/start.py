@@ -12,6 +12,7 @@ from etils import epath
 from fot_jax.checkpoints import loading
 from fot_jax.checkpoints.items import LaneGroups
 from fot_jax.checkpoints.manager import Checkpointer
+from fot_jax.checkpoints.restore import model_config_of
 from fot_jax.data.documents import DocumentSource
 from fot_jax.data.saved_vocabulary import load_vocabulary
 from fot_jax.model.config import ModelConfig
@@ -50,12 +51,14 @@ def resume(
       lane_groups: those whose rows this process reads.
 
     Raises:
-      UserError: no checkpoint can be read, or it is of another model.
+      UserError: no checkpoint can be read, or its parameters have other shapes.
     """
     template = program.state
     restored = checkpointer.restore_latest(template.params, template.beside, lane_groups)
     if restored is None:
         return None
+    there = model_config_of(workdir, restored.meta)
+    warn_of_other_functions(str(workdir), there, program.transformer.config)
     step = jax.device_put(np.int32(restored.step), template.step.sharding)
     return Start(
         state=template.restored(step, restored.params, restored.opt_state),

@@ -13,7 +13,14 @@ from oracles.crossbatch import visibility
 
 from fot_jax.common.errors import UserError
 from fot_jax.model import crossbatch
-from fot_jax.model.schemes import NoCrossbatch, Packed, PackedTable, PreviousContext
+from fot_jax.model.schemes import (
+    Context,
+    NoCrossbatch,
+    Packed,
+    PackedTable,
+    PreviousContext,
+    Scheme,
+)
 
 schemes = st.one_of(
     st.builds(PreviousContext, d=st.integers(1, 4), w=st.integers(1, 2)),
@@ -39,6 +46,34 @@ schemes = st.one_of(
 def test_equals_brute_force(scheme, groups, group_lanes, window, kv_heads, ratio, dim, seed):
     lanes = groups * group_lanes
     check(scheme, lanes, group_lanes, window, kv_heads * ratio, kv_heads, dim, seed)
+
+
+@pytest.mark.parametrize(
+    "contexts, said",
+    [
+        ([[], [], []], "has 3 rows"),
+        ([[4], [], [], []], "row 0 attends to row 4, of rows 0 to 3"),
+        ([[], [-1], [], []], "row 1 attends to row -1"),
+        ([[], [1], [], []], "row 1 attends to row 1 of its own lane"),
+        ([[], [], [3], []], "row 2 attends to row 3 of its own lane"),
+        ([[2], [], [], [0, 2, 0]], r"row 3 attends to a row twice: \[0, 2, 0\]"),
+        ([[2, 3], [0], [], [2, 1]], None),
+    ],
+)
+def test_contexts_that_no_scheme_may_give(contexts, said):
+    class Given(Scheme):
+        windows = 2
+
+        def contexts(self, rows):
+            return [[Context(row, True) for row in of_row] for of_row in contexts]
+
+    def make():
+        crossbatch.make_plan(Given(), 4, heads=1, window=8)
+
+    if said is None:
+        return make()
+    with pytest.raises(UserError, match=f"Given.*{said}"):
+        make()
 
 
 @pytest.mark.parametrize("tile, budget", [(4, 2), (4, 100), (8, 10**6), (16, 1)])

@@ -3,7 +3,7 @@ that they hold, every score written out in NumPy float64."""
 
 import numpy as np
 
-from fot_jax.model.schemes import Packed, PackedTable, PreviousContext
+from fot_jax.model.schemes import NoCrossbatch, Packed, PackedTable, PreviousContext
 
 
 def visible_rows(scheme, row, group):
@@ -28,7 +28,9 @@ def visible_rows(scheme, row, group):
         return [(row - j, False) for j in range(1, positives + 1)] + [
             (first - j, False) for j in range(1, negatives + 1) if first - j >= 0
         ]
-    return []
+    if isinstance(scheme, NoCrossbatch):
+        return []
+    raise NotImplementedError(f"the rule of {type(scheme).__name__}: write it above")
 
 
 def visibility(scheme, rows, group, segments):
