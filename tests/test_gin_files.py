@@ -360,7 +360,8 @@ def test_values_that_a_file_leaves_to_its_user(here, capsys):
 
 SOURCES = "@Mixture(), @DictionaryLookup(), @Passkey() or @Text()"
 SCHEDULES = "@constant_rate(), @inverse_square_root() or @cosine()"
-MODELS = ", ".join(f"@{size.__name__}()" for size in configurables_of(sizes)) + " or @ModelConfig()"
+SIZES = [f"@{size.__name__}()" for size in configurables_of(sizes)]
+MODELS = ", ".join(["@ModelConfig()", *SIZES[:-1]]) + f" or {SIZES[-1]}"
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_temperature_next_to_nothing_is_nothing():
     greedy = lm.generate(prompt, 20, temperature=0)
     for temperature in (1e-9, 1e-30, 1e-40, 1e-300):
         assert lm.generate(prompt, 20, temperature=temperature) == greedy
-    assert len(set(lm.generate(prompt, 60, temperature=1e300))) > 30  # any token
+    assert len(set(lm.generate(prompt, 60, temperature=1e38))) > 30  # any token
 
 
 def test_seeds_repeat():
