@@ -120,7 +120,8 @@ def test_text_comes_in_whole_characters(text, context):
 
 SLOW_TO_SAVE = """if True:
     import sys, time
-    from fot_jax import cli, memory_files
+    from fot_jax import cli
+    from fot_jax.inference import memory_files
     memory_files._write_tree = lambda *args: time.sleep(60)
     sys.exit(cli.main())
 """
