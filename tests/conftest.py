@@ -26,6 +26,7 @@ os.environ["XLA_FLAGS"] = " ".join(flags)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import buckets  # noqa: E402
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 import runs  # noqa: E402
@@ -40,6 +41,10 @@ EXTRAS = {
     "torch": "torch",
     "wonderwords": "lm_eval",
 }
+
+# No test fails for being slow: machines that run them do other things, too.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_addoption(parser):
