@@ -20,7 +20,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from fot_jax.model import crossbatch
-from fot_jax.model.attention.partial_softmax import MASKED
+from fot_jax.model.attention.partial_softmax import MASKED, AnyArray
 from fot_jax.model.lookup import ApproximateTopK, Dense, Lookup
 from fot_jax.model.schemes import CachedContext
 
@@ -93,16 +93,16 @@ def joined(cached: Cached | None) -> Cached | None:
 
 
 def attention(
-    q: Float[Array, "R T H D"],
-    k: Float[Array, "R T K D"],
-    v: Float[Array, "R T K D"],
-    segments: Int[Array, "R T"],
-    k_cached: Float[Array, "R M K D"],
-    v_cached: Float[Array, "R M K D"],
-    cached_segments: Int[Array, "R M"],
+    q: Float[AnyArray, "R T H D"],
+    k: Float[AnyArray, "R T K D"],
+    v: Float[AnyArray, "R T K D"],
+    segments: Int[AnyArray, "R T"],
+    k_cached: Float[AnyArray, "R M K D"],
+    v_cached: Float[AnyArray, "R M K D"],
+    cached_segments: Int[AnyArray, "R M"],
     scheme: CachedContext,
     plan: crossbatch.Plan,
-    gate: Float[Array, " H"] | None = None,
+    gate: Float[AnyArray, " H"] | None = None,
 ) -> Float[Array, "R T H D"]:
     """Local causal attention and that to the row's own cache.
 

@@ -22,10 +22,12 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from fot_jax.common.errors import UserError
 from fot_jax.model.attention import partial_softmax
 from fot_jax.model.attention.engine import Engine, Pair, engine_of
+from fot_jax.model.attention.partial_softmax import AnyArray
 from fot_jax.model.layout import HEAD_AXIS, ROW_AXES
 from fot_jax.model.schemes import Context, Scheme
 
@@ -204,7 +206,14 @@ def _contexts(edges, devices: int, local_rows: int, group_devices: int, lay_out)
 # --- Attention -----------------------------------------------------------------------------------
 
 
-def attention(q, k, v, segments, plan: Plan, k_context=None) -> jax.Array:
+def attention(
+    q: Float[AnyArray, "R T H D"],
+    k: Float[AnyArray, "R T K D"],
+    v: Float[AnyArray, "R T K D"],
+    segments: Int[AnyArray, "R T"],
+    plan: Plan,
+    k_context: Float[AnyArray, "R T K D"] | None = None,
+) -> Float[Array, "R T H D"]:
     """Local causal attention and, with `k_context`, all contexts of the plan: one softmax.
 
     Args:
@@ -367,11 +376,11 @@ def _backward_around(plan, contexts, gradients, dq, block, ring):
 _attention.defvjp(_forward, _backward)
 
 
-def _no_parts(plan: Plan, q_t: jax.Array, window: int):
+def _no_parts(plan: Plan, q_t: AnyArray, window: int):
     return plan.engine.no_parts(q_t, partial_softmax.tile_of(window))
 
 
-def _local_pairs(plan: Plan, q: jax.Array) -> Lists:
+def _local_pairs(plan: Plan, q: AnyArray) -> Lists:
     R, T, H, _ = q.shape
     return plan.engine.local_pairs(R, partial_softmax.slots_of(H, T, T, plan.platform))
 
@@ -406,7 +415,13 @@ def _unroll(ring: Lists) -> bool:
     return jax.tree.leaves(ring)[0].shape[0] <= 4
 
 
-def positive_mass(q, k_context, v, segments, plan: Plan) -> jax.Array:
+def positive_mass(
+    q: Float[AnyArray, "R T H D"],
+    k_context: Float[AnyArray, "R T K D"],
+    v: Float[AnyArray, "R T K D"],
+    segments: Int[AnyArray, "R T"],
+    plan: Plan,
+) -> Float[Array, ""]:
     """r_d: the share of the attention on additional contexts that goes to positives (paper §3.3).
 
     Same arguments as `attention`; not for differentiation. Returns a float32 scalar, the mean over

@@ -24,7 +24,7 @@ from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
 from fot_jax.model import memory as memories
 from fot_jax.model.attention import partial_softmax
-from fot_jax.model.attention.partial_softmax import MASKED, Parts
+from fot_jax.model.attention.partial_softmax import MASKED, AnyArray, Parts
 from fot_jax.model.memory import AXIS, LayerMemory, Stored
 
 # Of products that choose keys: TPUs and GPUs would round float32, and each pass in its own way.
@@ -134,7 +134,7 @@ Lookup = Dense | TopK | ApproximateTopK
 
 def attend(
     lookup: Lookup,
-    q: Float[Array, "B K N D"],
+    q: Float[AnyArray, "B K N D"],
     layer: LayerMemory,
     visible: Int[Array, " B"],
     mesh: Mesh | None = None,

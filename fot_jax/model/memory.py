@@ -18,8 +18,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 AXIS = "memory"  # mesh axis that slots are sharded over
 STORAGE = ("float32", "bfloat16", "float16", "int8")
@@ -105,7 +105,7 @@ class Memory(NamedTuple):
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
-def slots_for(tokens: int, mesh: Mesh | None = None) -> int:
+def slots_for(tokens: int, mesh: Mesh | AbstractMesh | None = None) -> int:
     """Slots to allocate for so many tokens: up to an eighth more, so that few sizes are compiled.
 
     Up to 1024 a shard a power of two, then a multiple of 1024, so that blocks divide it.
@@ -117,7 +117,7 @@ def slots_for(tokens: int, mesh: Mesh | None = None) -> int:
     return -(-tokens // step) * step * shards
 
 
-def shards_of(mesh: Mesh | None) -> int:
+def shards_of(mesh: Mesh | AbstractMesh | None) -> int:
     """How many devices share the slots."""
     return mesh.shape[AXIS] if mesh is not None and AXIS in mesh.axis_names else 1
 
@@ -220,7 +220,9 @@ def write(layers, new, slot: Int[Array, "B T"], mesh: Mesh | None = None):
     )(layers, new, slot)
 
 
-def put(x: Float[Array, "B K M ..."], new: Float[Array, "B K T ..."], at: Int[Array, "B T"]):
+def put(
+    x: Shaped[Array, "B K M ..."], new: Shaped[Array, "B K T ..."], at: Int[Array, "B T"]
+) -> Shaped[Array, "B K M ..."]:
     """x with `new` at the indices `at`, none of them twice; those out of bounds are dropped."""
 
     def row(x, new, at):

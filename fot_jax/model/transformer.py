@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from fot_jax.common.errors import UserError
 from fot_jax.model import cached_context, crossbatch, layout, schemes
+from fot_jax.model.attention.partial_softmax import AnyArray
 from fot_jax.model.cached_context import Cached
 from fot_jax.model.config import ModelConfig
 from fot_jax.model.parameters import init_kernel, init_layers, init_norm
@@ -78,8 +79,8 @@ class Transformer(nn.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "R T"],
-        segments: Int[Array, "R T"],
+        tokens: Int[AnyArray, "R T"],
+        segments: Int[AnyArray, "R T"],
         plan: crossbatch.Plan,
         *,
         keep: schemes.Scheme | None = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
@@ -13,15 +13,14 @@ from fot_jax.model.attention import gpu, partial_softmax, tpu
 Pair = tuple[int, int, int]  # query row, key row, what the queries see of the keys
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What crossbatch needs of a way to attend; each of these modules is one.
 
     Letters: R query rows, N key rows, K key/value heads, G query heads of each, D head dim.
     """
 
-    def lay_out(
-        self, pairs: Sequence[Sequence[Pair]], rows: int, keys: int, slots: int
-    ) -> jax.typing.ArrayLike | tuple:
+    def lay_out(self, pairs: Sequence[Sequence[Pair]], rows: int, keys: int, slots: int) -> Any:
         """Lists of the pairs of each device, with a leading device axis, all of one shape.
 
         Args:
@@ -33,7 +32,7 @@ class Engine(Protocol):
     def local_pairs(self, rows: int, slots: int) -> Any:
         """A list, without a device axis, in which each row meets itself."""
 
-    def no_parts(self, q: jax.Array, tile: int) -> Any:
+    def no_parts(self, q: partial_softmax.AnyArray, tile: int) -> Any:
         """Nothing attended to yet, for queries [R * tiles, K, G * tile, D]."""
 
     def attend(self, q, k, v, q_segments, k_segments, pairs, parts, causal: bool) -> Any:

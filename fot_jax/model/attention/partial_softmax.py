@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+AnyArray = jax.Array | np.ndarray  # what public functions take outside of a compiled program
+
 MASKED = -1e30  # finite, so that a part without any visible key merges as "nothing" and not as NaN
 
 # What a pair lets its queries see of its keys. Keys of segment 0 are padding.
@@ -124,7 +126,7 @@ def local_pairs(rows: int, slots: int) -> Pairs:
     return schedule_pairs(pairs, rows, min(slots, rows))
 
 
-def to_tiles(x_RTHD: jax.Array, kv_heads: int) -> jax.Array:
+def to_tiles(x_RTHD: AnyArray, kv_heads: int) -> AnyArray:
     """[R, T, H, D] -> [R * tiles, K, H/K * tile, D]."""
     R, T, H, D = x_RTHD.shape
     tile, G = tile_of(T), H // kv_heads
@@ -157,7 +159,7 @@ class Parts(NamedTuple):
         return self.out / self.total[..., None]
 
 
-def no_parts(q: jax.Array, tile: int = 0) -> Parts:
+def no_parts(q: AnyArray, tile: int = 0) -> Parts:
     """The neutral element of merging: nothing seen yet, for queries `q` [..., D].
 
     Args:

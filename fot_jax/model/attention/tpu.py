@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from fot_jax.model.attention.pair_lists import Lists
 from fot_jax.model.attention.pair_lists import lay_out as lay_out  # of the engine, as they are
 from fot_jax.model.attention.pair_lists import local_pairs as local_pairs
-from fot_jax.model.attention.partial_softmax import ANY_DOCUMENT, MASKED, NOTHING
+from fot_jax.model.attention.partial_softmax import ANY_DOCUMENT, MASKED, NOTHING, AnyArray
 
 
 class Parts(NamedTuple):
@@ -48,7 +48,7 @@ class Parts(NamedTuple):
         return out.reshape(*out.shape[:2], -1, out.shape[-1])
 
 
-def no_parts(q: jax.Array, tile: int) -> Parts:
+def no_parts(q: AnyArray, tile: int) -> Parts:
     """Nothing seen yet, for queries [R * tiles, K, G * T, D]."""
     tiles, K, GT, D = q.shape
     shape = (tiles, K, GT // tile, 1, tile)
