@@ -71,9 +71,22 @@ class _Settings:
     def __init__(self, file: File):
         self.path, self._all = file.path, file.settings
         self.names: list[str] = self.get("tokens", [])
-        self.types = [TokenType(kind) for kind in self.get("token_type", [1] * len(self.names))]
-        if not self.names or len(self.types) != len(self.names):
+        if not self.names:
             raise UserError(f"{self.path}: its tokenizer has no tokens: get the file again")
+        types = self.get("token_type", [TokenType.NORMAL] * len(self.names))
+        if len(types) != len(self.names):
+            raise UserError(
+                f"{self.path}: its tokenizer has types of {len(types)} of its {len(self.names)} "
+                "tokens: get the file again"
+            )
+        known = {*TokenType}
+        for token, kind in enumerate(types):
+            if kind not in known:
+                raise UserError(
+                    f"{self.path}: the type of token {token} is {kind}, which is none: get the "
+                    "file again"
+                )
+        self.types = [TokenType(kind) for kind in types]
 
     def get(self, name: str, default: Any = None) -> Any:
         return self._all.get(f"tokenizer.ggml.{name}", default)
@@ -144,9 +157,15 @@ def _byte_pairs(settings: _Settings) -> tuple[Tokenizer, bool]:
             f"known here: have {', '.join(_WORDS)}"
         )
     words, whole, begins = _WORDS[named]
-    merges = [tuple(merge.split(" ", 1)) for merge in settings.get("merges", [])]
-    ids = _ids(settings)
-    merges = [pair for pair in merges if {*pair, "".join(pair)} <= ids.keys()]
+    ids, merges = _ids(settings), []
+    for merge in settings.get("merges", []):
+        pair = tuple(merge.split(" ", 1))
+        if not {*pair, "".join(pair)} <= ids.keys():
+            raise UserError(
+                f"{settings.path}: its merge {merge!r} is of no tokens that it has: get the file "
+                "again"
+            )
+        merges.append(pair)
     tokenizer = Tokenizer(models.BPE(ids, merges, ignore_merges=whole))
     tokenizer.pre_tokenizer = words()
     tokenizer.decoder = decoders.ByteLevel()
