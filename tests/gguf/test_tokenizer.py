@@ -31,6 +31,7 @@ TEXTS = st.one_of(
     st.lists(
         st.sampled_from(
             [*MARKS, " ", "  ", "\n", "\t", "'s", "'LL", "12345", "word", "Ünï", "日本", "é́"]
+            + ["camelCase", "हिन्दी", "./a", "?\r\n"]
         )
     ).map("".join),
 )
@@ -115,12 +116,14 @@ def test_byte_pairs(tmp_path_factory, named):
     ours = tokenizer.vocabulary_of(written(path, byte_pairs(named, theirs)))
     assert ours.before == ((1,) if named in ("llama-bpe", "tekken") else ())
     assert ours.ends == (2,) and ours.size == theirs.get_vocab_size()
+    cut = Tokenizer.from_buffer(ours.tokenizer).pre_tokenizer.pre_tokenize_str
 
     @settings(max_examples=300, deadline=None)
     @given(TEXTS)
     def same(text):
         tokens = theirs.encode(text).ids
         assert ours.encode(text) == tokens
+        assert cut(text) == theirs.pre_tokenizer.pre_tokenize_str(text)  # few words are tokens
         assert ours.decode(tokens) == theirs.decode([i for i in tokens if i >= len(MARKS)])
 
     same()
