@@ -199,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     convert = verbs.add_parser("convert", help="checkpoints from and to PyTorch")
     kinds = convert.add_subparsers(required=True, metavar="DIRECTION")
     for name, help_, source in (
-        ("from-hf", "a Hugging Face directory, or a .gguf file -> a workdir", "HF_DIR"),
+        ("from-hf", "a Hugging Face directory, or a .gguf file -> a workdir", "HF_DIR_OR_GGUF"),
         (
             "to-hf",
             "a checkpoint -> a directory for transformers",
