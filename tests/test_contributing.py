@@ -13,7 +13,7 @@ import pytest
 
 @pytest.mark.slow
 def test_recipes_work_as_written(tmp_path):
-    """In a copy of the package, followed to the letter; then the command that uses all of them."""
+    """In a copy of the package, followed to the letter; then the commands that use them."""
     for name in ("fot_jax", "experiments"):
         shutil.copytree(pages.ROOT / name, tmp_path / name)
     shutil.copy(pages.ROOT / "pyproject.toml", tmp_path)
@@ -28,16 +28,17 @@ def test_recipes_work_as_written(tmp_path):
     subprocess.run(["ruff", "format", "--quiet", "--check", "fot_jax"], cwd=tmp_path, check=True)
     assert len(recipes) == 5
 
-    (command,) = (each for each in pages.commands("CONTRIBUTING.md") if each[0] == "fot")
-    ran = subprocess.run(
-        [sys.executable, "-m", "fot_jax", *command[1:]],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path), "XLA_FLAGS": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stderr
-    workdir = tmp_path / command[command.index("--workdir") + 1]
+    commands = [each for each in pages.commands("CONTRIBUTING.md") if each[0] == "fot"]
+    for command in commands:
+        ran = subprocess.run(
+            [sys.executable, "-m", "fot_jax", *command[1:]],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path), "XLA_FLAGS": ""},
+            capture_output=True,
+            text=True,
+        )
+        assert ran.returncode == 0, ran.stderr
+    workdir = tmp_path / command[command.index("--workdir") + 1]  # the last one uses all of them
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     (accuracy,) = (x["my_next_tokens/accuracy"] for x in lines if "my_next_tokens/accuracy" in x)
     assert 0 <= accuracy <= 1

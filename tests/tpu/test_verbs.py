@@ -347,7 +347,7 @@ def test_a_run_that_cannot_begin_has_failed(cloud):
     _created_and_set_up(cloud)
     for worker in (0, 1):
         (code,) = (x for x in (cloud.home(worker) / "fot" / "code").iterdir() if x.is_dir())
-        (code / "tpu" / "worker.py").write_text("import no_such_module\n")
+        (code / "tpu" / "supervisor.py").write_text("import no_such_module\n")
     cloud.works("run", cloud.experiment, *POD, *WORKDIR)
     status = _until(cloud, "failed")
     assert status.count("ended before it could count the workers") >= 1
