@@ -205,12 +205,16 @@ def _parser() -> argparse.ArgumentParser:
             "a checkpoint -> a directory for transformers",
             "CHECKPOINT",
         ),
+        ("to-peft", "a checkpoint's adapters -> an adapter directory for peft", "WORKDIR"),
     ):
         direction = kinds.add_parser(name, help=help_)
         direction.add_argument("source", metavar=source)
         direction.add_argument("output", metavar="OUT_DIR", help="new, or an empty directory")
-        direction.add_argument("--dtype", help="float32, float16 or bfloat16; default: as it is")
         direction.set_defaults(run=_convert, direction=name)
+        if name != "to-peft":
+            direction.add_argument(
+                "--dtype", help="float32, float16 or bfloat16; default: as it is"
+            )
         if name == "from-hf":
             direction.add_argument(
                 "--memory_layers", type=_numbers, metavar="6,12,18", help="default: as config.json"
@@ -364,8 +368,10 @@ def _convert(args) -> int:
                 local_context=args.local_context,
                 dtype=args.dtype,
             )
-        else:
+        elif args.direction == "to-hf":
             convert.to_hugging_face(args.source, args.output, dtype=args.dtype)
+        else:
+            convert.to_peft(args.source, args.output)
     return 0
 
 

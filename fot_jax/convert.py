@@ -32,7 +32,7 @@ from fot_jax.data.vocabulary import Vocabulary
 from fot_jax.gguf import directory as gguf_directory
 from fot_jax.gguf import weights as gguf_weights
 from fot_jax.hugging_face import config as configs
-from fot_jax.hugging_face import tensors, tokenizers, weight_files
+from fot_jax.hugging_face import peft, tensors, tokenizers, weight_files
 from fot_jax.model.config import ModelConfig
 
 DTYPES = {dtype.name: dtype for dtype in weight_files.DTYPES.values()}
@@ -145,6 +145,32 @@ def to_hugging_face(
             _ensure_same_tokens(loading.vocabulary_of(content.directory), half)
         _checked_output(output)  # or what has come there since would be lost
     _report(output, c, dtype_of)
+
+
+def to_peft(checkpoint: epath.PathLike, output: epath.PathLike) -> None:
+    """Writes the adapters of a checkpoint as a directory for PEFT.
+
+    Args:
+      checkpoint: a workdir, or a step inside it.
+      output: new, or an empty directory.
+
+    Raises:
+      UserError: no checkpoint, one without adapters, or one in which more was trained; the output
+        is there.
+    """
+    output = _checked_output(output)
+    content = open_checkpoint(checkpoint)
+    if not isinstance(content, stream.Reader) or not content.adapters:
+        raise UserError(f"{checkpoint}: has no adapters: give a workdir trained with train.lora")
+    if more := content.meta["trainable"]:
+        raise UserError(
+            f"{checkpoint}: {', '.join(more)} were trained beside the adapters, and PEFT's files "
+            "have adapters alone: use fot convert to-hf"
+        )
+    with new_directory(output, peft.CONFIG) as half:
+        peft.write(half, content.config, content.adapters)
+        _checked_output(output)  # or what has come there since would be lost
+    print(f"{output}: adapters of {', '.join(name for name in peft.kernels(content.adapters))}")
 
 
 def _open_model(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import jax
@@ -20,6 +20,7 @@ from fot_jax.data.prefetch import Prefetch
 from fot_jax.evals.evaluate import Evaluation
 from fot_jax.model import schemes
 from fot_jax.model.config import ModelConfig
+from fot_jax.model.lora import Lora
 from fot_jax.training import partitioning, start
 from fot_jax.training.checks import (
     check_first_step,
@@ -53,6 +54,8 @@ def train(
     checkpoints: Checkpoints = Checkpoints(),  # noqa: B008
     evaluation: Evaluation = Evaluation(),  # noqa: B008
     initialize_from: str | None = None,
+    trainable: Sequence[str] | None = None,
+    lora: Lora | None = None,
     z_loss: float = 0.0,
     seed: int = 0,
     log_every: int = 10,
@@ -76,6 +79,10 @@ def train(
         the scheme's own.
       compute, checkpoints, evaluation: see there.
       initialize_from: checkpoint, ours or Hugging Face, whose parameters a fresh run starts from.
+      trainable: patterns of names of the parameters that train, all others stay as they are:
+        "layers/*/attention/*", "memory_layers/*" (those of memory layers), "embedding"; None: all,
+        or with `lora` none but the adapters.
+      lora: adapters that train in place of the kernels they belong to.
       z_loss: weight of the squared log normaliser in the loss.
       seed: of the initial parameters.
       log_every: steps between metrics.
@@ -108,6 +115,8 @@ def train(
         d=d,
         compute=compute,
         z_loss=z_loss,
+        trainable=trainable,
+        lora=lora,
     )
     evaluation.check(model)
     if dry_run:
@@ -216,7 +225,11 @@ def train(
                 pending = None
                 # After skipped updates a save might push out the last good checkpoint.
                 if ends or saves and not reports.history.skipped:
-                    meta = {"model": asdict(model), "history": asdict(reports.history)}
+                    meta = {
+                        "model": asdict(model),
+                        "history": asdict(reports.history),
+                        "trainable": None if trainable is None else list(trainable),
+                    }
                     place_in_data = lanes.state_of(snapshot)
                     with metrics.untimed():
                         metrics.send()

@@ -38,6 +38,7 @@ EXTRAS = {
     "libtpu": "tpu",
     "lm_eval": "lm_eval",
     "mkdocs": "docs",
+    "peft": "test",
     "torch": "torch",
     "wonderwords": "lm_eval",
 }

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from fot_jax.checkpoints import items
 from fot_jax.checkpoints.array_checksums import array_checksums
@@ -27,6 +27,7 @@ from fot_jax.common.agreement import all_agree
 from fot_jax.common.errors import UserError
 from fot_jax.common.paths import absolute
 from fot_jax.common.trees import leaves_by_path
+from fot_jax.model import lora
 from fot_jax.model.config import ModelConfig, RopeScaling
 
 T = TypeVar("T")
@@ -142,7 +143,8 @@ def read_step(
     """Reads one step, on all processes alike.
 
     Args:
-      params: tree of `jax.ShapeDtypeStruct` with shardings; None: as saved.
+      params: tree of `jax.ShapeDtypeStruct` with shardings; None: as saved. Adapters that were
+        saved and are not in it are merged.
       opt_state: likewise; None: not read.
       groups: lane groups that this process wants; None for all.
 
@@ -153,13 +155,17 @@ def read_step(
     folder = directory / str(step)
     saved = _on_all("meta", lambda: items.read_meta(folder, step))
     if params is None:
-        params = items.shapes_as_saved(saved.params)
+        params, merge = items.shapes_as_saved(saved.params), True
     else:
+        adapters = lora.split(items.shapes_as_saved(saved.params))[1]
+        if merge := bool(adapters) and not lora.split(params)[1]:
+            params = lora.joined(params, _on_all_devices_of(params, adapters))
         check_shapes(folder, "parameter", saved.params, params)
     if opt_state is not None:
         check_shapes(folder, "optimizer state", saved.opt_state, opt_state)
     data = _on_all("data", lambda: items.read_data(folder, groups))
     params = _read_arrays(folder / "params", saved.params, params)
+    params = _merged(params) if merge else params
     if opt_state is not None:
         opt_state = _read_arrays(folder / "opt_state", saved.opt_state, opt_state)
     return Restored(step, params, opt_state, data, saved.meta)
@@ -185,6 +191,22 @@ def _on_all(item: str, read: Callable[[], T]) -> T:
             raise refusal
         raise DamagedCheckpoint(failure or f"{item}: another process cannot read it")
     return value
+
+
+def _on_all_devices_of(params: Any, adapters: Any) -> Any:
+    """Shapes of adapters, with the sharding of arrays that every device has whole."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), adapters
+    )
+
+
+def _merged(params: Any) -> Any:
+    """Kernels with their adapters in them, where they were."""
+    shardings = jax.tree.map(lambda x: x.sharding, lora.split(params)[0])
+    return jax.jit(lora.merged, out_shardings=shardings)(params)
 
 
 # --- Arrays --------------------------------------------------------------------------------------

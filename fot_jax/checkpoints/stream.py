@@ -28,6 +28,7 @@ from fot_jax.checkpoints.steps import COMMITTED, locate
 from fot_jax.common.errors import UserError
 from fot_jax.common.paths import absolute, kvstore
 from fot_jax.common.trees import tree_of_leaves
+from fot_jax.model import lora
 from fot_jax.model.config import ModelConfig
 
 # --- Writing -------------------------------------------------------------------------------------
@@ -141,11 +142,13 @@ def save(workdir: epath.Path, c: ModelConfig, arrays: Mapping[str, StreamedArray
 
 
 class Reader:
-    """The parameters of a checkpoint, each read on request.
+    """The parameters of a checkpoint, each read on request; adapters are merged into their kernels.
 
     Attributes:
       directory: the workdir.
       config: of the model.
+      meta: what the run saved beside the parameters.
+      adapters: of kernels (model/lora.py), float32; {} where there are none.
       arrays: parameters by path: (shape, dtype).
     """
 
@@ -163,15 +166,21 @@ class Reader:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged("meta") from error
-        self._recorded = meta.params
+        self._recorded, self.meta = meta.params, meta.meta
         self.config = model_config_of(path, meta.meta)
         self.arrays = {
             name: (tuple(x["shape"]), jax.numpy.dtype(x["dtype"]))
             for name, x in self._recorded.items()
         }
+        of_adapters = [name for name in self.arrays if name.startswith(f"layers/{lora.NAME}/")]
         self._open: tuple[str | None, Any] = None, None
         # Of arrays read in order: checksum and number of the elements read so far.
         self._sums: dict[str, list[int]] = {}
+        self.adapters = tree_of_leaves(
+            {name.split("/", 2)[2]: self._read(name).astype(np.float32) for name in of_adapters}
+        )
+        for name in of_adapters:
+            del self.arrays[name]
 
     def read(self, path: str, layer: int | None = None) -> np.ndarray:
         """Reads a parameter.
@@ -183,6 +192,17 @@ class Reader:
         Raises:
           UserError: it is damaged. Of layers that are read in order, the last one shows it.
         """
+        x = self._read(path, layer)
+        name = path.split("/")[-1]
+        adapter = self.adapters.get(name) if name in lora.KERNELS else None
+        if adapter is None:
+            return x
+        at = slice(None) if layer is None else layer
+        add = lora.delta(adapter["a"][at], adapter["b"][at], self.adapters["scale"][at])
+        return (x + add).astype(x.dtype)
+
+    def _read(self, path: str, layer: int | None = None) -> np.ndarray:
+        """A parameter as saved."""
         try:
             if self._open[0] != path:
                 self._open = path, self._array(path)

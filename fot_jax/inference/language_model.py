@@ -30,6 +30,7 @@ from fot_jax.inference import forward, inputs, sampling
 from fot_jax.inference.decode import decode
 from fot_jax.inference.prefill import prefill, remember
 from fot_jax.inference.state import EVERYTHING, SHARED, MemoryConfig, State, begin
+from fot_jax.model import lora
 from fot_jax.model import memory as memories
 from fot_jax.model.config import ModelConfig
 from fot_jax.model.lookup import Lookup
@@ -114,7 +115,7 @@ class LanguageModel:
         mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
         if isinstance(mesh, AbstractMesh) or mesh is not None and mesh.size == 1:
             mesh = None
-        by_layer = parameters_by_layer(params, model.dtype)
+        by_layer = parameters_by_layer(lora.merged(params), model.dtype)
         return LanguageModel(model.config, by_layer, vocabulary, mesh, files)
 
     def on_one_device(self) -> LanguageModel:

@@ -25,6 +25,14 @@ PARAMETERS: dict[tuple[str, ...], tuple[str | None, ...]] = {
     ("mlp", "down"): (None, "tensor", "fsdp"),
 }
 
+# Of an adapter's two matrices the outer axes are those of its kernel.
+PARAMETERS |= {
+    ("lora", kernel, matrix): (None, axis, None) if matrix == "a" else (None, None, axis)
+    for (_, *kernels), (_, *axes) in tuple(PARAMETERS.items())
+    for kernel in kernels
+    for matrix, axis in zip("ab", axes, strict=True)
+}
+
 # The same for what lanes have cached in training (cached_context.py).
 CACHED = {
     ("cached", "k"): (None, ROW_AXES, None, "tensor", None),
@@ -41,14 +49,17 @@ class KernelSharding(NamedTuple):
 
 
 def kernel_shardings(mesh: Mesh | AbstractMesh | None) -> dict[str, KernelSharding]:
-    """Of every kernel of a layer, by its own name; none where there is no mesh."""
+    """Of every kernel of a layer, by its own name ("query", and "query/a" of its adapter).
+
+    None where there is no mesh.
+    """
     if mesh is None:
         return {}
     found = {}
     for (_, *name), (_, *axes) in PARAMETERS.items():
         if name:  # of a layer: without the axis that layers are stacked on
             gathered = [None if axis == GATHERED_AXIS else axis for axis in axes]
-            found[name[0]] = KernelSharding(
+            found["/".join(name)] = KernelSharding(
                 stored=NamedSharding(mesh, PartitionSpec(*axes)),
                 gathered=NamedSharding(mesh, PartitionSpec(*gathered)),
             )

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fot_jax.model.config import ModelConfig
+from fot_jax.model.lora import NAME, Lora
 
 # --- Initial parameters --------------------------------------------------------------------------
 
@@ -33,8 +34,9 @@ def init_norm(key, c: ModelConfig, layers: tuple[int, ...] = ()):
     )
 
 
-def init_layers(key, c: ModelConfig):
+def init_layers(key, c: ModelConfig, lora: Lora | None = None):
     """Parameters of all layers, stacked on a leading axis, float32."""
+    key_of_adapters = key
     L, E, F, D = c.num_layers, c.hidden_size, c.mlp_dim, c.head_dim
     keys = iter(jax.random.split(key, 7))
     # Layers that write into the residual stream start smaller, so that its size does not grow
@@ -56,12 +58,15 @@ def init_layers(key, c: ModelConfig):
     }
     if c.mlp == "swiglu":
         mlp["gate"] = init_kernel(next(keys), (L, E, F))
-    return {
+    layers = {
         "attention_norm": init_norm(None, c, (L,)),
         "attention": attention,
         "mlp_norm": init_norm(None, c, (L,)),
         "mlp": mlp,
     }
+    if lora is not None:
+        layers[NAME] = lora.init(key_of_adapters, layers)
+    return layers
 
 
 # --- Layer by layer ------------------------------------------------------------------------------

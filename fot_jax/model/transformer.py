@@ -27,12 +27,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from fot_jax.common.errors import UserError
-from fot_jax.model import cached_context, crossbatch, layout, schemes
+from fot_jax.model import cached_context, crossbatch, layout, lora, schemes
 from fot_jax.model.attention.partial_softmax import AnyArray
 from fot_jax.model.cached_context import Cached
 from fot_jax.model.config import ModelConfig
 from fot_jax.model.parameters import init_kernel, init_layers, init_norm
 from fot_jax.model.rope import positioned, rope_table, rotate
+from fot_jax.model.trained import Trained
 
 
 class Output(NamedTuple):
@@ -59,23 +60,32 @@ class Transformer(nn.Module):
       dtype: type of activations and matrix products; parameters are float32.
       remat: "none", "dots" (keep matrix products and attention) or "full" (keep layer inputs
         only). Covers memory layers like all others.
+      lora: adapters of kernels; None: none.
+      trained: the part of the parameters that trains; None: all. Where a collection "trained"
+        is given, it is that part, and takes the place of those in "params".
     """
 
     config: ModelConfig
     dtype: Any = jnp.float32
     remat: str = "none"
+    lora: lora.Lora | None = None
+    trained: Trained | None = None
 
     def setup(self):
         c = self.config
         if self.remat not in ("none", *REMAT_POLICIES):
             raise UserError(f"remat = {self.remat!r}: choose one of none, dots, full")
-        self.embedding = self.param(
+        embedding = self.param(
             "embedding", nn.initializers.normal(c.hidden_size**-0.5), (c.vocab_size, c.hidden_size)
         )
-        self.layers = self.param("layers", init_layers, c)
-        self.final_norm = self.param("final_norm", init_norm, c)
+        self.layers = self.param("layers", init_layers, c, self.lora)
+        final_norm = self.param("final_norm", init_norm, c)
+        self.embedding = self.get_variable("trained", "embedding", embedding)
+        self.trained_layers = self.get_variable("trained", "layers", {})
+        self.final_norm = {**final_norm, **self.get_variable("trained", "final_norm", {})}
         if not c.tie_embeddings:
-            self.head = self.param("head", init_kernel, (c.hidden_size, c.vocab_size))
+            head = self.param("head", init_kernel, (c.hidden_size, c.vocab_size))
+            self.head = self.get_variable("trained", "head", head)
 
     def __call__(
         self,
@@ -113,7 +123,7 @@ class Transformer(nn.Module):
             x = self._scan(block, x, segments, rope, plan, start, layer)
             if layer == c.num_layers:
                 break
-            params = jax.tree.map(lambda p, layer=layer: p[layer], self.layers)
+            params = jax.tree.map(lambda p: p[0], self._stack(layer, layer + 1))
             before = None
             if cached is not None:
                 before = (cached.k[len(found)], cached.v[len(found)], cached.segments)
@@ -135,13 +145,21 @@ class Transformer(nn.Module):
 
     def _scan(self, block, x, segments, rope, plan, start, stop):
         """Layers start … stop - 1, none of them a memory layer."""
-        if start == stop:
-            return x
 
         def body(x, params):
             return block(self.config, plan, _Role(), params, x, segments, rope)[0], None
 
-        return lax.scan(body, x, jax.tree.map(lambda p: p[start:stop], self.layers))[0]
+        stretches = [(start, stop)] if self.trained is None else self.trained.stretches(start, stop)
+        for first, end in stretches:
+            if first < end:
+                x = lax.scan(body, x, self._stack(first, end))[0]
+        return x
+
+    def _stack(self, start, stop):
+        """Parameters of layers start … stop - 1, stacked."""
+        if not self.trained_layers:
+            return jax.tree.map(lambda p: p[start:stop], self.layers)
+        return self.trained.stack(self.layers, self.trained_layers, start, stop)
 
     def logits(self, hidden: Float[Array, "*rows E"]) -> Float[Array, "*rows V"]:
         """Next-token logits of hidden states, float32."""
@@ -215,14 +233,13 @@ def queries_keys_values(
 ):
     """Queries [R, T, H, D], scaled, keys and values [R, T, K, D] of a layer; none rotated."""
     R, T, _ = x.shape
-    w = params["attention"]
     h = normalise(c, params["attention_norm"], x)
-    q = linear(h, w["query"], shardings.get("query")).reshape(R, T, c.num_heads, c.head_dim)
-    k = linear(h, w["key"], shardings.get("key")).reshape(R, T, c.num_kv_heads, c.head_dim)
-    v = linear(h, w["value"], shardings.get("value")).reshape(R, T, c.num_kv_heads, c.head_dim)
+    q = _kernel(params, "query", h, shardings).reshape(R, T, c.num_heads, c.head_dim)
+    k = _kernel(params, "key", h, shardings).reshape(R, T, c.num_kv_heads, c.head_dim)
+    v = _kernel(params, "value", h, shardings).reshape(R, T, c.num_kv_heads, c.head_dim)
     if c.qk_norm:
         # scores = <q, k> / tau with 1 / tau = exp(log_scale): the exponential lets it move fast.
-        q = _unit(q) * jnp.exp(w["log_scale"])[:, None].astype(x.dtype)
+        q = _unit(q) * jnp.exp(params["attention"]["log_scale"])[:, None].astype(x.dtype)
         return q, _unit(k), v
     return q * c.head_dim**-0.5, k, v
 
@@ -231,16 +248,25 @@ def add_outputs(
     c: ModelConfig, params, x, attended: Float[Array, "R T HD"], shardings: Shardings = ONE_DEVICE
 ):
     """The rest of a layer: x + attention, then x + mlp(norm(x)): [R, T, E]."""
-    x = x + linear(attended, params["attention"]["out"], shardings.get("out"))
+    x = x + _kernel(params, "out", attended, shardings)
     h = normalise(c, params["mlp_norm"], x)
-    w = params["mlp"]
+    up = _kernel(params, "up", h, shardings)
     if c.mlp == "swiglu":
-        inner = nn.silu(linear(h, w["gate"], shardings.get("gate"))) * linear(
-            h, w["up"], shardings.get("up")
-        )
+        inner = nn.silu(_kernel(params, "gate", h, shardings)) * up
     else:
-        inner = nn.gelu(linear(h, w["up"], shardings.get("up")))
-    return x + linear(inner, w["down"], shardings.get("down"))
+        inner = nn.gelu(up)
+    return x + _kernel(params, "down", inner, shardings)
+
+
+def _kernel(params, name: str, x: Float[Array, "R T E"], shardings: Shardings):
+    """x times a kernel of a layer, with its adapter if it has one: [R, T, F]."""
+    y = linear(x, params[lora.KERNELS[name]][name], shardings.get(name))
+    adapter = params.get(lora.NAME, {}).get(name)
+    if adapter is None:
+        return y
+    inner = linear(x, adapter["a"], shardings.get(f"{name}/a"))
+    scale = params[lora.NAME]["scale"].astype(x.dtype)
+    return y + scale * linear(inner, adapter["b"], shardings.get(f"{name}/b"))
 
 
 def linear(

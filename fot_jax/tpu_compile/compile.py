@@ -14,7 +14,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ from fot_jax.common.units import bytes_of
 from fot_jax.model import schemes
 from fot_jax.model.config import ModelConfig
 from fot_jax.model.crossbatch import Plan
+from fot_jax.model.lora import Lora
 from fot_jax.model.transformer import REMAT_POLICIES
 from fot_jax.tpu_compile import costs
 from fot_jax.training.experiment import Compute, Data
@@ -108,6 +109,8 @@ def compile_experiment(
     d: ScheduleOfD | None = None,
     compute: Compute = Compute(),  # noqa: B008
     z_loss: float = 0.0,
+    trainable: Sequence[str] | None = None,
+    lora: Lora | None = None,
     topology: str | None = None,
     suggest: bool = False,
     as_json: bool = False,
@@ -115,7 +118,7 @@ def compile_experiment(
     """Compiles the training step of an experiment for a TPU slice and prints what that shows.
 
     Args:
-      model … z_loss: as for `train`; documents are not read. Of several d the largest is taken.
+      model … lora: as for `train`; documents are not read. Of several d the largest is taken.
       topology: "v4-128"; None: compute.topology.
       suggest: compile with other meshes, remat policies and microbatches too, and print the one
         with the lowest estimate among those that fit.
@@ -147,6 +150,8 @@ def compile_experiment(
             d=d,
             compute=compute,
             z_loss=z_loss,
+            trainable=trainable,
+            lora=lora,
         )
         return compile_program(program, compute, name)
 

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from fot_jax.model.config import ModelConfig
 from fot_jax.model.schemes import Scheme
 
 
-def training_flops(c: ModelConfig, scheme: Scheme, rows: int, group_rows: int) -> int:
-    """FLOPs of one training step: forward plus twice that for the gradient, no recomputation.
+class Part(NamedTuple):
+    """What trains, where that is not everything.
+
+    Attributes:
+      lowest_layer: below it nothing does, and no gradient is needed.
+      matrices: elements of each layer's that train, adapters included.
+      adapters: elements of each layer's adapters, which are computed beside its kernels.
+      head: the matrix of the logits trains.
+    """
+
+    lowest_layer: int
+    matrices: list[int]
+    adapters: int
+    head: bool
+
+
+def training_flops(
+    c: ModelConfig, scheme: Scheme, rows: int, group_rows: int, part: Part | None = None
+) -> int:
+    """FLOPs of one training step, no recomputation: forward plus twice that for the gradient.
+
+    Of the gradient, half is that of activations, needed down to the lowest layer that trains, and
+    half that of the matrices, needed of those that train.
 
     Scores count for visible blocks only: the causal half of each local window, and each context
     that the scheme gives to a row, or all that is cached, also where few keys are looked up. Rows
@@ -15,19 +38,25 @@ def training_flops(c: ModelConfig, scheme: Scheme, rows: int, group_rows: int) -
 
     Args:
       rows: rows of the whole batch, in crossbatch groups of `group_rows`.
+      part: of the parameters that trains; None: all.
     """
     T, kernels = c.local_context, layer_parameters(c)
+    if part is None:
+        part = Part(0, [kernels] * c.num_layers, 0, True)
     per_score = 4 * c.num_heads * c.head_dim  # q k and p v, two FLOPs each
-    row_of_a_layer = 2 * kernels * T + per_score * T * (T + 1) // 2
-
     kept = rows * len(range(scheme.windows)[scheme.output_place()]) // scheme.windows
     layers_of_all = c.memory_layers[-1] + 1 if c.memory_layers else 0
     contexts = sum(len(of_row) for of_row in scheme.contexts(group_rows)) * (rows // group_rows)
     beyond = contexts * T + rows * scheme.cached_tokens
-    forward = row_of_a_layer * (rows * layers_of_all + kept * (c.num_layers - layers_of_all))
-    forward += len(c.memory_layers) * per_score * T * beyond
-    forward += kept * 2 * c.hidden_size * c.vocab_size * T
-    return 3 * forward
+    total = kept * 2 * c.hidden_size * c.vocab_size * T * (2 + part.head)
+    for layer in range(c.num_layers):
+        tokens = T * (rows if layer < layers_of_all else kept)
+        products = 2 * (kernels + part.adapters) * tokens
+        scores = per_score * tokens * (T + 1) // 2
+        scores += per_score * T * beyond * (layer in c.memory_layers)
+        of_activations = products + 2 * scores if layer >= part.lowest_layer else 0
+        total += products + scores + of_activations + 2 * part.matrices[layer] * tokens
+    return total
 
 
 def reading_flops(c: ModelConfig, tokens: int) -> int:

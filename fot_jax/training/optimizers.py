@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from fot_jax.common.configurable import configurable
-from fot_jax.common.errors import check_range
+from fot_jax.common.errors import UserError, check_range
 
 
 @configurable
@@ -96,17 +96,27 @@ def _per_layer(transform: optax.GradientTransformation) -> optax.GradientTransfo
     """The transformation applied to every layer of params["layers"] on its own."""
 
     def split(tree):
-        return tree["layers"], {name: leaf for name, leaf in tree.items() if name != "layers"}
+        layers = tree.get("layers", {})
+        if len({len(leaf) for leaf in jax.tree.leaves(layers)}) > 1:
+            raise UserError(
+                "adafactor trains the same layers of every stacked parameter: change "
+                "train.trainable, or take adamw"
+            )
+        return layers, {name: leaf for name, leaf in tree.items() if name != "layers"}
+
+    def by_layer(function, layers, *more):
+        return jax.vmap(function)(layers, *more) if layers else function(layers, *more)
 
     def init(params):
         layers, others = split(params)
-        return {"layers": jax.vmap(transform.init)(layers), "others": transform.init(others)}
+        return {"layers": by_layer(transform.init, layers), "others": transform.init(others)}
 
     def update(updates, state, params):
         (u_layers, u_others), (p_layers, p_others) = split(updates), split(params)
-        new_layers, s_layers = jax.vmap(transform.update)(u_layers, state["layers"], p_layers)
-        new_others, s_others = transform.update(u_others, state["others"], p_others)
-        return {"layers": new_layers, **new_others}, {"layers": s_layers, "others": s_others}
+        u_layers, s_layers = by_layer(transform.update, u_layers, state["layers"], p_layers)
+        u_others, s_others = transform.update(u_others, state["others"], p_others)
+        together = {**({"layers": u_layers} if u_layers else {}), **u_others}
+        return together, {"layers": s_layers, "others": s_others}
 
     return optax.GradientTransformation(init, update)
 

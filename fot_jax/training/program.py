@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,13 +18,16 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from fot_jax.common.errors import UserError
+from fot_jax.common.trees import leaves_by_path
 from fot_jax.data.lanes import FIELDS
 from fot_jax.model import cached_context, crossbatch, schemes
 from fot_jax.model.config import ModelConfig
+from fot_jax.model.lora import Lora, split
+from fot_jax.model.trained import Trained, select
 from fot_jax.model.transformer import Transformer
 from fot_jax.training import partitioning
 from fot_jax.training.experiment import Compute, Data
-from fot_jax.training.flops import training_flops
+from fot_jax.training.flops import Part, training_flops
 from fot_jax.training.schedules import ScheduleOfD
 from fot_jax.training.step import TrainState, make_positive_mass, make_train_step
 
@@ -73,13 +76,23 @@ class Program:
         layers = zip(self.transformer.config.memory_layers, mass, strict=True)
         return {f"positive_mass/layer_{layer}": float(x) for layer, x in layers}
 
+    @property
+    def trained(self) -> Any:
+        """Shapes and types of the parameters that train, as a tree."""
+        trained, params = self.transformer.trained, self.state.params
+        return params if trained is None else jax.eval_shape(trained.take, params)
+
     def trace(self) -> str:
         """Traces a step without computing it, and describes it in a line."""
         first_d, window = self.ds[0], self.transformer.config.local_context
         jax.eval_shape(self.step_of(first_d), self.state, self.batch)
+        part = ""
+        if self.transformer.trained is not None:
+            count = sum(x.size for x in jax.tree.leaves(self.trained))
+            part = f" ({count:,} of them train)"
         return (
-            f"{self.parameters:,} parameters, mesh {dict(self.mesh.shape)}, {self.rows} rows of "
-            f"{window} tokens ({self.tokens_per_step:,} new tokens a step), "
+            f"{self.parameters:,} parameters{part}, mesh {dict(self.mesh.shape)}, {self.rows} rows "
+            f"of {window} tokens ({self.tokens_per_step:,} new tokens a step), "
             f"{self.flops_of(first_d):.3g} FLOPs a step"
         )
 
@@ -94,6 +107,8 @@ def make_program(
     d: ScheduleOfD | None,
     compute: Compute,
     z_loss: float,
+    trainable: Sequence[str] | None,
+    lora: Lora | None,
 ) -> Program:
     """Lays an experiment out on a mesh; the other arguments are those of `train`.
 
@@ -130,16 +145,27 @@ def make_program(
         )
 
     plan_of(next(iter(by_d)))  # what does not divide shows before anything is written
-    transformer = Transformer(model, dtype=jnp.dtype(compute.dtype), remat=compute.remat)
+    transformer = Transformer(model, jnp.dtype(compute.dtype), compute.remat, lora)
+
+    def init_params(key) -> Any:
+        tokens = jnp.zeros((1, model.local_context), jnp.int32)
+        return transformer.init(key, tokens, tokens, crossbatch.Plan())["params"]
+
+    trained = part = None
+    if trainable is not None or lora is not None:
+        shapes = jax.eval_shape(init_params, jax.random.key(0))
+        trained = select(shapes, model, trainable or ())
+        part = _part_of_flops(trained, shapes, model)
+        transformer = transformer.clone(trained=trained)
     tx = optimizer(learning_rate)
 
     def init(key) -> TrainState:
-        tokens = jnp.zeros((1, model.local_context), jnp.int32)
-        params = transformer.init(key, tokens, tokens, crossbatch.Plan())["params"]
+        params = init_params(key)
         cached = None
         if scheme.cached_tokens:
             cached = cached_context.empty(model, scheme, rows, transformer.dtype)
-        return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params), cached)
+        part = params if trained is None else trained.take(params)
+        return TrainState(jnp.zeros([], jnp.int32), params, tx.init(part), cached)
 
     @functools.cache
     def step_of(d: int | None):
@@ -169,7 +195,19 @@ def make_program(
         plan_of=plan_of,
         step_of=step_of,
         positive_mass_of=positive_mass_of,
-        flops_of=functools.cache(lambda d: training_flops(model, by_d[d], rows, group_rows)),
+        flops_of=functools.cache(lambda d: training_flops(model, by_d[d], rows, group_rows, part)),
+    )
+
+
+def _part_of_flops(trained: Trained, params: Any, model: ModelConfig) -> Part:
+    paths = dict(trained.parameters)
+    layers = [layers[0] for layers in paths.values() if layers is not None]
+    adapters = leaves_by_path(split(params)[1]).values()
+    return Part(
+        lowest_layer=0 if "embedding" in paths else min(layers, default=model.num_layers),
+        matrices=trained.matrices(params),
+        adapters=sum(x.size for x in adapters if x.ndim == 3) // model.num_layers,
+        head=("embedding" if model.tie_embeddings else "head") in paths,
     )
 
 

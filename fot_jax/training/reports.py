@@ -63,7 +63,7 @@ class Reports:
         self._checkpointer = checkpointer
         self._learning_rate = learning_rate
         self._log_every, self._steps, self._max_skipped = log_every, steps, max_skipped
-        self._gradients = list(leaves_by_path(program.state.params))
+        self._gradients = list(leaves_by_path(program.trained))
 
     def finish(self, report: Report) -> None:
         """Waits for a step, and takes in its report.

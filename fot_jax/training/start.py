@@ -15,6 +15,7 @@ from fot_jax.checkpoints.manager import Checkpointer
 from fot_jax.checkpoints.restore import model_config_of
 from fot_jax.data.documents import DocumentSource
 from fot_jax.data.saved_vocabulary import load_vocabulary
+from fot_jax.model import lora
 from fot_jax.model.config import ModelConfig
 from fot_jax.training.checks import warn_of_other_functions
 from fot_jax.training.history import History
@@ -84,8 +85,9 @@ def begin(
     shardings = jax.tree.map(lambda x: x.sharding, program.state)
     state = jax.jit(program.init, out_shardings=shardings)(jax.random.key(seed))
     if initialize_from is not None:
-        there, params = loading.load_params(initialize_from, program.state.params)
-        state = state._replace(params=params)
+        wanted, _ = lora.split(program.state.params)
+        there, params = loading.load_params(initialize_from, wanted)
+        state = state._replace(params=lora.joined(params, lora.split(state.params)[1]))
         if (vocabulary := loading.vocabulary_of(initialize_from)) is not None:
             source = source.with_vocabulary(vocabulary)
         warn_of_other_functions(initialize_from, there, model)

@@ -52,7 +52,7 @@ class Sums(NamedTuple):
 
 
 class StepInfo(NamedTuple):
-    """What a training step reports."""
+    """What a training step reports; gradients are of what trains."""
 
     sums: Sums
     grad_norm: jax.Array  # [] before clipping
@@ -65,10 +65,11 @@ class StepInfo(NamedTuple):
 LOGITS_AT_ONCE = 2**26  # elements a device holds of [R, T, V]
 
 
-def token_sums(model: Transformer, params, hidden, targets, weights, devices: int = 1) -> Sums:
+def token_sums(model: Transformer, variables, hidden, targets, weights, devices: int = 1) -> Sums:
     """Cross-entropy of next tokens, in chunks along T so that [R, T, V] is never held whole.
 
     Args:
+      variables: of the model, {"params": …}, and "trained" where a part of them is.
       hidden: [R, T, E]; targets: [R, T] int32; weights: [R, T] float32.
       devices: how many share the rows.
     """
@@ -78,7 +79,7 @@ def token_sums(model: Transformer, params, hidden, targets, weights, devices: in
 
     @jax.checkpoint
     def of_chunk(hidden, targets, weights):
-        logits = model.apply({"params": params}, hidden, method="logits")
+        logits = model.apply(variables, hidden, method="logits")
         log_z = jax.nn.logsumexp(logits, axis=-1)
         at_target = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
         return Sums(
@@ -98,11 +99,16 @@ def token_sums(model: Transformer, params, hidden, targets, weights, devices: in
 
 
 def batch_sums(
-    model: Transformer, params, cached: Cached | None, batch: Batch, scheme, plan: crossbatch.Plan
+    model: Transformer,
+    variables,
+    cached: Cached | None,
+    batch: Batch,
+    scheme,
+    plan: crossbatch.Plan,
 ) -> tuple[Sums, Cached | None]:
     """Loss of the output rows of a (micro)batch under a scheme; what is cached afterwards."""
     out = model.apply(
-        {"params": params},
+        variables,
         batch["inputs"],
         batch["segment_ids"],
         plan,
@@ -111,7 +117,7 @@ def batch_sums(
     )
     targets, weights = (schemes.output_rows(scheme, batch[x]) for x in ("targets", "weights"))
     devices = 1 if plan.mesh is None else plan.mesh.size
-    return token_sums(model, params, out.hidden, targets, weights, devices), out.cached
+    return token_sums(model, variables, out.hidden, targets, weights, devices), out.cached
 
 
 # --- Step ----------------------------------------------------------------------------------------
@@ -149,7 +155,7 @@ def train_step(
     accumulation: int,
     z_loss: float,
 ) -> tuple[TrainState, StepInfo]:
-    """One update of the parameters.
+    """One update of the parameters, or of `model.trained`, the part of them that trains.
 
     The objective is the mean over all target tokens of the batch, whatever the number of
     microbatches. An update whose loss or gradient is not finite is skipped: the state comes back
@@ -162,25 +168,32 @@ def train_step(
       z_loss: weight of the squared log normaliser in the loss.
     """
 
-    def objective(params, cached, batch, total_weight):
-        sums, cached = batch_sums(model, params, cached, batch, scheme, plan)
+    trained = model.trained
+    part = state.params if trained is None else trained.take(state.params)
+
+    def objective(part, cached, batch, total_weight):
+        both = {"params": state.params, "trained": part}
+        variables = {"params": part} if trained is None else both
+        sums, cached = batch_sums(model, variables, cached, batch, scheme, plan)
         return (sums.loss + z_loss * sums.z_loss) / total_weight, (sums, cached)
 
     weights = schemes.output_rows(scheme, batch["weights"])
     gradient = jax.grad(objective, has_aux=True)
     total = jnp.maximum(weights.sum(), 1.0)
     if accumulation == 1:
-        grads, (sums, cached) = gradient(state.params, state.cached, batch, total)
+        grads, (sums, cached) = gradient(part, state.cached, batch, total)
     else:
-        grads, sums, cached = _accumulate(gradient, state, batch, total, accumulation, plan)
+        gradient = functools.partial(gradient, part)
+        grads, sums, cached = _accumulate(gradient, state.cached, batch, total, accumulation, plan)
     squares = jnp.stack([jnp.square(g).sum() for g in jax.tree.leaves(grads)])
     finite = jnp.isfinite(squares.sum()) & jnp.isfinite(sums.loss)
 
     def update():
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        return optax.apply_updates(state.params, updates), opt_state
+        updates, opt_state = optimizer.update(grads, state.opt_state, part)
+        return optax.apply_updates(part, updates), opt_state
 
-    params, opt_state = lax.cond(finite, update, lambda: (state.params, state.opt_state))
+    new, opt_state = lax.cond(finite, update, lambda: (part, state.opt_state))
+    params = new if trained is None else trained.put(state.params, new)
     cached = jax.tree.map(lambda new, old: jnp.where(finite, new, old), cached, state.cached)
     info = StepInfo(sums, jnp.sqrt(squares.sum()), squares, finite)
     after = TrainState(state.step + 1, params, opt_state, cached)
@@ -189,18 +202,18 @@ def train_step(
     return after, info
 
 
-def _accumulate(gradient, state: TrainState, batch, total_weight, accumulation, plan):
+def _accumulate(gradient, cached: Cached | None, batch, total_weight, accumulation, plan):
     """Sums gradients over microbatches of whole crossbatch groups, one after the other."""
 
     def of_micro(cached, microbatch):
-        grads, (sums, cached) = gradient(state.params, cached, microbatch, total_weight)
+        grads, (sums, cached) = gradient(cached, microbatch, total_weight)
         return (grads, sums), cached
 
     def add(carry, micro):
         new, cached = of_micro(*micro)
         return jax.tree.map(jnp.add, carry, new), cached
 
-    split = cached_context.split(state.cached, accumulation)
+    split = cached_context.split(cached, accumulation)
     micro = split, _microbatches(batch, accumulation, plan)
     shapes = jax.eval_shape(of_micro, *jax.tree.map(lambda x: x[0], micro))[0]
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)

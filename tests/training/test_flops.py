@@ -2,18 +2,20 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles.reading import places, visibility
-from oracles.training_step import gradient
+from oracles.training_step import gradient, objective
 from tiny import LLAMA, random_params, random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from fot_jax.model.config import ModelConfig
 from fot_jax.model.schemes import CachedContext, NoCrossbatch, Packed, PackedTable, PreviousContext
-from fot_jax.training.flops import layer_parameters, reading_flops, training_flops
+from fot_jax.training.flops import Part, layer_parameters, reading_flops, training_flops
 
 SCHEMES = [
     NoCrossbatch(),
@@ -59,6 +61,44 @@ def test_counts_what_the_objective_multiplies(
         gradient(config, scheme, random_params(config), batch, group_rows)
     counted = counter.get_total_flops()
     assert training_flops(config, scheme, len(tokens), group_rows) == counted
+
+
+class ByLayer(list):
+    """A stacked parameter in PyTorch, some of whose layers train; a leaf to JAX."""
+
+
+@pytest.mark.parametrize(
+    "layers, head", [((), True), ((2,), True), ((2,), False), ((1, 2), False), ((0, 2), False)]
+)
+def test_counts_what_training_a_part_multiplies(layers, head):
+    config, scheme = dataclasses.replace(LLAMA, local_context=2), PreviousContext(d=2)
+    tokens = random_tokens(config, 6, 2)
+    batch = dict(inputs=tokens, targets=tokens, segment_ids=np.ones_like(tokens))
+    batch["weights"] = np.ones(tokens.shape, np.float32)
+    params = random_params(config)
+
+    def leaf(x, trains):
+        return torch.tensor(x).double().requires_grad_(trains)
+
+    mine = {name: jax.tree.map(lambda x: leaf(x, False), params[name]) for name in params}
+    mine["head"].requires_grad_(head)
+    mine["layers"] = jax.tree.map(
+        lambda x: ByLayer(leaf(of_layer, i in layers) for i, of_layer in enumerate(x)),
+        params["layers"],
+    )
+    with FlopCounterMode(display=False) as counter:
+        objective(config, scheme, mine, batch, 6)[0].backward()
+    size = layer_parameters(config)
+    part = Part(
+        lowest_layer=min(layers, default=config.num_layers),
+        matrices=[size if i in layers else 0 for i in range(config.num_layers)],
+        adapters=0,
+        head=head,
+    )
+    # Nothing below the head trains: its own input needs no gradient.
+    unneeded = 0 if layers else 2 * tokens.size // 2 * config.hidden_size * config.vocab_size
+    counted = counter.get_total_flops() + unneeded
+    assert training_flops(config, scheme, len(tokens), 6, part) == counted
 
 
 @pytest.mark.parametrize("memory_layers", [(1,), (0, 1, 2)])

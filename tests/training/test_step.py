@@ -265,10 +265,10 @@ def test_one_cached_window_is_previous_context_without_its_gradients(config):
     before, now = ({k: x[place::2] for k, x in batch.items()} for place in (0, 1))
     model, plan = Transformer(config), crossbatch.Plan()
     nothing = cached_context.empty(config, scheme, lanes, jnp.float32)
-    _, cached = steps.batch_sums(model, params, nothing, before, scheme, plan)
+    _, cached = steps.batch_sums(model, {"params": params}, nothing, before, scheme, plan)
 
     def objective(params):
-        sums, _ = steps.batch_sums(model, params, cached, now, scheme, plan)
+        sums, _ = steps.batch_sums(model, {"params": params}, cached, now, scheme, plan)
         return sums.loss / now["weights"].sum(), sums
 
     got, got_sums = jax.jit(jax.grad(objective, has_aux=True))(params)
@@ -370,7 +370,7 @@ def test_cross_entropy_in_chunks_is_that_of_the_whole(
     def objective(kernel, hidden):
         params = random_params(config) | ({"embedding": kernel.T} if tied else {"head": kernel})
         inputs = hidden, targets, jnp.float32(weights)
-        sums = token_sums(Transformer(config), params, *inputs, devices)
+        sums = token_sums(Transformer(config), {"params": params}, *inputs, devices)
         return sums.loss + 0.1 * sums.z_loss, sums
 
     differentiate = jax.grad(objective, argnums=(0, 1), has_aux=True)

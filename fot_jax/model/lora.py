@@ -1,0 +1,101 @@
+"""Low-rank adapters of a layer's kernels (LoRA, arXiv 2106.09685).
+
+A kernel [E, F] becomes kernel + scale * a @ b with a [E, rank], b [rank, F] and scale = alpha /
+rank, where only a and b train. They stand in params["layers"]["lora"], stacked by layer like all of
+a layer's parameters, with `scale` beside them, so that parameters say by themselves how they merge.
+`b` starts at 0: a fresh adapter changes nothing.
+
+(Libraries such as qwix intercept Flax's own Dense modules, of which this model has none.)
+
+Letters: L layers, E width of a kernel's input, F of its output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from fot_jax.common.configurable import configurable
+from fot_jax.common.errors import UserError, check_range
+
+KERNELS = {
+    "query": "attention",
+    "key": "attention",
+    "value": "attention",
+    "out": "attention",
+    "gate": "mlp",
+    "up": "mlp",
+    "down": "mlp",
+}  # of a layer, and the part of it where each one stands
+NAME = "lora"  # of the adapters among a layer's parameters
+
+
+@configurable
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Adapters that train in place of the kernels.
+
+    Attributes:
+      rank: of a @ b.
+      alpha: the product counts alpha / rank times.
+      kernels: which of a layer's have adapters; those that the model does not have are left out.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    kernels: tuple[str, ...] = tuple(KERNELS)
+
+    def __post_init__(self):
+        check_range("Lora", 1, 2**20, rank=self.rank)
+        check_range("Lora", 1e-6, 1e6, alpha=self.alpha)
+        if unknown := [name for name in self.kernels if name not in KERNELS]:
+            raise UserError(f"Lora.kernels has {unknown[0]!r}: choose from {', '.join(KERNELS)}")
+        if not self.kernels:
+            raise UserError("Lora.kernels = (): give one or more")
+
+    def init(self, key: jax.Array, layers: Any) -> dict[str, Any]:
+        """Adapters for the stacked parameters of all layers, float32: of each kernel a and b."""
+        adapters = {"scale": jnp.full(len(layers["attention"]["query"]), self.alpha / self.rank)}
+        for i, name in enumerate(KERNELS):
+            kernel = layers[KERNELS[name]].get(name)
+            if name in self.kernels and kernel is not None:
+                L, E, F = kernel.shape
+                a = jax.random.normal(jax.random.fold_in(key, i), (L, E, self.rank)) * E**-0.5
+                adapters[name] = {"a": a, "b": jnp.zeros((L, self.rank, F))}
+        return adapters
+
+
+def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parameters without their adapters, and the adapters; {} where there are none."""
+    layers = dict(params["layers"])
+    adapters = layers.pop(NAME, {})
+    return {**params, "layers": layers}, adapters
+
+
+def joined(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `split`."""
+    return {**params, "layers": {**params["layers"], **({NAME: adapters} if adapters else {})}}
+
+
+def merged(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters whose kernels hold what the adapters add: those of a model without any."""
+    params, adapters = split(params)
+    layers = dict(params["layers"])
+    for name, part in KERNELS.items():
+        if name in adapters:
+            add = delta(adapters[name]["a"], adapters[name]["b"], adapters["scale"])
+            kernel = layers[part][name]
+            layers[part] = {**layers[part], name: (kernel + add).astype(kernel.dtype)}
+    return {**params, "layers": layers}
+
+
+def delta(
+    a: Float[Any, "*L E rank"], b: Float[Any, "*L rank F"], scale: Float[Any, "*L"]
+) -> Float[Any, "*L E F"]:
+    """What an adapter adds to its kernel, or those of all layers to theirs."""
+    return scale[..., None, None] * (a @ b)
