@@ -98,7 +98,7 @@ def test_commands_are_understood(page):
             if word.startswith("experiments/") and "my_" not in word and word.endswith(".gin"):
                 assert (ROOT / word).exists(), word
     for argv in pages.mentioned(page):
-        if argv[0] == "fot" and all(re.fullmatch("-*[a-z]+(-hf)?", word) for word in argv):
+        if argv[0] == "fot" and all(re.fullmatch("-*[a-z]+(-hf|-peft)?", word) for word in argv):
             with pytest.raises(SystemExit) as help_:  # a verb is spoken of
                 cli._parser().parse_args([*argv[1:], "--help"])
             assert help_.value.code == 0, argv
