@@ -200,7 +200,7 @@ def train(
             evaluations.run(evaluation.during, state.params, first_step)  # in case it was cut off
         for step in range(first_step + 1, steps + 1):
             profile.start(step)
-            now_d = None if d is None else d(step - 1, now_d, reports.history.accuracy(step - 2))
+            now_d = None if d is None else d.at(step - 1, now_d, reports.history.accuracy(step - 2))
             began, compiles = time.perf_counter(), now_d not in compiled
             compiled.add(now_d)
             batch, snapshot = ready.pop() if ready else next(batches)

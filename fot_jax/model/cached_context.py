@@ -11,7 +11,6 @@ head dim, k keys of a query.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -21,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from fot_jax.model import crossbatch
 from fot_jax.model.attention.partial_softmax import MASKED, AnyArray
-from fot_jax.model.lookup import ApproximateTopK, Dense, Lookup
+from fot_jax.model.lookup import Lookup
 from fot_jax.model.schemes import CachedContext
 
 
@@ -154,13 +153,11 @@ def _of_row(scheme, q, k, v, k_cached, v_cached, segments, cached_segments, weig
 def _beyond(lookup: Lookup, q, k, v, seen):
     """Scores of the cached keys that are looked up, and their values: of all, or of each query."""
     scores = _scores(q, k, seen)
-    if isinstance(lookup, Dense):
+    found = lookup.best(lax.stop_gradient(scores))
+    if found is None:
         return scores, v
-    choose = lax.top_k
-    if isinstance(lookup, ApproximateTopK):
-        choose = functools.partial(lax.approx_max_k, recall_target=lookup.recall)
-    scores, best = choose(lax.stop_gradient(scores), lookup.k)
-    k, v = (jax.vmap(lambda x, at: x[at])(x, best) for x in (k, v))
+    scores, slots = found
+    k, v = (jax.vmap(lambda x, at: x[at])(x, slots) for x in (k, v))
     again = jnp.einsum("kgtd,kgtsd->kgts", q, k, preferred_element_type=jnp.float32)
     return jnp.where(scores > MASKED / 2, again, MASKED), v
 

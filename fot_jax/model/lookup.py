@@ -51,6 +51,9 @@ class Dense:
         parts = lax.fori_loop(0, steps, step, partial_softmax.no_parts(q))
         return _merge_shards(parts) if shards > 1 else parts
 
+    def best(self, scores: jax.Array) -> None:
+        """All of them."""
+
 
 @configurable
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +96,10 @@ class TopK:
         """
         return exact_search(q, keys, visible, self.k)
 
+    def best(self, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The k largest of scores [..., S], all of them if S < k, descending; and int32 where."""
+        return lax.top_k(scores, min(self.k, scores.shape[-1]))
+
 
 @configurable
 @dataclasses.dataclass(frozen=True)
@@ -122,11 +129,15 @@ class ApproximateTopK(TopK):
         def step(i, best):
             scores = _scores(q, keys.slot(i * block, block, q.dtype))
             scores = jnp.where(_seen(visible, i * block, block), scores, MASKED)
-            found, at = lax.approx_max_k(scores, min(self.k, block), recall_target=self.recall)
+            found, at = self.best(scores)
             return _better(best, (found, at.astype(jnp.int32) + i * block), self.k)
 
         steps = (visible.max() + block - 1) // block
         return lax.fori_loop(0, steps, step, _none_found((B, K, N, self.k)))
+
+    def best(self, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """As TopK.best."""
+        return lax.approx_max_k(scores, min(self.k, scores.shape[-1]), recall_target=self.recall)
 
 
 Lookup = Dense | TopK | ApproximateTopK

@@ -1,14 +1,15 @@
 """Schedules of the learning rate and of d (paper §5).
 
 A schedule of the learning rate is a function of the number of updates done so far, as optax has
-them; update n = 1, 2, … uses schedule(n - 1). A schedule of d, which sets how many contexts a
-crossbatch scheme gives to a row, also knows the d and the accuracy of steps before.
+them; update n = 1, 2, … uses schedule(n - 1). A schedule of d also knows the d and the accuracy of
+steps before.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,17 @@ def _check_values(schedule: str, max_value: float, min_value: float) -> None:
 # --- d -------------------------------------------------------------------------------------------
 
 
+class ScheduleOfD(Protocol):
+    """How many contexts a crossbatch scheme gives to a row, step by step."""
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """Every d that there may be: a program is compiled for each."""
+
+    def at(self, step: int, last_d: int | None, accuracy: float) -> int:
+        """d of `step`; `last_d` is d of the step before, `accuracy` that of two steps before."""
+
+
 @configurable
 @dataclasses.dataclass(frozen=True)
 class SwitchAtStep:
@@ -92,8 +104,7 @@ class SwitchAtStep:
                 f"{tuple(self.values)} must be one more than steps"
             )
 
-    def __call__(self, step: int, last_d: int | None, accuracy: float) -> int:
-        """d of `step`; `last_d` is d of the step before, `accuracy` that of two steps before."""
+    def at(self, step: int, last_d: int | None, accuracy: float) -> int:
         return self.values[int(np.searchsorted(self.steps, step, side="right"))]
 
 
@@ -112,7 +123,7 @@ class SwitchAtAccuracy:
                 "before and after the switch"
             )
 
-    def __call__(self, step: int, last_d: int | None, accuracy: float) -> int:
+    def at(self, step: int, last_d: int | None, accuracy: float) -> int:
         return self.values[last_d == self.values[1] or accuracy >= self.threshold]
 
 
@@ -129,8 +140,5 @@ class DrawnEachStep:
         if not self.values:
             raise UserError("DrawnEachStep.values is empty: give the values of d to draw from")
 
-    def __call__(self, step: int, last_d: int | None, accuracy: float) -> int:
+    def at(self, step: int, last_d: int | None, accuracy: float) -> int:
         return self.values[np.random.default_rng((self.seed, step)).integers(len(self.values))]
-
-
-ScheduleOfD = SwitchAtStep | SwitchAtAccuracy | DrawnEachStep

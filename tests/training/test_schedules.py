@@ -71,17 +71,18 @@ def test_impossible_schedules_are_refused(make, message):
 
 def test_switch_at_step():
     schedule = SwitchAtStep((450_000,), (2, 64))
-    assert [schedule(step, None, 0.0) for step in (0, 449_999, 450_000, 499_999)] == [2, 2, 64, 64]
+    steps = 0, 449_999, 450_000, 499_999
+    assert [schedule.at(step, None, 0.0) for step in steps] == [2, 2, 64, 64]
     schedule = SwitchAtStep((10, 20), (1, 8, 64))
-    assert [schedule(step, None, 0.0) for step in (9, 10, 19, 20)] == [1, 8, 8, 64]
-    assert SwitchAtStep((), (5,))(123, None, 0.0) == 5
+    assert [schedule.at(step, None, 0.0) for step in (9, 10, 19, 20)] == [1, 8, 8, 64]
+    assert SwitchAtStep((), (5,)).at(123, None, 0.0) == 5
 
 
 def test_switch_at_accuracy_is_for_good():
     schedule = SwitchAtAccuracy(0.98, (1, 128))
     d, history = None, []
     for step, accuracy in enumerate([np.nan, 0.5, 0.979, 0.98, 0.2, np.nan]):
-        d = schedule(step, d, accuracy)
+        d = schedule.at(step, d, accuracy)
         history.append(d)
     assert history == [1, 1, 1, 128, 128, 128]
 
@@ -89,14 +90,14 @@ def test_switch_at_accuracy_is_for_good():
 def test_drawn_each_step():
     """A function of seed and step alone, every value as often as any other."""
     schedule = DrawnEachStep((2, 16, 128), seed=3)
-    drawn = [schedule(step, None, 0.0) for step in range(600)]
-    assert drawn == [schedule(step, 128, 1.0) for step in range(600)]
+    drawn = [schedule.at(step, None, 0.0) for step in range(600)]
+    assert drawn == [schedule.at(step, 128, 1.0) for step in range(600)]
     counts = collections.Counter(drawn)
     assert set(counts) == {2, 16, 128}
     assert all(150 < count < 250 for count in counts.values())
     pairs = collections.Counter(zip(drawn, drawn[1:], strict=False))
     assert len(pairs) == 9 and min(pairs.values()) > 35
-    assert drawn != [DrawnEachStep((2, 16, 128), seed=4)(step, None, 0.0) for step in range(600)]
+    assert drawn != [DrawnEachStep((2, 16, 128), seed=4).at(step, None, 0.0) for step in range(600)]
 
 
 @pytest.mark.parametrize(
