@@ -265,8 +265,15 @@ def test_a_token_needs_no_compilation_and_no_copy_of_memory():
     lm.generate([1], 200, state=state.copy())
     assert (decode.next_token._cache_size(), forward.evict._cache_size()) == compiled
     args = forward.run.lower(
-        *(lm.config, state.config.lookup, None, lm.params, state.cache, state.memory),
-        *(np.ones((1, 1), np.int32), np.ones((1, 1), bool), np.ones(1, np.int32)),
+        c=lm.config,
+        lookup=state.config.lookup,
+        mesh=None,
+        params=lm.params,
+        cache=state.cache,
+        memory=state.memory,
+        tokens=np.ones((1, 1), np.int32),
+        valid=np.ones((1, 1), bool),
+        advance=np.ones(1, np.int32),
     )
     temporaries = args.compile().memory_analysis().temp_size_in_bytes
     assert temporaries < state.memory.layers[0].k.x.nbytes / 2

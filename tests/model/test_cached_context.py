@@ -43,8 +43,13 @@ def read(config, scheme, tokens, segments=None, plan=None):
     for window in range(tokens.shape[1] // T):
         part = slice(window * T, (window + 1) * T)
         logits, cached = step(
-            *(config, scheme, plan or crossbatch.Plan(), random_params(config), cached),
-            *(tokens[:, part], segments[:, part]),
+            config,
+            scheme,
+            plan or crossbatch.Plan(),
+            params=random_params(config),
+            cached=cached,
+            tokens=tokens[:, part],
+            segments=segments[:, part],
         )
         found.append(np.asarray(logits))
     return np.concatenate(found, 1), cached

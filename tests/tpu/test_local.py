@@ -164,9 +164,8 @@ def test_stopped_on_one_host_all_stop_alike_and_fewer_go_on(unbroken, experiment
     assert runs.train(experiment, workdir) == 0
     ours, theirs = runs.training_curve(workdir), runs.training_curve(unbroken[0])
     assert [row["step"] for row in ours] == list(range(1, 61))
-    np.testing.assert_allclose(
-        *([row["loss"] for row in rows] for rows in (ours, theirs)), rtol=1e-4
-    )
+    ours, theirs = ([row["loss"] for row in rows] for rows in (ours, theirs))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
 def steps_done(workdir):

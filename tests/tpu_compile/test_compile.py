@@ -203,7 +203,12 @@ def test_the_fastest_that_fits_is_suggested():
 
 
 SOME = compile.Report(
-    *("v4-8", 1, {"data": 8}, "none", 1, None),
+    topology="v4-8",
+    slices=1,
+    mesh={"data": 8},
+    remat="none",
+    accumulation=1,
+    d=None,
     fits=True,
     used=1,
     available=2,

@@ -34,7 +34,8 @@ def main(directory):
     assert mesh.size == 8 and jax.process_count() == 4
     for number, (scheme, lanes, group_lanes, accumulation) in enumerate(test_step.ACROSS_PROCESSES):
         plan = crossbatch.make_plan(
-            *(scheme, lanes * scheme.windows // accumulation),
+            scheme,
+            lanes * scheme.windows // accumulation,
             group_rows=group_lanes * scheme.windows,
             mesh=mesh,
             heads=config.num_heads,

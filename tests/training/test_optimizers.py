@@ -129,7 +129,9 @@ def test_adafactor_on_stacked_layers_is_adafactor_on_each_layer(factor):
     alone = optax.adafactor(rate, min_dim_size_to_factor=factor, momentum=0.9)
     for layer in range(LAYERS):
         expected, _ = run(
-            *(alone, unstacked(params["layers"], layer), 4),
+            alone,
+            unstacked(params["layers"], layer),
+            4,
             lambda step, layer=layer: unstacked(make(step)["layers"], layer),
         )
         assert_trees_close(unstacked(ours["layers"], layer), expected, rtol=1e-5, atol=1e-7)

@@ -115,7 +115,7 @@ def test_a_step_on_more_devices_than_are_here_can_be_traced(accumulation):
     assert mesh.size == 128 > jax.device_count()
     scheme = schemes.PreviousContext(d=4)
     plan = crossbatch.make_plan(
-        *(scheme, 256 // accumulation), group_rows=32, mesh=mesh, heads=EVEN.num_heads, window=8
+        scheme, 256 // accumulation, group_rows=32, mesh=mesh, heads=EVEN.num_heads, window=8
     )
     optimizer = optimizers.adamw(0.1)
     params = shapes_of(EVEN)

@@ -81,7 +81,8 @@ def step_of(
     mesh = None if mesh is None else MeshShape(*mesh).make()
     rows = lanes * scheme.windows
     plan = crossbatch.make_plan(
-        *(scheme, rows // accumulation),
+        scheme,
+        rows // accumulation,
         group_rows=group_lanes * scheme.windows,
         mesh=mesh,
         heads=config.num_heads,
@@ -111,7 +112,8 @@ def step_of(
                 lambda x, wanted: (
                     wanted.is_equivalent_to(x.sharding, x.ndim) or pytest.fail(str(x))
                 ),
-                *(after, partitioning.shardings(after, mesh)),
+                after,
+                partitioning.shardings(after, mesh),
             )
         return before, after, jax.tree.map(np.asarray, info)
 
@@ -471,7 +473,8 @@ def positive_mass(config, scheme, lanes, group_lanes, *, accumulation=1, mesh=No
     mesh = None if mesh is None else MeshShape(*mesh).make()
     rows, T = lanes * scheme.windows, config.local_context
     plan = crossbatch.make_plan(
-        *(scheme, rows // accumulation),
+        scheme,
+        rows // accumulation,
         group_rows=group_lanes * scheme.windows,
         mesh=mesh,
         heads=config.num_heads,
