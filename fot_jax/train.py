@@ -118,9 +118,9 @@ def train(
         trainable=trainable,
         lora=lora,
     )
-    evaluation.check(model)
     if dry_run:
         check_vocabulary(data.source, model)
+        evaluation.check(model, data.source, elsewhere=True)
         print(f"{program.trace()}, {steps:,} steps: nothing written")
         return None
 
@@ -130,13 +130,15 @@ def train(
     checkpointer = Checkpointer(
         workdir / "checkpoints", keep_last=checkpoints.keep_last, keep_every=checkpoints.keep_every
     )
+    source = start.documents(data.source, checkpointer, workdir, initialize_from)
+    check_vocabulary(source, model)
+    evaluation.check(model, source)
     rows_here = partitioning.owned_rows(program.mesh, program.rows)
     owned, mine = partitioning.groups_of(rows_here, program.rows // data.lane_groups)
-    state, source, history, lanes_state = start.resume(
-        program, checkpointer, workdir, data.source, owned
-    ) or start.begin(program, model, data.source, initialize_from, seed)
+    state, history, lanes_state = start.resume(
+        program, checkpointer, workdir, owned
+    ) or start.begin(program, model, initialize_from, seed)
     resumed = lanes_state is not None
-    check_vocabulary(source, model)
     first_step = int(state.step)
     check_first_step(first_step, steps, workdir)
 

@@ -159,6 +159,29 @@ def test_evaluations_that_are_not_for_the_model(here, trained, capsys):
     assert line == "RetrievalTable.queries = 17: give at most the local context, 16"
 
 
+def test_evaluations_of_a_split_that_is_not_there(here, trained, capsys, caplog):
+    """Said before training, and before a model is loaded, here one that cannot be."""
+    write_split(here, "a text of some length")
+    (here / "text.gin").write_text(TEXT + EVALUATED + 'Corpus.path = "texts"\n')
+    argv = ["train", "text.gin", "--workdir", "run", *bind("Data.lanes = 4")]
+    during = "Evaluation.evals = ()", "Evaluation.during = (@Sample(),)", "Evaluation.every = 1"
+    other = "PerplexityByContext.source = @Text()", "Data.source = @Passkey()"
+    line = "texts: no valid split (there is: train): a split is a file valid.jsonl or "
+    for more in (["--dry_run"], [], bind(*during), bind(*other)):
+        assert refused_untouched(capsys, *argv, *more).startswith(line)
+    write_split(here, "", rows=0, split="valid")
+    assert refused_untouched(capsys, *argv) == "texts: the valid split is empty: give it some rows"
+    shutil.rmtree(here / "texts")
+    assert cli.main([*argv, "--dry_run"]) == 0  # to be trained elsewhere
+    assert "to evaluate is not known here: texts: no such directory" in caplog.text
+    shutil.copytree(trained, here / "run")
+    for file in (here / "run" / "checkpoints" / "2" / "params").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    line = refused_untouched(capsys, *evaluate("run", *bind('PerplexityByContext.split = "dev"')))
+    assert line.startswith("DictionaryLookup has no split 'dev'")
+
+
 # --- Checkpoints ---------------------------------------------------------------------------------
 
 
@@ -231,6 +254,7 @@ def test_checkpoints_that_cannot_be_evaluated(here, trained, capsys):
         "run: the tokenizer has 258 tokens, the model's embedding 64 rows: get both from the same "
         "model"
     )
+    shutil.copytree(trained / "vocabulary", here / "run" / "vocabulary", dirs_exist_ok=True)
     for file in (here / "run" / "checkpoints" / "2" / "params").rglob("*"):
         if file.is_file() and file.stat().st_size > 1000:
             file.write_bytes(file.read_bytes()[:500])

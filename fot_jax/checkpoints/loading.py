@@ -40,6 +40,17 @@ def vocabulary_of(path: epath.PathLike) -> Vocabulary | None:
     return load_vocabulary(workdir / "vocabulary")
 
 
+def config_of(path: epath.PathLike) -> ModelConfig:
+    """The model that a checkpoint is of; its arrays are not read.
+
+    Raises:
+      UserError: there is no checkpoint, or it is damaged.
+    """
+    if configs.is_directory(path):
+        return Reader(path, configs.read(path)).config
+    return restore.config_of(path)
+
+
 def check_rows(path: epath.PathLike, vocabulary: Vocabulary | None, rows: int) -> None:
     """Checks that the embedding has a row for every token of the tokenizer.
 

@@ -77,6 +77,17 @@ def restore_model(path: epath.PathLike) -> tuple[ModelConfig, Any]:
     return model_config_of(path, restored.meta), restored.params
 
 
+def config_of(path: epath.PathLike) -> ModelConfig:
+    """The configuration alone, of the newest step that has one.
+
+    Raises:
+      UserError: as of restore_model.
+    """
+    directory, steps = locate(path)
+    meta, _ = newest_readable(directory, steps, lambda step: _read_meta(directory, step).meta)
+    return model_config_of(path, meta)
+
+
 def model_config_of(path: epath.PathLike, meta: Mapping[str, Any]) -> ModelConfig:
     """The model that the meta of a checkpoint says it is of.
 
@@ -153,7 +164,7 @@ def read_step(
       UserError: a newer format, arrays of other shapes, or a bucket that cannot be read.
     """
     folder = directory / str(step)
-    saved = _on_all("meta", lambda: items.read_meta(folder, step))
+    saved = _read_meta(directory, step)
     if params is None:
         params, merge = items.shapes_as_saved(saved.params), True
     else:
@@ -169,6 +180,10 @@ def read_step(
     if opt_state is not None:
         opt_state = _read_arrays(folder / "opt_state", saved.opt_state, opt_state)
     return Restored(step, params, opt_state, data, saved.meta)
+
+
+def _read_meta(directory: epath.Path, step: int) -> items.Meta:
+    return _on_all("meta", lambda: items.read_meta(directory / str(step), step))
 
 
 def _on_all(item: str, read: Callable[[], T]) -> T:

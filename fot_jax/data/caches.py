@@ -15,7 +15,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from fot_jax.common.errors import UserError
 from fot_jax.common.paths import path_of
 from fot_jax.data.corpus import Corpus
-from fot_jax.data.documents import Document
+from fot_jax.data.documents import Document, NoDocuments
 from fot_jax.data.files import SPLITS
 from fot_jax.data.sources import to_shuffle
 from fot_jax.data.tensorflow_imports import import_seqio, import_tensorflow
@@ -75,7 +75,7 @@ def cached_source(cache_dir: epath.PathLike, task_name: str, corpus: Corpus) -> 
     tf, seqio = import_tensorflow(), import_seqio()
     directory = cache_of(cache_dir, task_name)
     if not (directory / "COMPLETED").exists():
-        raise UserError(
+        raise NoDocuments(
             f"{cache_dir}: no cache of {corpus.path} for this tokenizer and these settings of the "
             f"corpus: make it with: fot cache EXPERIMENT.gin --output {cache_dir}"
         )

@@ -24,6 +24,7 @@ from etils import epath
 from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
 from fot_jax.common.paths import path_of
+from fot_jax.data.documents import NoDocuments
 from fot_jax.data.files import READERS, SPLITS, files_of, splits_of, warn_once
 
 SHUFFLED_BYTES = 32 * 2**20  # of the documents at hand, of which the next one is drawn
@@ -166,7 +167,7 @@ def _directory(corpus: Corpus) -> epath.Path:
     directory = path_of(corpus.path)
     if not directory.is_dir():
         what = "is no directory" if directory.exists() else "no such directory"
-        raise UserError(
+        raise NoDocuments(
             f"{directory}: {what}: set Corpus.path to one with train.jsonl.gz "
             "and valid.jsonl.gz, to tfds:NAME, or to standard_library"
         )

@@ -25,6 +25,10 @@ Position = tuple[int, ...]
 START: Position = (0, 0)
 
 
+class NoDocuments(UserError):
+    """None of any split are on this machine, or they are not prepared here."""
+
+
 class DocumentSource(Protocol):
     """Where documents come from. Everything it yields is a function of its fields and arguments."""
 
@@ -34,6 +38,14 @@ class DocumentSource(Protocol):
 
     def with_vocabulary(self, vocabulary: Vocabulary) -> DocumentSource:
         """The same documents tokenized with another vocabulary, one read from a checkpoint, say."""
+
+    def check_split(self, split: str) -> None:
+        """Refuses a split that `documents` could not yield; tokenizes nothing.
+
+        Raises:
+          NoDocuments: there are none here, of any split.
+          UserError: no such split, or nothing in it.
+        """
 
     def documents(self, split: str) -> Iterator[Document]:
         """The documents of a split (train, valid, test), each once, in a fixed order."""

@@ -56,6 +56,11 @@ class Mixture:
         sources = [source.with_vocabulary(vocabulary) for source in self.sources]
         return dataclasses.replace(self, sources=sources)
 
+    def check_split(self, split: str) -> None:
+        """That each source has it."""
+        for source in self._of_one_vocabulary():
+            source.check_split(split)
+
     def documents(self, split: str) -> Iterator[Document]:
         """Those of each source, one source after another."""
         for source in self._of_one_vocabulary():

@@ -12,6 +12,7 @@ import numpy as np
 
 from fot_jax.common.errors import UserError
 from fot_jax.data.corpus import SHUFFLED_BYTES, Corpus, Part, dealt, shard_of, split_parts
+from fot_jax.data.documents import NoDocuments
 from fot_jax.data.tensorflow_imports import import_seqio, import_tensorflow
 
 MAX_EMPTY_PASSES = 8  # at the start of a run: by then every shard must have had a document
@@ -46,12 +47,12 @@ def tfds_source(corpus: Corpus, data_dir: str | None) -> tuple[Any, int]:
         builder = tfds.builder(name, data_dir=data_dir)
     except (ValueError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".: ")
-        raise UserError(
+        raise NoDocuments(
             f"{corpus.path}: {reason}: use a name from the catalog of TensorFlow Datasets, or of a "
             "data set in Text.data_dir"
         ) from error
     if not builder.info.splits:
-        raise UserError(
+        raise NoDocuments(
             f"{corpus.path}: not prepared yet: {_how_to_prepare(builder, name, data_dir)}"
         )
     fields = builder.info.features
@@ -131,11 +132,11 @@ class CorpusSource:
 
     def texts(self, split: str) -> Iterator[bytes]:
         """Of all documents, in order."""
-        return itertools.chain.from_iterable(part() for part in self._parts(split))
+        return itertools.chain.from_iterable(part() for part in self.parts(split))
 
     def lengths(self, split: str, shard: int, shards: int, seed: int) -> Iterator[int]:
         """Tokens of the documents that a shard has in its first passes, but in another order."""
-        parts = self._parts(split)
+        parts = self.parts(split)
         for number in range(min(MAX_EMPTY_PASSES, max_empty_passes(shards))):
             rng = np.random.default_rng((seed, number))
             for tokens in self._tokenized(dealt(parts, shard, shards, rng)):
@@ -144,7 +145,7 @@ class CorpusSource:
     def get_dataset(self, split, shuffle=True, seed=None, shard_info=None) -> Any:
         """Tokens of a shard. Where SeqIO repeats the dataset, every pass is shuffled anew."""
         tf = import_tensorflow()
-        parts = self._parts(split)
+        parts = self.parts(split)
         shard, shards = (shard_info.index, shard_info.num_shards) if shard_info else (0, 1)
         passes = itertools.count()
 
@@ -162,7 +163,12 @@ class CorpusSource:
         signature = {"targets": tf.TensorSpec([None], tf.int32)}
         return tf.data.Dataset.from_generator(rows, output_signature=signature)
 
-    def _parts(self, split: str) -> list[Part]:
+    def parts(self, split: str) -> list[Part]:
+        """What the split consists of, of which the first document is read.
+
+        Raises:
+          UserError: there is none, or the files are not all there.
+        """
         parts = split_parts(self._corpus, split)
         if all(next(part(), None) is None for part in parts):
             raise UserError(f"{self._corpus.path}: the {split} split is empty: give it some rows")

@@ -36,14 +36,18 @@ class DrawnSource:
         """One document."""
         raise NotImplementedError
 
+    def check_split(self, split: str) -> None:
+        """Refuses what is none of the three."""
+        if split not in SPLITS:
+            raise UserError(f"{type(self).__name__} has no split {split!r}: use one of {SPLITS}")
+
     def documents(self, split: str) -> Iterator[Document]:
         """The first `eval_documents` documents of a split; of train, those of seed 0.
 
         Raises:
           UserError: no such split.
         """
-        if split not in SPLITS:
-            raise UserError(f"{type(self).__name__} has no split {split!r}: use one of {SPLITS}")
+        self.check_split(split)
         return (self.document(split, 0, index) for index in range(self.eval_documents))
 
     def stream(

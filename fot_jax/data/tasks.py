@@ -85,13 +85,20 @@ class Text:
     def with_vocabulary(self, vocabulary: Vocabulary) -> Text:
         return dataclasses.replace(self, tokenizer=vocabulary)
 
+    def check_split(self, split: str) -> None:
+        """Looks up the split of every corpus, and reads the first row of it."""
+        for corpus, (source, _) in zip(self.corpora, self._sources, strict=True):
+            self._check_has(corpus, source, split)
+            if isinstance(source, CorpusSource):
+                source.parts(split)
+
     def documents(self, split: str) -> Iterator[Document]:
         """The documents of a split, one corpus after another, in the order of their files.
 
         Raises:
           UserError: no such split, nothing in it, a broken row (file:line), no such cache.
         """
-        self._check_split(split)
+        self.check_split(split)
         for corpus, task in zip(self.corpora, self._tasks, strict=True):
             documents = self._read(task, split=split, shuffle=False, num_epochs=1)
             first = next(documents, None)
@@ -116,7 +123,7 @@ class Text:
         Raises:
           UserError: as `documents`; or the first MAX_EMPTY_PASSES epochs have none for the shard.
         """
-        self._check_split("train")
+        self.check_split("train")
         endless = len(self.corpora) > 1
         epoch, taken = single_source_position(position)
         if endless:
@@ -166,16 +173,15 @@ class Text:
 
     @functools.cached_property
     def _tasks(self) -> list[Any]:
-        return [self._make_task(corpus) for corpus in self.corpora]
+        pairs = zip(self.corpora, self._sources, strict=True)
+        return [self._make_task(corpus, *source) for corpus, source in pairs]
 
-    def _make_task(self, corpus: Corpus) -> Any:
+    def _make_task(self, corpus: Corpus, source: Any, to_shuffle: int | None) -> Any:
         seqio = import_seqio()
         name = _task_name(corpus, self.vocabulary)
         if self.cache_dir is not None:
-            source, to_shuffle = cached_source(self.cache_dir, name, corpus)
             preprocessors = [_as_int32]
         else:
-            source, to_shuffle = self._source(corpus)
             preprocessors = [seqio.CacheDatasetPlaceholder()]
             if not isinstance(source, CorpusSource):
                 tokenize = _tokenize(self._tokens_of, corpus.text_field, self._failures)
@@ -189,6 +195,15 @@ class Text:
             preprocessors=preprocessors,
             shuffle_buffer_size=to_shuffle,
         )
+
+    @functools.cached_property
+    def _sources(self) -> list[tuple[Any, int | None]]:
+        """Of each corpus what is read, as `_source` gives it, or its cache."""
+        if self.cache_dir is None:
+            return [self._source(corpus) for corpus in self.corpora]
+        names = (_task_name(corpus, self.vocabulary) for corpus in self.corpora)
+        pairs = zip(names, self.corpora, strict=True)
+        return [cached_source(self.cache_dir, name, corpus) for name, corpus in pairs]
 
     def _source(self, corpus: Corpus) -> tuple[Any, int | None]:
         """A data source, and how many documents to shuffle among (None: it shuffles)."""
@@ -249,10 +264,6 @@ class Text:
                 return
 
     # --- Checks ----------------------------------------------------------------------------------
-
-    def _check_split(self, split: str) -> None:
-        for corpus, task in zip(self.corpora, self._tasks, strict=True):
-            self._check_has(corpus, task.source, split)
 
     def _check_has(self, corpus: Corpus, source: Any, split: str) -> None:
         if split in source.splits:

@@ -70,15 +70,12 @@ class DictionaryAccuracy:
     def _memory(self, size: int) -> MemoryConfig:
         return MemoryConfig(size, storage=self.storage, lookup=self.lookup, shared=True)
 
-    def check(self, model: ModelConfig) -> None:
-        """Any model will do."""
+    def check(self, model: ModelConfig, source: DocumentSource) -> None:
+        """Raises UserError where the documents are no dictionary lookup, or sizes do not fit."""
+        self._dictionary(source, self._sizes(model, source)[-1])
 
-    def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
-        """One row a size: tokens of dictionary, accuracy, value tokens asked for.
-
-        Raises:
-          UserError: the documents are no dictionary lookup, or there are fewer keys.
-        """
+    def _sizes(self, model: ModelConfig, source: DocumentSource) -> list[int]:
+        """Those that are measured, in whole windows, ascending."""
         if not isinstance(source, DictionaryLookup):
             raise UserError(
                 f"DictionaryAccuracy asks about a DictionaryLookup, not a {type(source).__name__}: "
@@ -90,18 +87,29 @@ class DictionaryAccuracy:
                 f"DictionaryAccuracy.sizes has {min(self.sizes)}, less than a window of "
                 f"{source.half} tokens (half of DictionaryLookup.document_tokens): leave it out"
             )
-        remembers = bool(lm.config.memory_layers)
-        if not remembers:
+        if not model.memory_layers:
             sizes = [size for size in sizes if size <= LONGEST_WINDOW]
             if not sizes:
                 raise UserError(
                     "the model has no memory, and DictionaryAccuracy.sizes are all more than the "
                     f"{LONGEST_WINDOW:,} tokens that it is given in a window: add smaller ones"
                 )
-        dictionary = source.dictionary(
-            np.random.default_rng((self.seed, 0)), sizes[-1] // source.half * source.records
-        )
-        ask = self._with_memory if remembers else self._in_one_window
+        return sizes
+
+    def _dictionary(self, source: DictionaryLookup, size: int) -> Records:
+        """Of the largest size."""
+        rng = np.random.default_rng((self.seed, 0))
+        return source.dictionary(rng, size // source.half * source.records)
+
+    def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
+        """One row a size: tokens of dictionary, accuracy, value tokens asked for.
+
+        Raises:
+          UserError: the documents are no dictionary lookup, or there are fewer keys.
+        """
+        sizes = self._sizes(lm.config, source)
+        dictionary = self._dictionary(source, sizes[-1])
+        ask = self._with_memory if lm.config.memory_layers else self._in_one_window
         rows = []
         for size, correct in ask(lm, source, dictionary, sizes):
             weights = source.weights_of_questions()

@@ -56,12 +56,13 @@ class PositiveMass:
         for d in self.ds:
             check_range("PositiveMass", 1, 4096, ds=d)
 
-    def check(self, model: ModelConfig) -> None:
-        """Raises UserError for a model without memory layers."""
+    def check(self, model: ModelConfig, source: DocumentSource) -> None:
+        """Raises UserError for a model without memory layers, or where the split is not there."""
         if not model.memory_layers:
             raise UserError(
                 "PositiveMass is of memory layers, and the model has none: leave it out"
             )
+        source.check_split(self.split)
 
     def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
         """One row a d and memory layer: d, layer, mass.
@@ -70,7 +71,7 @@ class PositiveMass:
           UserError: a model without memory layers; fewer documents of two windows than the largest
             d.
         """
-        self.check(lm.config)
+        self.check(lm.config, source)
         lm = lm.on_one_device()
         c, ds = lm.config, sorted(set(self.ds))
         params = {name: x for name, x in lm.params.items() if name != "layers"}

@@ -12,11 +12,13 @@ from typing import Any, Protocol
 import jax
 from etils import epath
 
+from fot_jax.checkpoints import loading
 from fot_jax.common.atomic import replacing, write_file
 from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
 from fot_jax.common.paths import absolute, path_of
-from fot_jax.data.documents import DocumentSource
+from fot_jax.data.documents import DocumentSource, NoDocuments
+from fot_jax.data.files import warn_once
 from fot_jax.evals.provenance import provenance
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.model.config import ModelConfig
@@ -33,10 +35,14 @@ class Eval(Protocol):
 
     name: str  # of its results, its plot and its metrics: no two evaluations may share one
 
-    def check(self, model: ModelConfig) -> None:
-        """Refuses what can be refused before anything is loaded or trained.
+    def check(self, model: ModelConfig, source: DocumentSource) -> None:
+        """Refuses what can be refused before anything is loaded or trained, in little time.
+
+        Args:
+          source: as `run` will get it; `source.check_split(split)` says whether it has a split.
 
         Raises:
+          NoDocuments: of the source or of another one; anything else has been checked.
           UserError: this evaluation does not fit the model, or something it needs is missing here.
         """
 
@@ -100,10 +106,28 @@ class Evaluation:
                     "another name"
                 )
 
-    def check(self, model: ModelConfig) -> None:
-        """Raises UserError where one of them does not fit the model, or lacks something here."""
+    def documents(self, source: DocumentSource) -> DocumentSource:
+        """What evaluations get, where training reads `source`, whose vocabulary they have."""
+        return source if self.source is None else self.source.with_vocabulary(source.vocabulary)
+
+    def check(self, model: ModelConfig, source: DocumentSource, elsewhere: bool = False) -> None:
+        """Checks every evaluation.
+
+        Args:
+          source: documents of training, with the vocabulary of the run.
+          elsewhere: documents may be on another machine: a warning says so.
+
+        Raises:
+          UserError: one of them does not fit the model, or lacks something here.
+        """
+        source = self.documents(source)
         for each in (*self.evals, *self.during):
-            each.check(model)
+            try:
+                each.check(model, source)
+            except (NoDocuments, OSError) as error:  # or a bucket that takes a login
+                if not elsewhere:
+                    raise
+                warn_once(f"whether there are splits to evaluate is not known here: {error}")
 
 
 @configurable(flags=("checkpoint", "output"))
@@ -130,13 +154,16 @@ def evaluate(
     """
     if not evaluation.evals:
         raise UserError("the experiment evaluates nothing: set Evaluation.evals")
-    lm = LanguageModel.load(checkpoint, dtype=dtype, devices=devices)
-    evaluation.check(lm.config)
-    plots = None if output is None else _directory_of(output)
+    config, vocabulary = loading.config_of(checkpoint), loading.vocabulary_of(checkpoint)
+    loading.check_rows(checkpoint, vocabulary, config.vocab_size)
     source = evaluation.source or source
-    if lm.vocabulary is not None:
-        source = source.with_vocabulary(lm.vocabulary)
-    else:
+    if vocabulary is not None:
+        source = source.with_vocabulary(vocabulary)
+    for each in evaluation.evals:
+        each.check(config, source)
+    plots = None if output is None else _directory_of(output)
+    lm = LanguageModel.load(checkpoint, dtype=dtype, devices=devices)
+    if vocabulary is None:
         lm = dataclasses.replace(lm, vocabulary=source.vocabulary)
     results = run_evals(lm, evaluation.evals, source, plots)
     if output is not None:

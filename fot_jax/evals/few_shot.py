@@ -86,13 +86,15 @@ class FewShot:
         for length in self.lengths:
             check_range("FewShot", 1, 2**30, lengths=length)
 
-    def check(self, model: ModelConfig) -> None:
-        """Raises UserError, whatever the model, where there are no questions."""
+    def check(self, model: ModelConfig, source: DocumentSource) -> None:
+        """Raises UserError, whatever the model, where there are no questions or demonstrations."""
         if not self.path or not path_of(self.path).is_dir():
             raise UserError(
                 f"FewShot.path = {self.path!r}: no such directory: give one with train.jsonl and "
                 f"{self.split}.jsonl, or the same as .jsonl.gz"
             )
+        for split in ("train", self.split):
+            self._examples(split)
 
     def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
         """One row a length: demonstrations, accuracy, half a 95 % interval of its mean, questions.
@@ -102,7 +104,7 @@ class FewShot:
         Raises:
           UserError: no rows, or rows of another form; a length without room for a question.
         """
-        self.check(lm.config)
+        self.check(lm.config, source)
         demonstrations = self._examples("train")
         questions = self._examples(self.split)[: self.questions]
         memory, rows = all_of_a_text(lm.config, self.storage, self.lookup), []

@@ -73,7 +73,7 @@ class LmEval:
         for length in self.lengths or ():
             check_range("LmEval", 1, 2**30, whole=True, lengths=length)
 
-    def check(self, model: ModelConfig) -> None:
+    def check(self, model: ModelConfig, source: DocumentSource) -> None:
         """Raises UserError, whatever the model, where there is no harness."""
         if importlib.util.find_spec("lm_eval") is None:
             raise UserError("LmEval needs the harness: pip install -e '.[lm_eval]'")
@@ -92,7 +92,7 @@ class LmEval:
           UserError: the harness is not installed, or knows no such task; or a task asks for what
             cannot be had of this model, or here.
         """
-        self.check(lm.config)
+        self.check(lm.config, source)
         for length in self.lengths or ():
             ruler.check(self.tasks, length, functools.partial(lm.encode, continues=True))
         with self._templates(lm) as templates, tempfile.TemporaryDirectory() as directory:

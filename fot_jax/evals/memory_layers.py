@@ -60,8 +60,8 @@ class MemoryLayerProbe:
             split=self.split,
         )
 
-    def check(self, model: ModelConfig) -> None:
-        """Raises UserError where the model has not as many layers."""
+    def check(self, model: ModelConfig, source: DocumentSource) -> None:
+        """Raises UserError where the model has not as many layers, or the split is not there."""
         if self.layers and max(self.layers) >= model.num_layers:
             raise UserError(
                 f"MemoryLayerProbe.layers has {max(self.layers)}: the model has layers 0 to "
@@ -72,6 +72,7 @@ class MemoryLayerProbe:
                 "MemoryLayerProbe is for models that a LLaMA can be made into, without "
                 "memory_before and memory_gate and with memory_positions"
             )
+        self._perplexity(self.memory_sizes).check(model, source)
 
     def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
         """One row a layer and size, the layer None first: layer, memory, perplexity, nats, tokens.

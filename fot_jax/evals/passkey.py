@@ -57,8 +57,8 @@ class PasskeyRetrieval:
         for length in self.lengths:
             check_range("PasskeyRetrieval", 1, 2**30, lengths=length)
 
-    def check(self, model: ModelConfig) -> None:
-        """Any model will do."""
+    def check(self, model: ModelConfig, source: DocumentSource) -> None:
+        """Any model, and any vocabulary, will do."""
 
     def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
         """One row a length and depth: tokens read, depth from 0 to 1, accuracy, numbers asked for.

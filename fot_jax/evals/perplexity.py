@@ -70,8 +70,13 @@ class PerplexityByContext:
     def _memory(self, size: int) -> MemoryConfig:
         return MemoryConfig(size, storage=self.storage, lookup=self.lookup, shared=self.multi_doc)
 
-    def check(self, model: ModelConfig) -> None:
-        """Any model will do."""
+    def check(self, model: ModelConfig, source: DocumentSource) -> None:
+        """Raises UserError, whatever the model, where the split is not there."""
+        self._of(source).check_split(self.split)
+
+    def _of(self, source: DocumentSource) -> DocumentSource:
+        """The documents to read, where those of the run are `source`."""
+        return source if self.source is None else self.source.with_vocabulary(source.vocabulary)
 
     def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
         """One row a memory size: memory, perplexity, nats, accuracy, tokens.
@@ -79,12 +84,10 @@ class PerplexityByContext:
         Raises:
           UserError: the split has no document of at least two windows.
         """
-        if self.source is not None:
-            source = self.source.with_vocabulary(source.vocabulary)
         window = lm.config.local_context
         remembers = bool(lm.config.memory_layers)
         sizes = sorted(set(self.memory_sizes))
-        batches = self._choose(source, window, sizes[-1])
+        batches = self._choose(self._of(source), window, sizes[-1])
         if not remembers:
             sizes = [0]
         elif lm.config.memory_before:

@@ -67,8 +67,8 @@ class RetrievalTable:
                 f"{self.memory}: lower it"
             )
 
-    def check(self, model: ModelConfig) -> None:
-        """Raises UserError for a model whose memory cannot be looked into."""
+    def check(self, model: ModelConfig, source: DocumentSource) -> None:
+        """Raises UserError for a model whose memory cannot be looked into, or without the split."""
         if not model.memory_layers or model.memory_before:
             raise UserError(
                 "RetrievalTable is of memory layers, and the model has none, or sees the window "
@@ -79,6 +79,7 @@ class RetrievalTable:
                 f"RetrievalTable.queries = {self.queries}: give at most the local context, "
                 f"{model.local_context}"
             )
+        source.check_split(self.split)
 
     def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
         """One row a query, layer by layer: layer, query (its place in the document), text, found,
@@ -91,7 +92,7 @@ class RetrievalTable:
           UserError: a model without a memory to choose from; no document is as long.
         """
         c = lm.config
-        self.check(c)
+        self.check(c, source)
         lm = lm.on_one_device()
         tokens = self._document(source, self.memory + c.local_context)
         found = _Found()

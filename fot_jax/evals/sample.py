@@ -44,8 +44,9 @@ class Sample:
         check_range("Sample", 0, 2**31 - 1, memory=self.memory)
         check_range("Sample", 0, LARGEST_SEED, seed=self.seed)
 
-    def check(self, model: ModelConfig) -> None:
-        """Any model will do."""
+    def check(self, model: ModelConfig, source: DocumentSource) -> None:
+        """Raises UserError, whatever the model, where the split is not there."""
+        source.check_split(self.split)
 
     def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
         """One row: the end of the prompt and what the model wrote.

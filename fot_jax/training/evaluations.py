@@ -28,9 +28,7 @@ class Evaluations:
     ):
         """`source`: documents of training, whose held-out splits serve if no others are set."""
         self._vocabulary = source.vocabulary
-        if evaluation.source is not None:
-            source = evaluation.source.with_vocabulary(source.vocabulary)
-        self._every, self._source = evaluation.every, source
+        self._every, self._source = evaluation.every, evaluation.documents(source)
         self._transformer, self._metrics, self._workdir = transformer, metrics, workdir
 
     def due(self, step: int) -> bool:

@@ -28,22 +28,39 @@ class Start(NamedTuple):
 
     Attributes:
       state: on the devices of the mesh.
-      source: documents, tokenized with the vocabulary of the run.
       history: of the steps before.
       lanes: their place in the documents; None at step 0.
     """
 
     state: TrainState
-    source: DocumentSource
     history: History
     lanes: LaneGroups | None = None
+
+
+def documents(
+    source: DocumentSource,
+    checkpointer: Checkpointer,
+    workdir: epath.Path,
+    initialize_from: str | None,
+) -> DocumentSource:
+    """`source` with the vocabulary of the workdir, if it has a checkpoint, else with that of the
+    checkpoint that the run starts from, if that has one.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    vocabulary = None
+    if checkpointer.steps():
+        vocabulary = load_vocabulary(workdir / "vocabulary")
+    elif initialize_from is not None:
+        vocabulary = loading.vocabulary_of(initialize_from)
+    return source if vocabulary is None else source.with_vocabulary(vocabulary)
 
 
 def resume(
     program: Program,
     checkpointer: Checkpointer,
     workdir: epath.Path,
-    source: DocumentSource,
     lane_groups: Iterable[int],
 ) -> Start | None:
     """The newest whole checkpoint of a workdir; None where it has none.
@@ -63,7 +80,6 @@ def resume(
     step = jax.device_put(np.int32(restored.step), template.step.sharding)
     return Start(
         state=template.restored(step, restored.params, restored.opt_state),
-        source=source.with_vocabulary(load_vocabulary(workdir / "vocabulary")),
         history=History(**restored.meta["history"]),
         lanes=restored.data,
     )
@@ -72,26 +88,22 @@ def resume(
 def begin(
     program: Program,
     model: ModelConfig,
-    source: DocumentSource,
     initialize_from: str | None,
     seed: int,
 ) -> Start:
-    """Step 0: parameters drawn from `seed`, or those of a checkpoint and its vocabulary.
+    """Step 0: parameters drawn from `seed`, or those of a checkpoint.
 
     Raises:
       UserError: the checkpoint cannot be read, or its parameters have other shapes.
     """
-    history = History()
     shardings = jax.tree.map(lambda x: x.sharding, program.state)
     state = jax.jit(program.init, out_shardings=shardings)(jax.random.key(seed))
     if initialize_from is not None:
         wanted, _ = lora.split(program.state.params)
         there, params = loading.load_params(initialize_from, wanted)
         state = state._replace(params=lora.joined(params, lora.split(state.params)[1]))
-        if (vocabulary := loading.vocabulary_of(initialize_from)) is not None:
-            source = source.with_vocabulary(vocabulary)
         warn_of_other_functions(initialize_from, there, model)
-    return Start(state, source, history)
+    return Start(state, History())
 
 
 def write_settings(

@@ -45,8 +45,9 @@ def test_a_cache_has_the_same_documents(tmp_path, monkeypatch):
     for i in (0, 17, len(long) // 2, 200):
         assert take(source, 3, 1, 2, position=stream[i][0]) == stream[i + 1 : i + 4]
     assert "no test split (there is: train, valid): make it with fot cache" in message_of(
-        lambda: list(source.documents("test"))
+        lambda: source.check_split("test")
     )
+    source.check_split("valid")
 
 
 def test_a_mixture_of_caches(tmp_path):

@@ -73,6 +73,9 @@ def test_a_split_is_one_source_after_another():
     source = mixture(1, 1, 1)
     documents = [*SHORT.documents("test"), *LONG.documents("test"), *LONGER.documents("test")]
     assert contents(source.documents("test")) == contents(documents)
+    source.check_split("test")
+    with pytest.raises(UserError, match="no split 'dev'"):
+        source.check_split("dev")
 
 
 @pytest.fixture

@@ -52,8 +52,9 @@ def test_a_data_set_of_tensorflow_datasets(books):
     for i in (0, 7, 14, 31):
         assert take(source, 3, 1, 2, position=stream[i][0]) == stream[i + 1 : i + 4]
     assert "no test split (there is: train, valid): use another" in message_of(
-        lambda: list(source.documents("test"))
+        lambda: source.check_split("test")
     )
+    source.check_split("valid")
     trained = dataclasses.replace(source, tokenizer=TrainedSentencePiece(300))
     assert trained.vocabulary.size == 300
 

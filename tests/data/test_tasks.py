@@ -331,10 +331,12 @@ def test_missing_directories_splits_and_documents(tmp_path):
     )
     source = text_over(write_corpus(tmp_path / "a", 1, train=["abc"], valid=[]))
     for split in ("test", "validation"):
-        message = message_of(lambda split=split: list(source.documents(split)))
-        assert f"a: no {split} split (there is: train, valid)" in message
-    assert "test.jsonl.gz" in message_of(lambda: list(source.documents("test")))
-    assert "a: the valid split is empty" in message_of(lambda: list(source.documents("valid")))
+        for read_or_check in source.documents, source.check_split:
+            message = message_of(lambda f=read_or_check, split=split: list(f(split) or ()))
+            assert f"a: no {split} split (there is: train, valid)" in message
+    assert "test.jsonl.gz" in message_of(lambda: source.check_split("test"))
+    assert "a: the valid split is empty" in message_of(lambda: source.check_split("valid"))
+    source.check_split("train")
     mixture = text_over(tmp_path / "a", write_corpus(tmp_path / "b", 1, valid=["abc"]))
     assert "b: no train split (there is: valid)" in message_of(lambda: take(mixture, 1))
     trained = text_over(tmp_path / "b", tokenizer=TrainedSentencePiece())

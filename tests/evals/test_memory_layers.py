@@ -89,6 +89,6 @@ def test_what_is_refused():
         with pytest.raises(UserError, match=line.replace("(", r"\(").replace(")", r"\)")):
             MemoryLayerProbe(**changes)
     with pytest.raises(UserError, match="layers has 3: the model has layers 0 to 2"):
-        MemoryLayerProbe((0, 3)).check(CONFIG)
+        MemoryLayerProbe((0, 3)).check(CONFIG, Documents())
     with pytest.raises(UserError, match="without memory_before and memory_gate"):
-        MemoryLayerProbe().check(tiny(memory_positions=False))
+        MemoryLayerProbe().check(tiny(memory_positions=False), Documents())
