@@ -12,7 +12,9 @@ from tqdm import tqdm
 
 
 @contextlib.contextmanager
-def bar(total: int, unit: str = "token", seconds: float = 30.0) -> Iterator[Callable[[int], None]]:
+def bar(
+    total: int, unit: str = "token", seconds: float = 30.0, name: str | None = None
+) -> Iterator[Callable[[int], None]]:
     """Gives a function to call with the number of tokens, or other units, just done.
 
     Process 0 shows progress on standard error: as a bar if that is a terminal, else as a line every
@@ -21,21 +23,25 @@ def bar(total: int, unit: str = "token", seconds: float = 30.0) -> Iterator[Call
     Args:
       total: units in all.
       unit: singular, "token".
+      seconds: between lines.
+      name: of what is being done.
     """
     if jax.process_index():
         yield lambda tokens: None
         return
     if sys.stderr.isatty():
-        with tqdm(total=total, unit=unit, unit_scale=True, dynamic_ncols=True) as shown:
+        options = {"unit": unit, "unit_scale": True, "dynamic_ncols": True}
+        with tqdm(desc=name, total=total, **options) as shown:
             yield shown.update
         return
     done, said = 0, time.monotonic()
+    before = f"{name}: " if name else ""
 
     def update(tokens: int) -> None:
         nonlocal done, said
         done += tokens
         if time.monotonic() - said > seconds:
             said = time.monotonic()
-            print(f"{done:,} of {total:,} {unit}s", file=sys.stderr, flush=True)
+            print(f"{before}{done:,} of {total:,} {unit}s", file=sys.stderr, flush=True)
 
     yield update

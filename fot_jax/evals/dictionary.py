@@ -121,7 +121,7 @@ class DictionaryAccuracy:
     def _with_memory(self, lm, source, dictionary, sizes) -> Iterator[tuple[int, np.ndarray]]:
         """(size, correct [windows, half]) of each size."""
         state, done = None, 0
-        with bar(sizes[-1]) as progress:
+        with bar(sizes[-1], name=self.name) as progress:
             for size in sizes:
                 records = slice(*(n // source.half * source.records for n in (done, size)))
                 windows = source.half_document(

@@ -83,7 +83,7 @@ class PositiveMass:
             self._batch(documents, ds[-1], c.local_context, rng) for _ in range(self.batches)
         ]
         rows = []
-        with bar(len(ds) * len(batches)) as progress:
+        with bar(len(ds) * len(batches), "measurement", name=self.name) as progress:
             for d in ds:
                 plan = crossbatch.make_plan(
                     PreviousContext(d), 2 * ds[-1], heads=c.num_heads, window=c.local_context

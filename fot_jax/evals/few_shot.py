@@ -112,7 +112,8 @@ class FewShot:
             len(lm.encode(self._written(question), continues=True)) for question in questions
         )
         last = last_context(lm.config, longest + self.answer_tokens)  # these have room beside it
-        with bar(len(self.lengths) * self.draws * len(questions)) as progress:
+        total = len(self.lengths) * self.draws * len(questions)
+        with bar(total, "question", name=self.name) as progress:
             for length in self.lengths:
                 found, shown = [], []
                 for draw in range(self.draws):

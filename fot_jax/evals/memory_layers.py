@@ -58,6 +58,7 @@ class MemoryLayerProbe:
             rows=self.rows,
             source=self.source,
             split=self.split,
+            name=self.name,
         )
 
     def check(self, model: ModelConfig, source: DocumentSource) -> None:

@@ -71,7 +71,8 @@ class PasskeyRetrieval:
         memory = all_of_a_text(lm.config, self.storage, self.lookup)
         rows = []
         cells = [(length, depth) for length in self.lengths for depth in range(self.depths)]
-        with bar(sum(length for length, _ in cells) * self.keys) as progress:
+        total = sum(length for length, _ in cells) * self.keys
+        with bar(total, name=self.name) as progress:
             for length, depth in cells:
                 share = depth / (self.depths - 1)
                 texts = list(self._texts(source.vocabulary, length, share))

@@ -93,9 +93,8 @@ class PerplexityByContext:
         elif lm.config.memory_before:
             sizes = [size for size in sizes if size <= window] or [0]
         rows = []
-        with bar(sum(self._tokens(batch, size, window) for size in sizes for batch in batches)) as (
-            progress
-        ):
+        total = sum(self._tokens(batch, size, window) for size in sizes for batch in batches)
+        with bar(total, name=self.name) as progress:
             for size in sizes:
                 sums = np.zeros(3)
                 for batch in batches:
