@@ -249,6 +249,8 @@ def _gin_message(error: Exception, file: str | None) -> str | None:
         return f"{missing[1]} needs {missing[2]}: {remedy}{'' if bare else ' = ...'}"
     if isinstance(error, SyntaxError):
         at = f"{os.path.relpath(error.filename)}:{error.lineno}" if error.filename else file
+        if line := _with_quotes((error.text or "").strip()):
+            return f"{at}: text takes quotes: {line if error.filename else f'--gin {line!r}'}"
         what = re.sub(r"(malformed node or string|invalid syntax).*\s+Failed", "Failed", error.msg)
         what = " ".join(what.rstrip(".").split())
         return f"{at}: {what}: a line is NAME = VALUE, or include 'FILE.gin'"
@@ -260,6 +262,25 @@ def _gin_message(error: Exception, file: str | None) -> str | None:
     if file and isinstance(error, TypeError):
         return f"{file}: {first}{place if where else ''}: give another value"
     return None
+
+
+def _with_quotes(line: str) -> str | None:
+    """A line as it was meant whose value is text without quotes; None for another one."""
+    found = re.fullmatch(
+        r"([\w./]+)\s*=\s*([^\s'\"@%()\[\]{},#][^'\"@()\[\]{},#]*?)\s*(#.*)?", line
+    )
+    if not found:
+        return None
+    *owner, parameter = found[1].split("/")[-1].split(".")  # without one: a macro
+    thing = _registered().get(owner[-1]) if owner else None
+    if owner and not (thing and _fits("", _hints(thing).get(parameter))):
+        return None
+    return f'{found[1]} = "{found[2]}"'
+
+
+def _hints(thing: Callable) -> dict[str, Any]:
+    """The annotations of what can be given to a function or class."""
+    return typing.get_type_hints(thing.__init__ if inspect.isclass(thing) else thing)
 
 
 def _circle() -> list[str] | None:
@@ -300,7 +321,7 @@ def _parameters_of(name: str) -> list[str]:
 def _checked(thing: Callable) -> Callable:
     """The same, but arguments that do not fit the annotations are a UserError that names them."""
     signature = inspect.signature(thing)
-    hints = typing.get_type_hints(thing.__init__ if inspect.isclass(thing) else thing)
+    hints = _hints(thing)
 
     @functools.wraps(thing, updated=())  # not with the members of a class
     def call(*args, **kwargs):

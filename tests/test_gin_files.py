@@ -102,6 +102,18 @@ def test_no_experiment_file(here, capsys, verb):
             "broken.gin:3: ",
         ),
         (
+            "a/Corpus.path = data/my texts  # from home",
+            'broken.gin:3: text takes quotes: a/Corpus.path = "data/my texts"',
+        ),
+        (
+            "TEXTS = gs://bucket/texts",
+            'broken.gin:3: text takes quotes: TEXTS = "gs://bucket/texts"',
+        ),
+        (
+            "Data.lanes = four",
+            "broken.gin:3: Failed to parse token 'four': a line is NAME = VALUE",
+        ),
+        (
             "Data.lanes = (4,",
             "broken.gin:3: a bracket or quote is not closed up to the end",
         ),
@@ -183,6 +195,11 @@ def test_bindings_that_gin_cannot_read(here, capsys):
         ),
         ("Dta.lanes = 4", "unknown name 'Dta' (--gin 'Dta.lanes = 4'); did you mean Data"),
         ("Data.lanes = ", "--gin 'Data.lanes = ': Unable to parse value"),
+        (
+            "Corpus.path = my_texts",
+            "--gin 'Corpus.path = my_texts': text takes quotes: --gin 'Corpus.path = \"my_texts\"'",
+        ),
+        ("Corpse.path = my_texts", "--gin 'Corpse.path = my_texts': Failed to parse token"),
         ("Data.lanes = (4", "--gin 'Data.lanes = (4': a bracket or quote is not closed"),
     ):
         line = refused_untouched(capsys, "train", "experiment.gin", "--gin", binding)
