@@ -46,7 +46,8 @@ def check(a: epath.PathLike, b: epath.PathLike) -> bool:
 
     Their configurations, but for rounding to float32; then tensors one by one; then logits of a
     text that is read as each of them reads it and, where their memory differs, of the same text
-    without memory: in float32, for which both models are held, one after the other.
+    without memory: in float32, for which both models are held, one after the other. The last line
+    says whether they agree.
 
     Returns:
       Whether they are the same, but for the rounding where their types differ.
@@ -62,7 +63,7 @@ def check(a: epath.PathLike, b: epath.PathLike) -> bool:
     }
     for name, (one, other) in differences.items():
         print(f"{name}: {one} in {a}, {other} in {b}")
-    same_tensors = _check_tensors(ours, theirs)
+    same_tensors, apart = _check_tensors(ours, theirs)
     of_memory = [name for name in differences if name.startswith("memory_")]
     if ours.config.vocab_size == theirs.config.vocab_size:
         _check_logits(a, b, ours.config, bool(of_memory))
@@ -72,15 +73,21 @@ def check(a: epath.PathLike, b: epath.PathLike) -> bool:
         and {*differences} <= {*of_memory, *_SETTINGS_OF_READING, "local_context"}
     ):
         print(f"the same model, but for {', '.join(differences)}")
-    return same_tensors and not differences
+    agree = same_tensors and not differences
+    settings = f"{', '.join(differences)}; " if differences else ""
+    print(f"agree: {apart}" if agree else f"differ: {settings}{apart}")
+    return agree
 
 
-def _check_tensors(ours: Reader, theirs: Reader) -> bool:
-    """Prints the largest difference between tensors. Returns whether there is none."""
+def _check_tensors(ours: Reader, theirs: Reader) -> tuple[bool, str]:
+    """Prints the largest difference between tensors.
+
+    Returns whether there is none but for rounding, and what it was, with what is passed.
+    """
     there = {(each.path, each.layer): each for each in tensors.of_model(theirs.config)}
     compared = identical = rounded = 0
     worst, worst_of = Difference(0.0, 0.0, ()), None
-    same = True
+    same, types = True, set()
     listed = tensors.by_parameter(ours.config)
     with bar(len(listed), "tensor") as progress:
         for each in listed:
@@ -96,6 +103,7 @@ def _check_tensors(ours: Reader, theirs: Reader) -> bool:
             compared, identical = compared + 1, identical + (found.size == 0)
             narrower = min(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize)
             if found.size and x.dtype != y.dtype:
+                types.add(narrower.name)
                 rounded += largest_difference(x.astype(narrower), y.astype(narrower)).size == 0
             if found.size > worst.size:
                 worst, worst_of = found, each.name
@@ -109,7 +117,10 @@ def _check_tensors(ours: Reader, theirs: Reader) -> bool:
             f"largest difference: {worst.size:.3g} (values up to {worst.largest:.3g}) in "
             f"{worst_of} at {list(worst.where)}"
         )
-    return same and identical + rounded == compared
+    others = "" if same else "tensors of other shapes; "
+    tolerance = f"rounding to {', '.join(sorted(types))}" if types else "none"
+    apart = f"{others}largest difference of tensors {worst.size:.3g}, tolerance {tolerance}"
+    return same and identical + rounded == compared, apart
 
 
 def _check_logits(a: epath.PathLike, b: epath.PathLike, c: ModelConfig, plain: bool) -> None:
