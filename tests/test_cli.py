@@ -208,7 +208,7 @@ def test_checkpoints_of_another_experiment(here, trained, capsys):
     assert "(2, 16, 16) in the checkpoint and (3, 16, 16) in this experiment" in line
     start = bind('train.initialize_from = "nowhere"')
     assert refused(capsys, "train", "experiment.gin", "--workdir", "other", *start) == (
-        "nowhere: no checkpoint here: give a workdir or a step inside its checkpoints"
+        "nowhere: does not exist: give a workdir or a step inside its checkpoints"
     )
 
 
@@ -239,7 +239,7 @@ def test_evaluates_what_the_experiment_evaluates(here, trained, capsys):
 def test_checkpoints_that_cannot_be_evaluated(here, trained, capsys):
     output = "--output", "results.json"
     assert refused_untouched(capsys, *evaluate("nowhere", *output)) == (
-        "nowhere: no checkpoint here: give a workdir or a step inside its checkpoints"
+        "nowhere: does not exist: give a workdir or a step inside its checkpoints"
     )
     assert refused_untouched(capsys, *evaluate(here, *output)).endswith(
         "no checkpoint here: give a workdir or a step inside its checkpoints"

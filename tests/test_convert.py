@@ -291,7 +291,8 @@ def two(tmp_path, monkeypatch):
 def test_checking_the_same(two, capsys):
     fot("to-hf", "b", "c")
     assert fot("check", "b", "c") == 0
-    lines = capsys.readouterr().out.splitlines()[-2:]
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    assert lines[2] == "agree: largest difference of tensors 0, tolerance none"
     assert lines[0] == "30 tensors compared, 30 the same"
     assert lines[1].startswith(
         "logits of 200 tokens in windows of 16, with memory: largest difference 0 (values up to"
@@ -306,7 +307,9 @@ def test_checking_a_model_with_memory_and_what_it_came_from(two, capsys, dtype, 
     for pair in (("a", "c"), ("c", "a")):
         capsys.readouterr()
         assert fot("check", *pair) == 1
-        lines = [line for line in capsys.readouterr().out.splitlines() if "largest" not in line]
+        *lines, last = capsys.readouterr().out.splitlines()
+        assert last.startswith("differ: memory_layers")
+        lines = [line for line in lines if "largest" not in line]
         values = {"a": "()", "c": "(1,)"}
         first, second = pair
         assert lines[0] == (
@@ -381,7 +384,9 @@ def test_checking_what_was_rounded(two, capsys, dtype):
         assert fot("check", *pair) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[0] == "30 tensors compared, 0 the same, 30 after rounding"
-        assert lines[1].startswith("largest difference: ")
+        size = re.match(r"largest difference: ([\d.e-]+) ", lines[1])[1]
+        verdict = f"agree: largest difference of tensors {size}, tolerance rounding to {dtype}"
+        assert lines[-1] == verdict
     llamas.edit(two / "c", rope_theta=7.0)
     assert fot("check", "b", "c") == 1
     assert "rope_theta: 10000.0 in b, 7.0 in c" in capsys.readouterr().out
@@ -400,6 +405,7 @@ def test_checking_what_differs(two, capsys):
     assert lines[0] == "30 tensors compared, 28 the same"
     assert lines[1].startswith("largest difference: 0.25 (values up to ")
     assert lines[1].endswith("in model.layers.2.mlp.down_proj.weight at [5, 7]")
+    assert lines[-1] == "differ: largest difference of tensors 0.25, tolerance none"
     content["model.norm.weight"][3] = np.nan
     save_file(content, path)
     assert fot("check", "b", "c") == 1
@@ -413,6 +419,7 @@ def test_checking_models_of_different_shapes(two, capsys):
     assert "num_layers: 3 in a, 2 in d" in out and "mlp_dim: 48 in a, 40 in d" in out
     assert "model.layers.0.mlp.up_proj.weight: [48, 32] and [40, 32]" in out
     assert "model.layers.2.self_attn.q_proj.weight: [32, 32] and missing" in out
+    assert "; tensors of other shapes; largest difference of tensors " in out.splitlines()[-1]
 
 
 # --- Memory, signals -----------------------------------------------------------------------------
@@ -508,10 +515,10 @@ def refused(capsys, *argv):
 
 def test_what_is_refused(two, capsys):
     assert refused(capsys, "from-hf", "none", "out") == (
-        "none: no config.json: give a Hugging Face model directory"
+        "none: does not exist: give a Hugging Face model directory"
     )
     assert refused(capsys, "from-hf", "b", "out").startswith("b: no config.json")
-    assert refused(capsys, "to-hf", "none", "out").startswith("none: no checkpoint here")
+    assert refused(capsys, "to-hf", "none", "out").startswith("none: does not exist")
     assert refused(capsys, "from-hf", "a", "b") == (
         "b: exists and is not empty: give a new directory"
     )

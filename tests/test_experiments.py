@@ -272,7 +272,7 @@ def test_evaluations_of_a_run_that_is_done(name, capsys, elsewhere):
     paths = re.findall(r"--gin '(\w+ = \"DIR\")'", file.read_text())
     argv += [word for path in paths for word in ("--gin", path)]
     assert cli.main([*argv, "--checkpoint", "nowhere"]) == 2
-    assert capsys.readouterr().err.startswith("fot: error: nowhere: no checkpoint here")
+    assert capsys.readouterr().err.startswith("fot: error: nowhere: does not exist")
     evaluations = gin.get_configurable("Evaluation")().evals
     assert evaluations and all(each.name for each in evaluations)
 

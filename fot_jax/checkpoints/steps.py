@@ -32,6 +32,8 @@ def locate(path: epath.PathLike) -> tuple[epath.Path, list[int]]:
     for directory in (path / "checkpoints", path):
         if steps := complete_steps(directory):
             return directory, steps
+    if not path.exists():
+        raise UserError(f"{path}: does not exist: give a workdir or a step inside its checkpoints")
     raise UserError(f"{path}: no checkpoint here: give a workdir or a step inside its checkpoints")
 
 

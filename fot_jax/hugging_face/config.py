@@ -87,7 +87,8 @@ class Fields:
     def __init__(self, directory: epath.PathLike, name: str = CONFIG):
         self.path = epath.Path(directory) / name
         if not is_file(self.path):
-            raise UserError(f"{directory}: no {name}: give a Hugging Face model directory")
+            what = f"no {name}" if path_of(directory).exists() else "does not exist"
+            raise UserError(f"{directory}: {what}: give a Hugging Face model directory")
         try:
             self.values = json.loads(self.path.read_text())
         except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError

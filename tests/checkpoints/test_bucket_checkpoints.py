@@ -155,7 +155,7 @@ def test_what_is_refused(model, bucket, cloud, capsys):
 
     assert "a pickle, of which no part can be read alone: copy" in refused(f"{bucket.url}/pickle")
     assert refused(f"{bucket.url}/empty").startswith(f"{bucket.url}/empty: no checkpoint here")
-    assert refused(f"{bucket.url}/emp").startswith(f"{bucket.url}/emp: no checkpoint here")
+    assert refused(f"{bucket.url}/emp").startswith(f"{bucket.url}/emp: does not exist")
     assert refused("gs://no-such/x") == "gs://no-such: there is no such bucket: correct the name"
     assert (
         refused(f"{bucket.url}/a*")

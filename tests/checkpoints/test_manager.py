@@ -309,9 +309,11 @@ def test_a_workdir_its_checkpoints_and_a_step_are_found(saved, tmp_path):
     assert restore_params(tmp_path / "run").step == 2
     assert restore_params(str(tmp_path / "run" / "checkpoints")).step == 2
     assert restore_params(tmp_path / "run" / "checkpoints" / "1").step == 1
-    for nothing in (tmp_path, tmp_path / "run" / "checkpoints" / "3", tmp_path / "none"):
-        with pytest.raises(UserError, match="no checkpoint here"):
+    for nothing in (tmp_path / "run" / "checkpoints" / "3", tmp_path / "none"):
+        with pytest.raises(UserError, match=f"{nothing.name}: does not exist: give a workdir"):
             restore_params(nothing)
+    with pytest.raises(UserError, match="no checkpoint here"):
+        restore_params(tmp_path)
 
 
 def test_a_model_comes_with_its_configuration(tmp_path):

@@ -231,7 +231,7 @@ def test_bad_input_is_one_line(workdir, capsys, tmp_path, monkeypatch):
         assert line.startswith(message), line
         assert runs.files(tmp_path) == before and not Path("new").exists()
     line = refused(capsys, "generate", "--checkpoint", "gone", "--prompt", "a")
-    assert line.startswith("gone: no checkpoint here: give a workdir")
+    assert line.startswith("gone: does not exist: give a workdir")
 
 
 def test_a_saved_memory_keeps_what_it_is(workdir, capsys, tmp_path):
