@@ -15,6 +15,7 @@ from fot_jax.checkpoints.manager import Checkpointer
 from fot_jax.common.agreement import Agreement
 from fot_jax.common.configurable import configurable
 from fot_jax.common.paths import path_of
+from fot_jax.common.progress import said_if_slow
 from fot_jax.data.lanes import Lanes
 from fot_jax.data.prefetch import Prefetch
 from fot_jax.evals.evaluate import Evaluation
@@ -131,7 +132,8 @@ def train(
         workdir / "checkpoints", keep_last=checkpoints.keep_last, keep_every=checkpoints.keep_every
     )
     source = start.documents(data.source, checkpointer, workdir, initialize_from)
-    check_vocabulary(source, model)
+    with said_if_slow("reading the tokenizer, or documents to train one"):
+        check_vocabulary(source, model)
     evaluation.check(model, source)
     rows_here = partitioning.owned_rows(program.mesh, program.rows)
     owned, mine = partitioning.groups_of(rows_here, program.rows // data.lane_groups)
@@ -163,7 +165,8 @@ def train(
         return {k: jax.make_array_from_process_local_data(by_rows, batch[k][mine]) for k in batch}
 
     # Read before anything is written, so that bad data leaves no trace in the workdir.
-    ready = [(place(next(lanes)), lanes.snapshot())] if first_step < steps else []
+    with said_if_slow("reading documents, up to those of the first step"):
+        ready = [(place(next(lanes)), lanes.snapshot())] if first_step < steps else []
     checkpointer.open()
     start.write_settings(
         workdir, config_text(), source=source, initialize_from=initialize_from, resumed=resumed
@@ -205,6 +208,10 @@ def train(
             now_d = None if d is None else d.at(step - 1, now_d, reports.history.accuracy(step - 2))
             began, compiles = time.perf_counter(), now_d not in compiled
             compiled.add(now_d)
+            if compiles:
+                metrics.say(
+                    f"compiling the training step{'' if d is None else f' for d = {now_d}'}"
+                )
             batch, snapshot = ready.pop() if ready else next(batches)
             train_step = program.step_of(now_d)  # training/step.py, compiled for this d
             state, info = train_step(state, batch)
@@ -216,7 +223,7 @@ def train(
             more = {}
             if positive_mass_every and step % positive_mass_every == 0:
                 more = program.positive_mass(now_d, state.params, batch)
-            pending = Report(step, now_d, info, ended, more)
+            pending = Report(step, now_d, info, ended, compiles, more)
             profile.stop(step, state)
             stopped = signals.agreed(agreement, step)
             ends = stopped or step == steps

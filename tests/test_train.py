@@ -235,8 +235,8 @@ def test_metrics_have_what_was_asked_for_at_its_steps(trained):
     assert evaluated == {5: names["valid"], 10: names["valid"], 12: names["test"]}
 
 
-def test_a_save_is_no_part_of_the_steps_around_it(tmp_path, one_device, monkeypatch):
-    """A step here takes some milliseconds."""
+def test_a_save_is_no_part_of_the_steps_around_it(tmp_path, one_device, monkeypatch, capsys):
+    """Nor compiling part of the time left. A step here takes some milliseconds."""
     save, saving = Checkpointer.save, 2.0
 
     def slow(*args, **kwargs):
@@ -246,6 +246,9 @@ def test_a_save_is_no_part_of_the_steps_around_it(tmp_path, one_device, monkeypa
     monkeypatch.setattr(Checkpointer, "save", slow)
     experiment = write(tmp_path, runs.DICTIONARY)
     assert runs.train(experiment, tmp_path / "run", "Checkpoints.every = 6") == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "step" in line]
+    assert said[0] == "compiling the training step" and said[1].startswith("step 1/12  loss ")
+    assert ["ETA" in line for line in said[1:]] == [False, *[True] * 11]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     _, *rows = [json.loads(line) for line in lines]  # the first step is compiled
     assert len(rows) == 11

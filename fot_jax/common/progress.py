@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
 import jax
 from tqdm import tqdm
+
+
+@contextlib.contextmanager
+def said_if_slow(text: str, seconds: float = 5.0) -> Iterator[None]:
+    """Process 0 says on standard error what is going on, if the block takes longer than that."""
+
+    def say():
+        print(text, file=sys.stderr, flush=True)
+
+    timer = threading.Timer(seconds, say)
+    if jax.process_index() == 0:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager

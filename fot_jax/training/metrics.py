@@ -188,8 +188,20 @@ class Metrics:
                 total=steps, initial=first_step, file=self._console, unit="step", dynamic_ncols=True
             )
 
+    def timed_from(self, step: int, ended: float) -> None:
+        """Leaves a step that was compiled, and those before it, out of the speed of later ones."""
+        self._ends = [(step, ended)]
+        if self._speaks and self._bar is not None:
+            self._bar.n = self._bar.last_print_n = self._bar.initial = step
+            self._bar.unpause()
+
     def training(
-        self, step: int, ended: float, values: Mapping[str, Any], flops: float | None = None
+        self,
+        step: int,
+        ended: float,
+        values: Mapping[str, Any],
+        flops: float | None = None,
+        compiled: bool = False,
     ) -> None:
         """Writes and shows what training measured, with its speed since the last call's step.
 
@@ -201,6 +213,7 @@ class Metrics:
           ended: when the step ended, by time.perf_counter.
           values: name -> number; loss, perplexity and d are shown where present.
           flops: model FLOPs of one of the steps since the last call.
+          compiled: whether the step was, meanwhile, so that the time left cannot be told from it.
         """
         # Threads see steps end, and may be late where something else, a profile say, holds Python.
         ended = max(ended, self._ends[-1][1])
@@ -217,7 +230,8 @@ class Metrics:
             speed["utilisation"] = utilisation(flops, seconds, self._peak)
         self.write(step, {**values, **speed})
         if self._speaks:
-            self._show(step, values, speed["tokens_per_second"], seconds * (self._steps - step))
+            left = None if compiled else seconds * (self._steps - step)
+            self._show(step, values, speed["tokens_per_second"], left)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes numbers of a step to the files alone.
@@ -292,7 +306,8 @@ class Metrics:
             if self._bar is not None:
                 self._bar.close()
 
-    def _show(self, step: int, values: Mapping[str, Any], rate: float, left: float) -> None:
+    def _show(self, step: int, values: Mapping[str, Any], rate: float, left: float | None) -> None:
+        """`left`: seconds; None: not known."""
         shown = {
             "loss": f"{float(values['loss']):.4f}" if "loss" in values else None,
             "perplexity": f"{float(values['perplexity']):.4g}" if "perplexity" in values else None,
@@ -304,9 +319,10 @@ class Metrics:
             self._bar.set_postfix(shown, refresh=False)  # the bar adds the time left itself
             self._bar.update(step - self._bar.n)
             return
-        eta = datetime.timedelta(seconds=round(left))
+        if left is not None:
+            shown["ETA"] = str(datetime.timedelta(seconds=round(left)))
         line = "  ".join(f"{name} {text}" for name, text in shown.items())
-        print(f"step {step}/{self._steps}  {line}  ETA {eta}", file=self._console, flush=True)
+        print(f"step {step}/{self._steps}  {line}", file=self._console, flush=True)
 
 
 def _open(path: epath.Path) -> IO[bytes]:

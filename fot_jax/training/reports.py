@@ -27,6 +27,7 @@ class Report(NamedTuple):
       d: that the schedule gave, if there is one.
       info: on the devices.
       ended: waits for the step, and says when it ended by time.perf_counter.
+      compiled: whether it was, before it ran.
       more: further numbers for the metrics.
     """
 
@@ -34,6 +35,7 @@ class Report(NamedTuple):
     d: int | None
     info: StepInfo
     ended: Callable[[], float]
+    compiled: bool
     more: dict[str, float]
 
 
@@ -77,6 +79,8 @@ class Reports:
             self._skipped(step, info)
         if step % self._log_every == 0 or step == self._steps:
             self._write(report, float(info.grad_norm))
+        if report.compiled:
+            self._metrics.timed_from(step, report.ended())
 
     def add_seconds(self, seconds: float) -> None:
         """Counts the seconds of a step as productive."""
@@ -114,4 +118,5 @@ class Reports:
             ended=report.ended(),
             values={**values, **report.more},
             flops=self._program.flops_of(report.d),
+            compiled=report.compiled,
         )

@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 
 from fot_jax.common import progress
 
@@ -9,6 +10,14 @@ from fot_jax.common import progress
 class Terminal(io.StringIO):
     def isatty(self):
         return True
+
+
+def test_what_is_going_on_is_said_where_it_takes_long(capsys):
+    with progress.said_if_slow("at once"):
+        pass
+    with progress.said_if_slow("slowly", seconds=0):
+        while not capsys.readouterr().err == "slowly\n":
+            time.sleep(0.01)
 
 
 def test_a_bar_on_a_terminal(monkeypatch):

@@ -174,6 +174,17 @@ def test_plain_lines_off_a_terminal(tmp_path):
     assert second == "saved"
 
 
+def test_the_time_left_is_that_of_steps_that_were_not_compiled(tmp_path):
+    console, start = io.StringIO(), time.perf_counter()
+    m = open_metrics(tmp_path, console=console)
+    m.training(1, start + 100, {}, compiled=True)
+    m.timed_from(1, start + 100)
+    m.training(2, start + 103, {})
+    assert rows(tmp_path)[1]["seconds_per_step"] == pytest.approx(3)
+    first, second = console.getvalue().splitlines()
+    assert "ETA" not in first and second.endswith("  ETA 0:00:24")
+
+
 def test_a_bar_on_a_terminal(tmp_path):
     class Terminal(io.StringIO):
         def isatty(self):
@@ -181,6 +192,7 @@ def test_a_bar_on_a_terminal(tmp_path):
 
     console = Terminal()
     m = open_metrics(tmp_path, first_step=4, console=console)
+    m.timed_from(5, 0.0)
     m.training(6, 0.0, {"loss": 1.25})
     m.say("a line of its own")
     m.close()
