@@ -178,3 +178,24 @@ def llama3_1_8b(**overrides: Any) -> ModelConfig:
         rope_scaling=RopeScaling(factor=8.0),
     )
     return _override(config, overrides)
+
+
+@configurable
+def smollm2_135m(**overrides: Any) -> ModelConfig:
+    """SmolLM2 135M; memory layers and window of experiments/smollm2_135m_fot.gin."""
+    config = dataclasses.replace(
+        _OPENLLAMA_7B,
+        vocab_size=49_152,
+        hidden_size=576,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        mlp_dim=1536,
+        memory_layers=(8, 12, 18),
+        local_context=512,
+        norm_epsilon=1e-5,
+        rope_theta=100_000.0,
+        tie_embeddings=True,
+    )
+    return _override(config, overrides)

@@ -29,6 +29,7 @@ NAMED = list(configurables_of(sizes))
         (sizes.code_llama_7b, 6_738_546_688),
         (sizes.llama3_2_1b, 1_235_814_400),
         (sizes.llama3_1_8b, 8_030_261_248),
+        (sizes.smollm2_135m, 134_515_008),
     ],
 )
 def test_parameters_as_published(name, published):
