@@ -32,7 +32,7 @@ from fot_jax.data.vocabulary import Vocabulary
 from fot_jax.gguf import directory as gguf_directory
 from fot_jax.gguf import weights as gguf_weights
 from fot_jax.hugging_face import config as configs
-from fot_jax.hugging_face import peft, tensors, tokenizers, weight_files
+from fot_jax.hugging_face import model_card, peft, tensors, tokenizers, weight_files
 from fot_jax.model.config import ModelConfig
 
 DTYPES = {dtype.name: dtype for dtype in weight_files.DTYPES.values()}
@@ -143,6 +143,15 @@ def to_hugging_face(
         (half / configs.CONFIG).write_text(_json_text(values))
         if configs.is_directory(_hugging_face_files(content)):
             _ensure_same_tokens(loading.vocabulary_of(content.directory), half)
+        kept, of_run = _hugging_face_files(content), content.directory
+        model_card.write(
+            half,
+            name=output.name,
+            c=c,
+            parameters=sum(math.prod(shape) for shape, _ in content.arrays.values()),
+            base=kept if configs.is_directory(kept) else None,
+            workdir=None if configs.is_directory(of_run) else of_run,
+        )
         _checked_output(output)  # or what has come there since would be lost
     _report(output, c, dtype_of)
 

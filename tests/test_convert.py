@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import huggingface_hub
 import llamas
 import numpy as np
 import pytest
@@ -135,6 +136,55 @@ def test_the_other_files_come_along(tmp_path):
         assert same, name
     values = json.loads((tmp_path / "c" / "config.json").read_text())
     assert (values["bos_token_id"], values["eos_token_id"]) == (3, 7)
+
+
+CARD_OF_THE_BASE = """---
+license: apache-2.0
+language: [en]
+model_name: Some Model
+tags: [theirs]
+---
+# Some Model
+Said of it.
+"""
+
+
+def test_the_model_card(here, one_device):
+    """Licence and name come from the base model's, what was trained and measured from the run."""
+    llamas.save(
+        here / "a",
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    (here / "a" / "README.md").write_text(CARD_OF_THE_BASE)
+    (here / "a" / "LICENSE").write_text("may be used")
+    start = 'train.initialize_from = "a"'
+    evaluated = (
+        "train.evaluation = @Evaluation()",
+        "Evaluation.evals = (@PerplexityByContext(),)",
+        "PerplexityByContext.memory_sizes = (0, 16)",
+    )
+    assert runs.train("experiment.gin", "run", start, "train.steps = 2", *evaluated) == 0
+    assert fot("to-hf", "run", "out") == 0
+    card = huggingface_hub.ModelCard.load(here / "out" / "README.md")
+    data = card.data.to_dict()
+    assert (data["license"], data["language"]) == ("apache-2.0", ["en"])
+    assert "theirs" not in data["tags"] and data["library_name"] == "transformers"
+    assert "derive from Some Model, whose licence is apache-2.0" in card.text
+    assert (here / "out" / "LICENSE").read_text() == "may be used"
+    last = runs.curve("run")[-1]
+    name, value = next((k, x) for k, x in last.items() if "_perplexity/" in k)
+    assert f"| {name} | {value:.4g} | 2 |" in card.text
+    assert "to step 2, from" in card.text and "train.steps = 2" in card.text
+    assert fot("to-hf", "a", "plain") == 0
+    plain = huggingface_hub.ModelCard.load(here / "plain" / "README.md")
+    assert "without memory" in plain.text and "Training" not in plain.text
+    (here / "a" / "README.md").write_text("---\n]: [\n---\nno YAML")
+    assert fot("to-hf", "a", "odd") == 0
+    assert "says nothing of its licence" in (here / "odd" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

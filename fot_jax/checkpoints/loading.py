@@ -18,7 +18,7 @@ from fot_jax.data.hugging_face_tokenizer import HuggingFaceTokenizer
 from fot_jax.data.saved_vocabulary import load_vocabulary
 from fot_jax.data.vocabulary import Vocabulary
 from fot_jax.hugging_face import config as configs
-from fot_jax.hugging_face import tokenizers
+from fot_jax.hugging_face import model_card, tokenizers
 from fot_jax.hugging_face.tensors import Reader
 from fot_jax.model.config import ModelConfig
 from fot_jax.model.parameters import parameters_by_layer
@@ -88,7 +88,8 @@ def keep_files(path: epath.PathLike, workdir: epath.Path) -> None:
     """Copies the files of `files_of` into a workdir, for `fot convert to-hf` to copy back."""
     if (source := files_of(path)) is not None:
         (workdir / KEPT).mkdir(exist_ok=True)
-        for name in (configs.CONFIG, tokenizers.GENERATION, *tokenizers.FILES):
+        names = (configs.CONFIG, tokenizers.GENERATION, *tokenizers.FILES)
+        for name in (*names, model_card.CARD, *model_card.LICENSES):
             if (source / name).exists():
                 (source / name).copy(workdir / KEPT / name, overwrite=True)
 

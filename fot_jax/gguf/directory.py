@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import huggingface_hub
 from etils import epath
 
 from fot_jax.data.hugging_face_tokenizer import HuggingFaceTokenizer
 from fot_jax.gguf import tokenizer, weights
 from fot_jax.gguf.weights import File
-from fot_jax.hugging_face import tokenizers
+from fot_jax.hugging_face import model_card, tokenizers
 from fot_jax.hugging_face.config import CONFIG
 
 
 def write(file: File, directory: epath.Path) -> HuggingFaceTokenizer:
-    """Writes config.json, the tokenizer's files, and where generation ends.
+    """Writes config.json, the tokenizer's files, where generation ends, and a card.
 
     Returns:
       The tokenizer.
@@ -32,7 +33,16 @@ def write(file: File, directory: epath.Path) -> HuggingFaceTokenizer:
     }
     for name, content in ((CONFIG, {**config, **marks}), (tokenizers.GENERATION, marks)):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
+    if said := _said_of(file):
+        huggingface_hub.metadata_save(directory / model_card.CARD, said)
     tokenizers.write(vocabulary, directory)
     if (template := tokenizer.chat_template_of(file)) is not None:
         (directory / "chat_template.jinja").write_text(template)
     return vocabulary
+
+
+def _said_of(file: File) -> dict[str, Any]:
+    """Name, licence and languages of the model, as model cards call them."""
+    names = {"name": "model_name", "license": "license", "languages": "language"}
+    said = {card: file.settings.get(f"general.{name}") for name, card in names.items()}
+    return {card: x for card, x in said.items() if x and isinstance(x, str | list)}
