@@ -22,7 +22,7 @@ from fot_jax.evals.evaluate import Evaluation
 from fot_jax.model import schemes
 from fot_jax.model.config import ModelConfig
 from fot_jax.model.lora import Lora
-from fot_jax.training import partitioning, start
+from fot_jax.training import needs, partitioning, start
 from fot_jax.training.checks import (
     check_first_step,
     check_numbers,
@@ -200,21 +200,22 @@ def train(
     evaluations = Evaluations(evaluation, source, program.transformer, metrics, workdir)
 
     with stop_signals() as signals, contextlib.closing(batches), contextlib.closing(metrics):
-        pending, now_d, compiled, stopped = None, history.d, set(), None
+        pending, now_d, compiled, stopped = None, history.d, {}, None
         if resumed and evaluations.due(first_step) and first_step < steps:
             evaluations.run(evaluation.during, state.params, first_step)  # in case it was cut off
         for step in range(first_step + 1, steps + 1):
             profile.start(step)
             now_d = None if d is None else d.at(step - 1, now_d, reports.history.accuracy(step - 2))
             began, compiles = time.perf_counter(), now_d not in compiled
-            compiled.add(now_d)
             if compiles:
                 metrics.say(
                     f"compiling the training step{'' if d is None else f' for d = {now_d}'}"
                 )
+                compiled[now_d] = program.compile(now_d)
+                if len(compiled) == 1 and jax.default_backend() == "cpu":
+                    metrics.say(needs.memory_line(compiled[now_d]))
             batch, snapshot = ready.pop() if ready else next(batches)
-            train_step = program.step_of(now_d)  # training/step.py, compiled for this d
-            state, info = train_step(state, batch)
+            state, info = compiled[now_d](state, batch)
             ended = when_ready(info)
             if pending is not None:
                 reports.finish(pending)

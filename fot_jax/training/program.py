@@ -48,7 +48,7 @@ class Program:
       batch: shape, type and sharding of everything that it reads.
       ds: the values that the crossbatch dimension takes; (None,) where nothing schedules it.
       plan_of, step_of, positive_mass_of, flops_of: by that value: which contexts rows see, where
-        they live; the compiled `step.train_step`, (state, batch) -> (state, info); the compiled
+        they live; the jitted `step.train_step`, (state, batch) -> (state, info); the jitted
         (params, batch) -> r_d of each memory layer; model FLOPs of a step.
     """
 
@@ -81,6 +81,10 @@ class Program:
         """Shapes and types of the parameters that train, as a tree."""
         trained, params = self.transformer.trained, self.state.params
         return params if trained is None else jax.eval_shape(trained.take, params)
+
+    def compile(self, d: int | None) -> jax.stages.Compiled:
+        """The step for this d, compiled for `state` and `batch`."""
+        return self.step_of(d).lower(self.state, self.batch).compile()
 
     def trace(self) -> str:
         """Traces a step without computing it, and describes it in a line."""
