@@ -1,9 +1,7 @@
 """Pages say what is so: their commands run, their files and names are there, their code works."""
 
 import configparser
-import gzip
-import json
-import random
+import os
 import re
 import shlex
 import shutil
@@ -146,15 +144,11 @@ def world(tmp_path, monkeypatch):
     import llamas
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
-    (tmp_path / "my_texts").mkdir()
-    modules = sorted(path for path in (ROOT / "fot_jax").rglob("*.py"))
-    random.Random(0).shuffle(modules)
-    for split, files in (("train", modules[:-8]), ("valid", modules[-8:])):
-        # Three files a document, so that there are pieces of 2,560 tokens.
-        texts = ["".join(f.read_text() for f in files[i : i + 3]) for i in range(0, len(files), 3)]
-        with gzip.open(tmp_path / "my_texts" / f"{split}.jsonl.gz", "wt") as out:
-            out.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    for name in ("experiments", "fot_jax", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (two_lines,) = pages.blocks("README.md", "bash")  # which make my_texts
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    subprocess.run(["bash", "-ec", two_lines], check=True)
     (tmp_path / "book.txt").write_text("It was a model that read, and read on. " * 60)
     return lambda: llama(tmp_path / "open_llama_3b", llamas)
 

@@ -49,7 +49,11 @@ class Code:
         return Path(tempfile.gettempdir()) / f"fot-{os.getuid()}-{self.digest}.tar.gz"
 
     def save(self) -> None:
-        """Writes the archive, for scp to take: whole, while others may be taking it."""
+        """Writes the archive, for scp to take: whole, while others may be taking it.
+
+        Commands started side by side ship the same code: each has a partial file of its own, where
+        that of `common.atomic.write_file` has one name.
+        """
         half = self.path.with_suffix(f".{os.getpid()}")
         half.write_bytes(self.archive)
         half.replace(self.path)
