@@ -58,6 +58,7 @@ def given(name, tokenizers):
             f'TOKENIZER = "{tokenizers / "tokenizer.json"}"',
             *(base, *mixture),
         ],
+        "smollm2_135m_fot": [],
     }[name]
 
 
@@ -164,6 +165,19 @@ EXPECTED = {
     | {"parameters": 6_738_546_688, "window": 4096, "devices": 64, "all tokens": 3e9},
     "llama3_8b_fot": LONG_LLAMA
     | {"parameters": 8_030_261_248, "window": 8192, "devices": 64, "all tokens": 3e9},
+    "smollm2_135m_fot": {
+        # As published, and adapters of rank 32: of queries and outputs, keys and values, the MLP;
+        # and what each layer's are multiplied by.
+        "parameters": 134_515_008 + 30 * (32 * (4 * 576 + 2 * (576 + 192) + 3 * (576 + 1536)) + 1),
+        "window": 512,
+        "tokens": 4096,
+        "train.steps": 160,
+        "train.scheme": "@PackedTable()",
+        "PackedTable.table": ((0, 0), (1, 2), (2, 3), (3, 4)),
+        "Corpus.path": "standard_library",
+        "Lora.rank": 32,
+        "cosine.max_value": 5e-4,
+    },
     "quickstart": {
         # A layer: 4 matrices of attention, 2 temperatures, 3 matrices of the MLP, 2 norms;
         # embedding and head, a norm.
@@ -181,7 +195,7 @@ EXPECTED = {
 def printed(out):
     """The numbers of a dry run."""
     line = re.fullmatch(
-        r"([\d,]+) parameters, mesh (\{.*\}), \d+ rows of (\d+) tokens \(([\d,]+) new tokens a "
+        r"([\d,]+) parameters(?: \([\d,]+ of them train\))?, mesh (\{.*\}), \d+ rows of (\d+) tokens \(([\d,]+) new tokens a "
         r"step\), .* FLOPs a step, ([\d,]+) steps: nothing written\n",
         out,
     )
