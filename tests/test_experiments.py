@@ -196,7 +196,8 @@ def printed(out):
     """The numbers of a dry run."""
     line = re.fullmatch(
         r"([\d,]+) parameters(?: \([\d,]+ of them train\))?, mesh (\{.*\}), \d+ rows of "
-        r"(\d+) tokens \(([\d,]+) new tokens a step\), .* FLOPs a step, ([\d,]+) steps: nothing written\n",
+        r"(\d+) tokens \(([\d,]+) new tokens a step\), .* FLOPs a step, "
+        r"([\d,]+) steps: nothing written\n",
         out,
     )
     parameters, mesh, window, tokens, steps = (x.replace(",", "") for x in line.groups())
