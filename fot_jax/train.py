@@ -217,6 +217,8 @@ def train(
             batch, snapshot = ready.pop() if ready else next(batches)
             state, info = compiled[now_d](state, batch)
             ended = when_ready(info)
+            if compiles:
+                ended()  # what is timed from here on must not begin before
             if pending is not None:
                 reports.finish(pending)
             if not compiles:
