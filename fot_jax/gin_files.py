@@ -249,7 +249,8 @@ def _gin_message(error: Exception, file: str | None) -> str | None:
         return f"{missing[1]} needs {missing[2]}: {remedy}{'' if bare else ' = ...'}"
     if isinstance(error, SyntaxError):
         at = f"{os.path.relpath(error.filename)}:{error.lineno}" if error.filename else file
-        if line := _with_quotes((error.text or "").strip()):
+        of_value = re.search("Failed to parse|Unable to parse value|Expected newline", error.msg)
+        if of_value and (line := _with_quotes((error.text or "").strip())):
             return f"{at}: text takes quotes: {line if error.filename else f'--gin {line!r}'}"
         what = re.sub(r"(malformed node or string|invalid syntax).*\s+Failed", "Failed", error.msg)
         what = " ".join(what.rstrip(".").split())
@@ -273,7 +274,7 @@ def _with_quotes(line: str) -> str | None:
         return None
     *owner, parameter = found[1].split("/")[-1].split(".")  # without one: a macro
     thing = _registered().get(owner[-1]) if owner else None
-    if owner and not (thing and _fits("", _hints(thing).get(parameter))):
+    if owner and not (thing and _fits("", _hints(thing).get(parameter, int))):
         return None
     return f'{found[1]} = "{found[2]}"'
 

@@ -110,6 +110,10 @@ def test_no_experiment_file(here, capsys, verb):
             'broken.gin:3: text takes quotes: TEXTS = "gs://bucket/texts"',
         ),
         (
+            "Corpus.paths = data/my",
+            "broken.gin:3: Failed to parse token 'data': a line is NAME = VALUE",
+        ),
+        (
             "Data.lanes = four",
             "broken.gin:3: Failed to parse token 'four': a line is NAME = VALUE",
         ),
