@@ -231,6 +231,9 @@ def test_every_run_traces(family, run, capsys):
         bindings += ['Corpus.path = "texts"']
     if family == "c4_finetune":
         bindings += [f'{domain} = "texts"' for domain in ("GITHUB", "ISABELLE", "ARXIV")]
+    if family == "real_model":
+        domains = ("ISABELLE", "LATEX", "CODE", "BOOKS")
+        bindings += [f'{domain} = "{domain}"' for domain in domains]
     argv = ["train", *(str(REPRODUCE / file) for file in run.files), "--dry_run"]
     code = cli.main([*argv, *runs.bind(*bindings)])
     said = capsys.readouterr()

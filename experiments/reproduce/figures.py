@@ -224,6 +224,47 @@ def _c4_figure(domain: str, paper: str) -> Figure:
     )
 
 
+# --- A real model --------------------------------------------------------------------------------
+
+AT_REST = (
+    "STEPS = 1",
+    "cosine.warmup_steps = 0",
+    "cosine.max_value = 0.0",
+    "cosine.min_value = 0.0",
+)
+
+
+def _real_model(seed: int) -> list[Run]:
+    """SmolLM2 135M as it is, and after as many tokens of each kind of training."""
+    rows = "Data.lanes = 8"  # where a lane gives one window a step
+    models = {
+        "base": ("the model as it is", AT_REST),
+        "fot": ("FoT", ()),
+        "mt": ("Memorizing Transformer, no gate", (*_memorizing(2_048), rows)),
+        "xl": ("Transformer-XL", (*_transformer_xl("smollm2_135m", 30, 512), rows)),
+        "longer": (
+            "plain, windows of four times the length",
+            (
+                "train.scheme = @NoCrossbatch()",
+                "smollm2_135m.memory_layers = ()",
+                "smollm2_135m.local_context = 2_048",
+            ),
+        ),
+    }
+    return _models(seed, "real_model.gin", models)
+
+
+def _real_model_figure(domain: str) -> Figure:
+    return dataclasses.replace(
+        _SINGLE_DOC,
+        title=f"SmolLM2 135M: perplexity on {domain} by size of the memory",
+        paper="2K to 64K, of a 184M model: FoT gains with every size; the others less or not",
+        family="real_model",
+        runs=_real_model,
+        evaluation=domain,
+    )
+
+
 # --- Pass keys (paper §4) ------------------------------------------------------------------------
 
 NO_MEMORY = ("ModelConfig.memory_layers = ()", "train.scheme = @NoCrossbatch()")
@@ -285,4 +326,8 @@ FIGURES = {
         paper="FoT gains with every size up to 64K, and more than the Memorizing Transformer",
     ),
     "passkey_cpu": _PASSKEY,
+    **{
+        f"real_model_{domain}": _real_model_figure(domain)
+        for domain in ("isabelle", "latex", "code", "books")
+    },
 }
