@@ -222,7 +222,7 @@ def test_every_run_traces(family, run, capsys):
     bindings = [*run.bindings]
     if run.start is not None:
         bindings += ['train.initialize_from = "a/checkpoint"']
-    if family.endswith("_cpu"):
+    if family.endswith("_cpu") or family == "real_model":
         bindings += ["train.compute = @Compute()", "Compute.mesh = @MeshShape()"]
         bindings += ["MeshShape.data = 1"]
     if family not in ("dictionary", "dictionary_cpu"):

@@ -29,7 +29,7 @@ from fot_jax.model.attention import partial_softmax
 from fot_jax.model.attention.engine import Engine, Pair, engine_of
 from fot_jax.model.attention.partial_softmax import AnyArray
 from fot_jax.model.layout import HEAD_AXIS, ROW_AXES
-from fot_jax.model.schemes import Context, Scheme
+from fot_jax.model.schemes import Scheme, checked_contexts
 
 # --- Plan ----------------------------------------------------------------------------------------
 
@@ -121,8 +121,7 @@ def make_plan(
     def lay_out(per_device: list[list[Pair]], keys: int) -> Lists:
         return engine.lay_out(per_device, rows=local_rows, keys=keys, slots=slots)
 
-    of_group = scheme.contexts(group_rows)
-    _check_contexts(scheme, of_group, group_rows)
+    of_group = checked_contexts(scheme, group_rows)
     edges = [  # (query row, context) over all groups
         (start + row, context._replace(row=start + context.row))
         for start in range(0, rows, group_rows)
@@ -144,28 +143,6 @@ def make_plan(
         positives=in_contexts(positives),
         engine=engine,
     )
-
-
-def _check_contexts(scheme: Scheme, of_group: list[list[Context]], rows: int) -> None:
-    """Raises UserError where a scheme names rows that are not there, or shows what is predicted."""
-    name = type(scheme).__name__
-    if len(of_group) != rows:
-        raise UserError(f"{name}.contexts({rows}) has {len(of_group)} rows: give a list for each")
-    for row, of_row in enumerate(of_group):
-        others = [context.row for context in of_row]
-        lane = row // scheme.windows
-        for other in others:
-            if not 0 <= other < rows:
-                raise UserError(
-                    f"{name}: row {row} attends to row {other}, of rows 0 to {rows - 1}"
-                )
-            if other == row or other > row and other // scheme.windows == lane:
-                raise UserError(
-                    f"{name}: row {row} attends to row {other} of its own lane, which holds what "
-                    "it predicts: give earlier windows"
-                )
-        if len(set(others)) < len(others):
-            raise UserError(f"{name}: row {row} attends to a row twice: {others}")
 
 
 def _contexts(edges, devices: int, local_rows: int, group_devices: int, lay_out) -> Contexts:

@@ -268,6 +268,33 @@ class CachedContext(Scheme):
             )
 
 
+def checked_contexts(scheme: Scheme, rows: int) -> list[list[Context]]:
+    """The contexts of a group of rows, as the scheme gives them.
+
+    Raises:
+      UserError: it names rows that are not there, or shows what is predicted.
+    """
+    name, of_group = type(scheme).__name__, scheme.contexts(rows)
+    if len(of_group) != rows:
+        raise UserError(f"{name}.contexts({rows}) has {len(of_group)} rows: give a list for each")
+    for row, of_row in enumerate(of_group):
+        others = [context.row for context in of_row]
+        lane = row // scheme.windows
+        for other in others:
+            if not 0 <= other < rows:
+                raise UserError(
+                    f"{name}: row {row} attends to row {other}, of rows 0 to {rows - 1}"
+                )
+            if other == row or other > row and other // scheme.windows == lane:
+                raise UserError(
+                    f"{name}: row {row} attends to row {other} of its own lane, which holds what "
+                    "it predicts: give earlier windows"
+                )
+        if len(set(others)) < len(others):
+            raise UserError(f"{name}: row {row} attends to a row twice: {others}")
+    return of_group
+
+
 def output_rows(scheme: Scheme, x: jax.Array) -> jax.Array:
     """Of an array of rows, those with a loss: [lanes * windows, ...] -> [lanes * n, ...]."""
     by_lane = x.reshape(-1, scheme.windows, *x.shape[1:])[:, scheme.output_place()]
