@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -164,6 +165,13 @@ def train(
     def place(batch):
         return {k: jax.make_array_from_process_local_data(by_rows, batch[k][mine]) for k in batch}
 
+    def d_of(step, before, history):
+        return None if d is None else d.at(step - 1, before, history.accuracy(step - 2))
+
+    rate = matmul_rate(compute.dtype)  # while nothing else computes
+    compiled_of = functools.cache(program.compiling)
+    if first_step < steps:
+        compiled_of(d_of(first_step + 1, history.d, history))  # begins to
     # Read before anything is written, so that bad data leaves no trace in the workdir.
     with said_if_slow("reading documents, up to those of the first step"):
         ready = [(place(next(lanes)), lanes.snapshot())] if first_step < steps else []
@@ -178,7 +186,7 @@ def train(
         first_step=first_step,
         steps=steps,
         tokens_per_step=program.tokens_per_step,
-        peak_flops=matmul_rate(compute.dtype) * program.mesh.size,
+        peak_flops=rate * program.mesh.size,
     )
     if resumed:
         metrics.say(f"resuming {workdir} after step {first_step}")
@@ -200,22 +208,22 @@ def train(
     evaluations = Evaluations(evaluation, source, program.transformer, metrics, workdir)
 
     with stop_signals() as signals, contextlib.closing(batches), contextlib.closing(metrics):
-        pending, now_d, compiled, stopped = None, history.d, {}, None
+        pending, now_d, compiled, stopped = None, history.d, set(), None
         if resumed and evaluations.due(first_step) and first_step < steps:
             evaluations.run(evaluation.during, state.params, first_step)  # in case it was cut off
         for step in range(first_step + 1, steps + 1):
             profile.start(step)
-            now_d = None if d is None else d.at(step - 1, now_d, reports.history.accuracy(step - 2))
+            now_d = d_of(step, now_d, reports.history)
             began, compiles = time.perf_counter(), now_d not in compiled
             if compiles:
                 metrics.say(
                     f"compiling the training step{'' if d is None else f' for d = {now_d}'}"
                 )
-                compiled[now_d] = program.compile(now_d)
-                if len(compiled) == 1 and jax.default_backend() == "cpu":
-                    metrics.say(needs.memory_line(compiled[now_d]))
+                if not compiled and jax.default_backend() == "cpu":
+                    metrics.say(needs.memory_line(compiled_of(now_d)()))
+                compiled.add(now_d)
             batch, snapshot = ready.pop() if ready else next(batches)
-            state, info = compiled[now_d](state, batch)
+            state, info = compiled_of(now_d)()(state, batch)  # training/step.py
             ended = when_ready(info)
             if compiles:
                 ended()  # what is timed from here on must not begin before

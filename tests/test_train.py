@@ -55,12 +55,13 @@ class Programs(logging.Handler):
     @contextlib.contextmanager
     def watch(self):
         logger = logging.getLogger("jax._src.dispatch")
-        with jax.log_compiles():
-            logger.addHandler(self)
-            try:
-                yield
-            finally:
-                logger.removeHandler(self)
+        jax.config.update("jax_log_compiles", True)  # jax.log_compiles is of one thread alone
+        logger.addHandler(self)
+        try:
+            yield
+        finally:
+            logger.removeHandler(self)
+            jax.config.update("jax_log_compiles", False)
 
 
 EVERY_STEP = """

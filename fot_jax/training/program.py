@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -82,9 +83,17 @@ class Program:
         trained, params = self.transformer.trained, self.state.params
         return params if trained is None else jax.eval_shape(trained.take, params)
 
-    def compile(self, d: int | None) -> jax.stages.Compiled:
-        """The step for this d, compiled for `state` and `batch`."""
-        return self.step_of(d).lower(self.state, self.batch).compile()
+    def compiling(self, d: int | None) -> Callable[[], jax.stages.Compiled]:
+        """Begins to compile the step for this d, `state` and `batch`, in a thread of its own.
+
+        Returns:
+          What waits for it, and gives it.
+        """
+        lowered = self.step_of(d).lower(self.state, self.batch)
+        thread = ThreadPoolExecutor(1, "compile")
+        compiled = thread.submit(lowered.compile)
+        thread.shutdown(wait=False)
+        return compiled.result
 
     def trace(self) -> str:
         """Traces a step without computing it, and describes it in a line."""
