@@ -33,6 +33,7 @@ from fot_jax.gguf import directory as gguf_directory
 from fot_jax.gguf import weights as gguf_weights
 from fot_jax.hugging_face import config as configs
 from fot_jax.hugging_face import model_card, peft, tensors, tokenizers, weight_files
+from fot_jax.model import lora
 from fot_jax.model.config import ModelConfig
 
 DTYPES = {dtype.name: dtype for dtype in weight_files.DTYPES.values()}
@@ -171,7 +172,8 @@ def to_peft(checkpoint: epath.PathLike, output: epath.PathLike) -> None:
     content = open_checkpoint(checkpoint)
     if not isinstance(content, stream.Reader) or not content.adapters:
         raise UserError(f"{checkpoint}: has no adapters: give a workdir trained with train.lora")
-    if more := content.meta["trainable"]:
+    own = f"layers/{lora.NAME}/"
+    if more := [path for path in content.meta["trains"] if not path.startswith(own)]:
         raise UserError(
             f"{checkpoint}: {', '.join(more)} were trained beside the adapters, and PEFT's files "
             "have adapters alone: use fot convert to-hf"

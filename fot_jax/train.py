@@ -248,7 +248,7 @@ def train(
                     meta = {
                         "model": asdict(model),
                         "history": asdict(reports.history),
-                        "trainable": None if trainable is None else list(trainable),
+                        "trains": dict(program.part.parameters),
                     }
                     place_in_data = lanes.state_of(snapshot)
                     with metrics.untimed():

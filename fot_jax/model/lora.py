@@ -59,7 +59,11 @@ class Lora:
             raise UserError("Lora.kernels = (): give one or more")
 
     def init(self, key: jax.Array, layers: Any) -> dict[str, Any]:
-        """Adapters for the stacked parameters of all layers, float32: of each kernel a and b."""
+        """Adapters for the stacked parameters of all layers, float32: of each kernel a and b.
+
+        Raises:
+          UserError: the model has none of the kernels.
+        """
         adapters = {"scale": jnp.full(len(layers["attention"]["query"]), self.alpha / self.rank)}
         for i, name in enumerate(KERNELS):
             kernel = layers[KERNELS[name]].get(name)
@@ -67,6 +71,8 @@ class Lora:
                 L, E, F = kernel.shape
                 a = jax.random.normal(jax.random.fold_in(key, i), (L, E, self.rank)) * E**-0.5
                 adapters[name] = {"a": a, "b": jnp.zeros((L, self.rank, F))}
+        if len(adapters) == 1:
+            raise UserError(f"Lora.kernels = {self.kernels}: the model has none of these")
         return adapters
 
 

@@ -100,7 +100,7 @@ def select(params: Any, c: ModelConfig, patterns: Sequence[str]) -> Trained:
         memory layer's parameters are also "memory_layers/8/attention/query".
 
     Raises:
-      UserError: a pattern that no parameter has.
+      UserError: a pattern that no parameter has, or nothing that trains.
     """
     names: dict[str, list[tuple[str, int | None]]] = {}
     for path, leaf in leaves_by_path(params).items():
@@ -127,6 +127,8 @@ def select(params: Any, c: ModelConfig, patterns: Sequence[str]) -> Trained:
             layers[path] = None
         elif path != _SCALE:
             layers.setdefault(path, []).append(layer)
+    if not layers:
+        raise UserError("train.trainable = (): nothing trains: name parameters, or set train.lora")
     return Trained(tuple((p, x if x is None else tuple(x)) for p, x in layers.items()))
 
 

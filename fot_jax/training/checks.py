@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
 
@@ -10,6 +15,8 @@ from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.data.documents import DocumentSource
 from fot_jax.model import schemes
 from fot_jax.model.config import ModelConfig
+from fot_jax.model.lora import NAME, Lora
+from fot_jax.model.trained import Trained
 
 
 def check_numbers(steps: int, z_loss: float, seed: int, log_every: int, max_skipped: int) -> None:
@@ -61,6 +68,40 @@ def check_vocabulary(source: DocumentSource, model: ModelConfig) -> None:
             f"the tokenizer has {source.vocabulary.size} tokens, the model a vocabulary of "
             f"{model.vocab_size}: raise the model's vocab_size or use a smaller tokenizer"
         )
+
+
+def check_part(
+    workdir: epath.Path, meta: Mapping[str, Any], params: Any, part: Trained, lora: Lora | None
+) -> None:
+    """Raises UserError where a run that goes on would train other parameters, or other adapters.
+
+    Args:
+      meta, params: of the checkpoint.
+      part, lora: of this run.
+    """
+    as_before = "use the configuration it was saved with, or another workdir"
+    now = {path: None if x is None else list(x) for path, x in part.parameters}
+    before = meta.get("trains", now)  # fot_jax 0.1 trained everything
+    for path in sorted({*now, *before}):
+        said = [_layers_that_train(each, path) for each in (before, now)]
+        if said[0] != said[1]:
+            raise UserError(
+                f"{workdir}: of {path} {said[0]} trained before, and {said[1]} in this experiment: "
+                f"{as_before}"
+            )
+    if lora is not None:
+        scale = float(np.asarray(params["layers"][NAME]["scale"])[0])
+        if not math.isclose(scale, lora.alpha / lora.rank, rel_tol=1e-6):
+            raise UserError(
+                f"{workdir} was trained with Lora.alpha = {scale * lora.rank:.6g}, and this "
+                f"experiment has {lora.alpha:g}: {as_before}"
+            )
+
+
+def _layers_that_train(trains: Mapping[str, Any], path: str) -> str:
+    if path not in trains:
+        return "nothing"
+    return "all" if trains[path] is None else f"layers {', '.join(map(str, trains[path]))}"
 
 
 def warn_of_other_functions(initialize_from: str, there: ModelConfig, model: ModelConfig) -> None:

@@ -78,10 +78,15 @@ class Program:
         return {f"positive_mass/layer_{layer}": float(x) for layer, x in layers}
 
     @property
+    def part(self) -> Trained:
+        """What trains, be it everything."""
+        model = self.transformer
+        return model.trained or select(self.state.params, model.config, ("*",))
+
+    @property
     def trained(self) -> Any:
         """Shapes and types of the parameters that train, as a tree."""
-        trained, params = self.transformer.trained, self.state.params
-        return params if trained is None else jax.eval_shape(trained.take, params)
+        return jax.eval_shape(self.part.take, self.state.params)
 
     def compiling(self, d: int | None) -> Callable[[], jax.stages.Compiled]:
         """Begins to compile the step for this d, `state` and `batch`, in a thread of its own.

@@ -17,7 +17,7 @@ from fot_jax.data.documents import DocumentSource
 from fot_jax.data.saved_vocabulary import load_vocabulary
 from fot_jax.model import lora
 from fot_jax.model.config import ModelConfig
-from fot_jax.training.checks import warn_of_other_functions
+from fot_jax.training.checks import check_part, warn_of_other_functions
 from fot_jax.training.history import History
 from fot_jax.training.program import Program
 from fot_jax.training.step import TrainState
@@ -69,7 +69,8 @@ def resume(
       lane_groups: those whose rows this process reads.
 
     Raises:
-      UserError: no checkpoint can be read, or its parameters have other shapes.
+      UserError: no checkpoint can be read, its parameters have other shapes, or others of them
+        trained.
     """
     template = program.state
     restored = checkpointer.restore_latest(template.params, template.beside, lane_groups)
@@ -77,6 +78,7 @@ def resume(
         return None
     there = model_config_of(workdir, restored.meta)
     warn_of_other_functions(str(workdir), there, program.transformer.config)
+    check_part(workdir, restored.meta, restored.params, program.part, program.transformer.lora)
     step = jax.device_put(np.int32(restored.step), template.step.sharding)
     return Start(
         state=template.restored(step, restored.params, restored.opt_state),

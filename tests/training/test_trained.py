@@ -221,9 +221,34 @@ def test_cached_contexts_train_in_part(tmp_path, one_device):
 # --- What is refused -----------------------------------------------------------------------------
 
 
-def test_a_pattern_that_names_nothing():
+def test_a_part_that_cannot_be():
     with pytest.raises(UserError, match=r"'layers/7/\*'.*layers/0/attention/query"):
         select(random_params(CONFIG), CONFIG, ("layers/7/*",))
+    with pytest.raises(UserError, match="nothing trains"):
+        select(random_params(CONFIG), CONFIG, ())
+    with pytest.raises(UserError, match=r"\('gate',\): the model has none"):
+        Lora(kernels=("gate",)).init(jax.random.key(0), random_params(DEEPER)["layers"])
+
+
+def test_a_run_goes_on_with_the_part_it_began_with(tmp_path, one_device, capsys):
+    experiment = runs.write(tmp_path, runs.DICTIONARY + "train.steps = 1")
+    adapted = ("train.lora = @Lora()", "Lora.rank = 2")
+    first = ('train.trainable = ("layers/0/attention/*",)',)
+    assert runs.train(experiment, tmp_path / "adapted", *adapted) == 0
+    assert runs.train(experiment, tmp_path / "first", *first) == 0
+    before = runs.files(tmp_path)
+    for workdir, changed, said in (
+        ("adapted", (*adapted, "Lora.alpha = 1"), "alpha = 32, and this experiment has 1"),
+        (
+            *("first", ('train.trainable = ("layers/1/attention/*",)',)),
+            "of layers/attention/key layers 0 trained before, and layers 1 in this experiment",
+        ),
+    ):
+        again = runs.arguments(experiment, tmp_path / workdir, *changed, "train.steps = 2")
+        assert said in runs.refused(capsys, *again)
+    assert runs.files(tmp_path) == before
+    same = 'train.trainable = ("layers/0/*/query", "layers/0/attention/*")', "train.steps = 2"
+    assert runs.train(experiment, tmp_path / "first", *same) == 0
 
 
 def test_adafactor_takes_the_same_layers_of_every_array():
