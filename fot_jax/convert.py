@@ -151,7 +151,8 @@ def to_hugging_face(
             c=c,
             parameters=sum(math.prod(shape) for shape, _ in content.arrays.values()),
             base=kept if configs.is_directory(kept) else None,
-            workdir=None if configs.is_directory(of_run) else of_run,
+            workdir=of_run if isinstance(content, stream.Reader) else None,
+            step=content.step if isinstance(content, stream.Reader) else None,
         )
         _checked_output(output)  # or what has come there since would be lost
     _report(output, c, dtype_of)

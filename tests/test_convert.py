@@ -149,7 +149,7 @@ Said of it.
 """
 
 
-def test_the_model_card(here, one_device):
+def test_the_model_card(here, one_device, capsys):
     """Licence and name come from the base model's, what was trained and measured from the run."""
     llamas.save(
         here / "a",
@@ -179,12 +179,26 @@ def test_the_model_card(here, one_device):
     name, value = next((k, x) for k, x in last.items() if "_perplexity/" in k)
     assert f"| {name} | {value:.4g} | 2 |" in card.text
     assert "to step 2, from" in card.text and "train.steps = 2" in card.text
+    with open(here / "run" / "metrics.jsonl", "ab") as file:  # and of a later step, killed there
+        file.write(b'{"step": 3, "loss": 1}\n{"step": 3, "later": 1}\n[]\n{"step": 2, "of_\xff')
+    (here / "run" / "config.gin").write_bytes(b"# \xff\n# ```\n")
+    assert fot("to-hf", "run/checkpoints/2", 'a "b"') == 0
+    again = (here / 'a "b"' / "README.md").read_text()
+    assert "to step 2, from" in again and "later" not in again and f"| {name} |" in again
+    assert "````\n# \ufffd\n# ```\n````\n" in again and r'from_pretrained("a \"b\"")' in again
     assert fot("to-hf", "a", "plain") == 0
     plain = huggingface_hub.ModelCard.load(here / "plain" / "README.md")
     assert "without memory" in plain.text and "Training" not in plain.text
-    (here / "a" / "README.md").write_text("---\n]: [\n---\nno YAML")
-    assert fot("to-hf", "a", "odd") == 0
-    assert "says nothing of its licence" in (here / "odd" / "README.md").read_text()
+    capsys.readouterr()
+    for name, said, licence in (
+        ("no YAML", "---\n]: [\n---\n", "says nothing of its licence"),
+        ("no front matter", "# A", "says nothing of its licence"),
+        ("several", "---\nlicense: [mit, other]\nmodel_name: 3\n---\n", "is mit, other."),
+    ):
+        (here / "a" / "README.md").write_text(said)
+        assert fot("to-hf", "a", name) == 0
+        assert licence in (here / name / "README.md").read_text()
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,7 @@ class Reader:
 
     Attributes:
       directory: the workdir.
+      step: of training.
       config: of the model.
       meta: what the run saved beside the parameters.
       adapters: of kernels (model/lora.py), float32; {} where there are none.
@@ -159,9 +160,10 @@ class Reader:
           UserError: no checkpoint there, or it is damaged.
         """
         directory, steps = locate(path)
-        self.directory, self._step = directory.parent, directory / str(steps[-1])
+        self.directory, self.step = directory.parent, steps[-1]
+        self._folder = directory / str(self.step)
         try:
-            meta = items.read_meta(self._step, steps[-1])
+            meta = items.read_meta(self._folder, self.step)
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -223,7 +225,7 @@ class Reader:
 
     def _array(self, path: str) -> ts.TensorStore | np.ndarray:
         """Opens an array where Orbax puts it; reads it all if a chunk holds several layers."""
-        folder = self._step / "params"
+        folder = self._folder / "params"
         tree = json.loads((folder / "_METADATA").read_text())
         spec = {
             "driver": "zarr3" if tree.get("use_zarr3") else "zarr",
@@ -240,6 +242,6 @@ class Reader:
 
     def _damaged(self, what: str) -> UserError:
         return UserError(
-            f"{self._step}: {what} is damaged: restore the checkpoint from a copy, or give "
+            f"{self._folder}: {what} is damaged: restore the checkpoint from a copy, or give "
             "another step"
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from typing import Any
 
 import huggingface_hub
@@ -21,8 +23,8 @@ _USE = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
+tokenizer = AutoTokenizer.from_pretrained({name})
+model = AutoModelForCausalLM.from_pretrained({name}{trust})
 ```
 """
 
@@ -34,6 +36,7 @@ def write(
     parameters: int,
     base: epath.Path | None,
     workdir: epath.Path | None,
+    step: int | None,
 ) -> None:
     """Writes the card, and the licences that came with the model that training started from.
 
@@ -42,21 +45,25 @@ def write(
       name: of the model.
       parameters: their number.
       base: files that came with that model, its own card among them; None: none.
-      workdir: of the run; None: no run.
+      workdir, step: of the run, and how far it was; None: no run.
     """
-    said = _metadata(base)
+    said = _metadata(directory, base)
     kept = {key: said[key] for key in _OF_THE_BASE if key in said}
     metadata = {**kept, "library_name": "transformers", "pipeline_tag": "text-generation"}
     if c.memory_layers:
         metadata["tags"] = ["focused-transformer", "long-context"]
+    rows = [] if workdir is None else [x for x in _metrics(workdir) if x["step"] <= step]
     text = "\n\n".join(
         part.strip()
         for part in (
-            f"# {name}",
+            f"# {' '.join(name.split())}",
             _model(c, parameters),
-            _USE.format(name=name, trust=", trust_remote_code=True" * needs_our_code(c)),
-            _training(workdir),
-            _results(workdir),
+            _USE.format(
+                name=json.dumps(name, ensure_ascii=False),
+                trust=", trust_remote_code=True" * needs_our_code(c),
+            ),
+            _training(workdir, rows),
+            _results(rows),
             _licence(said, base),
         )
         if part
@@ -68,14 +75,25 @@ def write(
             (base / file).copy(directory / file)
 
 
-def _metadata(base: epath.Path | None) -> dict[str, Any]:
-    """What the card of the base model begins with; nothing where there is no card to read."""
+def _metadata(directory: epath.Path, base: epath.Path | None) -> dict[str, Any]:
+    """What the card of the base model begins with, texts and lists of them.
+
+    Nothing where there is no card to read. It is copied into the directory, to be read there.
+    """
     if base is None or not (base / CARD).exists():
         return {}
+    (base / CARD).copy(directory / CARD)
     try:
-        return huggingface_hub.ModelCard((base / CARD).read_text()).data.to_dict()
+        said = huggingface_hub.metadata_load(directory / CARD) or {}
     except Exception:  # whatever YAML says of what somebody wrote there
         return {}
+    finally:
+        (directory / CARD).unlink()
+    return {key: x for key, x in said.items() if isinstance(x, str) or _texts(x)}
+
+
+def _texts(x: Any) -> bool:
+    return isinstance(x, list) and all(isinstance(each, str) for each in x)
 
 
 def _model(c: ModelConfig, parameters: int) -> str:
@@ -95,22 +113,23 @@ def _model(c: ModelConfig, parameters: int) -> str:
     )
 
 
-def _training(workdir: epath.Path | None) -> str:
+def _training(workdir: epath.Path | None, rows: list[dict[str, Any]]) -> str:
     if workdir is None or not (workdir / "config.gin").exists():
         return ""
-    steps = [row for row in _metrics(workdir) if "loss" in row]
-    last = f", to step {steps[-1]['step']:,}" if steps else ""
-    settings = (workdir / "config.gin").read_text().strip()
+    steps = [row["step"] for row in rows if "loss" in row]
+    last = f", to step {steps[-1]:,}" if steps else ""
+    settings = _text(workdir / "config.gin").strip()
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", settings)), default=0))
     return (
         f"## Training\n\nWith fot_jax {__version__}{last}, from this experiment file:\n\n"
-        f"<details><summary>config.gin</summary>\n\n```\n{settings}\n```\n\n</details>"
+        f"<details><summary>config.gin</summary>\n\n{fence}\n{settings}\n{fence}\n\n</details>"
     )
 
 
-def _results(workdir: epath.Path | None) -> str:
+def _results(rows: list[dict[str, Any]]) -> str:
     """The newest of every number that evaluations gave."""
-    rows = [] if workdir is None else [row for row in _metrics(workdir) if "loss" not in row]
-    newest = {name: (x, row["step"]) for row in rows for name, x in row.items()}
+    evaluated = [row for row in rows if "loss" not in row]
+    newest = {name: (x, row["step"]) for row in evaluated for name, x in row.items()}
     lines = [
         f"| {name} | {value:.4g} | {step:,} |"
         for name, (value, step) in newest.items()
@@ -122,18 +141,31 @@ def _results(workdir: epath.Path | None) -> str:
 
 
 def _metrics(workdir: epath.Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, but for what a kill cut off."""
     path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else ()
-    return [json.loads(line) for line in lines]
+    rows = []
+    for line in _text(path).splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+    return rows
+
+
+def _text(path: epath.Path) -> str:
+    return path.read_bytes().decode(errors="replace")
 
 
 def _licence(said: dict[str, Any], base: epath.Path | None) -> str:
-    model = said.get("model_name") or "the model that training started from"
     if base is None:
         return ""
-    if "license" not in said:
+    named = said.get("model_name")
+    model = " ".join(named.split()) if isinstance(named, str) else ""
+    derives = f"Parameters derive from {model or 'the model that training started from'}"
+    if not (licence := said.get("license")):
         return (
-            f"## Licence\n\nParameters derive from {model}, which says nothing of its licence "
-            "here: look at where it came from, and state it above."
+            f"## Licence\n\n{derives}, which says nothing of its licence here: look at where it "
+            "came from, and state it above."
         )
-    return f"## Licence\n\nParameters derive from {model}, whose licence is {said['license']}."
+    several = licence if isinstance(licence, list) else [licence]
+    return f"## Licence\n\n{derives}, whose licence is {', '.join(several)}."
