@@ -165,11 +165,13 @@ def read_step(
     """
     folder = directory / str(step)
     saved = _read_meta(directory, step)
+    as_saved = items.shapes_as_saved(saved.params)
+    adapters = lora.split(as_saved)[1]
+    merge = bool(adapters) and (params is None or not lora.split(params)[1])
     if params is None:
-        params, merge = items.shapes_as_saved(saved.params), True
+        params = as_saved
     else:
-        adapters = lora.split(items.shapes_as_saved(saved.params))[1]
-        if merge := bool(adapters) and not lora.split(params)[1]:
+        if merge:
             params = lora.joined(params, _on_all_devices_of(params, adapters))
         check_shapes(folder, "parameter", saved.params, params)
     if opt_state is not None:
@@ -219,9 +221,15 @@ def _on_all_devices_of(params: Any, adapters: Any) -> Any:
 
 
 def _merged(params: Any) -> Any:
-    """Kernels with their adapters in them, where they were."""
-    shardings = jax.tree.map(lambda x: x.sharding, lora.split(params)[0])
-    return jax.jit(lora.merged, out_shardings=shardings)(params)
+    """Kernels with their adapters in them, where they were; the parameters are donated."""
+    params, adapters = lora.split(params)
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    merge = jax.jit(
+        lambda params, adapters: lora.merged(lora.joined(params, adapters)),
+        donate_argnums=0,
+        out_shardings=shardings,
+    )
+    return merge(params, adapters)
 
 
 # --- Arrays --------------------------------------------------------------------------------------
