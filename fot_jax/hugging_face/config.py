@@ -341,6 +341,8 @@ def content(c: ModelConfig, dtype: str, marks: dict[str, int | None]) -> dict[st
     if not is_llama(c):
         del values["hidden_act"], values["attention_bias"], values["mlp_bias"]
         values |= {"norm": c.norm, "mlp": c.mlp, "qk_norm": c.qk_norm}
+        if scaling is None:  # or AutoTokenizer warns, which takes any name for an attribute
+            del values["rope_scaling"]
     if needs_our_code(c):
         values |= {
             "auto_map": {

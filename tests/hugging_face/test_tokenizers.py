@@ -2,9 +2,11 @@
 
 import io
 import itertools
+import json
 import random
 import re
 import sysconfig
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,13 @@ import transformers
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
+from tiny import PAPER
 
 from fot_jax.common.errors import UserError
 from fot_jax.data.hugging_face_tokenizer import HuggingFaceTokenizer
 from fot_jax.data.sentencepiece_vocabulary import SentencePiece, TrainedSentencePiece
 from fot_jax.data.vocabulary import Bytes, Symbols, encode_document
-from fot_jax.hugging_face import tokenizers
+from fot_jax.hugging_face import config, tokenizers
 
 pytestmark = pytest.mark.torch
 TEXT = "".join(
@@ -242,3 +245,11 @@ def test_the_vocabulary_of_a_directory(tmp_path):
     assert isinstance(found, HuggingFaceTokenizer)
     assert (found.bos, found.eos, found.size) == (Bytes.bos, Bytes.eos, Bytes.size)
     assert (found.ends, found.before, found.after) == ((257,), (Bytes.bos,), ())
+
+
+def test_a_directory_of_ours_makes_transformers_say_nothing(tmp_path):
+    values = config.content(PAPER, "float32", {"eos_token_id": 257})
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    tokenizers.write(Bytes(), tmp_path)
+    with warnings.catch_warnings(action="error"):
+        assert tokenizers.vocabulary_of(tmp_path).size == Bytes.size
