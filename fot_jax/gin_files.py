@@ -254,7 +254,13 @@ def _gin_message(error: Exception, file: str | None) -> str | None:
             return f"{at}: text takes quotes: {line if error.filename else f'--gin {line!r}'}"
         what = re.sub(r"(malformed node or string|invalid syntax).*\s+Failed", "Failed", error.msg)
         what = " ".join(what.rstrip(".").split())
-        return f"{at}: {what}: a line is NAME = VALUE, or include 'FILE.gin'"
+        if what.startswith("Failed to parse token"):
+            remedy = (
+                'a value is a number, text in "quotes", @NAME or @NAME(), or (a, tuple) of them'
+            )
+        else:
+            remedy = "a line is NAME = VALUE, or include 'FILE.gin'"
+        return f"{at}: {what}: {remedy}"
     if isinstance(error, tokenize.TokenError):
         return f"{file}: a bracket or quote is not closed up to the end ({error.args[0]})"
     if isinstance(error, OSError) and "Unable to open file" in text:

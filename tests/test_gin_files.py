@@ -111,11 +111,11 @@ def test_no_experiment_file(here, capsys, verb):
         ),
         (
             "Corpus.paths = data/my",
-            "broken.gin:3: Failed to parse token 'data': a line is NAME = VALUE",
+            "broken.gin:3: Failed to parse token 'data': a value is a number",
         ),
         (
             "Data.lanes = four",
-            "broken.gin:3: Failed to parse token 'four': a line is NAME = VALUE",
+            "broken.gin:3: Failed to parse token 'four': a value is a number",
         ),
         (
             "Data.lanes = (4,",
@@ -127,7 +127,7 @@ def test_no_experiment_file(here, capsys, verb):
         ),
         (
             "Data.lanes = float('nan')",
-            "broken.gin:3: Failed to parse token 'float': a line is NAME = VALUE, or include",
+            "broken.gin:3: Failed to parse token 'float': a value is a number",
         ),
         (
             "Data.lanes = {[1]: 2}",
@@ -164,7 +164,7 @@ def test_no_experiment_file(here, capsys, verb):
         ),
         (
             "Data.lanes = lambda: 4",
-            "broken.gin:3: Failed to parse token 'lambda': a line is NAME = VALUE, or include",
+            "broken.gin:3: Failed to parse token 'lambda': a value is a number",
         ),
         (
             "include 'parts'",
@@ -204,6 +204,11 @@ def test_bindings_that_gin_cannot_read(here, capsys):
             "--gin 'Corpus.path = my_texts': text takes quotes: --gin 'Corpus.path = \"my_texts\"'",
         ),
         ("Corpse.path = my_texts", "--gin 'Corpse.path = my_texts': Failed to parse token"),
+        (
+            "Lora.kernels = (query, key)",
+            "--gin 'Lora.kernels = (query, key)': Failed to parse token 'query': a value is a "
+            'number, text in "quotes", @NAME',
+        ),
         ("Data.lanes = (4", "--gin 'Data.lanes = (4': a bracket or quote is not closed"),
     ):
         line = refused_untouched(capsys, "train", "experiment.gin", "--gin", binding)
