@@ -163,10 +163,11 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Float[Array, "*rows E"]) -> Float[Array, "*rows V"]:
         """Next-token logits of hidden states, float32."""
-        params = {"embedding": self.embedding}
-        if not self.config.tie_embeddings:
-            params["head"] = self.head
-        return logits(self.config, params, hidden)
+        return logits(self.config, self.head_parameters(), hidden)
+
+    def head_parameters(self) -> dict[str, Array]:
+        """The parameter that `logits` reads, by its name."""
+        return {"embedding": self.embedding} if self.config.tie_embeddings else {"head": self.head}
 
 
 def logits(c: ModelConfig, params, hidden: Float[Array, "*rows E"]) -> Float[Array, "*rows V"]:

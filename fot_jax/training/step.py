@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from fot_jax.model import cached_context, crossbatch, layout, schemes
 from fot_jax.model.cached_context import Cached
 from fot_jax.model.transformer import Transformer
+from fot_jax.model.transformer import logits as logits_of
 from fot_jax.training.partitioning import shardings
 
 Batch = Mapping[str, jax.Array]  # inputs, targets, weights, segment_ids: each [R, T]
@@ -65,37 +66,84 @@ class StepInfo(NamedTuple):
 LOGITS_AT_ONCE = 2**26  # elements a device holds of [R, T, V]
 
 
-def token_sums(model: Transformer, variables, hidden, targets, weights, devices: int = 1) -> Sums:
+def token_sums(
+    model: Transformer,
+    variables,
+    hidden,
+    targets,
+    weights,
+    z_loss: float = 0.0,
+    mesh: Mesh | AbstractMesh | None = None,
+) -> tuple[jax.Array, Sums]:
     """Cross-entropy of next tokens, in chunks along T so that [R, T, V] is never held whole.
 
     Args:
       variables: of the model, {"params": …}, and "trained" where a part of them is.
       hidden: [R, T, E]; targets: [R, T] int32; weights: [R, T] float32.
-      devices: how many share the rows.
+      z_loss: weight of the squared log normaliser.
+      mesh: of devices, all of which share the rows.
+
+    Returns:
+      loss + z_loss times z_loss of the sums, differentiable; the sums, which are not.
     """
     R, T, _ = hidden.shape
+    devices = 1 if mesh is None else mesh.size
     wanted = R * T * model.config.vocab_size / devices / LOGITS_AT_ONCE
     chunks = next(n for n in range(1, T + 1) if T % n == 0 and (n >= wanted or n == T))
 
-    @jax.checkpoint
-    def of_chunk(hidden, targets, weights):
-        logits = model.apply(variables, hidden, method="logits")
+    def of_chunk(head, hidden, targets, weights):
+        logits = logits_of(model.config, head, hidden)
         log_z = jax.nn.logsumexp(logits, axis=-1)
         at_target = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-        return Sums(
+        sums = Sums(
             loss=((log_z - at_target) * weights).sum(),
             z_loss=(jnp.square(log_z) * weights).sum(),
             correct=((at_target >= logits.max(-1)) * weights).sum(),
             weights=weights.sum(),
         )
+        return sums.loss + z_loss * sums.z_loss, sums
 
-    if chunks == 1:
-        return of_chunk(hidden, targets, weights)
-    parts = (
-        x.reshape(R, chunks, T // chunks, *x.shape[2:]).swapaxes(0, 1)
-        for x in (hidden, targets, weights)
-    )
-    return jax.tree.map(lambda x: x.sum(0), lax.map(lambda args: of_chunk(*args), tuple(parts)))
+    def chunked(x):
+        return x.reshape(R, chunks, T // chunks, *x.shape[2:]).swapaxes(0, 1)
+
+    head = model.apply(variables, method="head_parameters")
+    parts = chunked(hidden), chunked(targets), chunked(weights)
+    return _over_chunks(of_chunk, mesh, head, *parts)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _over_chunks(of_chunk, mesh, head, hidden, targets, weights):
+    """Sums of what of_chunk(head, hidden, targets, weights) gives over chunks, on axis 0.
+
+    Gradients are taken chunk by chunk, while its logits are there: later, these would have to be
+    computed again. They are scaled afterwards, as they are linear in that of the result.
+    """
+    each = lax.map(lambda chunk: of_chunk(head, *chunk), (hidden, targets, weights))
+    return jax.tree.map(lambda x: x.sum(0), each)
+
+
+def _over_chunks_forward(of_chunk, mesh, head, hidden, targets, weights):
+    gradient = jax.value_and_grad(of_chunk, argnums=(0, 1), has_aux=True)
+
+    def one(d_head, chunk):
+        value, (d_head_here, d_hidden) = gradient(head, *chunk)
+        d_head = jax.tree.map(jnp.add, d_head, d_head_here)
+        if mesh is not None:
+            d_head = lax.with_sharding_constraint(d_head, shardings(d_head, mesh))
+        return d_head, (value, d_hidden)
+
+    zeros = jax.tree.map(jnp.zeros_like, head)
+    d_head, (values, d_hidden) = lax.scan(one, zeros, (hidden, targets, weights))
+    return jax.tree.map(lambda x: x.sum(0), values), (d_head, d_hidden)
+
+
+def _over_chunks_backward(of_chunk, mesh, gradients, cotangents):
+    scale, _ = cotangents
+    d_head, d_hidden = jax.tree.map(lambda x: x * scale.astype(x.dtype), gradients)
+    return d_head, d_hidden, None, None
+
+
+_over_chunks.defvjp(_over_chunks_forward, _over_chunks_backward)
 
 
 def batch_sums(
@@ -105,8 +153,9 @@ def batch_sums(
     batch: Batch,
     scheme,
     plan: crossbatch.Plan,
-) -> tuple[Sums, Cached | None]:
-    """Loss of the output rows of a (micro)batch under a scheme; what is cached afterwards."""
+    z_loss: float = 0.0,
+) -> tuple[jax.Array, Sums, Cached | None]:
+    """`token_sums` of the output rows of a (micro)batch under a scheme; what is cached then."""
     out = model.apply(
         variables,
         batch["inputs"],
@@ -116,8 +165,8 @@ def batch_sums(
         cached=cached,
     )
     targets, weights = (schemes.output_rows(scheme, batch[x]) for x in ("targets", "weights"))
-    devices = 1 if plan.mesh is None else plan.mesh.size
-    return token_sums(model, variables, out.hidden, targets, weights, devices), out.cached
+    sums = token_sums(model, variables, out.hidden, targets, weights, z_loss, plan.mesh)
+    return *sums, out.cached
 
 
 # --- Step ----------------------------------------------------------------------------------------
@@ -174,8 +223,8 @@ def train_step(
     def objective(part, cached, batch, total_weight):
         both = {"params": state.params, "trained": part}
         variables = {"params": part} if trained is None else both
-        sums, cached = batch_sums(model, variables, cached, batch, scheme, plan)
-        return (sums.loss + z_loss * sums.z_loss) / total_weight, (sums, cached)
+        value, *others = batch_sums(model, variables, cached, batch, scheme, plan, z_loss)
+        return value / total_weight, tuple(others)
 
     weights = schemes.output_rows(scheme, batch["weights"])
     gradient = jax.grad(objective, has_aux=True)

@@ -267,11 +267,11 @@ def test_one_cached_window_is_previous_context_without_its_gradients(config):
     before, now = ({k: x[place::2] for k, x in batch.items()} for place in (0, 1))
     model, plan = Transformer(config), crossbatch.Plan()
     nothing = cached_context.empty(config, scheme, lanes, jnp.float32)
-    _, cached = steps.batch_sums(model, {"params": params}, nothing, before, scheme, plan)
+    *_, cached = steps.batch_sums(model, {"params": params}, nothing, before, scheme, plan)
 
     def objective(params):
-        sums, _ = steps.batch_sums(model, {"params": params}, cached, now, scheme, plan)
-        return sums.loss / now["weights"].sum(), sums
+        loss, sums, _ = steps.batch_sums(model, {"params": params}, cached, now, scheme, plan)
+        return loss / now["weights"].sum(), sums
 
     got, got_sums = jax.jit(jax.grad(objective, has_aux=True))(params)
     assert_gradient(got, want)
@@ -367,13 +367,14 @@ def test_cross_entropy_in_chunks_is_that_of_the_whole(
         "correct": ((logits.argmax(-1) == targets) * weights).sum(),
         "weights": weights.sum(),
     }
-    d_logits = (p - onehot + 0.1 * 2 * log_z[..., None] * p) * weights[..., None]
+    d_logits = 3 * (p - onehot + 0.1 * 2 * log_z[..., None] * p) * weights[..., None]
+    mesh = None if devices == 1 else MeshShape(devices).make(jax.devices()[:devices])
 
     def objective(kernel, hidden):
         params = random_params(config) | ({"embedding": kernel.T} if tied else {"head": kernel})
         inputs = hidden, targets, jnp.float32(weights)
-        sums = token_sums(Transformer(config), {"params": params}, *inputs, devices)
-        return sums.loss + 0.1 * sums.z_loss, sums
+        value, sums = token_sums(Transformer(config), {"params": params}, *inputs, 0.1, mesh)
+        return 3 * value, sums
 
     differentiate = jax.grad(objective, argnums=(0, 1), has_aux=True)
     args = jnp.float32(kernel), jnp.float32(hidden)
