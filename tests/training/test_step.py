@@ -267,7 +267,8 @@ def test_one_cached_window_is_previous_context_without_its_gradients(config):
     before, now = ({k: x[place::2] for k, x in batch.items()} for place in (0, 1))
     model, plan = Transformer(config), crossbatch.Plan()
     nothing = cached_context.empty(config, scheme, lanes, jnp.float32)
-    params = jax.tree.map(jnp.asarray, params)  # batch_sums is called outside of jit
+    # batch_sums is called outside of jit.
+    params, before, now = jax.tree.map(jnp.asarray, (params, before, now))
     *_, cached = steps.batch_sums(model, {"params": params}, nothing, before, scheme, plan)
 
     def objective(params):
