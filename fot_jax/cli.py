@@ -205,6 +205,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--k", type=int, metavar="K", help="attend to the K best keys of memory; default: all"
     )
+    generate.add_argument(
+        "--memory_directory",
+        metavar="DIR",
+        help="keep memory in files of a new directory; default: in RAM",
+    )
     generate.add_argument("--memory", metavar="DIR", help="read on from a saved memory")
     generate.add_argument(
         "--save_memory", metavar="DIR", help="save the memory once the prompt is read"
@@ -357,6 +362,7 @@ def _generate(args) -> int:
                 size=args.memory_size,
                 storage=args.memory_dtype,
                 lookup=Dense() if args.k is None else TopK(args.k),
+                directory=args.memory_directory,
             ),
         )
     return 0

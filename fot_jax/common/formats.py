@@ -57,5 +57,6 @@ class Format:
 CHECKPOINT = Format("checkpoint", 1)
 VOCABULARY = Format("vocabulary", 1)
 MEMORY = Format("memory", 1)
+SEGMENTS = Format("memory in segments", 1)
 # config.json of a converted directory has fields of other programs, too.
 CONVERTED = Format("converted model", 1, field="fot_jax_format")

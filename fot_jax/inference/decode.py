@@ -54,15 +54,13 @@ def decode(
         when_read(state)
     if not max_new_tokens:
         return
-    token = first_token(
-        state.model,
-        sampler.among,
-        state.mesh,
-        params=params,
-        hidden=last.hidden,
-        length=last.length,
-        numbers=sampler.numbers,
-    )
+
+    def drawn(hidden, length, step):
+        return token_after(
+            state.model, sampler.among, state.mesh, params, hidden, length, sampler.numbers, step
+        )
+
+    token = drawn(last.hidden, last.length, np.int32(0))
     ended = np.zeros(state.rows, bool)
     written: list[list[int]] = [[] for _ in ended]
     for step in range(1, max_new_tokens + 1):
@@ -75,26 +73,30 @@ def decode(
                 ended[row] = until(written[row])
         if not ended.all() and step < max_new_tokens:  # computed while this one is looked at
             state.make_room(~ended)
-            token, state.cache = next_token(
-                state.model,
-                sampler.among,
-                state.config.lookup,
-                state.mesh,
-                params=params,
-                cache=state.cache,
-                memory=state.memory,
-                token=token,
-                goes_on=~ended,
-                numbers=sampler.numbers,
-                step=np.int32(step),
-            )
+            if state.in_segments:
+                hidden = state.run(params, token[:, None], ~ended[:, None], ~ended)
+                token = drawn(hidden, np.ones_like(last.length), np.int32(step))
+            else:
+                token, state.cache = next_token(
+                    state.model,
+                    sampler.among,
+                    state.config.lookup,
+                    state.mesh,
+                    params=params,
+                    cache=state.cache,
+                    memory=state.memory,
+                    token=token,
+                    goes_on=~ended,
+                    numbers=sampler.numbers,
+                    step=np.int32(step),
+                )
         yield now
         if ended.all():
             return
 
 
 @functools.partial(jax.jit, static_argnames=("c", "among", "mesh"))
-def first_token(
+def token_after(
     c: ModelConfig,
     among: str,
     mesh: Mesh | None,
@@ -102,11 +104,12 @@ def first_token(
     hidden: Float[Array, "B T E"],
     length: Int[Array, " B"],
     numbers: Numbers,
+    step: Int[Array, ""],
 ) -> Int[Array, " B"]:
     """The token after the first `length` ones of each row's piece."""
     hidden = jnp.take_along_axis(hidden, (length - 1)[:, None, None], 1)[:, 0]
     logits = transformer.logits(c, params, hidden)
-    return forward.replicated(mesh, sample(among, logits, numbers, jnp.int32(0)))
+    return forward.replicated(mesh, sample(among, logits, numbers, step))
 
 
 @functools.partial(

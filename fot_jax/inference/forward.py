@@ -7,6 +7,7 @@ it, and positions start again at 0.
 
 Two programs read: `run` runs the layers over a piece and writes the caches only, `evict`
 appends a cache to the memory. The former does not change the memory, so that it is never copied.
+Of a memory that begins with segments in files, `run_over_segments` takes the place of `run`.
 
 Letters: B rows, T tokens of a piece, W places of the window (the local context, rounded up), H
 heads, K key/value heads, G = H / K, D head dim, E model dim, V vocabulary.
@@ -15,6 +16,7 @@ heads, K key/value heads, G = H / K, D head dim, E model dim, V vocabulary.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,8 +29,9 @@ from fot_jax.model import lookup as lookups
 from fot_jax.model import memory as memories
 from fot_jax.model import transformer
 from fot_jax.model.attention import partial_softmax
+from fot_jax.model.attention.partial_softmax import AnyArray
 from fot_jax.model.config import ModelConfig
-from fot_jax.model.lookup import Lookup
+from fot_jax.model.lookup import Lookup, Segment
 from fot_jax.model.memory import LayerMemory, Memory
 from fot_jax.model.rope import positioned, rope_table, rotate
 
@@ -100,6 +103,103 @@ def run(
     Returns:
       Hidden states, normalised, ready for `transformer.logits`; the cache with the piece in it.
     """
+    at = _places(c, cache, tokens, valid, advance)
+    x = params["embedding"][tokens]
+    layers = []
+    for i, (layer, of_layer) in enumerate(zip(params["layers"], cache.layers, strict=True)):
+        q, of_layer = _queries(c, i, layer, x, of_layer, at)
+        layers.append(of_layer)
+        if i in c.memory_layers and memory.slots:
+            of_memory = memory.layers[c.memory_layers.index(i)]
+
+            def look_up(q, of_memory=of_memory):
+                return _attend_memory(lookup, q, of_memory, memory.visible, mesh)
+
+            x = _outputs(c, layer, x, of_layer, at, look_up, q)
+        else:
+            x = _outputs(c, layer, x, of_layer, at, None, q)
+    hidden = transformer.normalise(c, params["final_norm"], x)
+    cache = Cache(tuple(layers), at.valid, cache.length + advance)
+    return replicated(mesh, (hidden, cache))
+
+
+def run_over_segments(
+    c: ModelConfig,
+    lookup: Lookup,
+    params,
+    cache: Cache,
+    memory: Memory,
+    segments: Sequence[Sequence[Segment]],
+    tokens: Int[AnyArray, "B T"],
+    valid: Bool[AnyArray, "B T"],
+    advance: Int[AnyArray, " B"],
+) -> tuple[Float[Array, "B T E"], Cache]:
+    """`run`, not compiled as a whole, of a memory that begins with segments.
+
+    Layers up to the next memory layer are one program, so that the host can hand it one segment
+    after another.
+
+    Args:
+      segments: of each memory layer.
+      memory: what comes after them.
+    """
+    after = before = None
+    for i, layer in enumerate(c.memory_layers):
+        cache, (x, q) = _stretch(c, after, params, cache, tokens, valid, advance, before)
+        of_layer = list(segments[i])
+        if memory.slots:
+            of_layer.append(Segment(memory.layers[i], memory.visible))
+        queries = q.reshape(*q.shape[:2], -1, q.shape[4])
+        after, before = layer, (x, q, lookup.attend_segments(queries, of_layer))
+    cache, hidden = _stretch(c, after, params, cache, tokens, valid, advance, before)
+    return hidden, cache
+
+
+@functools.partial(jax.jit, static_argnames=("c", "after"), donate_argnames="cache")
+def _stretch(
+    c: ModelConfig, after: int | None, params, cache: Cache, tokens, valid, advance, before
+):
+    """The layers from one memory layer to the next.
+
+    Args:
+      c, after: static; the memory layer to go on from, None for the beginning.
+      cache: used up.
+      before: x [B, T, E] at layer `after`, its queries [B, K, G, T, D] and what they found in
+        memory, in parts [B, K, G * T].
+
+    Returns:
+      The cache, and x and queries at the next memory layer, or after the last one hidden states.
+    """
+    at = _places(c, cache, tokens, valid, advance)
+    layers = list(cache.layers)
+    if after is None:
+        x, start = params["embedding"][tokens], 0
+    else:
+        x, q, found = before
+        found = jax.tree.map(lambda y: y.reshape(*q.shape[:4], *y.shape[3:]), found)
+        x = _outputs(c, params["layers"][after], x, layers[after], at, lambda _, y: y, q, found)
+        start = after + 1
+    for i in range(start, c.num_layers):
+        layer = params["layers"][i]
+        q, layers[i] = _queries(c, i, layer, x, layers[i], at)
+        if i in c.memory_layers:
+            return cache._replace(layers=tuple(layers)), (x, q)
+        x = _outputs(c, layer, x, layers[i], at, None, q)
+    cache = Cache(tuple(layers), at.valid, cache.length + advance)
+    return cache, transformer.normalise(c, params["final_norm"], x)
+
+
+class _Places(NamedTuple):
+    """Where a piece is in the window."""
+
+    place: Int[Array, "B T"]
+    seen: Bool[Array, "B T"]  # tokens that are none of padding
+    valid: Bool[Array, "B W"]  # of the window, with the piece in it
+    rope: Any  # of the places
+    before: Any  # of the same places in the window before
+
+
+def _places(c: ModelConfig, cache: Cache, tokens, valid, advance) -> _Places:
     place = cache.length[:, None] + jnp.arange(tokens.shape[1])
     seen = valid & (jnp.arange(tokens.shape[1]) < advance[:, None])
     places = cache.valid.shape[1]
@@ -107,35 +207,43 @@ def run(
         tuple(x[jnp.minimum(place, places - 1)] for x in rope_table(c, places, start))
         for start in (0, -c.local_context)
     )
-    x = params["embedding"][tokens]
     valid = memories.put(cache.valid[:, None], seen[:, None], place)[:, 0]
-    layers = []
-    for i, (layer, of_layer) in enumerate(zip(params["layers"], cache.layers, strict=True)):
-        remembers = i in c.memory_layers
-        q, k, v = transformer.queries_keys_values(c, layer, x)
-        k_memory = rotate(k, before) if c.memory_before else k
-        if not remembers or c.memory_positions:
-            q, k = positioned(c, q, k, rope)
-        new = LayerCache(k, v, None if of_layer.k_memory is None else k_memory)
-        new = jax.tree.map(lambda x: x.swapaxes(1, 2), new)
-        of_layer = jax.tree.map(functools.partial(memories.put, at=place), of_layer, new)
-        layers.append(of_layer)
-        of_memory = memory.layers[c.memory_layers.index(i)] if remembers and memory.slots else None
+    return _Places(place, seen, valid, rope, before)
 
-        def attend(q, place, layer=layer, of_layer=of_layer, of_memory=of_memory):
-            local = _attend_window(q, of_layer, valid, place)
-            if of_memory is None:
-                return local.attended()
-            beyond = _attend_memory(lookup, q, of_memory, memory.visible, mesh)
-            if not c.memory_gate:
-                return partial_softmax.merge(local, beyond).attended()
-            return _gated(layer["attention"]["memory_gate"], local, beyond)
 
-        attended = _by_tiles(attend, q, place, c.num_kv_heads)
-        x = transformer.add_outputs(c, layer, x, attended.reshape(*x.shape[:2], -1))
-    hidden = transformer.normalise(c, params["final_norm"], x)
-    cache = Cache(tuple(layers), valid, cache.length + advance)
-    return replicated(mesh, (hidden, cache))
+def _queries(c: ModelConfig, i: int, layer, x, of_layer: LayerCache, at: _Places):
+    """Queries [B, K, G, T, D] of layer i, and its window with the piece's keys and values."""
+    q, k, v = transformer.queries_keys_values(c, layer, x)
+    k_memory = rotate(k, at.before) if c.memory_before else k
+    if i not in c.memory_layers or c.memory_positions:
+        q, k = positioned(c, q, k, at.rope)
+    new = LayerCache(k, v, None if of_layer.k_memory is None else k_memory)
+    new = jax.tree.map(lambda x: x.swapaxes(1, 2), new)
+    of_layer = jax.tree.map(functools.partial(memories.put, at=at.place), of_layer, new)
+    B, T, H, D = q.shape
+    return q.reshape(B, T, c.num_kv_heads, -1, D).transpose(0, 2, 3, 1, 4), of_layer
+
+
+def _outputs(c: ModelConfig, layer, x, of_layer: LayerCache, at: _Places, look_up, q, found=()):
+    """What comes out of a layer [B, T, E]: attention to the window and to memory, and the MLP.
+
+    Args:
+      look_up: of a tile of `q` and of `found`, whatever it is: attention to memory, in parts;
+        None: there is none.
+    """
+
+    def attend(place, q, *found):
+        local = _attend_window(q, of_layer, at.valid, place)
+        if look_up is None:
+            return local.attended()
+        beyond = look_up(q, *found)
+        if not c.memory_gate:
+            return partial_softmax.merge(local, beyond).attended()
+        return _gated(layer["attention"]["memory_gate"], local, beyond)
+
+    arrays = (q, found) if found else (q,)
+    attended = _by_tiles(attend, at.place, arrays)
+    return transformer.add_outputs(c, layer, x, attended.reshape(*x.shape[:2], -1))
 
 
 def replicated(mesh: Mesh | None, tree):
@@ -145,20 +253,26 @@ def replicated(mesh: Mesh | None, tree):
     return lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
 
 
-def _by_tiles(attend, q: Float[Array, "B T H D"], place: Int[Array, "B T"], kv_heads: int):
-    """attend(q [B, K, G * t, D], place [B, t]) over tiles of t tokens: [B, T, H, D]."""
-    B, T, H, D = q.shape
-    tile = T
-    while tile % 2 == 0 and tile * B * H * 256 > partial_softmax.score_budget():
-        tile //= 2
-    tiles, G = T // tile, H // kv_heads
+def _by_tiles(attend, place: Int[Array, "B T"], arrays: tuple):
+    """attend(place [B, t], *arrays [B, K, G * t, ...]) over tiles of t tokens: [B, T, H, D].
 
-    q_t = q.reshape(B, tiles, tile, kv_heads, G, D).transpose(1, 0, 3, 4, 2, 5)
-    q_t = q_t.reshape(tiles, B, kv_heads, G * tile, D)
+    Args:
+      arrays: trees of arrays [B, K, G, T, ...], the first of them queries.
+    """
+    B, K, G, T, D = arrays[0].shape
+    tile = T
+    while tile % 2 == 0 and tile * B * K * G * 256 > partial_softmax.score_budget():
+        tile //= 2
+    tiles = T // tile
+
+    def split(x):
+        x = jnp.moveaxis(x.reshape(B, K, G, tiles, tile, *x.shape[4:]), 3, 0)
+        return x.reshape(tiles, B, K, G * tile, *x.shape[5:])
+
     places = place.reshape(B, tiles, tile).swapaxes(0, 1)
-    out = lax.map(lambda args: attend(*args), (q_t, places))
-    out = out.reshape(tiles, B, kv_heads, G, tile, D).transpose(1, 0, 4, 2, 3, 5)
-    return out.reshape(B, T, H, D).astype(q.dtype)
+    out = lax.map(lambda args: attend(*args), (places, *jax.tree.map(split, arrays)))
+    out = out.reshape(tiles, B, K, G, tile, D).transpose(1, 0, 4, 2, 3, 5)
+    return out.reshape(B, T, K * G, D).astype(arrays[0].dtype)
 
 
 def _attend_window(q, layer: LayerCache, valid, place):

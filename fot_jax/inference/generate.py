@@ -39,9 +39,10 @@ def generate(
       prompt, prompt_file: one of them: text, or a file of it in UTF-8.
       max_new_tokens: it ends earlier where the model ends its text.
       temperature, top_p, seed, last_context_length: as of LanguageModel.stream.
-      config: what is kept in memory.
+      config: what is kept in memory; in its directory, all of it when the prompt has been read.
       memory: a saved memory to read on from; of `config` it takes the lookup alone.
-      save_memory: where to save the memory when the prompt has been read.
+      save_memory: where to save the memory when the prompt has been read; of one in a directory,
+        that directory alone, which otherwise stays as it is.
       dtype, devices: as of LanguageModel.load.
 
     Raises:
@@ -52,11 +53,15 @@ def generate(
         raise UserError("the prompt is empty: give some text")
     if memory is not None and config != MemoryConfig(lookup=config.lookup):
         raise UserError(
-            f"{memory}: a saved memory keeps its size and its type: leave --memory_size and "
-            "--memory_dtype out"
+            f"{memory}: a saved memory keeps its size, its type and its place: leave "
+            "--memory_size, --memory_dtype and --memory_directory out"
         )
-    if save_memory is not None:
-        memory_files.check_place(save_memory)  # before hours of reading
+    if config.directory is not None:
+        if save_memory is not None:
+            raise UserError("give --memory_directory or --save_memory: either saves the memory")
+        save_memory = config.directory
+    elif save_memory is not None:
+        memory_files.check_place(save_memory, memory)  # before hours of reading
     lm = LanguageModel.load(checkpoint, dtype=dtype, devices=devices)
     if lm.vocabulary is None:
         raise UserError(
@@ -66,6 +71,11 @@ def generate(
     if save_memory is not None and not lm.config.memory_layers:
         raise UserError(f"{checkpoint}: the model has no memory layers: there is no memory to save")
     state = None if memory is None else lm.load_memory(memory, config.lookup)
+    if state is not None and state.segments is not None:
+        if save_memory is None:
+            state = state.copy()  # its files stay as they are
+        else:
+            memory_files.place_of(save_memory, state)
     tokens = lm.encode(text, continues=state is not None)
 
     def save(state: State) -> None:

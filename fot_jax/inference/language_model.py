@@ -393,17 +393,22 @@ class LanguageModel:
         """Writes all that `state` holds into a directory.
 
         Args:
-          path: new, or of an older memory, which is replaced when all is written.
+          path: new, or of an older memory, which is replaced when all is written. Of a memory in
+            a directory that one, and there what its files do not hold yet.
 
         Raises:
-          UserError: something else is there, or it cannot be written.
+          UserError: something else is there, or it cannot be written; or the memory is in another
+            directory, or a copy of the state.
         """
         from fot_jax.inference import memory_files
 
         memory_files.save(path, state, self._fingerprint, self.mesh)
 
     def load_memory(self, path: epath.PathLike, lookup: Lookup = EVERYTHING.lookup) -> State:
-        """What was read before, from `save_memory`.
+        """What was read before, from `save_memory` or MemoryConfig.directory.
+
+        Text that the state of a MemoryConfig.directory reads on is added to it; a copy of the state
+        adds nothing. If it was not saved at the end, the log says how many tokens it has.
 
         Args:
           path: a directory with a memory, saved on any number of devices.
@@ -435,4 +440,9 @@ class LanguageModel:
     def _begin(self, rows: int, memory: MemoryConfig, state: State | None) -> State:
         """The state to read on from."""
         dtype = self.params["embedding"].dtype
-        return begin(self.config, dtype, self.mesh, rows=rows, config=memory, state=state)
+        begun = begin(self.config, dtype, self.mesh, rows=rows, config=memory, state=state)
+        if state is None and memory.directory is not None:
+            from fot_jax.inference import memory_files
+
+            memory_files.begin_directory(begun, self._fingerprint)
+        return begun

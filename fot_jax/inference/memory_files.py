@@ -4,6 +4,9 @@ A directory with memory.json, which says of what model it is and what shapes the
 TensorStore (zarr) array for the keys and for the values of every memory layer and of the local
 window of every layer. Chunks have checksums. Slots stand in the order they were filled, so that a
 memory can be loaded onto any number of devices. Written whole or not at all.
+
+A memory in segments (segment_files.py) has such a directory inside of its own, for what is not in
+segments yet.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore as ts
+from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
@@ -30,9 +34,9 @@ from fot_jax.common.checksums import seal, unseal
 from fot_jax.common.errors import UserError
 from fot_jax.common.paths import in_bucket, kvstore, path_of
 from fot_jax.common.trees import leaves_by_path
-from fot_jax.inference import forward
+from fot_jax.inference import forward, segment_files
 from fot_jax.inference.forward import Cache
-from fot_jax.inference.state import MemoryConfig, State
+from fot_jax.inference.state import MemoryConfig, State, begin, check_directory
 from fot_jax.model import memory as memories
 from fot_jax.model.config import ModelConfig
 from fot_jax.model.lookup import Lookup
@@ -55,13 +59,13 @@ def save(path: epath.PathLike, state: State, fingerprint: Any, mesh: Mesh | None
     path = _resolved(path)
     if not state.memory.layers:
         raise UserError(f"{path}: the model has no memory layers: there is no memory to save")
+    path = place_of(path, state)
     check_place(path)
-    config = dataclasses.asdict(state.config)
     appended = np.asarray(state.memory.appended)
     content = {
         **formats.MEMORY.number,
         "fingerprint": fingerprint,
-        "config": {name: config[name] for name in ("size", "ring", "storage", "shared")},
+        "config": _kept(state.config),
         "storage": state.memory.storage,
         # A full ring keeps its size; any other memory is saved as large as what is in it.
         "limit": min(state.limit, int(appended.max())),
@@ -71,6 +75,8 @@ def save(path: epath.PathLike, state: State, fingerprint: Any, mesh: Mesh | None
         "places": state.places.tolist(),
         "window_dtype": jnp.dtype(state.cache.layers[0].k.dtype).name,
     }
+    if state.segments is not None:
+        content["after_segments"] = state.segments.crc32
     with new_directory(path, DESCRIPTION) as half:
         try:
             shards, arrays = memories.shards_of(mesh), {}
@@ -83,13 +89,34 @@ def save(path: epath.PathLike, state: State, fingerprint: Any, mesh: Mesh | None
         (half / DESCRIPTION).write_text(json.dumps(seal(content)))
 
 
-def check_place(path: epath.PathLike) -> None:
+def place_of(path: epath.PathLike, state: State) -> epath.Path:
+    """Where a state is written when it is saved there.
+
+    Raises:
+      UserError: its memory is in a directory, and that is another one, or this state a copy.
+    """
+    path = _resolved(path)
+    if state.segments is None:
+        return path
+    if path != state.segments.directory:
+        raise UserError(f"{path}: the memory is in {state.segments.directory}: save it there")
+    if not state.closes:
+        raise UserError(f"{path}: of a copy of a state nothing is added to its directory")
+    return path / segment_files.OPEN
+
+
+def check_place(path: epath.PathLike, loaded: epath.PathLike | None = None) -> None:
     """Checks that a memory can be saved there.
+
+    Args:
+      loaded: the memory that was read on from, if any.
 
     Raises:
       UserError: something else is there, or no directory can be made.
     """
     path = _resolved(path)
+    if loaded is not None and path == _resolved(loaded) and segment_files.is_one(path):
+        path = path / segment_files.OPEN
     if path.exists() and not _is_memory(path):
         raise UserError(f"{path}: not a memory, so it is not replaced: give a new name")
     missing = []
@@ -104,6 +131,12 @@ def check_place(path: epath.PathLike) -> None:
 
 class _Writable(Exception):
     """A directory could be made; none is wanted yet."""
+
+
+def _kept(config: MemoryConfig) -> dict[str, Any]:
+    """What a saved memory keeps of it."""
+    config = dataclasses.asdict(config)
+    return {name: config[name] for name in ("size", "ring", "storage", "shared")}
 
 
 def _is_memory(path: epath.Path) -> bool:
@@ -130,6 +163,8 @@ def load(
       UserError: nothing there, damaged, or of a model with another fingerprint.
     """
     path = path_of(path)
+    if segment_files.is_one(path):
+        return _load_directory(path, c, fingerprint, lookup, mesh)
     content = _description(path)
     _check_same_model(path, content["fingerprint"], json.loads(json.dumps(fingerprint)))
     config = MemoryConfig(**content["config"], lookup=lookup)
@@ -158,6 +193,51 @@ def load(
         stored=stored,
         limit=content["limit"],
     )
+
+
+# --- In segments ---------------------------------------------------------------------------------
+
+
+def begin_directory(state: State, fingerprint: Any) -> None:
+    """Makes the directory of a state's MemoryConfig, for a state in which nothing was read.
+
+    Raises:
+      UserError: something is there, or it cannot be made.
+    """
+    state.segments = segment_files.create(
+        state.config.directory,
+        window=state.rows * state.model.local_context,
+        fingerprint=fingerprint,
+        config=_kept(state.config),
+        storage=state.memory.storage,
+        rows=state.rows,
+    )
+    state.closes = True
+
+
+def _load_directory(path: epath.Path, c: ModelConfig, fingerprint, lookup, mesh) -> State:
+    content = segment_files.describe(path)
+    _check_same_model(path, content["fingerprint"], json.loads(json.dumps(fingerprint)))
+    config = MemoryConfig(**content["config"], lookup=lookup, directory=str(path))
+    rows, dtype = content["rows"], content["fingerprint"]["dtype"]
+    check_directory(c, mesh, rows, config)
+    segments = segment_files.load(path, memories.empty(c, 1, 0, content["storage"]))
+    rest = path / segment_files.OPEN
+    if rest.exists() and _description(rest).get("after_segments") == segments.crc32:
+        state = load(rest, c, fingerprint, lookup, mesh)
+    else:
+        logging.warning(
+            "%s: has the first %d tokens that were read, and not what was read after them: read on "
+            "from there",
+            path,
+            segments.tokens,
+        )
+        state = begin(c, dtype, mesh, rows=rows, config=config, state=None)
+        state.stored += segments.tokens
+    return dataclasses.replace(state, config=config, segments=segments, closes=True)
+
+
+# --- Memories ------------------------------------------------------------------------------------
 
 
 def _window(cache: Cache):

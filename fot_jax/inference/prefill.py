@@ -114,17 +114,7 @@ def prefill(
         of_rows = [slice(start[row], stop[row]) for row in rows]
         piece = np.stack([inputs.padded(tokens[row, of_rows[row]], width) for row in rows])
         shown = np.stack([inputs.padded(valid[row, of_rows[row]], width) for row in rows])
-        hidden, state.cache = forward.run(
-            state.model,
-            state.config.lookup,
-            state.mesh,
-            params=params,
-            cache=state.cache,
-            memory=state.memory,
-            tokens=piece,
-            valid=shown,
-            advance=length.astype(np.int32),
-        )
+        hidden = state.run(params, piece, shown, length)
         state.places += length
         state.held += shown.sum(1)
         running.append(hidden)

@@ -1,21 +1,24 @@
 """What a model has read: the local window and the memory of each row, and what is kept in them.
 
-Letters: B rows.
+Letters: B rows, T tokens of a piece, E model dim.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, DTypeLike, Int
+from jaxtyping import Bool, DTypeLike, Float, Int
 
 from fot_jax.common.errors import UserError, check_range
-from fot_jax.inference import forward
+from fot_jax.common.paths import in_bucket, path_of
+from fot_jax.inference import forward, segment_files
 from fot_jax.inference.forward import Cache
+from fot_jax.inference.segment_files import Segments
 from fot_jax.model import memory as memories
 from fot_jax.model.config import ModelConfig
 from fot_jax.model.lookup import Dense, Lookup
@@ -34,6 +37,9 @@ class MemoryConfig:
       lookup: Dense() attends to all of memory, TopK(k) to the best k keys of each head and query,
         ApproximateTopK(k, recall) to most of these.
       shared: one memory for all rows of a batch (the paper's multi-doc setting).
+      directory: a new one of this machine, to keep memory in files as text is read (see
+        segment_files.py), so that it may be larger than RAM; None: in RAM. For one text, or several
+        that share a memory, on one device; go on from it with LanguageModel.load_memory.
     """
 
     size: int | None = None
@@ -41,6 +47,7 @@ class MemoryConfig:
     storage: str | None = None
     lookup: Lookup = Dense()
     shared: bool = False
+    directory: str | None = None
 
     def __post_init__(self):
         check_range("MemoryConfig", 0, 2**30, whole=True, size=self.size)
@@ -51,6 +58,18 @@ class MemoryConfig:
             )
         if self.size:
             self.lookup.check(self.size)
+        if self.directory is not None:
+            path_of(self.directory)
+            if in_bucket(self.directory):
+                raise UserError(
+                    f"{self.directory}: files in a bucket cannot be memory-mapped: give a "
+                    "directory of this machine"
+                )
+            if self.size is not None and self.ring:
+                raise UserError(
+                    f"{self.directory}: a memory in a directory forgets nothing: leave "
+                    "MemoryConfig.size out, or set MemoryConfig.ring to False"
+                )
 
 
 LAST_CONTEXT = 1024  # tokens of a text that stay in the window, as in LongLLaMA
@@ -88,6 +107,8 @@ class State:
       stored: tokens moved into each row of memory.
       limit: of memory, known here so that no window waits for the devices to say it.
       borrowed: whether another state has the same memory, which then must not be used up.
+      segments: that come before `memory`, where there is a directory for them.
+      closes: whether this state writes more of them.
     """
 
     model: ModelConfig
@@ -100,13 +121,18 @@ class State:
     stored: Int[np.ndarray, " rows"]
     limit: int = 0
     borrowed: bool = False
+    segments: Segments | None = None
+    closes: bool = False
 
     @property
     def rows(self) -> int:
         return len(self.places)
 
     def copy(self) -> State:
-        """Another one of the same content. The memory is copied once one of them adds to it."""
+        """Another one of the same content. The memory is copied once one of them adds to it.
+
+        It adds nothing to a memory in a directory: what it reads stays in RAM.
+        """
         self.borrowed = True
         cache = jax.tree.map(jnp.copy, self.cache)
         return dataclasses.replace(
@@ -115,6 +141,7 @@ class State:
             places=self.places.copy(),
             held=self.held.copy(),
             stored=self.stored.copy(),
+            closes=False,
         )
 
     def repeated(self, rows: int) -> State:
@@ -138,7 +165,34 @@ class State:
             held=np.repeat(self.held, rows),
             stored=np.repeat(self.stored, rows),
             borrowed=False,
+            closes=False,
         )
+
+    def run(
+        self,
+        params: Any,
+        tokens: Int[np.ndarray | jax.Array, "B T"],
+        valid: Bool[np.ndarray, "B T"],
+        advance: Int[np.ndarray, " B"],
+    ) -> Float[jax.Array, "B T E"]:
+        """Hidden states of the next piece of every row, which is put into the window.
+
+        Arguments as of `forward.run`.
+        """
+        piece = {"tokens": tokens, "valid": valid, "advance": advance.astype(np.int32)}
+        piece |= {"params": params, "cache": self.cache, "memory": self.memory}
+        if self.in_segments:
+            hidden, self.cache = forward.run_over_segments(
+                self.model, self.config.lookup, segments=self.segments.of_layers(), **piece
+            )
+        else:
+            hidden, self.cache = forward.run(self.model, self.config.lookup, self.mesh, **piece)
+        return hidden
+
+    @property
+    def in_segments(self) -> bool:
+        """Whether a part of the memory is in closed segments."""
+        return self.segments is not None and self.segments.tokens > 0
 
     def make_room(self, rows: Bool[np.ndarray, " B"]) -> None:
         """Takes a place for one more token of some rows, whose windows are emptied where full."""
@@ -151,8 +205,15 @@ class State:
         if not rows.any():
             return
         moved = np.where(rows, self.held, 0)
-        self.stored += moved.sum() if self.config.shared else moved
-        self.reserve(int(self.stored.max()), 2 * int(self.stored.max()))
+        total = self.stored + (moved.sum() if self.config.shared else moved)
+        if self.closes and total[0] - self.segments.tokens > self.segments.slots:
+            count = int(self.stored[0]) - self.segments.tokens
+            self.segments = self.segments.with_closed(self.memory, count)
+            self._own_memory()
+            self.memory = segment_files.restart(self.memory)
+        self.stored = total
+        needed, closed = int(total.max()), self.segments.tokens if self.segments else 0
+        self.reserve(needed, needed + needed - closed)
         self._own_memory()
         valid, length, self.memory = forward.evict(
             self.model,
@@ -170,6 +231,10 @@ class State:
         """Room for `wanted` tokens in each row of memory, if it has less than the `needed`."""
         if self.config.size is not None:
             needed, wanted = min(needed, self.config.size), min(wanted, self.config.size)
+        if self.segments is not None:
+            needed, wanted = needed - self.segments.tokens, wanted - self.segments.tokens
+        if self.closes:
+            needed, wanted = min(needed, self.segments.slots), min(wanted, self.segments.slots)
         if self.model.memory_layers and needed > self.limit:
             self._own_memory()
             self.memory, self.limit = memories.grow(self.memory, wanted, self.mesh), wanted
@@ -223,12 +288,15 @@ def begin(
                 "memory is wanted, not both"
             )
         return state
-    if not c.memory_layers and (config.size or config.lookup != Dense()):
+    if not c.memory_layers and (config.size or config.lookup != Dense() or config.directory):
         wanted = f"of {config.size} tokens" if config.size else f"with {config.lookup}"
+        wanted = f"in {config.directory}" if config.directory else wanted
         raise UserError(
             f"a memory {wanted} for a model without memory layers: it reads its local window "
             "alone; leave the memory out"
         )
+    if config.directory is not None:
+        check_directory(c, mesh, rows, config)
     if c.memory_before:
         config = _of_one_window(config, c.local_context)
     storage = config.storage or c.memory_dtype or jnp.dtype(dtype).name
@@ -243,6 +311,29 @@ def begin(
         held=np.zeros(rows, int),
         stored=np.zeros(memory.rows, int),
     )
+
+
+def check_directory(c: ModelConfig, mesh: Mesh | None, rows: int, config: MemoryConfig) -> None:
+    """Checks that a memory can be in a directory.
+
+    Raises:
+      UserError: it cannot, of such a model or on such devices; or of several texts.
+    """
+    if c.memory_before:
+        raise UserError(
+            f"{config.directory}: the model's memory is one window (memory_before), which needs no "
+            "directory: leave it out"
+        )
+    if mesh is not None:
+        raise UserError(
+            f"{config.directory}: a memory in a directory is read on one device, and the model is "
+            f"on {mesh.size}: load it on one, or leave the directory out"
+        )
+    if rows > 1 and not config.shared:
+        raise UserError(
+            f"{config.directory}: a memory in a directory is of one text, and {rows} are given: "
+            "read them one by one, or let them share a memory"
+        )
 
 
 def _of_one_window(config: MemoryConfig, context: int) -> MemoryConfig:

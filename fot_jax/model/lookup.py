@@ -3,7 +3,8 @@
 `Dense`, `TopK` and `ApproximateTopK` are three ways to choose the keys; what is chosen goes through
 one softmax with the local window. None holds more than a block of scores at a time, so what they
 need does not grow with the memory. Over a mesh every shard looks up its own slots; only scores and
-outputs travel.
+outputs travel. A memory in segments is looked up segment by segment, by the same compiled program:
+see `Segment`.
 
 Letters: B rows of memory, K key/value heads, N queries of a key/value head, M slots, S slots of a
 block, D head dim, k keys of a query.
@@ -12,7 +13,10 @@ block, D head dim, k keys of a query.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +33,16 @@ from fot_jax.model.memory import AXIS, LayerMemory, Stored
 
 # Of products that choose keys: TPUs and GPUs would round float32, and each pass in its own way.
 PRECISION = lax.Precision.HIGHEST
+
+
+class Segment(NamedTuple):
+    """A part of a layer's memory that is looked up by itself, and may lie in a file.
+
+    With one row, all rows of the queries look into it.
+    """
+
+    layer: LayerMemory
+    visible: AnyArray  # [rows] int32: how many slots hold something, from the first on
 
 
 @configurable
@@ -50,6 +64,14 @@ class Dense:
         steps = (visible.max() + block - 1) // block
         parts = lax.fori_loop(0, steps, step, partial_softmax.no_parts(q))
         return _merge_shards(parts) if shards > 1 else parts
+
+    def attend_segments(self, q, segments: Sequence[Segment]) -> Parts:
+        """Of queries [B, K, N, D] over all segments; called outside of compiled programs."""
+        parts = partial_softmax.no_parts(q)
+        for segment in segments:
+            before, parts = parts, _add_segment(self, q, segment, parts)
+            jax.block_until_ready(before)  # no more than two segments are on the devices
+        return parts
 
     def best(self, scores: jax.Array) -> None:
         """All of them."""
@@ -83,6 +105,20 @@ class TopK:
             scores = _best_of_shards(scores, slots, shards)
         parts = _attend_found(scores, slots, layer.v, q.dtype)
         return _merge_shards(parts) if shards > 1 else parts
+
+    def attend_segments(self, q, segments: Sequence[Segment]) -> Parts:
+        """As Dense.attend_segments: goes through the keys, then the values of what was found."""
+        best, start = _none_found((*q.shape[:3], self.k)), 0
+        for layer, visible in segments:
+            before, best = best, _search_segment(self, q, layer.k, visible, start, best)
+            jax.block_until_ready(before)
+            start += layer.k.slots
+        parts, start = partial_softmax.no_parts(q), 0
+        for layer, _ in segments:
+            before, parts = parts, _add_found(q.dtype, *best, layer.v, start, parts)
+            jax.block_until_ready(before)
+            start += layer.v.slots
+        return parts
 
     def search(self, q, keys: Stored, visible):
         """The best keys of every query.
@@ -267,6 +303,54 @@ def _attend_found(scores, slots, v: Stored, dtype) -> Parts:
 
     B, K, _, k = scores.shape
     return _map_queries(of_queries, (scores, slots), B * K * k * v.x.shape[3])
+
+
+# --- Over segments -------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames="lookup")
+def _add_segment(lookup: Dense, q, segment: Segment, parts: Parts) -> Parts:
+    """Merges the attention of one more segment into `parts`."""
+    layer, visible = segment
+
+    def of_queries(args):
+        return lookup.attend(*args, layer, visible, 1)
+
+    return partial_softmax.merge(parts, _by_rows(of_queries, (q,), len(visible)))
+
+
+@functools.partial(jax.jit, static_argnames="lookup")
+def _search_segment(lookup: TopK, q, keys: Stored, visible, start, best):
+    """The best of `best` and of a segment whose first slot is number `start` of all."""
+
+    def of_queries(args):
+        scores, slots = lookup.search(*args, keys, visible)
+        return scores, slots + start
+
+    return _better(best, _by_rows(of_queries, (q,), len(visible)), lookup.k)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _add_found(dtype, scores, slots, v: Stored, start, parts: Parts) -> Parts:
+    """Merges the attention to those found slots that are a segment's into `parts`."""
+    here = (slots >= start) & (slots < start + v.slots)
+
+    def of_queries(args):
+        return _attend_found(*args, v, dtype)
+
+    found = jnp.where(here, scores, MASKED), jnp.where(here, slots - start, 0)
+    return partial_softmax.merge(parts, _by_rows(of_queries, found, v.x.shape[0]))
+
+
+def _by_rows(of_queries, arrays, rows: int):
+    """of_queries over arrays [B, K, N, ...] of as many rows as a memory has: B, or one for all."""
+    B, K, N = arrays[0].shape[:3]
+    if rows < B:
+        arrays = [x.swapaxes(0, 1).reshape(1, K, B * N, *x.shape[3:]) for x in arrays]
+    found = _map_queries(of_queries, tuple(arrays), 64 * rows * K)
+    if rows < B:
+        found = jax.tree.map(lambda x: x.reshape(K, B, N, *x.shape[3:]).swapaxes(0, 1), found)
+    return found
 
 
 # --- Over shards ---------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from runs import refused
 
 from fot_jax import cli
 from fot_jax.data.vocabulary import Bytes
+from fot_jax.inference import segment_files
 from fot_jax.inference.generate import as_text
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.state import MemoryConfig
@@ -108,6 +109,26 @@ def test_a_prompt_from_a_file_and_a_memory_kept(workdir, capsys, tmp_path):
     loaded = lm.load_memory(more)
     assert loaded.places.tolist() == state.places.tolist()
     np.testing.assert_array_equal(loaded.memory.appended, state.memory.appended)
+
+
+def test_a_memory_in_a_directory(workdir, capsys, tmp_path, monkeypatch):
+    """Says the same, stays as it is when it is asked, and is added to when that is wanted."""
+    monkeypatch.setattr(segment_files, "TOKENS", 64)
+    book, in_ram, kept = (tmp_path / name for name in ("book.txt", "ram", "kept"))
+    book.write_text("train 5 wäre " * 30)
+    read = (capsys, workdir, "--prompt_file", book, "--max_new_tokens", 0)
+    assert generate(*read, "--memory_directory", kept) == generate(*read, "--save_memory", in_ram)
+    before = runs.files(kept)
+    assert len(list(kept.glob("segment-*"))) > 3
+    ask = (capsys, workdir, "--prompt", "train 5", "--temperature", 0, "--max_new_tokens", 30)
+    assert generate(*ask, "--memory", kept) == generate(*ask, "--memory", in_ram)
+    assert runs.files(kept) == before
+    generate(*ask, "--memory", kept, "--save_memory", kept)
+    state = LanguageModel.load(workdir).load_memory(kept)
+    assert state.stored + state.held == 1 + len(book.read_bytes()) + len("train 5")
+    argv = ("generate", "--checkpoint", workdir, "--prompt", "a", "--memory", kept)
+    other = refused(capsys, *argv, "--save_memory", tmp_path / "other")
+    assert f"{tmp_path}/other: the memory is in {kept}: save it there" in other
 
 
 @given(st.text(max_size=200), st.integers(1, 5))
@@ -224,6 +245,10 @@ def test_bad_input_is_one_line(workdir, capsys, tmp_path, monkeypatch):
         (("--prompt", "a", "--devices", 0), "LanguageModel.devices = 0: give 1 or more"),
         (("--prompt", "a", "--save_memory", "latin"), f"{here}/latin: not a memory, so it is not"),
         (("--prompt", "a", "--save_memory", "new/er/m", "--devices", 99), "devices = 99, but this"),
+        (
+            ("--prompt", "a", "--save_memory", "m", "--memory_directory", "n"),
+            "give --memory_directory or --save_memory: either saves the memory",
+        ),
         (("--prompt", "a", "--save_memory", ""), "'' is no path: give one of this machine"),
     ):
         before = runs.files(tmp_path)
@@ -237,9 +262,9 @@ def test_bad_input_is_one_line(workdir, capsys, tmp_path, monkeypatch):
 def test_a_saved_memory_keeps_what_it_is(workdir, capsys, tmp_path):
     kept = tmp_path / "kept"
     generate(capsys, workdir, "--prompt", "a" * 50, "--save_memory", kept, "--max_new_tokens", 0)
-    for options in (("--memory_size", 8), ("--memory_dtype", "int8")):
+    for options in (("--memory_size", 8), ("--memory_dtype", "int8"), ("--memory_directory", "m")):
         argv = ("generate", "--checkpoint", workdir, "--memory", kept, "--prompt", "a", *options)
-        assert "a saved memory keeps its size and its type: leave" in refused(capsys, *argv)
+        assert "a saved memory keeps its size, its type and its place" in refused(capsys, *argv)
     assert generate(capsys, workdir, "--memory", kept, "--prompt", "a", "--k", 3)
 
 

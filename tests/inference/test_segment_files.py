@@ -1,0 +1,223 @@
+"""Memories in a directory say what memories in RAM say, survive kills, and notice damage."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from readers import C, model_of, random_text
+
+from fot_jax.common.errors import UserError
+from fot_jax.inference import decode, forward, segment_files
+from fot_jax.inference.state import MemoryConfig
+from fot_jax.model import lookup as lookups
+from fot_jax.model.lookup import Dense, TopK
+
+SEGMENT = 2 * C
+
+
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch):
+    monkeypatch.setattr(segment_files, "TOKENS", SEGMENT)
+
+
+@pytest.fixture
+def read(tmp_path):
+    """A model, and a memory of three segments and 50 tokens, and 14 tokens in the window."""
+    lm = model_of("llama")
+    state = lm.read(
+        random_text(1, 3 * SEGMENT + C), memory=kept_in(tmp_path / "m"), last_context_length=14
+    )
+    assert state.segments.counts == (SEGMENT,) * 3 and state.held == [14]
+    return lm, state, tmp_path / "m"
+
+
+def kept_in(directory, **options):
+    return MemoryConfig(directory=str(directory), **options)
+
+
+@pytest.mark.parametrize(
+    "name, storage, lookup, shared",
+    [
+        ("llama", "float32", Dense(), False),
+        ("llama", "bfloat16", TopK(7), True),
+        ("paper", "int8", TopK(7), False),
+    ],
+    ids=str,
+)
+@settings(max_examples=4)
+@given(
+    length=st.sampled_from([n * SEGMENT + C + d for n in range(4) for d in (-1, 0, 1, 30)]),
+    padding=st.integers(0, C),
+)
+def test_logits_are_those_of_a_memory_in_ram(
+    tmp_path_factory, name, storage, lookup, shared, length, padding
+):
+    lm = model_of(name)
+    rows = 1 + shared
+    options = {"storage": storage, "lookup": lookup, "shared": shared}
+    text, more = random_text(rows, length + padding), random_text(rows, 150, seed=1)
+    mask = np.arange(length + padding) >= padding * (np.arange(rows)[:, None] == 0)
+    path = tmp_path_factory.mktemp("memory") / "m"
+    got, want = [], []
+    for memory, logits in ((kept_in(path, **options), got), (MemoryConfig(**options), want)):
+        state = lm.read(np.zeros((rows, 1), int), memory=memory)
+        logits.append(lm.logits(text, mask=mask, state=state, last_context_length=20)[mask])
+        if memory.directory:
+            lm.save_memory(state, path)
+            state = lm.load_memory(path, lookup)
+            assert state.config == memory
+        logits.append(lm.logits(more, state=state))
+    # What differs in the last bit of float32 may be rounded differently to fewer bits.
+    atol = 1e-5 if storage == "float32" else 1e-3
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=atol)
+
+
+def test_nothing_is_compiled_as_memory_grows(read):
+    lm, state, path = read
+    lm.save_memory(state, path)
+    state = lm.load_memory(path, TopK(5))
+    programs = (
+        *(forward.run, forward.evict, forward._stretch, decode.token_after),
+        *(lookups._search_segment, lookups._add_found),
+    )
+
+    def read_on(seed):
+        lm.read(random_text(1, 2 * SEGMENT, seed), state=state, last_context_length=14)
+        lm.generate([1], 2 * C, temperature=0, state=state)
+
+    read_on(1)
+    compiled = [each._cache_size() for each in programs]
+    read_on(2)
+    assert len(state.segments.counts) > 7
+    assert [each._cache_size() for each in programs] == compiled
+
+
+def test_copies_and_repeated_states_leave_the_files_as_they_are(read):
+    lm, state, path = read
+    ram = lm.read(random_text(1, 3 * SEGMENT + C), last_context_length=14)
+    more = random_text(2, 2 * SEGMENT, seed=1)
+    before = sorted(x.name for x in path.rglob("*"))
+    copy, both = state.copy(), state.repeated(2)
+    new = lm.generate([1, 2], 2 * C, temperature=0, state=ram.copy())
+    assert lm.generate([1, 2], 2 * C, temperature=0, state=state.copy()) == new
+    want = lm.logits(more, state=ram.repeated(2))
+    np.testing.assert_allclose(lm.logits(more, state=both), want, atol=1e-5)
+    np.testing.assert_allclose(lm.logits(more[:1], state=copy), want[:1], atol=1e-5)
+    assert sorted(x.name for x in path.rglob("*")) == before
+    np.testing.assert_allclose(lm.logits(more[:1], state=state), want[:1], atol=1e-5)
+    with pytest.raises(UserError, match="of a copy of a state nothing is added to its directory"):
+        lm.save_memory(copy, path)
+    with pytest.raises(UserError, match=f"other: the memory is in {path}: save it there"):
+        lm.save_memory(state, path.parent / "other")
+
+
+def test_two_states_do_not_add_to_one_directory(read):
+    lm, state, path = read
+    other = lm.load_memory(path)
+    lm.read(random_text(1, 2 * SEGMENT), state=state)
+    with pytest.raises(UserError, match=f"{path}/segment-000003: written by another process"):
+        lm.read(random_text(1, 2 * SEGMENT), state=other)
+
+
+# --- Kills and damage ----------------------------------------------------------------------------
+
+KILLED = """
+    import os, signal, sys
+    sys.path[:0] = {paths}
+    from readers import model_of, random_text
+    from fot_jax.inference import segment_files
+    from fot_jax.inference.state import MemoryConfig
+    segment_files.TOKENS = {segment}
+    files, write = 0, os.fsync
+    def fsync(file):
+        global files
+        files += 1
+        if files == {files}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(file)
+    os.fsync = fsync
+    model_of("llama").read(random_text(1, 1000), memory=MemoryConfig(directory={path!r}))
+"""
+
+
+@pytest.mark.parametrize("files, segments", [(2, 0), (11, 2)])  # a segment has four
+def test_killed_while_a_segment_is_written(tmp_path, caplog, files, segments):
+    path = tmp_path / "m"
+    paths = [p for p in sys.path if p.endswith("tests") or p.endswith("inference")]
+    code = KILLED.format(paths=paths, segment=SEGMENT, files=files, path=str(path))
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=os.environ)
+    assert done.returncode == -signal.SIGKILL
+    lm, text = model_of("llama"), random_text(1, 1000)
+    state = lm.load_memory(path)
+    kept = segments * SEGMENT
+    assert f"{path}: has the first {kept} tokens that were read, and not" in caplog.text
+    assert state.stored == [kept]
+    got = lm.logits(text[:, kept:], state=state)
+    np.testing.assert_allclose(got, lm.logits(text)[:, kept:], atol=1e-5)
+    assert not list(path.glob("*half-written*"))
+    lm.save_memory(state, path)
+    caplog.clear()
+    np.testing.assert_array_equal(lm.load_memory(path).stored, state.stored)
+    assert not caplog.text
+
+
+def test_damage_is_noticed(read):
+    lm, state, path = read
+    lm.save_memory(state, path)
+    whole = path.parent / "whole"
+    shutil.copytree(path, whole)
+    rng = np.random.default_rng(0)
+    for file in sorted(path.rglob("segment*/*")):
+        content = bytearray(file.read_bytes())
+        content[rng.integers(len(content))] ^= 0x10
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=f"{file.parent}.*damaged.*: read the text again"):
+            lm.load_memory(path)
+        os.truncate(file, 5)
+        with pytest.raises(UserError, match=f"{file.parent}.*damaged.*: read the text again"):
+            lm.load_memory(path)
+        file.write_bytes((whole / file.relative_to(path)).read_bytes())
+    (path / "segment-000001").rename(path / "a")
+    with pytest.raises(UserError, match="segment-000001: missing: read the text again"):
+        lm.load_memory(path)
+    (path / "segment-000002").rename(path / "segment-000001")
+    (path / "a").rename(path / "segment-000002")
+    with pytest.raises(UserError, match="segment-000001: damaged .of another memory or place."):
+        lm.load_memory(path)
+
+
+def test_what_a_directory_cannot_be_is_refused(read, tmp_path):
+    lm, _, path = read
+    text = random_text(1, 10)
+    with pytest.raises(UserError, match=f"{path}: holds a memory already: go on from it with"):
+        lm.read(text, memory=kept_in(path))
+    with pytest.raises(UserError, match="not a memory, so it is not replaced: give a new name"):
+        lm.save_memory(lm.read(text), path)
+    (tmp_path / "thesis").write_text("1")
+    with pytest.raises(UserError, match="thesis: something else is there: give a new name"):
+        lm.read(text, memory=kept_in(tmp_path / "thesis"))
+    new = tmp_path / "new"
+    with pytest.raises(UserError, match=f"{new}: a memory in a directory is of one text, and 2 "):
+        lm.read(random_text(2, 10), memory=kept_in(new))
+    with pytest.raises(UserError, match=f"{new}: a memory in a directory forgets nothing: leave"):
+        kept_in(new, size=100)
+    with pytest.raises(UserError, match="gs://bucket/m: files in a bucket cannot be memory-mapped"):
+        kept_in("gs://bucket/m")
+    with pytest.raises(UserError, match="last_context_length = 100"):
+        lm.read(text, memory=kept_in(new), last_context_length=100)
+    lm.read(text, memory=kept_in(new))  # in which nothing was
+    full = kept_in(tmp_path / "full", size=200, ring=False)
+    with pytest.raises(UserError, match="the memory of 200 tokens is full before the end"):
+        lm.read(random_text(1, 400), memory=full)
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:2]), ("memory",))
+    with pytest.raises(UserError, match=f"{path}: a memory in a directory is read on one device"):
+        type(lm)(lm.config, lm.params, mesh=mesh).load_memory(path)
