@@ -174,7 +174,7 @@ def test_saves_the_same_again(resumed):
     assert runs.steps_saved(resumed) == [STOPPED_AFTER, STEPS]
     restored = restore_params(resumed)
     assert restored.step == STEPS
-    assert restored.meta.keys() == restore_params(V1 / "run").meta.keys()
+    assert restored.meta.keys() >= restore_params(V1 / "run").meta.keys()
 
 
 def test_a_saved_vocabulary():
