@@ -78,9 +78,9 @@ class Lora:
 
 def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parameters without their adapters, and the adapters; {} where there are none."""
-    layers = dict(params["layers"])
+    layers = dict(params.get("layers", {}))
     adapters = layers.pop(NAME, {})
-    return {**params, "layers": layers}, adapters
+    return {**params, "layers": layers} if adapters else dict(params), adapters
 
 
 def joined(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> dict[str, Any]:
