@@ -68,7 +68,11 @@ def expected(config, lora, params, merged, batch):
 PARTS = {
     "layers of memory": (CONFIG, ("memory_layers/*",), None, {"layers/mlp/down": [1]}),
     "apart": (
-        *(CONFIG, ("layers/0/mlp/up", "layers/[23]/mlp/*", "final_norm/*"), None),
+        *(
+            CONFIG,
+            ("layers/0/mlp/up", "layers/[23]/mlp/*", "layers/3/attention/*", "final_norm/*"),
+            None,
+        ),
         {"layers/mlp/up": [0, 2, 3], "layers/mlp/gate": [2, 3], "final_norm/scale": None},
     ),
     "whole arrays": (TIED, ("embedding", "layers/*/attention/query"), None, {"embedding": None}),
