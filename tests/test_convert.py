@@ -138,6 +138,14 @@ def test_the_other_files_come_along(tmp_path):
     assert (values["bos_token_id"], values["eos_token_id"]) == (3, 7)
 
 
+OF_THE_EXPERIMENT = {  # the shapes of `here`'s experiment.gin
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+
 CARD_OF_THE_BASE = """---
 license: apache-2.0
 language: [en]
@@ -151,14 +159,7 @@ Said of it.
 
 def test_the_model_card(here, one_device, capsys):
     """Licence and name come from the base model's, what was trained and measured from the run."""
-    llamas.save(
-        here / "a",
-        vocab_size=64,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-    )
+    llamas.save(here / "a", **OF_THE_EXPERIMENT)
     (here / "a" / "README.md").write_text(CARD_OF_THE_BASE)
     (here / "a" / "LICENSE").write_text("may be used")
     start = 'train.initialize_from = "a"'
@@ -264,14 +265,7 @@ def test_a_trained_checkpoint(here, one_device):
 
 @pytest.mark.parametrize("kind", ["hugging face", "workdir"])
 def test_training_starts_from_either(here, one_device, kind):
-    llamas.save(
-        here / "a",
-        vocab_size=64,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-    )
+    llamas.save(here / "a", **OF_THE_EXPERIMENT)
     of_memory = dict(mem_layers=[1], last_context_length=8, mem_dtype="float16")
     llamas.edit(here / "a", **of_memory)
     fot("from-hf", "a", "b")
