@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import functools
 import importlib.metadata
 import os
-import platform
 import re
 import signal
 import sys
@@ -68,7 +68,6 @@ def run() -> None:
     The interpreter would first wait for threads, and those of Orbax never end once a save has
     failed; JAX would wait for the other processes of the run, which are waiting for this one.
     """
-    _allocate_for_large_steps()
     _use_cpus_where_there_are_no_tpus()
     try:
         code = main()
@@ -86,22 +85,6 @@ def run() -> None:
             sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
-
-
-def _allocate_for_large_steps() -> None:
-    """Begins the process anew where glibc's allocator is not set yet; it reads this at its start.
-
-    A training step on the CPU takes its temporaries as one block and frees it at its end. Kept in
-    the heap, smaller blocks would be cut from it, and the next step need another one: up to three
-    of them stayed. So large blocks are mapped, and go back to the kernel whole; huge pages make
-    that cheap (zeroed 2 MB at a time, a fifth of the time that pages of 4 KB take). Smaller ones
-    stay in one heap, of which nothing is given back.
-    """
-    if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ:
-        large = f"hugetlb=1:glibc.malloc.mmap_threshold={2**25}"  # glibc takes no more
-        small = f"arena_max=1:glibc.malloc.trim_threshold={2**62}"
-        os.environ["GLIBC_TUNABLES"] = f"glibc.malloc.{large}:glibc.malloc.{small}"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _use_cpus_where_there_are_no_tpus() -> None:
@@ -282,6 +265,7 @@ def _experiment_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args) -> int:
+    _keep_freed_memory()
     gin_files.load(args.experiment, args.gin)
     if not args.dry_run:
         cluster.join()
@@ -324,6 +308,7 @@ def _compile(args) -> int:
 
 
 def _evaluate(args) -> int:
+    _keep_freed_memory()
     gin_files.load(args.experiment, args.gin)
     import gin
 
@@ -421,6 +406,7 @@ def _cache(args) -> int:
 
 def _bench(args) -> int:
     if args.name == "train":
+        _keep_freed_memory()
         from fot_jax.bench import train as bench
 
         bench.train(as_json=args.json)
@@ -433,3 +419,18 @@ def _bench(args) -> int:
 
         bench_pytorch.pytorch(as_json=args.json)
     return 0
+
+
+def _keep_freed_memory() -> None:
+    """Stops glibc from giving freed blocks back to the kernel between steps.
+
+    A training step on the CPU frees and takes back hundreds of megabytes; having the kernel map and
+    zero them again took a third of its time. Must come before other libraries start threads.
+    Training takes it back for steps that are large for the machine (training/needs.py).
+    """
+    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(m_arena_max, 1)  # one heap for all threads,
+        mallopt(m_mmap_max, 0)  # also for large blocks,
+        mallopt(m_trim_threshold, -1)  # of which nothing is given back

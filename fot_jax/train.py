@@ -220,7 +220,7 @@ def train(
                     f"compiling the training step{'' if d is None else f' for d = {now_d}'}"
                 )
                 if not compiled and jax.default_backend() == "cpu":
-                    metrics.say(needs.memory_line(compiled_of(now_d)()))
+                    metrics.say(needs.prepare(compiled_of(now_d)()))
                 compiled.add(now_d)
             batch, snapshot = ready.pop() if ready else next(batches)
             state, info = compiled_of(now_d)()(state, batch)  # training/step.py

@@ -501,7 +501,6 @@ def test_that_another_process_is_gone_is_one_line(monkeypatch, capsys, error, sa
         raise jax.errors.JaxRuntimeError(error)
 
     codes = []
-    monkeypatch.setenv("GLIBC_TUNABLES", "")  # or the process begins anew
     monkeypatch.setattr(cli, "main", main)
     monkeypatch.setattr(cli.os, "_exit", codes.append)
     with pytest.raises(SystemExit):

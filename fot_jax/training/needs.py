@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import re
 from pathlib import Path
 
 import jax
 
+# Sets of temporaries that a heap of which nothing is given back was seen to hold: smaller blocks
+# are cut from a freed set, and the next step takes another one.
+KEPT_SETS = 3
 
-def memory_line(compiled: jax.stages.Compiled, root: Path = Path("/")) -> str:
-    """A line on the memory of a compiled step; a warning where less is free than it adds.
+
+def prepare(compiled: jax.stages.Compiled) -> str:
+    """Gets the process ready for a compiled step on a CPU, and says in a line what it needs.
+
+    Where the machine has no room for KEPT_SETS, large blocks are given back after each step, which
+    costs the time of mapping them again. Where it has less than the step adds, the line warns.
 
     Args:
       compiled: called (state, batch), both of which are there already.
-      root: of the file system with /proc and /sys.
     """
     memory = compiled.memory_analysis()
     there = memory.argument_size_in_bytes
@@ -22,7 +30,9 @@ def memory_line(compiled: jax.stages.Compiled, root: Path = Path("/")) -> str:
         f"a step needs {_size(there + more)} of memory: {_size(there)} for what is trained and its "
         f"batch, {_size(more)} for temporaries"
     )
-    free = free_bytes(root)
+    free = free_bytes()
+    if free is not None and free < KEPT_SETS * more:
+        _give_large_blocks_back()
     if free is not None and free < more:
         line += (
             f'; WARNING: {_size(free)} are free here: set Compute.remat = "full", raise '
@@ -55,6 +65,14 @@ def free_bytes(root: Path = Path("/")) -> int | None:
             if directory == top:
                 break
     return max(0, min(free)) if free else None
+
+
+def _give_large_blocks_back() -> None:
+    m_mmap_threshold, m_mmap_max = -3, -4  # of glibc's malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(m_mmap_max, 2**16)  # its default
+        mallopt(m_mmap_threshold, 2**25)  # the most that it takes
 
 
 def _read(path: Path) -> str:
