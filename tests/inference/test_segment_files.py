@@ -75,10 +75,14 @@ def test_logits_are_those_of_a_memory_in_ram(
             state = lm.load_memory(path, lookup)
             assert state.config == memory
         logits.append(lm.logits(more, state=state))
-    # What differs in the last bit of float32 may be rounded differently to fewer bits.
-    atol = 1e-5 if storage == "float32" else 1e-3
     for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, atol=atol)
+        error = np.abs(a - b).max(-1)
+        if storage == "float32":
+            assert error.max() < 1e-5
+        else:
+            # What differs in float32's last bit may be rounded to another number of fewer bits, and
+            # then another key be the last of a token's best.
+            assert np.quantile(error, 0.98) < 1e-3
 
 
 def test_nothing_is_compiled_as_memory_grows(read):
