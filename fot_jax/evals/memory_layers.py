@@ -81,18 +81,18 @@ class MemoryLayerProbe:
         Raises:
           UserError: as of PerplexityByContext.run.
         """
-        sizes = tuple(sorted(set(self.memory_sizes)))
         layers = range(lm.config.num_layers) if self.layers is None else sorted(set(self.layers))
-        rows = []
-        for layer in (None, *layers):
-            remembers = () if layer is None else (layer,)
-            config = dataclasses.replace(lm.config, memory_layers=remembers)
-            probed = dataclasses.replace(lm, config=config)
-            # The largest decides what is scored, with a memory or without.
-            for row in self._perplexity(sizes).run(probed, source):
-                kept = {name: row[name] for name in ("memory", "perplexity", "nats", "tokens")}
-                rows.append({"layer": layer, **kept})
-        return rows
+        probed = [
+            dataclasses.replace(lm, config=dataclasses.replace(lm.config, memory_layers=remembers))
+            for remembers in ((), *((layer,) for layer in layers))
+        ]
+        by_layer = self._perplexity(self.memory_sizes).run_each(probed, source)
+        kept = ("memory", "perplexity", "nats", "tokens")
+        return [
+            {"layer": layer, **{name: row[name] for name in kept}}
+            for layer, rows in zip((None, *layers), by_layer, strict=True)
+            for row in rows
+        ]
 
     def scalars(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """The lowest perplexity, the layer that gives it, and that without memory."""

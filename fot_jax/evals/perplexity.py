@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,41 +85,70 @@ class PerplexityByContext:
         Raises:
           UserError: the split has no document of at least two windows.
         """
-        window = lm.config.local_context
-        remembers = bool(lm.config.memory_layers)
+        (rows,) = self.run_each([lm], source)
+        return rows
+
+    def run_each(
+        self, models: Sequence[LanguageModel], source: DocumentSource
+    ) -> list[list[dict[str, Any]]]:
+        """The rows of several models, of one window and vocabulary, on the same tokens.
+
+        Raises:
+          UserError: as of run.
+        """
+        window = models[0].config.local_context
         sizes = sorted(set(self.memory_sizes))
         batches = self._choose(self._of(source), window, sizes[-1])
-        if not remembers:
-            sizes = [0]
-        elif lm.config.memory_before:
-            sizes = [size for size in sizes if size <= window] or [0]
-        rows = []
-        total = sum(self._tokens(batch, size, window) for size in sizes for batch in batches)
+        by_model = [self._usable(lm.config, sizes) for lm in models]
+        total = sum(
+            self._tokens(batch, size, window)
+            for usable in by_model
+            for size in usable
+            for batch in batches
+        )
         with bar(total, name=self.name) as progress:
-            for size in sizes:
-                sums = np.zeros(3)
-                for batch in batches:
-                    tokens, mask, weights = self._arrays(batch, size, window)
-                    scores = lm.score(
-                        tokens,
-                        mask=mask,
-                        last_context_length=window,
-                        memory=self._memory(size) if remembers else EVERYTHING,
-                        progress=progress,
-                    )
-                    of_batch = (scores.nats * weights, scores.correct * weights, weights)
-                    sums += [x.sum(dtype=np.float64) for x in of_batch]
-                nats, correct, weights = sums.tolist()
-                rows.append(
-                    {
-                        "memory": size,
-                        "perplexity": math.exp(min(nats / weights, 700.0)),
-                        "nats": nats / weights,
-                        "accuracy": correct / weights,
-                        "tokens": weights,
-                    }
-                )
-        return rows
+            return [
+                [self._measure(lm, size, batches, progress) for size in usable]
+                for lm, usable in zip(models, by_model, strict=True)
+            ]
+
+    def _usable(self, model: ModelConfig, sizes: list[int]) -> list[int]:
+        """The sizes that a model can have."""
+        if not model.memory_layers:
+            return [0]
+        if model.memory_before:
+            return [size for size in sizes if size <= model.local_context] or [0]
+        return sizes
+
+    def _measure(
+        self,
+        lm: LanguageModel,
+        size: int,
+        batches: list[list[_Scored]],
+        progress: Callable[[int], None],
+    ) -> dict[str, Any]:
+        """The row of a size."""
+        window = lm.config.local_context
+        sums = np.zeros(3)
+        for batch in batches:
+            tokens, mask, weights = self._arrays(batch, size, window)
+            scores = lm.score(
+                tokens,
+                mask=mask,
+                last_context_length=window,
+                memory=self._memory(size) if lm.config.memory_layers else EVERYTHING,
+                progress=progress,
+            )
+            of_batch = (scores.nats * weights, scores.correct * weights, weights)
+            sums += [x.sum(dtype=np.float64) for x in of_batch]
+        nats, correct, weights = sums.tolist()
+        return {
+            "memory": size,
+            "perplexity": math.exp(min(nats / weights, 700.0)),
+            "nats": nats / weights,
+            "accuracy": correct / weights,
+            "tokens": weights,
+        }
 
     def _choose(self, source, window: int, largest: int) -> list[list[_Scored]]:
         """The longest documents at hand, in batches, and the part of each that is scored."""
