@@ -182,7 +182,7 @@ def llama3_1_8b(**overrides: Any) -> ModelConfig:
 
 @configurable
 def smollm2_135m(**overrides: Any) -> ModelConfig:
-    """SmolLM2 135M; memory layers and window of experiments/smollm2_135m_fot.gin."""
+    """SmolLM2 135M; memory in layers that gain from it before training, as MemoryLayerProbe finds."""
     config = dataclasses.replace(
         _OPENLLAMA_7B,
         vocab_size=49_152,
@@ -192,7 +192,7 @@ def smollm2_135m(**overrides: Any) -> ModelConfig:
         num_kv_heads=3,
         head_dim=64,
         mlp_dim=1536,
-        memory_layers=(8, 12, 18),
+        memory_layers=(18, 20, 24),
         local_context=512,
         norm_epsilon=1e-5,
         rope_theta=100_000.0,
