@@ -182,7 +182,7 @@ def llama3_1_8b(**overrides: Any) -> ModelConfig:
 
 @configurable
 def smollm2_135m(**overrides: Any) -> ModelConfig:
-    """SmolLM2 135M; memory in layers that gain from it before training, as MemoryLayerProbe finds."""
+    """SmolLM2 135M; memory in layers that gain from it before training (MemoryLayerProbe)."""
     config = dataclasses.replace(
         _OPENLLAMA_7B,
         vocab_size=49_152,
