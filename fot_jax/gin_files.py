@@ -1,7 +1,7 @@
 """Experiment files: which names they may use, their errors in one line, the types of values.
 
-The only module, with cli.py, that imports gin: the library is used without it. What experiment
-files may name is marked where it is defined: @configurable, of common/configurable.py.
+The only module, with gin_uses.py and cli.py, that imports gin: the library is used without it. What
+experiment files may name is marked where it is defined: @configurable, of common/configurable.py.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fot_jax import gin_uses
 from fot_jax.common.configurable import configurables_of
 from fot_jax.common.errors import LARGEST_COUNT, UserError
 
@@ -35,7 +36,8 @@ def load(files: list[str], bindings: list[str]) -> None:
     """Registers what experiment files may name, then parses files and bindings, in order.
 
     Raises:
-      UserError: a file that is not there, gin that does not parse, a name nobody knows.
+      UserError: a file that is not there, gin that does not parse, a name nobody knows, or, of
+        bindings, one that changes nothing.
     """
     import gin
 
@@ -60,6 +62,8 @@ def load(files: list[str], bindings: list[str]) -> None:
                 gin.parse_config(binding)
     finally:
         logging.disable(logging.NOTSET)
+    if files:
+        gin_uses.check(bindings)
 
 
 def _reader() -> tuple[Callable, Callable]:

@@ -11,7 +11,7 @@ import gin
 import pytest
 import tokenizers
 
-from fot_jax import cli
+from fot_jax import cli, gin_uses
 from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +69,15 @@ def dry_run(name, tokenizers, capsys, *more):
     code = cli.main([*argv, *(word for binding in bindings for word in ("--gin", binding))])
     said = capsys.readouterr()
     assert code == 0, said.err
+    # What was used is what a command line may bind.
+    used = gin.config._OPERATIVE_CONFIG
+    gin_uses.check(
+        [
+            f"{scope} = 1" if name == "gin.macro" else f"{scope and scope + '/'}{name}.{one} = 1"
+            for (scope, name), parameters in used.items()
+            for one in parameters
+        ]
+    )
     return said.out
 
 
@@ -171,9 +180,9 @@ EXPECTED = {
         "parameters": 134_515_008 + 30 * (32 * (4 * 576 + 2 * (576 + 192) + 3 * (576 + 1536)) + 1),
         "window": 512,
         "tokens": 4096,
-        "train.steps": 160,
+        "train.steps": 60,
         "train.scheme": "@PackedTable()",
-        "PackedTable.table": ((0, 0), (1, 2), (2, 3), (3, 4)),
+        "PackedTable.table": ((0, 0), (1, 4), (2, 4), (3, 4)),
         "Corpus.path": "standard_library",
         "Lora.rank": 32,
         "cosine.max_value": 5e-4,

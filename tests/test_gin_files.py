@@ -215,6 +215,40 @@ def test_bindings_that_gin_cannot_read(here, capsys):
         assert line.startswith(message)
 
 
+UNUSED = "nothing in this experiment uses "
+
+
+@pytest.mark.parametrize(
+    "binding, message",
+    [
+        ("STEP = 5", f"{UNUSED}the name STEP: did you mean STEPS?"),
+        ("LIMIT = 5", f"{UNUSED}the name LIMIT: correct it, or leave it out"),
+        ("Lora.rank = 4", f"{UNUSED}@Lora: name it where it belongs, in another --gin, or leave"),
+        ("Lora.rank = 4\nLora.alpha = 1.0", f"{UNUSED}@Lora: name it where it belongs"),
+        ("shrot/Mixture.sources = ()", f"{UNUSED}@shrot/Mixture: did you mean short?"),
+        ("adafactor.b1 = 0.5", f"{UNUSED}@adafactor: name it where it belongs"),
+    ],
+)
+def test_bindings_that_change_nothing(here, capsys, binding, message):
+    """Else a run would have other settings than its command says."""
+    (here / "named.gin").write_text(
+        "include 'experiment.gin'\ntrain.steps = %STEPS\nSTEPS = 3\n"
+        "Data.source = @short/Mixture()\nUNUSED = 1\nadafactor.b1 = 0.1\n"
+    )
+    line = refused_untouched(capsys, "train", "named.gin", *bind(binding))
+    assert line.startswith(f"--gin {binding!r}: {message}")
+
+
+def test_bindings_that_other_bindings_use(here, capsys):
+    """Two levels down, and in whatever order."""
+    more = bind("adamw.b1 = %B1", "MINE = (@adamw,)", "B1 = 0.5", "OTHER = %MINE")
+    line = refused_untouched(capsys, "train", "experiment.gin", *more)
+    assert line.startswith(f"--gin 'MINE = (@adamw,)': {UNUSED}the name MINE: correct it")
+    more = bind("RATE = %TOP", "constant_rate.value = %RATE", "TOP = 1e-3", "train.steps = 3")
+    assert cli.main(["train", "experiment.gin", *more, "--dry_run"]) == 0
+    assert ", 3 steps: nothing written" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "without, message",
     [

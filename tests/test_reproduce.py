@@ -225,7 +225,7 @@ def test_every_run_traces(family, run, capsys):
     if family.endswith("_cpu") or family == "real_model":
         bindings += ["train.compute = @Compute()", "Compute.mesh = @MeshShape()"]
         bindings += ["MeshShape.data = 1"]
-    if family not in ("dictionary", "dictionary_cpu"):
+    if not run.files[0].startswith(("dictionary", "passkey_cpu_short")):
         bindings += ["Text.tokenizer = @Bytes()"]
     if family == "arxiv":
         bindings += ['Corpus.path = "texts"']

@@ -15,6 +15,7 @@ REPOSITORY = HERE.parents[1]
 
 EXPERIMENT = """
 train.steps = 5
+train.compute = @Compute()
 Compute.topology = "v4-16"
 """
 

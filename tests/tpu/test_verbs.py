@@ -204,7 +204,8 @@ HOSTILE = "-a \"b\" 'c' $(touch {0}/hacked) `touch {0}/hacked` \\ ; & | > * ~ ü
 def test_hostile_words_arrive_byte_for_byte(cloud):
     word = HOSTILE.format(cloud.directory)
     experiment = cloud.directory / f"{word.replace('/', ':')}.gin"
-    experiment.write_text(cloud.experiment.read_text() + "VOCABULARY = 1\n")
+    uses = "train.initialize_from = %VOCABULARY\ntrain.seed = %X\n"
+    experiment.write_text(cloud.experiment.read_text() + uses)
     binding = f"VOCABULARY = {word!r}\nX = 2"
     cloud.works("create", experiment, *POD)
     cloud.works("setup", experiment, *POD)
