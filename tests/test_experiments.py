@@ -288,13 +288,21 @@ def test_headers_say_what_is_reproduced_and_on_what(name):
 EVALUATIONS = ("perplexity", "memory_layers", "passkey", "few_shot", "ruler", "short_tasks")
 
 
-@pytest.mark.parametrize("name", EVALUATIONS)
-def test_evaluations_of_a_run_that_is_done(name, capsys, elsewhere):
+@pytest.mark.parametrize(
+    "files",
+    [
+        *(["quickstart", f"parts/{name}"] for name in EVALUATIONS),
+        ["reproduce/real_model_layers"],
+        ["reproduce/real_model_long"],
+    ],
+    ids=lambda files: files[-1],
+)
+def test_evaluations_of_a_run_that_is_done(files, capsys, elsewhere):
     """All is read and made before the checkpoint is looked for."""
-    file = ROOT / "experiments" / "parts" / f"{name}.gin"
-    argv = ["evaluate", str(ROOT / "experiments" / "quickstart.gin"), str(file)]
-    paths = re.findall(r"--gin '(\w+ = \"DIR\")'", file.read_text())
-    argv += [word for path in paths for word in ("--gin", path)]
+    files = [ROOT / "experiments" / f"{name}.gin" for name in files]
+    argv = ["evaluate", *map(str, files)]
+    for name in re.findall(r"--gin '(\w+) = \"DIR\"'", files[-1].read_text()):
+        argv += ["--gin", f'{name} = "{name}"']
     assert cli.main([*argv, "--checkpoint", "nowhere"]) == 2
     assert capsys.readouterr().err.startswith("fot: error: nowhere: does not exist")
     evaluations = gin.get_configurable("Evaluation")().evals
