@@ -236,7 +236,7 @@ AT_REST = (
 
 def _real_model(seed: int) -> list[Run]:
     """SmolLM2 135M as it is, and after as many tokens of each kind of training."""
-    rows = "Data.lanes = 8"  # where a lane gives one window a step
+    rows = "Data.lanes = 16"  # where a lane gives one window a step
     models = {
         "base": ("the model as it is", AT_REST),
         "fot": ("FoT", ()),
@@ -248,6 +248,7 @@ def _real_model(seed: int) -> list[Run]:
                 "train.scheme = @NoCrossbatch()",
                 "smollm2_135m.memory_layers = ()",
                 "smollm2_135m.local_context = 2_048",
+                "Data.lanes = 4",
             ),
         ),
     }
