@@ -234,9 +234,7 @@ def _write_other_files(content: Reader, output: epath.Path) -> dict[str, Any]:
     workdir, kept, marks = content.directory, _hugging_face_files(content), {}
     if configs.is_directory(kept):
         marks = configs.Fields(kept).marks()
-        for name in (tokenizers.GENERATION, *tokenizers.FILES):
-            if (kept / name).exists():
-                (kept / name).copy(output / name)
+        tokenizers.copy_files(kept, output)
     elif (workdir / "vocabulary").exists():
         vocabulary = load_vocabulary(workdir / "vocabulary")
         tokenizers.write(vocabulary, output)

@@ -88,8 +88,8 @@ def keep_files(path: epath.PathLike, workdir: epath.Path) -> None:
     """Copies the files of `files_of` into a workdir, for `fot convert to-hf` to copy back."""
     if (source := files_of(path)) is not None:
         (workdir / KEPT).mkdir(exist_ok=True)
-        names = (configs.CONFIG, tokenizers.GENERATION, *tokenizers.FILES)
-        for name in (*names, model_card.CARD, *model_card.LICENSES):
+        tokenizers.copy_files(source, workdir / KEPT)
+        for name in (model_card.CARD, *model_card.LICENSES):
             if (source / name).exists():
                 (source / name).copy(workdir / KEPT / name, overwrite=True)
 

@@ -45,6 +45,12 @@ _UNFINISHED = re.compile(
     r"[._]+(part|partial|tmp|temp|crdownload|download|incomplete|filepart|aria2|gstmp)",
     re.IGNORECASE,
 )
+# What browsers, file managers and editors put into the name of a second copy: "train (1).jsonl".
+_COPY = re.compile(
+    r"(?: - copy| copy(?: \d+)?"
+    r"|[ _-]?\((?:\d+|(?:another |\d+(?:st|nd|rd|th) )?copy(?: \d+)?)\))+$",
+    re.IGNORECASE,
+)
 _SUMS = re.compile(r"\.(md5|sha1|sha256|sha512|idx|index|lock|meta|metadata)", re.IGNORECASE)
 
 
@@ -119,6 +125,9 @@ def _found(directory: epath.Path, split: str | None = None, word: str = "") -> I
         if _NAME.fullmatch(name):
             if file := _file(path, split, word):
                 yield file
+        elif split and _SPLIT_WORDS.get(name.lower(), split) != split and path.is_dir():
+            fatal = "named as a split within another: move it out, or give it another name"
+            yield _File(path, split, word, fatal=fatal)
         elif (split or name.lower() in _SPLIT_WORDS) and path.is_dir():
             yield from _found(path, split or _SPLIT_WORDS[name.lower()], word or f"{name}/")
         elif "." not in name and path.is_dir():
@@ -160,7 +169,7 @@ def _check_one_of_each(files: Sequence[_File]) -> None:
     """That nothing is there under two names."""
     by_stem, by_word = {}, {}
     for file in files:
-        other = by_stem.setdefault((file.path.parent, file.stem), file)
+        other = by_stem.setdefault((file.path.parent, _COPY.sub("", file.stem)), file)
         if other is not file:
             raise UserError(f"{other.path}: there is a {file.path.name} too: remove one of them")
         by_word.setdefault(file.word, file)

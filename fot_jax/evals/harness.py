@@ -19,7 +19,6 @@ from fot_jax.common.errors import UserError, check_range
 from fot_jax.data.documents import DocumentSource
 from fot_jax.evals import plots, ruler
 from fot_jax.evals.harness_adapter import adapter
-from fot_jax.hugging_face import config as configs
 from fot_jax.hugging_face import tokenizers
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.state import all_of_a_text
@@ -217,12 +216,13 @@ class LmEval:
         import transformers
 
         with tempfile.TemporaryDirectory() as directory:
-            for name in (configs.CONFIG, *tokenizers.FILES):
-                if lm.files is not None and (lm.files / name).exists():
-                    (lm.files / name).copy(epath.Path(directory) / name)
+            if lm.files is not None:
+                tokenizers.copy_files(lm.files, directory)
             tokenizer = None
             if os.listdir(directory):
-                tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+                tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    directory, local_files_only=True, trust_remote_code=False
+                )
             if tokenizer is None or not tokenizer.chat_template:
                 raise UserError(
                     "LmEval.apply_chat_template: the checkpoint has no chat template: put "

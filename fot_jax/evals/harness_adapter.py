@@ -22,8 +22,15 @@ LENGTH_SETTINGS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completi
 # As `hf`, where a task does not say; top_k is what transformers draws with.
 DEFAULT_NEW_TOKENS, DEFAULT_TOP_K = 256, 50
 # Settings of draws: no matter where the most likely token is taken.
-SAMPLING_SETTINGS = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-# What else may be set, to the value with which it changes nothing.
+SAMPLING_SETTINGS = (
+    *("top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+)
+# Of searches with several beams, or of how transformers computes: they change no answer.
+IGNORED = (
+    *("length_penalty", "early_stopping", "renormalize_logits", "remove_invalid_values"),
+    "use_cache",
+)
+# What else may be set, to the value with which it changes nothing; None: to no value.
 WITHOUT_EFFECT = {
     "num_beams": 1,
     "num_beam_groups": 1,
@@ -39,6 +46,16 @@ WITHOUT_EFFECT = {
     "eta_cutoff": 0,
     "presence_penalty": 0,
     "frequency_penalty": 0,
+    "guidance_scale": 1,
+    "penalty_alpha": 0,
+    "token_healing": False,
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids"), []),
+    **dict.fromkeys(
+        (
+            *("forced_eos_token_id", "exponential_decay_length_penalty", "sequence_bias"),
+            *("watermarking_config", "max_time", "stop_strings", "dola_layers"),
+        )
+    ),
 }
 
 
@@ -80,8 +97,9 @@ def generation_settings(
         raise _refusal(
             task, "temperature", temperature, "where do_sample is true, give more than 0"
         )
-    settings.pop("use_cache", None)
-    names = (*SAMPLING_SETTINGS, *WITHOUT_EFFECT)
+    settings = {name: value for name, value in settings.items() if name not in IGNORED}
+    # max_new_tokens there is the most of all answers, whatever a task says of its own.
+    names = (*SAMPLING_SETTINGS, *WITHOUT_EFFECT, "max_new_tokens")
     own = {name: of_model[name] for name in names if of_model.get(name) is not None}
     settings = {"top_k": DEFAULT_TOP_K, "top_p": 1.0, **own, **settings}
     if not draws:

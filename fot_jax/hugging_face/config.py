@@ -124,7 +124,7 @@ class Fields:
             if name in self.values:
                 value = found[name] = self.values[name]
                 each = value if isinstance(value, list) else [value]
-                if not all(one is None or type(one) is int for one in each):
+                if value is not None and not all(type(one) is int for one in each):
                     raise UserError(f"{self.path}: {name} = {json.dumps(value)}: give a token id")
         return found
 
@@ -165,6 +165,7 @@ def _read(fields: Fields) -> ModelConfig:
             )
     for name in ("attention_bias", "mlp_bias"):
         fields.only(name, (False, None), False)
+    fields.only("is_causal", (True, None), None)  # transformers 5 honours it: of embedding models
     fields.only("partial_rotary_factor", (1, 1.0, None), None)
     fields.only("transformers_weights", (None,), None)  # files of other names
     if fields.values.get("quantization_config"):

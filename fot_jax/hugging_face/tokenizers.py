@@ -27,7 +27,7 @@ from fot_jax.hugging_face.config import CONFIG, Fields
 
 _JSON, _CONFIG, _MODEL = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 _TOKENIZERS = (_JSON, _MODEL, "vocab.json", "tekken.json")  # one of them, and there is a tokenizer
-FILES = (
+_FILES = (
     *_TOKENIZERS,
     "merges.txt",
     _CONFIG,
@@ -35,7 +35,28 @@ FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+_TEMPLATES = "additional_chat_templates"  # a directory of them, by name
 GENERATION = "generation_config.json"
+
+
+def copy_files(source: epath.PathLike, target: epath.PathLike) -> None:
+    """Copies what there is of config.json, generation_config.json and a tokenizer's files.
+
+    Args:
+      target: a directory.
+    """
+    source, target = epath.Path(source), epath.Path(target)
+    names = [CONFIG, GENERATION, *_FILES]
+    if (source / _CONFIG).exists():  # the tokenizer.json that newer versions are to take
+        newer = Fields(source, _CONFIG).values.get("fast_tokenizer_files")
+        newer = newer if isinstance(newer, list) else []
+        names += [name for name in newer if re.fullmatch(r"tokenizer\.[\w.]+\.json", str(name))]
+    if (source / _TEMPLATES).is_dir():
+        (target / _TEMPLATES).mkdir(exist_ok=True)
+        names += [f"{_TEMPLATES}/{path.name}" for path in (source / _TEMPLATES).glob("*.jinja")]
+    for name in names:
+        if (source / name).exists():
+            (source / name).copy(target / name, overwrite=True)
 
 
 def vocabulary_of(directory: epath.PathLike) -> Vocabulary | None:
@@ -52,9 +73,7 @@ def vocabulary_of(directory: epath.PathLike) -> Vocabulary | None:
         return None
     if in_bucket(directory):
         with tempfile.TemporaryDirectory() as here:
-            for name in (CONFIG, GENERATION, *FILES):
-                if (directory / name).exists():
-                    (directory / name).copy(epath.Path(here) / name)
+            copy_files(directory, here)
             return _read(epath.Path(here), directory)
     return _read(directory, directory)
 
@@ -67,7 +86,8 @@ def ends_of(directory: epath.PathLike) -> tuple[int, ...]:
     """
     name = GENERATION if (epath.Path(directory) / GENERATION).exists() else CONFIG
     ends = Fields(directory, name).marks().get("eos_token_id")
-    return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return tuple(end for end in ends if 0 <= end < 2**32)  # -1 is written for no token
 
 
 def _read(directory: epath.Path, named: epath.Path) -> HuggingFaceTokenizer:
@@ -88,7 +108,9 @@ def _read(directory: epath.Path, named: epath.Path) -> HuggingFaceTokenizer:
         not isinstance(tokenizer.model, models.BPE)  # of which it asks again
         or theirs.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
     ):
-        own = [] if tokenizer.decoder is None else [tokenizer.decoder]
+        # Without a decoder there are spaces between tokens, as this one writes them.
+        spaced = decoders.WordPiece(prefix="\0", cleanup=False)
+        own = [tokenizer.decoder or spaced]
         replaced = [decoders.Replace(*each) for each in CLEAN_UP]
         tokenizer.decoder = decoders.Sequence([*own, decoders.Fuse(), *replaced])
     return HuggingFaceTokenizer.of(
@@ -186,7 +208,7 @@ def write(vocabulary: Vocabulary, directory: epath.Path) -> None:
         config["split_special_tokens"] = True
     if (directory / _CONFIG).exists():  # of a model that came with it
         older = Fields(directory, _CONFIG).values
-        kept = ("chat_template", "model_max_length")
+        kept = ("chat_template", "model_max_length", "padding_side")
         config |= {name: older[name] for name in kept if name in older}
         for name in ("special_tokens_map.json", "added_tokens.json"):  # said in tokenizer.json
             (directory / name).unlink(missing_ok=True)

@@ -102,6 +102,12 @@ TWO = (
         (["train.jsonl", "train.jsonl.gz"], "train.jsonl: there is a train.jsonl.gz too: remove"),
         (["train.jsonl", "train.json"], "train.json: there is a train.jsonl too: remove one"),
         (["train_1.jsonl", "train-01.jsonl"], "train-01.jsonl: there is a train_1.jsonl too"),
+        *(
+            ([f"train{copy}.jsonl", "train.jsonl"], f"train{copy}.jsonl: there is a train.jsonl to")
+            for copy in (" (1)", " copy", " copy 2", " - Copy", " - Copy (2)", " (copy)")
+        ),
+        (["train/a (3rd copy).jsonl", "train/a.jsonl.gz"], "there is a a.jsonl.gz too: remove one"),
+        (["train/valid/x.jsonl", "train/y.jsonl"], "train/valid: named as a split within another"),
         (["train.jsonl", "train/0.jsonl"], "train.jsonl and "),
         (["train-0.jsonl.gz", "train-1.jsonl.gz.part"], "train-1.jsonl.gz.part: not wholly there"),
         (["train-0.jsonl", "train-1.jsonl.crdownload"], "train-1.jsonl.crdownload: not wholly"),

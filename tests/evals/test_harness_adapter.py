@@ -201,10 +201,38 @@ def test_settings_of_generation_config():
     assert generation_settings("t", {**sampled, "top_p": 0.8}, of_model).top_p == 0.8
     of_model = {"top_p": 0.9, "temperature": 0.6, "do_sample": True}
     assert generation_settings("t", {}, of_model).temperature == 0
-    with pytest.raises(
-        UserError, match="generation_config.json: repetition_penalty = 1.2: answers"
-    ):
-        generation_settings("t", {}, {"repetition_penalty": 1.2})
+    of_beams = {"length_penalty": 2.0, "early_stopping": True, "renormalize_logits": True}
+    plain = generation_settings("t", {}, {})
+    assert generation_settings("t", {}, {**of_beams, "max_length": 9, "guidance_scale": 1}) == plain
+    assert generation_settings("t", of_beams, {"top_h": 0.5}) == plain
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("repetition_penalty", 1.2),
+        ("max_new_tokens", 3),
+        ("max_time", 0.5),
+        ("stop_strings", ["o"]),
+        ("penalty_alpha", 0.6),
+        ("bad_words_ids", [[3]]),
+        ("suppress_tokens", [3, 4]),
+        ("begin_suppress_tokens", [3]),
+        ("forced_eos_token_id", 3),
+        ("sequence_bias", [[[3], 9.0]]),
+        ("exponential_decay_length_penalty", [2, 3.0]),
+        ("guidance_scale", 2.0),
+        ("watermarking_config", {"bias": 9.0}),
+        ("token_healing", True),
+        ("dola_layers", "low"),
+    ],
+)
+def test_settings_of_generation_config_that_would_change_answers(name, value):
+    with pytest.raises(UserError, match=f"generation_config.json: {name} = .*: answers are not"):
+        generation_settings("t", {}, {name: value})
+    if name != "max_new_tokens":
+        with pytest.raises(UserError, match=f"generation_kwargs: {name} = .*: answers are not"):
+            generation_settings("t", {name: value}, {})
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,7 @@ def test_memory_layers_and_window_are_the_callers(tmp_path):
         ({"architectures": ["LlamaForSequenceClassification"]}, "which is no language model"),
         ({"attention_bias": True}, "attention_bias = true is not supported: have false"),
         ({"mlp_bias": True}, "mlp_bias = true is not supported"),
+        ({"is_causal": False}, "is_causal = false is not supported: have true"),
         ({"hidden_act": "gelu"}, 'hidden_act = "gelu" is not supported: have "silu"'),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
         (

@@ -119,6 +119,16 @@ def of_bytes(before=(), after=(), steps=(), template=None):
     return tokenizer.to_str()
 
 
+def of_words():
+    """A tokenizer.json without a decoder, of which transformers puts spaces between tokens."""
+    names = ("<unk>", "<s>", "</s>", *"abc,.!", "it", "do", "n't", "'s", "'")
+    words = models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre.WhitespaceSplit()
+    tokenizer.add_special_tokens(list(names[:3]))
+    return tokenizer.to_str()
+
+
 LLAMA_3_MARKS = (
     *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_0|>", "<|finetune_right_pad_id|>"),
     *("<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"),
@@ -231,6 +241,8 @@ def sentence_pieces():
         yield f"cleans-all-{name}", layout(**files, config={**cleans, forced: True}, **IDS)
         split = {**told, "split_special_tokens": True}
         yield f"splits-{name}", layout(**files, config=split, **IDS)
+        several = {"eos_token_id": [2, -1, 2**40]}  # the others are none
+        yield f"ends-nowhere-{name}", layout(**files, config=told, generation=several, **IDS)
         vicuna = {**LEGACY, **ADDS, **OBJECTS, "pad_token": None, "padding_side": "right"}
         yield (
             f"vicuna-{name}",
@@ -348,6 +360,12 @@ def byte_pairs():
         layout(config=base, map={"eos_token": "<|endoftext|>"}, extra=files, **begins),
     )
     yield "smollm2-all", layout(json=smol_, config=chat, extra=files, generation=ids, **ids)
+    templates = {"chat_template.jinja": "{{ messages }}"}
+    templates |= {"additional_chat_templates/tool_use.jinja": "{{ messages }} {{ tools }}"}
+    yield "smollm2-templates", layout(json=smol_, config=chat, extra=templates, **ids)
+    named = {**FAST, **names, "fast_tokenizer_files": ["tokenizer.4.0.0.json"]}
+    newer = {"tokenizer.4.0.0.json": three}
+    yield "llama-3-two-files", layout(json=smol_, config=named, extra=newer, **several)
     yield "smollm2-bos", layout(json=smol_, config={**chat, "add_bos_token": True}, **ids)
     code = {**SENTENCES, "tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True}
     code |= {"pad_token": "<｜end▁of▁sentence｜>", "model_max_length": 16384, "legacy": True}
@@ -406,6 +424,7 @@ def lay_out(files, here, **shape):
     """Writes files, and what the shape of the model is into config.json."""
     here.mkdir()
     for name, content in files.items():
+        (here / name).parent.mkdir(exist_ok=True)
         if name == "config.json":
             content = {**shape, **content}
         if isinstance(content, dict):
@@ -448,7 +467,8 @@ def check_same(vocabulary, theirs):
 
 def ends_of(model):
     ends = model.generation_config.eos_token_id
-    return () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
+    ends = ends if isinstance(ends, list) else [ends]
+    return tuple(end for end in ends if end is not None and 0 <= end < 2**32)
 
 
 @pytest.mark.parametrize("directory", LAYOUTS, indirect=True)
@@ -478,7 +498,9 @@ def test_as_transformers_reads_it(directory, tmp_path):
     convert.from_hugging_face(directory, tmp_path / "ours")
     assert load_vocabulary(tmp_path / "ours" / "vocabulary") == lm.vocabulary
     convert.to_hugging_face(tmp_path / "ours", tmp_path / "back")
-    check_same(lm.vocabulary, theirs_of(tmp_path / "back"))
+    back = theirs_of(tmp_path / "back")
+    check_same(lm.vocabulary, back)
+    assert back.chat_template == theirs.chat_template
     assert ends_of(model_of(tmp_path / "back")) == lm.vocabulary.ends
 
 
@@ -547,7 +569,7 @@ def test_what_is_trained_from_scratch_is_written_with_its_marks(tmp_path):
 
 
 def test_other_models_of_pieces(tmp_path):
-    """Unigrams; text cleaned up after them; added tokens with numbers that they do not get."""
+    """Unigrams; text cleaned up after them; added tokens with numbers they do not get; words."""
     unigram = llama(model_type="unigram")
     cleans = {**MARKS, "clean_up_tokenization_spaces": True}
     apart = {**LEGACY, **MARKS, "added_tokens_decoder": decoder({"<x>": 510, "<y>": 505})}
@@ -555,6 +577,7 @@ def test_other_models_of_pieces(tmp_path):
         "a": layout(unigram, config={"tokenizer_class": "LlamaTokenizer"}),
         "b": layout(unigram, config=cleans),
         "c": layout(llama(), config=apart),
+        "d": layout(json=of_words(), config={**FAST, **MARKS}),
     }.items():
         here = lay_out(files, tmp_path / name)
         vocabulary, theirs = tokenizers.vocabulary_of(here), theirs_of(here)
@@ -572,6 +595,10 @@ def test_other_models_of_pieces(tmp_path):
         ),
         (layout(llama(), map={"eos_token": ""}), "tokens_map.json: eos_token is empty: give"),
         (layout(llama(), config=MARKS, generation={"eos_token_id": "2"}), '= "2": give a token id'),
+        (
+            layout(llama(), config=MARKS, generation={"eos_token_id": [2, None]}),
+            "= [2, null]: give a token id",
+        ),
         (layout(llama(), config={"added_tokens_decoder": [1]}), "cannot read its tokenizer"),
         (layout(json="{}"), "cannot read its tokenizer"),
         (layout(json=of_bytes(("<a>",)), config=FAST), "not known: add eos_token, its name, to"),
