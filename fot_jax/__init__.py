@@ -22,6 +22,7 @@ _MODULES = {  # all of the public API, and where it is
     "Dense": "fot_jax.model.lookup",
     "TopK": "fot_jax.model.lookup",
     "ApproximateTopK": "fot_jax.model.lookup",
+    "IndexedTopK": "fot_jax.model.lookup",
 }
 __all__ = list(_MODULES)
 

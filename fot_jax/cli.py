@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import importlib
 import importlib.metadata
 import os
 import re
@@ -189,6 +190,12 @@ def _parser() -> argparse.ArgumentParser:
         "--k", type=int, metavar="K", help="attend to the K best keys of memory; default: all"
     )
     generate.add_argument(
+        "--visited",
+        type=int,
+        metavar="N",
+        help="with --k: score only the N keys that an index leads to; default: all",
+    )
+    generate.add_argument(
         "--memory_directory",
         metavar="DIR",
         help="keep memory in files of a new directory; default: in RAM",
@@ -244,7 +251,9 @@ def _parser() -> argparse.ArgumentParser:
     cache.set_defaults(run=_cache)
 
     bench = verbs.add_parser("bench", help="measure speed as a ratio to the machine's own rates")
-    bench.add_argument("name", choices=["train", "memory", "pytorch"], help="what to measure")
+    bench.add_argument(
+        "name", choices=["train", "memory", "index", "pytorch"], help="what to measure"
+    )
     bench.add_argument("--json", action="store_true", help="print one JSON object")
     bench.set_defaults(run=_bench)
     return parser
@@ -324,7 +333,6 @@ def _evaluate(args) -> int:
 def _generate(args) -> int:
     from fot_jax.inference.generate import generate
     from fot_jax.inference.state import MemoryConfig
-    from fot_jax.model.lookup import Dense, TopK
 
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a model writes what it likes
@@ -346,11 +354,21 @@ def _generate(args) -> int:
             config=MemoryConfig(
                 size=args.memory_size,
                 storage=args.memory_dtype,
-                lookup=Dense() if args.k is None else TopK(args.k),
+                lookup=_lookup(args.k, args.visited),
                 directory=args.memory_directory,
             ),
         )
     return 0
+
+
+def _lookup(k: int | None, visited: int | None):
+    from fot_jax.model.lookup import Dense, IndexedTopK, TopK
+
+    if visited is None:
+        return Dense() if k is None else TopK(k)
+    if k is None:
+        raise UserError("--visited is for the best keys alone: give their number, --k, too")
+    return IndexedTopK(k, visited)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -407,17 +425,8 @@ def _cache(args) -> int:
 def _bench(args) -> int:
     if args.name == "train":
         _keep_freed_memory()
-        from fot_jax.bench import train as bench
-
-        bench.train(as_json=args.json)
-    elif args.name == "memory":
-        from fot_jax.bench import memory as bench_memory
-
-        bench_memory.memory(as_json=args.json)
-    else:
-        from fot_jax.bench import pytorch as bench_pytorch
-
-        bench_pytorch.pytorch(as_json=args.json)
+    bench = importlib.import_module(f"fot_jax.bench.{args.name}")
+    getattr(bench, args.name)(as_json=args.json)
     return 0
 
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from fot_jax.bench import index as bench_index
 from fot_jax.bench import memory as bench_memory
 from fot_jax.bench import pytorch as bench_pytorch
 from fot_jax.common.errors import UserError
@@ -46,6 +47,19 @@ def test_memory(monkeypatch, capsys):
     bench_memory.memory(**small)
     titles = [line for line in capsys.readouterr().out.splitlines() if line in found]
     assert titles == list(found)[2:]
+
+
+def test_index(capsys):
+    """Who visits all keys finds the best, and FAISS's what it must."""
+    bench_index.index(as_json=True, sizes=(4096,), visited=(64, 4096), segment=512)
+    exact, few, all_keys, *theirs = json.loads(capsys.readouterr().out)["rows"]
+    assert (exact["recall"], exact["error"]) == (1.0, 0.0)
+    assert few["recall"] < 1.0 == all_keys["recall"]
+    assert all_keys["error"] < 1e-4 < few["error"]
+    assert len(theirs) == 4  # of two kinds
+    for row, wanted in zip(theirs, (few, all_keys) * 2, strict=True):
+        assert "FAISS IVF256" in row["search"]
+        assert row["recall"] >= wanted["recall"] or row["search"].endswith("256 visited")
 
 
 @pytest.mark.slow

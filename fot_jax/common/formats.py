@@ -1,9 +1,9 @@
 """The formats that fot_jax saves, and their version numbers.
 
-A reader takes its own version and all before it, and refuses newer ones by number. Raise a number
-when readers of the version before would misread, or could not read, what is written now, and keep
-files of the version before in tests/saved. Whatever has no number is of version 1: before 0.2,
-fot_jax wrote none.
+A reader takes its own version and those before it, back to the oldest it names, and refuses others
+by number. Raise a number when readers of the version before would misread, or could not read, what
+is written now, and keep files of the version before in tests/saved. Whatever has no number is of
+version 1: before 0.2, fot_jax wrote none.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ class Format:
       name: what users call such a file.
       version: that is written, and the newest that is read.
       field: of the JSON object that holds the number.
+      oldest: version that is read.
     """
 
     name: str
     version: int
     field: str = "version"
+    oldest: int = 1
 
     @property
     def number(self) -> dict[str, int]:
@@ -44,9 +46,14 @@ class Format:
           content: the JSON object with the number, or without one.
 
         Raises:
-          UserError: a newer version, or none that exists.
+          UserError: a newer version, one that is no longer read, or none that exists.
         """
         version = content.get(self.field, 1)
+        if version in range(1, self.oldest):
+            raise UserError(
+                f"{path}: a {self.name} of format version {version}, and this fot_jax reads "
+                f"versions from {self.oldest} on: make it anew"
+            )
         if type(version) is not int or not 1 <= version <= self.version:
             raise UserError(
                 f"{path}: a {self.name} of format version {version!r}, and this fot_jax reads "
@@ -57,6 +64,6 @@ class Format:
 CHECKPOINT = Format("checkpoint", 1)
 VOCABULARY = Format("vocabulary", 1)
 MEMORY = Format("memory", 1)
-SEGMENTS = Format("memory in segments", 1)
+SEGMENTS = Format("memory in segments", 2, oldest=2)  # 1 had no index, and was in no release
 # config.json of a converted directory has fields of other programs, too.
 CONVERTED = Format("converted model", 1, field="fot_jax_format")

@@ -19,7 +19,7 @@ from fot_jax.evals import plots
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.state import EVERYTHING, MemoryConfig
 from fot_jax.model.config import ModelConfig
-from fot_jax.model.lookup import Dense, Lookup
+from fot_jax.model.lookup import Dense, IndexedTopK, Lookup
 
 
 @configurable
@@ -41,7 +41,9 @@ class PerplexityByContext:
       rows: at most so many documents are read side by side.
       multi_doc: these share one memory, of which each then has its part (the paper's multi-doc
         setting); else each has its own.
-      lookup: Dense(), TopK(k) or ApproximateTopK(k, recall).
+      lookup: Dense(), TopK(k), ApproximateTopK(k, recall), or IndexedTopK(k, visited), with which
+        nothing that is scored is forgotten, and of which a text has a memory of its own (rows = 1)
+        or a shared one.
       storage: of memory, as MemoryConfig.storage.
       source: of other documents than the run's; tokenized as those are.
       split: of the source.
@@ -67,9 +69,18 @@ class PerplexityByContext:
         for size in self.memory_sizes:
             check_range("PerplexityByContext", 0, 2**31 - 1, memory_sizes=size)
             self._memory(size)
+        if isinstance(self.lookup, IndexedTopK) and self.rows > 1 and not self.multi_doc:
+            raise UserError(
+                f"PerplexityByContext.rows = {self.rows} with {self.lookup}: documents that have a "
+                "memory with an index each are read one by one: set PerplexityByContext.rows = 1"
+            )
 
     def _memory(self, size: int) -> MemoryConfig:
-        return MemoryConfig(size, storage=self.storage, lookup=self.lookup, shared=self.multi_doc)
+        """Of so many tokens when the first ones are scored."""
+        config = MemoryConfig(storage=self.storage, lookup=self.lookup, shared=self.multi_doc)
+        if not size:
+            config = dataclasses.replace(config, lookup=Dense())
+        return config if config.in_segments else dataclasses.replace(config, size=size)
 
     def check(self, model: ModelConfig, source: DocumentSource) -> None:
         """Raises UserError, whatever the model, where the split is not there."""

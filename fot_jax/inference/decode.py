@@ -73,7 +73,7 @@ def decode(
                 ended[row] = until(written[row])
         if not ended.all() and step < max_new_tokens:  # computed while this one is looked at
             state.make_room(~ended)
-            if state.in_segments:
+            if state.has_segments:
                 hidden = state.run(params, token[:, None], ~ended[:, None], ~ended)
                 token = drawn(hidden, np.ones_like(last.length), np.int32(step))
             else:

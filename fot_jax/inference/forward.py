@@ -27,13 +27,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fot_jax.model import lookup as lookups
 from fot_jax.model import memory as memories
+from fot_jax.model import segments as segmented
 from fot_jax.model import transformer
 from fot_jax.model.attention import partial_softmax
 from fot_jax.model.attention.partial_softmax import AnyArray
 from fot_jax.model.config import ModelConfig
-from fot_jax.model.lookup import Lookup, Segment
+from fot_jax.model.lookup import Lookup
 from fot_jax.model.memory import LayerMemory, Memory
 from fot_jax.model.rope import positioned, rope_table, rotate
+from fot_jax.model.segments import Closed, Segment
 
 
 class LayerCache(NamedTuple):
@@ -129,7 +131,7 @@ def run_over_segments(
     params,
     cache: Cache,
     memory: Memory,
-    segments: Sequence[Sequence[Segment]],
+    closed: Sequence[Closed],
     tokens: Int[AnyArray, "B T"],
     valid: Bool[AnyArray, "B T"],
     advance: Int[AnyArray, " B"],
@@ -140,17 +142,15 @@ def run_over_segments(
     after another.
 
     Args:
-      segments: of each memory layer.
+      closed: segments of each memory layer.
       memory: what comes after them.
     """
     after = before = None
     for i, layer in enumerate(c.memory_layers):
         cache, (x, q) = _stretch(c, after, params, cache, tokens, valid, advance, before)
-        of_layer = list(segments[i])
-        if memory.slots:
-            of_layer.append(Segment(memory.layers[i], memory.visible))
+        opened = Segment(memory.layers[i], memory.visible) if memory.slots else None
         queries = q.reshape(*q.shape[:2], -1, q.shape[4])
-        after, before = layer, (x, q, lookup.attend_segments(queries, of_layer))
+        after, before = layer, (x, q, segmented.attend(lookup, queries, closed[i], opened))
     cache, hidden = _stretch(c, after, params, cache, tokens, valid, advance, before)
     return hidden, cache
 

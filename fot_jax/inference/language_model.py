@@ -441,8 +441,9 @@ class LanguageModel:
         """The state to read on from."""
         dtype = self.params["embedding"].dtype
         begun = begin(self.config, dtype, self.mesh, rows=rows, config=memory, state=state)
-        if state is None and memory.directory is not None:
+        if state is None and memory.in_segments:
             from fot_jax.inference import memory_files
 
-            memory_files.begin_directory(begun, self._fingerprint)
+            in_files = memory.directory is not None
+            memory_files.begin_segments(begun, self._fingerprint if in_files else None)
         return begun

@@ -36,10 +36,10 @@ from fot_jax.common.paths import in_bucket, kvstore, path_of
 from fot_jax.common.trees import leaves_by_path
 from fot_jax.inference import forward, segment_files
 from fot_jax.inference.forward import Cache
-from fot_jax.inference.state import MemoryConfig, State, begin, check_directory
+from fot_jax.inference.state import MemoryConfig, State, begin, check_segments
 from fot_jax.model import memory as memories
 from fot_jax.model.config import ModelConfig
-from fot_jax.model.lookup import Lookup
+from fot_jax.model.lookup import Dense, IndexedTopK, Lookup
 from fot_jax.model.memory import Memory
 
 DESCRIPTION = "memory.json"
@@ -93,11 +93,16 @@ def place_of(path: epath.PathLike, state: State) -> epath.Path:
     """Where a state is written when it is saved there.
 
     Raises:
-      UserError: its memory is in a directory, and that is another one, or this state a copy.
+      UserError: its memory is in segments, and in RAM or another directory, or this state a copy.
     """
     path = _resolved(path)
     if state.segments is None:
         return path
+    if state.segments.directory is None:
+        raise UserError(
+            f"{path}: a memory with an index is saved where it is read into: give the directory "
+            "before, as MemoryConfig.directory"
+        )
     if path != state.segments.directory:
         raise UserError(f"{path}: the memory is in {state.segments.directory}: save it there")
     if not state.closes:
@@ -165,6 +170,11 @@ def load(
     path = path_of(path)
     if segment_files.is_one(path):
         return _load_directory(path, c, fingerprint, lookup, mesh)
+    if isinstance(lookup, IndexedTopK):
+        raise UserError(
+            f"{path}: has no index, which memories in a directory of segments have: choose the "
+            "best keys with TopK, or read the text again with MemoryConfig.directory"
+        )
     content = _description(path)
     _check_same_model(path, content["fingerprint"], json.loads(json.dumps(fingerprint)))
     config = MemoryConfig(**content["config"], lookup=lookup)
@@ -198,20 +208,28 @@ def load(
 # --- In segments ---------------------------------------------------------------------------------
 
 
-def begin_directory(state: State, fingerprint: Any) -> None:
-    """Makes the directory of a state's MemoryConfig, for a state in which nothing was read.
+def begin_segments(state: State, fingerprint: Any) -> None:
+    """Gives a state in which nothing was read its segments, and makes their directory.
+
+    Args:
+      fingerprint: of the model; not needed for segments in RAM.
 
     Raises:
       UserError: something is there, or it cannot be made.
     """
-    state.segments = segment_files.create(
-        state.config.directory,
-        window=state.rows * state.model.local_context,
-        fingerprint=fingerprint,
-        config=_kept(state.config),
-        storage=state.memory.storage,
-        rows=state.rows,
-    )
+    window = state.rows * state.model.local_context
+    if state.config.directory is None:
+        state.segments = segment_files.in_ram(state.memory, window)
+    else:
+        state.segments = segment_files.create(
+            state.config.directory,
+            state.memory,
+            window,
+            fingerprint=fingerprint,
+            config=_kept(state.config),
+            storage=state.memory.storage,
+            rows=state.rows,
+        )
     state.closes = True
 
 
@@ -220,11 +238,11 @@ def _load_directory(path: epath.Path, c: ModelConfig, fingerprint, lookup, mesh)
     _check_same_model(path, content["fingerprint"], json.loads(json.dumps(fingerprint)))
     config = MemoryConfig(**content["config"], lookup=lookup, directory=str(path))
     rows, dtype = content["rows"], content["fingerprint"]["dtype"]
-    check_directory(c, mesh, rows, config)
+    check_segments(c, mesh, rows, config)
     segments = segment_files.load(path, memories.empty(c, 1, 0, content["storage"]))
     rest = path / segment_files.OPEN
     if rest.exists() and _description(rest).get("after_segments") == segments.crc32:
-        state = load(rest, c, fingerprint, lookup, mesh)
+        state = load(rest, c, fingerprint, Dense(), mesh)
     else:
         logging.warning(
             "%s: has the first %d tokens that were read, and not what was read after them: read on "

@@ -1,40 +1,51 @@
-"""Memories in a directory: larger than RAM, and kept when the process that reads is killed.
+"""Memories in segments: with an index, in files, larger than RAM, and there after a kill.
 
 What has left the window goes to the *open segment*, a memory in RAM like any other. When a window
-no longer fits into it, it is *closed*: written to files that never change, and begun anew. So a
-segment ends where a window does, and holds at most 65,536 tokens (or a window of all rows, if that
-is more).
+no longer fits into it, it is *closed*: its keys are put in the order of their clusters
+(model/clusters.py), it is written to files that never change, and begun anew. So a segment ends
+where a window does, and holds at most 65,536 tokens (or a window of all rows, if that is more).
+Four segments of a size that follow each other are *merged* into one, so that there are at most
+three of each size, and a token is written once for each size.
 
     segments.json     sealed, written once: of which model the memory is, and how it is kept
-    segment-000000/   a closed segment: an .npy file for the keys, the values and, in int8, the
-                      scales of every memory layer, [1, K, slots, ...], and segment.json, sealed:
-                      how many slots are in use, and a CRC of every file
-    segment-000001/   ...
+    segment-000000-000003/
+                      the first four that were closed: an .npy file for the keys, the values and, in
+                      int8, the scales of every memory layer, [1, K, slots, ...], and for centres
+                      and starts of its clusters; and segment.json, sealed: how many slots are in
+                      use, and a CRC of every file
+    segment-000004-000004/
+                      the next one
     open/             what save_memory writes: the open segment and the window, as a memory of its
-                      own (memory_files.py), with the number of segments that it comes after
+                      own (memory_files.py), with the CRC of the segment that it comes after
 
 **Reading.** Files are memory-mapped, and arrays of the CPU backend lie right in the mapped pages:
 what is resident is the page cache's, which the system takes back as it needs. Other devices get a
-copy of one segment after another. All segments have arrays of one shape, so one compiled program
-looks them all up, however many there come to be.
+copy of one segment after another. With IndexedTopK the centres of all clusters are on the device,
+and the host reads what queries go to (model/segments.py).
 
-**Being killed.** A segment's directory is written under another name and renamed when whole, so
-that what is there is what was closed, and a kill costs the open segment. As windows ended where the
-last segment did, reading on from its last token gives what reading in one go does. Each
-segment.json has the checksum of the one before: segments cannot change places. `open` counts only
-if no segment was closed after it. All checksums are compared once, when the directory is opened.
+**Being killed.** A segment's directory is written under another name and renamed when whole, and
+those that were merged into it are removed after that: what is there is what was closed, and a kill
+costs the open segment. As windows ended where the last segment did, reading on from its last token
+gives what reading in one go does. Each segment.json has the checksum of the one before: segments
+cannot change places. `open` counts only if no segment was closed after it. All checksums are
+compared once, when the directory is opened.
 
 **One writer.** The state that began the memory, or loaded it, adds to it. Copies of a state see the
 segments that there were, and keep in RAM what they read.
+
+Without a directory the same segments are in RAM.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
+import re
 import zlib
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,14 +58,48 @@ from fot_jax.common.checksums import seal, unseal
 from fot_jax.common.errors import UserError
 from fot_jax.common.paths import path_of
 from fot_jax.common.trees import leaves_by_path
+from fot_jax.model import clusters
 from fot_jax.model import memory as memories
-from fot_jax.model.lookup import Segment
+from fot_jax.model.clusters import Clusters, Index
 from fot_jax.model.memory import LayerMemory, Memory
+from fot_jax.model.segments import Closed, Segment
 
 DESCRIPTION = "segments.json"
 OF_SEGMENT = "segment.json"
 OPEN = "open"
-TOKENS = 2**16  # of a segment
+TOKENS = 2**16  # of a segment that was not merged
+MERGED = 4  # segments of a size into one
+CHUNK = 2**16  # vectors of a merged segment that are written at a time
+
+
+class _Layer(NamedTuple):
+    """What is kept of a layer."""
+
+    memory: LayerMemory
+    clusters: Clusters
+
+
+class _Segment(NamedTuple):
+    """A closed segment.
+
+    Attributes:
+      first, count: those that were closed and are in it.
+      tokens: that it holds.
+      crc32: of its description.
+      after: of that of the segment before it.
+      layers: arrays [1, K, slots, ...], in RAM or mapped.
+    """
+
+    first: int
+    count: int
+    tokens: int
+    crc32: int
+    after: int
+    layers: Sequence[_Layer]
+
+    @property
+    def stop(self) -> int:
+        return self.first + self.count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,86 +107,217 @@ class Segments:
     """The closed segments of a memory.
 
     Attributes:
-      directory: that they are in.
-      slots: of each.
-      crc32: of the description of the last one.
-      closed: what each has for every memory layer.
-      counts: tokens of each.
+      directory: that they are in; None: they are in RAM.
+      slots: of one that was not merged.
+      root: CRC of the description of the memory.
+      indexes: of each memory layer, to all of them.
+      closed: all of them.
     """
 
-    directory: epath.Path
+    directory: epath.Path | None
     slots: int
-    crc32: int
-    closed: tuple[tuple[LayerMemory, ...], ...] = ()
-    counts: tuple[int, ...] = ()
+    root: int
+    indexes: tuple[Index, ...]
+    closed: tuple[_Segment, ...] = ()
 
     @property
     def tokens(self) -> int:
-        return sum(self.counts)
+        return sum(segment.tokens for segment in self.closed)
 
-    def of_layers(self) -> list[list[Segment]]:
+    @property
+    def crc32(self) -> int:
+        """Of the description of the last one."""
+        return self.closed[-1].crc32 if self.closed else self.root
+
+    def of_layers(self) -> list[Closed]:
         """The segments of each memory layer, on the default device once they are used."""
-        visible = [np.full(1, count, np.int32) for count in self.counts]
-        by_layer = zip(*self.closed, strict=True)
-        return [[Segment(*each) for each in zip(x, visible, strict=True)] for x in by_layer]
+        return [
+            Closed(
+                [Segment(x.layers[i].memory, np.full(1, x.tokens, np.int32)) for x in self.closed],
+                index,
+            )
+            for i, index in enumerate(self.indexes)
+        ]
 
     def with_closed(self, memory: Memory, tokens: int) -> Segments:
-        """Writes the first slots of a memory of one row as the next segment.
+        """With the first slots of a memory of one row as the next segment, which is written.
 
         Raises:
           UserError: it cannot be written, or is there already.
         """
-        path = self.directory / _name(len(self.counts))
-        if path.exists():
-            raise UserError(
-                f"{path}: written by another process or state: only one adds to a memory; load it "
-                "anew, or ask several things of copies of a state"
+        number = self.closed[-1].stop if self.closed else 0
+        layers = self._clustered(memory.layers, tokens)
+        if self.directory is not None:
+            self._clear(number)
+        before = self._compact()  # a kill may have left what was to be merged
+        segment = before._written(number, 1, tokens, before.crc32, layers)
+        segments = before._with(segment)._compact()
+        if self.directory is not None:
+            (self.directory / OPEN).rmtree(missing_ok=True)
+        return segments
+
+    def _clear(self, number: int) -> None:
+        """Checks that nobody else wrote the segment of a number; removes what a kill left."""
+        for name, (first, count) in _names(self.directory).items():
+            if first + count > number:
+                raise UserError(
+                    f"{self.directory / name}: written by another process or state: only one adds "
+                    "to a memory; load it anew, or ask several things of copies of a state"
+                )
+        kept = {_name(segment.first, segment.count) for segment in self.closed}
+        for path in self.directory.glob("segment-*"):
+            if path.name not in kept:
+                path.rmtree()
+
+    def _clustered(self, layers: Sequence[LayerMemory], tokens: int) -> list[_Layer]:
+        """The first slots of all layers as a segment has them."""
+
+        def of_segment(x):
+            more = max(0, self.slots - x.shape[2])
+            return jnp.pad(x, [(0, 0), (0, 0), (0, more)] + [(0, 0)] * (x.ndim - 3))
+
+        padded = jax.tree.map(of_segment, layers)
+        return [_Layer(*clusters.clustered(layer, jnp.int32(tokens))) for layer in padded]
+
+    def _compact(self) -> Segments:
+        """With segments merged until there are fewer than MERGED of the last size."""
+        last = self.closed[-MERGED:]
+        if [segment.count for segment in last] != [last[-1].count if last else 0] * MERGED:
+            return self
+        return self._merged(last)._compact()
+
+    def _merged(self, last: Sequence[_Segment]) -> Segments:
+        """With the last segments as one."""
+        counts = [segment.tokens for segment in last]
+        layers = []
+        for each in zip(*(segment.layers for segment in last), strict=True):
+            each_memory = [layer.memory for layer in each]
+            orders, merged = clusters.merged(
+                [memory.k for memory in each_memory], [layer.clusters for layer in each], counts
             )
-        for left in self.directory.glob("*.half-written-*"):  # by a killed process
-            left.rmtree()
+            ordered = functools.partial(_Ordered, counts=counts, orders=orders)
+            layers.append(_Layer(jax.tree.map(lambda *x, f=ordered: f(x), *each_memory), merged))
+        first, count = last[0].first, sum(segment.count for segment in last)
+        segment = self._written(first, count, sum(counts), last[0].after, layers)
+        if self.directory is not None:
+            for old in last:
+                (self.directory / _name(old.first, old.count)).rmtree()
+        kept = self.closed[: -len(last)]
+        indexes = tuple(index.up_to(len(kept)) for index in self.indexes)
+        return dataclasses.replace(self, closed=kept, indexes=indexes)._with(segment)
+
+    def _written(self, first: int, count: int, tokens: int, after: int, layers) -> _Segment:
+        """A segment with the arrays of `layers`, of which some are _Ordered, in files or in RAM."""
+        if self.directory is None:
+            layers = jax.tree.map(_in_ram, layers)
+            return _Segment(first, count, tokens, crc32=0, after=after, layers=layers)
+        path = self.directory / _name(first, count)
         with new_directory(path, OF_SEGMENT) as half:
             crcs = {}
-            for name, x in leaves_by_path(memory.layers).items():
+            for name, x in leaves_by_path(layers).items():
                 name = f"{name.replace('/', '_')}.npy"
-                x = np.asarray(x)[:, :, :tokens]
-                widths = [(0, 0), (0, 0), (0, self.slots - tokens)] + [(0, 0)] * (x.ndim - 3)
-                with open(half / name, "wb") as file:
-                    np.save(file, np.pad(x, widths))
+                with open(half / name, "wb") as file:  # not through a map: a full disk then kills
+                    _save(file, x)
                     file.flush()
                     os.fsync(file.fileno())
                 crcs[name] = _crc32(half / name)
-            content = seal({"after": self.crc32, "tokens": tokens, "crc32": crcs})
+            content = seal({"after": after, "tokens": tokens, "crc32": crcs})
             (half / OF_SEGMENT).write_text(json.dumps(content))
-        (self.directory / OPEN).rmtree(missing_ok=True)
-        return self._with(path, memory.layers, content)
+        layers = _mapped(path, [layer.memory for layer in layers], self.slots * count)
+        return _Segment(first, count, tokens, content["crc32"], after, layers)
 
-    def _with(self, path: epath.Path, like, sealed: dict[str, Any]) -> Segments:
-        """With the segment of a sealed description, of arrays of the types of `like`.
+    def _with(self, segment: _Segment) -> Segments:
+        both = zip(self.indexes, segment.layers, strict=True)
+        indexes = tuple(index.with_segment(layer.clusters) for index, layer in both)
+        return dataclasses.replace(self, indexes=indexes, closed=(*self.closed, segment))
 
-        Raises:
-          ValueError: a file is not of such arrays.
-        """
 
-        def mapped(name, x):
-            array = np.load(path / f"{name.replace('/', '_')}.npy", mmap_mode="r")
-            shape = (*x.shape[:2], self.slots, *x.shape[3:])
-            if (array.shape, array.dtype) != (shape, x.dtype):
-                raise ValueError(f"{name} is {array.dtype}{list(array.shape)}")
-            return array
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Ordered:
+    """The first vectors of several arrays [1, K, slots, ...] in an order of each head's own.
 
-        leaves = [mapped(name, x) for name, x in leaves_by_path(like).items()]
-        return dataclasses.replace(
-            self,
-            crc32=sealed["crc32"],
-            closed=(*self.closed, jax.tree.unflatten(jax.tree.structure(like), leaves)),
-            counts=(*self.counts, sealed["content"]["tokens"]),
+    Attributes:
+      arrays: perhaps in files.
+      counts: how many vectors each has.
+      orders: for each head the numbers of all vectors, one array's after another's.
+    """
+
+    arrays: Sequence[np.ndarray]
+    counts: Sequence[int]
+    orders: Sequence[np.ndarray]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, heads, _, *rest = self.arrays[0].shape
+        return rows, heads, sum(x.shape[2] for x in self.arrays), *rest
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.arrays[0].dtype
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """All vectors, head by head, and zeros in the slots that are free."""
+        _, heads, slots, *rest = self.shape
+        for head in range(heads):
+            of_head = [a[0, head, :n] for a, n in zip(self.arrays, self.counts, strict=True)]
+            order = self.orders[head]
+            for start in range(0, len(order), CHUNK):
+                yield clusters.taken(of_head, order[start : start + CHUNK])
+            yield np.zeros((slots - len(order), *rest), self.dtype)
+
+
+def _in_ram(x: jax.Array | np.ndarray | _Ordered) -> np.ndarray:
+    if isinstance(x, _Ordered):
+        return np.concatenate(list(x.chunks())).reshape(x.shape)
+    return np.asarray(x)
+
+
+def _save(file: IO[bytes], x: jax.Array | np.ndarray | _Ordered) -> None:
+    """Writes an array as np.save does."""
+    if not isinstance(x, _Ordered):
+        np.save(file, x)
+        return
+    header = {"descr": x.dtype.str, "fortran_order": False, "shape": x.shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    for chunk in x.chunks():
+        file.write(chunk.data)
+
+
+def _mapped(path: epath.Path, like: Sequence[LayerMemory], slots: int) -> list[_Layer]:
+    """The files of a segment as arrays of the types and shapes of `like`, but for their slots.
+
+    Raises:
+      ValueError: a file is not of such an array.
+    """
+
+    def of_file(name: str, dtype, *shape: int | None):
+        array = np.load(path / f"{name}.npy", mmap_mode="r")
+        fits = len(shape) == array.ndim and all(
+            n in (None, m) for n, m in zip(shape, array.shape, strict=True)
         )
+        if array.dtype != dtype or not fits:
+            raise ValueError(f"{name} is {array.dtype}{list(array.shape)}")
+        return array
+
+    layers = []
+    for i, layer in enumerate(like):
+        arrays = []
+        for name, x in leaves_by_path(layer).items():
+            shape = (*x.shape[:2], slots, *x.shape[3:])
+            arrays.append(of_file(f"{i}_memory_{name.replace('/', '_')}", x.dtype, *shape))
+        memory = jax.tree.unflatten(jax.tree.structure(layer), arrays)
+        _, K, _, D = layer.k.x.shape
+        centres = of_file(f"{i}_clusters_centres", np.float32, 1, K, None, D)
+        starts = of_file(f"{i}_clusters_starts", np.int32, 1, K, centres.shape[2] + 1)
+        layers.append(_Layer(memory, Clusters(centres, starts)))
+    return layers
 
 
-def create(directory: epath.PathLike, window: int, **content: Any) -> Segments:
+def create(directory: epath.PathLike, like: Memory, window: int, **content: Any) -> Segments:
     """Makes a directory for a memory with nothing in it.
 
     Args:
+      like: a memory of the same types and shapes, but for its slots.
       window: most tokens that are moved to memory at a time.
       content: of its description: what is needed to go on from it.
 
@@ -154,11 +330,26 @@ def create(directory: epath.PathLike, window: int, **content: Any) -> Segments:
         raise UserError(
             f"{path}: {what if is_one(path) else 'something else is there:'} give a new name"
         )
-    slots = memories.slots_for(max(TOKENS, window))
+    slots = _slots(window)
     sealed = seal({**formats.SEGMENTS.number, "slots": slots, **content})
     with new_directory(path, DESCRIPTION) as half:
         (half / DESCRIPTION).write_text(json.dumps(sealed))
-    return Segments(path, slots, sealed["crc32"])
+    return _empty(path, like, slots, sealed["crc32"])
+
+
+def in_ram(like: Memory, window: int) -> Segments:
+    """No segments yet, of a memory in RAM; arguments as of `create`."""
+    return _empty(None, like, _slots(window), 0)
+
+
+def _slots(window: int) -> int:
+    return memories.slots_for(max(TOKENS, window))
+
+
+def _empty(path: epath.Path | None, like: Memory, slots: int, root: int) -> Segments:
+    shapes = [layer.k.x.shape for layer in like.layers]
+    indexes = tuple(clusters.no_index(K, D) for _, K, _, D in shapes)
+    return Segments(path, slots, root, indexes)
 
 
 def is_one(path: epath.Path) -> bool:
@@ -188,22 +379,31 @@ def load(path: epath.Path, like: Memory) -> Segments:
     """
     path = epath.Path(os.path.realpath(path))
     sealed = _unsealed(path / DESCRIPTION)
-    segments = Segments(path, sealed["content"]["slots"], sealed["crc32"])
-    written = {each.name for each in path.glob("segment-*") if "." not in each.name}
-    for number in range(len(written)):
-        place = path / _name(number)
-        if not place.exists():
-            raise UserError(f"{place}: missing: read the text again")
+    segments = _empty(path, like, sealed["content"]["slots"], sealed["crc32"])
+    names = _names(path)
+    position = 0
+    while names:
+        here = [each for each in names.values() if each[0] == position]
+        if not here:
+            raise UserError(f"{path / _name(position, 1)}: missing: read the text again")
+        first, count = max(here)  # what was merged into it may still be there
+        place, position = path / _name(first, count), first + count
+        names = {name: each for name, each in names.items() if sum(each) > position}
         sealed = _unsealed(place / OF_SEGMENT)
+        content = sealed["content"]
         try:
-            if sealed["content"]["after"] != segments.crc32:
+            if content["after"] != segments.crc32:
                 raise ValueError("of another memory or place")
-            for name, crc32 in sealed["content"]["crc32"].items():
+            for name, crc32 in content["crc32"].items():
                 if _crc32(place / name) != crc32:
                     raise ValueError(f"{name} is not what was written")
-            segments = segments._with(place, like.layers, sealed)
+            layers = _mapped(place, like.layers, segments.slots * count)
         except (ValueError, OSError) as error:
             raise UserError(f"{place}: damaged ({error}): read the text again") from error
+        segment = _Segment(
+            first, count, content["tokens"], sealed["crc32"], content["after"], layers
+        )
+        segments = segments._with(segment)
     return segments
 
 
@@ -212,8 +412,14 @@ def restart(memory: Memory) -> Memory:
     return memory._replace(appended=jnp.zeros_like(memory.appended))
 
 
-def _name(number: int) -> str:
-    return f"segment-{number:06}"
+def _name(first: int, count: int) -> str:
+    return f"segment-{first:06}-{first + count - 1:06}"
+
+
+def _names(path: epath.Path) -> dict[str, tuple[int, int]]:
+    """The names of segments in a directory: first and count."""
+    found = (re.fullmatch(r"segment-(\d+)-(\d+)", each.name) for each in path.glob("segment-*"))
+    return {x[0]: (int(x[1]), int(x[2]) - int(x[1]) + 1) for x in found if x}
 
 
 def _unsealed(path: epath.Path) -> dict[str, Any]:

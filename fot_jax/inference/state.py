@@ -21,7 +21,7 @@ from fot_jax.inference.forward import Cache
 from fot_jax.inference.segment_files import Segments
 from fot_jax.model import memory as memories
 from fot_jax.model.config import ModelConfig
-from fot_jax.model.lookup import Dense, Lookup
+from fot_jax.model.lookup import Dense, IndexedTopK, Lookup
 from fot_jax.model.memory import Memory
 
 
@@ -35,11 +35,15 @@ class MemoryConfig:
       storage: float32, bfloat16, float16 or int8 (with a scale for each key and value); None:
         ModelConfig.memory_dtype or, where that is None too, the type that the model computes in.
       lookup: Dense() attends to all of memory, TopK(k) to the best k keys of each head and query,
-        ApproximateTopK(k, recall) to most of these.
+        ApproximateTopK(k, recall) to most of these, and IndexedTopK(k, visited) to the best ones
+        among as many as an index leads to.
       shared: one memory for all rows of a batch (the paper's multi-doc setting).
       directory: a new one of this machine, to keep memory in files as text is read (see
-        segment_files.py), so that it may be larger than RAM; None: in RAM. For one text, or several
-        that share a memory, on one device; go on from it with LanguageModel.load_memory.
+        segment_files.py), so that it may be larger than RAM; None: in RAM. Go on from it with
+        LanguageModel.load_memory.
+
+    In a directory, or with an index, memory is in segments: of one text, or of several that share
+    it, on one device, and nothing is forgotten.
     """
 
     size: int | None = None
@@ -65,11 +69,22 @@ class MemoryConfig:
                     f"{self.directory}: files in a bucket cannot be memory-mapped: give a "
                     "directory of this machine"
                 )
-            if self.size is not None and self.ring:
-                raise UserError(
-                    f"{self.directory}: a memory in a directory forgets nothing: leave "
-                    "MemoryConfig.size out, or set MemoryConfig.ring to False"
-                )
+        if self.in_segments and self.size is not None and self.ring:
+            raise UserError(
+                f"{self.segments}, which forgets nothing: leave MemoryConfig.size out, or set "
+                "MemoryConfig.ring to False"
+            )
+
+    @property
+    def in_segments(self) -> bool:
+        """Whether memory is kept in segments."""
+        return self.directory is not None or isinstance(self.lookup, IndexedTopK)
+
+    @property
+    def segments(self) -> str:
+        """What messages call such a memory."""
+        where = "with an index" if self.directory is None else "in a directory"
+        return f"{self.directory or self.lookup}: a memory {where}"
 
 
 LAST_CONTEXT = 1024  # tokens of a text that stay in the window, as in LongLLaMA
@@ -107,7 +122,7 @@ class State:
       stored: tokens moved into each row of memory.
       limit: of memory, known here so that no window waits for the devices to say it.
       borrowed: whether another state has the same memory, which then must not be used up.
-      segments: that come before `memory`, where there is a directory for them.
+      segments: that come before `memory`, where it is kept in segments.
       closes: whether this state writes more of them.
     """
 
@@ -131,7 +146,7 @@ class State:
     def copy(self) -> State:
         """Another one of the same content. The memory is copied once one of them adds to it.
 
-        It adds nothing to a memory in a directory: what it reads stays in RAM.
+        It closes no segments: what it reads stays in RAM.
         """
         self.borrowed = True
         cache = jax.tree.map(jnp.copy, self.cache)
@@ -181,16 +196,16 @@ class State:
         """
         piece = {"tokens": tokens, "valid": valid, "advance": advance.astype(np.int32)}
         piece |= {"params": params, "cache": self.cache, "memory": self.memory}
-        if self.in_segments:
+        if self.has_segments:
             hidden, self.cache = forward.run_over_segments(
-                self.model, self.config.lookup, segments=self.segments.of_layers(), **piece
+                self.model, self.config.lookup, closed=self.segments.of_layers(), **piece
             )
         else:
             hidden, self.cache = forward.run(self.model, self.config.lookup, self.mesh, **piece)
         return hidden
 
     @property
-    def in_segments(self) -> bool:
+    def has_segments(self) -> bool:
         """Whether a part of the memory is in closed segments."""
         return self.segments is not None and self.segments.tokens > 0
 
@@ -295,8 +310,8 @@ def begin(
             f"a memory {wanted} for a model without memory layers: it reads its local window "
             "alone; leave the memory out"
         )
-    if config.directory is not None:
-        check_directory(c, mesh, rows, config)
+    if config.in_segments:
+        check_segments(c, mesh, rows, config)
     if c.memory_before:
         config = _of_one_window(config, c.local_context)
     storage = config.storage or c.memory_dtype or jnp.dtype(dtype).name
@@ -313,26 +328,26 @@ def begin(
     )
 
 
-def check_directory(c: ModelConfig, mesh: Mesh | None, rows: int, config: MemoryConfig) -> None:
-    """Checks that a memory can be in a directory.
+def check_segments(c: ModelConfig, mesh: Mesh | None, rows: int, config: MemoryConfig) -> None:
+    """Checks that a memory can be in segments.
 
     Raises:
       UserError: it cannot, of such a model or on such devices; or of several texts.
     """
     if c.memory_before:
         raise UserError(
-            f"{config.directory}: the model's memory is one window (memory_before), which needs no "
-            "directory: leave it out"
+            f"{config.segments}, and that of the model is one window (memory_before), which needs "
+            "none: leave it out"
         )
     if mesh is not None:
         raise UserError(
-            f"{config.directory}: a memory in a directory is read on one device, and the model is "
-            f"on {mesh.size}: load it on one, or leave the directory out"
+            f"{config.segments}, which is read on one device, and the model is on {mesh.size}: "
+            "load it on one, or leave the memory as it is by default"
         )
     if rows > 1 and not config.shared:
         raise UserError(
-            f"{config.directory}: a memory in a directory is of one text, and {rows} are given: "
-            "read them one by one, or let them share a memory"
+            f"{config.segments}, which is of one text, and {rows} are given: read them one by one, "
+            "or let them share a memory"
         )
 
 

@@ -3,8 +3,8 @@
 `Dense`, `TopK` and `ApproximateTopK` are three ways to choose the keys; what is chosen goes through
 one softmax with the local window. None holds more than a block of scores at a time, so what they
 need does not grow with the memory. Over a mesh every shard looks up its own slots; only scores and
-outputs travel. A memory in segments is looked up segment by segment, by the same compiled program:
-see `Segment`.
+outputs travel. How they look into a memory in segments, and what `IndexedTopK` does there: see
+segments.py.
 
 Letters: B rows of memory, K key/value heads, N queries of a key/value head, M slots, S slots of a
 block, D head dim, k keys of a query.
@@ -13,10 +13,7 @@ block, D head dim, k keys of a query.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,16 +30,6 @@ from fot_jax.model.memory import AXIS, LayerMemory, Stored
 
 # Of products that choose keys: TPUs and GPUs would round float32, and each pass in its own way.
 PRECISION = lax.Precision.HIGHEST
-
-
-class Segment(NamedTuple):
-    """A part of a layer's memory that is looked up by itself, and may lie in a file.
-
-    With one row, all rows of the queries look into it.
-    """
-
-    layer: LayerMemory
-    visible: AnyArray  # [rows] int32: how many slots hold something, from the first on
 
 
 @configurable
@@ -64,14 +51,6 @@ class Dense:
         steps = (visible.max() + block - 1) // block
         parts = lax.fori_loop(0, steps, step, partial_softmax.no_parts(q))
         return _merge_shards(parts) if shards > 1 else parts
-
-    def attend_segments(self, q, segments: Sequence[Segment]) -> Parts:
-        """Of queries [B, K, N, D] over all segments; called outside of compiled programs."""
-        parts = partial_softmax.no_parts(q)
-        for segment in segments:
-            before, parts = parts, _add_segment(self, q, segment, parts)
-            jax.block_until_ready(before)  # no more than two segments are on the devices
-        return parts
 
     def best(self, scores: jax.Array) -> None:
         """All of them."""
@@ -103,22 +82,8 @@ class TopK:
         scores, slots = self.search(q, layer.k, visible)
         if shards > 1:
             scores = _best_of_shards(scores, slots, shards)
-        parts = _attend_found(scores, slots, layer.v, q.dtype)
+        parts = attend_found(scores, slots, layer.v, q.dtype)
         return _merge_shards(parts) if shards > 1 else parts
-
-    def attend_segments(self, q, segments: Sequence[Segment]) -> Parts:
-        """As Dense.attend_segments: goes through the keys, then the values of what was found."""
-        best, start = _none_found((*q.shape[:3], self.k)), 0
-        for layer, visible in segments:
-            before, best = best, _search_segment(self, q, layer.k, visible, start, best)
-            jax.block_until_ready(before)
-            start += layer.k.slots
-        parts, start = partial_softmax.no_parts(q), 0
-        for layer, _ in segments:
-            before, parts = parts, _add_found(q.dtype, *best, layer.v, start, parts)
-            jax.block_until_ready(before)
-            start += layer.v.slots
-        return parts
 
     def search(self, q, keys: Stored, visible):
         """The best keys of every query.
@@ -166,17 +131,36 @@ class ApproximateTopK(TopK):
             scores = _scores(q, keys.slot(i * block, block, q.dtype))
             scores = jnp.where(_seen(visible, i * block, block), scores, MASKED)
             found, at = self.best(scores)
-            return _better(best, (found, at.astype(jnp.int32) + i * block), self.k)
+            return better(best, (found, at.astype(jnp.int32) + i * block), self.k)
 
         steps = (visible.max() + block - 1) // block
-        return lax.fori_loop(0, steps, step, _none_found((B, K, N, self.k)))
+        return lax.fori_loop(0, steps, step, none_found((B, K, N, self.k)))
 
     def best(self, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
         """As TopK.best."""
         return lax.approx_max_k(scores, min(self.k, scores.shape[-1]), recall_target=self.recall)
 
 
-Lookup = Dense | TopK | ApproximateTopK
+@configurable
+@dataclasses.dataclass(frozen=True)
+class IndexedTopK(TopK):
+    """The best k of those keys that an index leads to: as TopK, but memory is not gone through.
+
+    Memory is then in segments of 65,536 tokens, each with an index of its keys (clusters.py). What
+    is not in a closed segment yet is searched exactly.
+
+    Attributes:
+      visited: keys of closed segments that are scored for each query and head.
+    """
+
+    visited: int = 4_096
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_range("IndexedTopK", self.k, 2**24, whole=True, visited=self.visited)
+
+
+Lookup = Dense | TopK | ApproximateTopK | IndexedTopK
 
 
 def attend(
@@ -227,13 +211,13 @@ def exact_search(q, keys: Stored, visible, k: int):
         chosen = jnp.sort(groups, -1)  # so that of equal scores the oldest comes first
         slots = chosen[..., None] * group + jnp.arange(group)
         x = _take_groups(keys, chosen, group, q.dtype)  # [B, K, n, k, group, D]
-        scores = _einsum("bknd,bknigd->bknig", q, x)
+        scores = einsum("bknd,bknigd->bknig", q, x)
         scores = jnp.where(slots < visible[:, None, None, None, None], scores, MASKED)
         scores, slots = (x.reshape(*x.shape[:3], k * group) for x in (scores, slots))
         best, at = lax.top_k(scores, k)
         return best, jnp.take_along_axis(slots, at, -1)
 
-    return _map_queries(of_queries, (q, groups), B * K * k * group * D)
+    return map_queries(of_queries, (q, groups), B * K * k * group * D)
 
 
 def _group(slots: int, k: int, dim: int) -> int:
@@ -268,10 +252,10 @@ def _best_groups(q, keys: Stored, visible, k: int, group: int) -> Int[Array, "B 
         found = jnp.full((B, K, N, many * block // group), MASKED, jnp.float32)
         found = lax.fori_loop(0, many, fill, found)
         at = i * found.shape[3] + jnp.arange(found.shape[3], dtype=jnp.int32)
-        return _better(best, (found, jnp.broadcast_to(at, found.shape)), k)
+        return better(best, (found, jnp.broadcast_to(at, found.shape)), k)
 
     steps = (visible.max() + many * block - 1) // (many * block)
-    nothing = _none_found((B, K, N, k), slot=keys.slots // group)
+    nothing = none_found((B, K, N, k), slot=keys.slots // group)
     return lax.fori_loop(0, steps, step, nothing)[1]
 
 
@@ -287,10 +271,10 @@ def _search_all(q, keys: Stored, visible, k: int):
         )
         return lax.top_k(scores, k)
 
-    return _map_queries(of_queries, (q,), q.shape[0] * q.shape[1] * keys.slots)
+    return map_queries(of_queries, (q,), q.shape[0] * q.shape[1] * keys.slots)
 
 
-def _attend_found(scores, slots, v: Stored, dtype) -> Parts:
+def attend_found(scores, slots, v: Stored, dtype) -> Parts:
     """Softmax over the found keys, in parts."""
 
     def of_queries(args):
@@ -302,55 +286,7 @@ def _attend_found(scores, slots, v: Stored, dtype) -> Parts:
         return Parts(out, top, p.sum(-1))
 
     B, K, _, k = scores.shape
-    return _map_queries(of_queries, (scores, slots), B * K * k * v.x.shape[3])
-
-
-# --- Over segments -------------------------------------------------------------------------------
-
-
-@functools.partial(jax.jit, static_argnames="lookup")
-def _add_segment(lookup: Dense, q, segment: Segment, parts: Parts) -> Parts:
-    """Merges the attention of one more segment into `parts`."""
-    layer, visible = segment
-
-    def of_queries(args):
-        return lookup.attend(*args, layer, visible, 1)
-
-    return partial_softmax.merge(parts, _by_rows(of_queries, (q,), len(visible)))
-
-
-@functools.partial(jax.jit, static_argnames="lookup")
-def _search_segment(lookup: TopK, q, keys: Stored, visible, start, best):
-    """The best of `best` and of a segment whose first slot is number `start` of all."""
-
-    def of_queries(args):
-        scores, slots = lookup.search(*args, keys, visible)
-        return scores, slots + start
-
-    return _better(best, _by_rows(of_queries, (q,), len(visible)), lookup.k)
-
-
-@functools.partial(jax.jit, static_argnames="dtype")
-def _add_found(dtype, scores, slots, v: Stored, start, parts: Parts) -> Parts:
-    """Merges the attention to those found slots that are a segment's into `parts`."""
-    here = (slots >= start) & (slots < start + v.slots)
-
-    def of_queries(args):
-        return _attend_found(*args, v, dtype)
-
-    found = jnp.where(here, scores, MASKED), jnp.where(here, slots - start, 0)
-    return partial_softmax.merge(parts, _by_rows(of_queries, found, v.x.shape[0]))
-
-
-def _by_rows(of_queries, arrays, rows: int):
-    """of_queries over arrays [B, K, N, ...] of as many rows as a memory has: B, or one for all."""
-    B, K, N = arrays[0].shape[:3]
-    if rows < B:
-        arrays = [x.swapaxes(0, 1).reshape(1, K, B * N, *x.shape[3:]) for x in arrays]
-    found = _map_queries(of_queries, tuple(arrays), 64 * rows * K)
-    if rows < B:
-        found = jax.tree.map(lambda x: x.reshape(K, B, N, *x.shape[3:]).swapaxes(0, 1), found)
-    return found
+    return map_queries(of_queries, (scores, slots), B * K * k * v.x.shape[3])
 
 
 # --- Over shards ---------------------------------------------------------------------------------
@@ -394,10 +330,10 @@ def _dot(q, k):
 
 def _scores(q, k):
     """The same where they decide which keys are the best."""
-    return _einsum("bknd,bksd->bkns", q, k)
+    return einsum("bknd,bksd->bkns", q, k)
 
 
-def _einsum(spec: str, a, b):
+def einsum(spec: str, a, b):
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32, precision=PRECISION)
 
 
@@ -406,11 +342,11 @@ def _seen(visible, start, size: int):
     return (start + jnp.arange(size) < visible[:, None])[:, None, None]
 
 
-def _none_found(shape, slot: int = 0):
+def none_found(shape, slot: int = 0):
     return jnp.full(shape, MASKED, jnp.float32), jnp.full(shape, slot, jnp.int32)
 
 
-def _better(best, found, k: int):
+def better(best, found, k: int):
     """The k best of two lists of (scores, slots); of equal scores the first ones."""
     scores, slots = (jnp.concatenate(pair, -1) for pair in zip(best, found, strict=True))
     scores, at = lax.top_k(scores, k)
@@ -427,7 +363,7 @@ def _take_groups(stored: Stored, groups: Int[Array, "B K n i"], size: int, dtype
     return memories.decode(jax.tree.map(take, stored), dtype)
 
 
-def _map_queries(function, arrays, cost: int):
+def map_queries(function, arrays, cost: int):
     """function over arrays [B, K, N, ...], so many queries at a time that N * cost stays small."""
     N = arrays[0].shape[2]
     size = max(1, partial_softmax.score_budget() // (4 * cost))

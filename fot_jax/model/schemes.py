@@ -14,7 +14,7 @@ import jax
 from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
 from fot_jax.model.attention.partial_softmax import ANY_DOCUMENT, SAME_DOCUMENT
-from fot_jax.model.lookup import Dense, Lookup
+from fot_jax.model.lookup import Dense, IndexedTopK, Lookup
 
 
 class Context(NamedTuple):
@@ -250,6 +250,11 @@ class CachedContext(Scheme):
 
     def __post_init__(self):
         check_range("CachedContext", 1, 2**30, tokens=self.tokens)
+        if isinstance(self.lookup, IndexedTopK):
+            raise UserError(
+                f"CachedContext.lookup = {self.lookup}: what is cached in training has no index: "
+                "choose TopK or Dense"
+            )
         self.lookup.check(self.tokens)
 
     @property

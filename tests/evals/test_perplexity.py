@@ -13,8 +13,9 @@ from tiny import tiny, untrained
 from fot_jax.common.errors import UserError
 from fot_jax.data.documents import Document
 from fot_jax.evals.perplexity import PerplexityByContext
+from fot_jax.inference import segment_files
 from fot_jax.inference.state import MemoryConfig
-from fot_jax.model.lookup import Dense, TopK
+from fot_jax.model.lookup import Dense, IndexedTopK, TopK
 
 WINDOW = 8
 CONFIG = tiny(vocab_size=31, hidden_size=16, num_layers=2, num_heads=2, local_context=WINDOW)
@@ -180,6 +181,19 @@ def test_lookup_and_storage_are_those_of_the_memory(lm):
         PerplexityByContext((0, 64, 128), lookup=TopK(65))
     with pytest.raises(UserError, match="storage = 'int3': choose one of"):
         PerplexityByContext(storage="int3")
+
+
+def test_an_index_that_leads_to_all_keys_changes_nothing(lm, monkeypatch):
+    monkeypatch.setattr(segment_files, "TOKENS", 16)
+    source, sizes = Documents(161, 90), (0, 200)  # so much that nothing is forgotten
+    exact, indexed = (
+        PerplexityByContext(sizes, scored_tokens=128, lookup=lookup, rows=1).run(lm, source)
+        for lookup in (TopK(2), IndexedTopK(2, visited=1_000))
+    )
+    for a, b in zip(exact, indexed, strict=True):
+        assert a["nats"] == pytest.approx(b["nats"], rel=1e-5)
+    with pytest.raises(UserError, match="PerplexityByContext.rows = 4 with IndexedTopK.*rows = 1"):
+        PerplexityByContext(lookup=IndexedTopK())
 
 
 def test_no_memory_is_the_window_alone(lm):

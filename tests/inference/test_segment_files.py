@@ -1,5 +1,6 @@
 """Memories in a directory say what memories in RAM say, survive kills, and notice damage."""
 
+import json
 import os
 import shutil
 import signal
@@ -14,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from readers import C, model_of, random_text
 
+from fot_jax.common.checksums import seal
 from fot_jax.common.errors import UserError
 from fot_jax.inference import decode, forward, segment_files
 from fot_jax.inference.state import MemoryConfig
-from fot_jax.model import lookup as lookups
-from fot_jax.model.lookup import Dense, TopK
+from fot_jax.model import clusters
+from fot_jax.model import segments as segmented
+from fot_jax.model.lookup import Dense, IndexedTopK, TopK
 
 SEGMENT = 2 * C
 
@@ -26,6 +29,8 @@ SEGMENT = 2 * C
 @pytest.fixture(autouse=True)
 def short_segments(monkeypatch):
     monkeypatch.setattr(segment_files, "TOKENS", SEGMENT)
+    monkeypatch.setattr(clusters, "FEW", 2)
+    monkeypatch.setattr(clusters, "COMPARED", 2)
 
 
 @pytest.fixture
@@ -35,7 +40,7 @@ def read(tmp_path):
     state = lm.read(
         random_text(1, 3 * SEGMENT + C), memory=kept_in(tmp_path / "m"), last_context_length=14
     )
-    assert state.segments.counts == (SEGMENT,) * 3 and state.held == [14]
+    assert state.segments.tokens == 3 * SEGMENT and state.held == [14]
     return lm, state, tmp_path / "m"
 
 
@@ -49,12 +54,14 @@ def kept_in(directory, **options):
         ("llama", "float32", Dense(), False),
         ("llama", "bfloat16", TopK(7), True),
         ("paper", "int8", TopK(7), False),
+        ("llama", "float32", IndexedTopK(7, 1000), True),
+        ("paper", "int8", IndexedTopK(7, 1000), False),
     ],
     ids=str,
 )
 @settings(max_examples=4)
 @given(
-    length=st.sampled_from([n * SEGMENT + C + d for n in range(4) for d in (-1, 0, 1, 30)]),
+    length=st.sampled_from([n * SEGMENT + C + d for n in (0, 1, 5) for d in (-1, 0, 1, 30)]),
     padding=st.integers(0, C),
 )
 def test_logits_are_those_of_a_memory_in_ram(
@@ -62,20 +69,15 @@ def test_logits_are_those_of_a_memory_in_ram(
 ):
     lm = model_of(name)
     rows = 1 + shared
-    options = {"storage": storage, "lookup": lookup, "shared": shared}
+    options = {"storage": storage, "shared": shared}
     text, more = random_text(rows, length + padding), random_text(rows, 150, seed=1)
     mask = np.arange(length + padding) >= padding * (np.arange(rows)[:, None] == 0)
     path = tmp_path_factory.mktemp("memory") / "m"
-    got, want = [], []
-    for memory, logits in ((kept_in(path, **options), got), (MemoryConfig(**options), want)):
-        state = lm.read(np.zeros((rows, 1), int), memory=memory)
-        logits.append(lm.logits(text, mask=mask, state=state, last_context_length=20)[mask])
-        if memory.directory:
-            lm.save_memory(state, path)
-            state = lm.load_memory(path, lookup)
-            assert state.config == memory
-        logits.append(lm.logits(more, state=state))
-    for a, b in zip(got, want, strict=True):
+    configs = [MemoryConfig(lookup=lookup, **options), kept_in(path, lookup=lookup, **options)]
+    if isinstance(lookup, IndexedTopK):  # which goes to all that there is
+        configs.insert(0, MemoryConfig(lookup=TopK(lookup.k), **options))
+    want, *others = (list(logits_of(lm, config, text, mask, more)) for config in configs)
+    for a, b in [pair for got in others for pair in zip(got, want, strict=True)]:
         error = np.abs(a - b).max(-1)
         if storage == "float32":
             assert error.max() < 1e-5
@@ -85,23 +87,37 @@ def test_logits_are_those_of_a_memory_in_ram(
             assert np.quantile(error, 0.98) < 1e-3
 
 
-def test_nothing_is_compiled_as_memory_grows(read):
+def logits_of(lm, config, text, mask, more):
+    """Of a text, and of what follows, for which a memory in a directory is loaded."""
+    state = lm.read(np.zeros((len(text), 1), int), memory=config)
+    yield lm.logits(text, mask=mask, state=state, last_context_length=20)[mask]
+    if config.directory:
+        lm.save_memory(state, config.directory)
+        state = lm.load_memory(config.directory, config.lookup)
+        assert state.config == config
+    yield lm.logits(more, state=state)
+
+
+@pytest.mark.parametrize("lookup", [TopK(5), IndexedTopK(5, 200)], ids=str)
+def test_nothing_is_compiled_as_memory_grows(read, lookup):
     lm, state, path = read
     lm.save_memory(state, path)
-    state = lm.load_memory(path, TopK(5))
+    state = lm.load_memory(path, lookup)
     programs = (
         *(forward.run, forward.evict, forward._stretch, decode.token_after),
-        *(lookups._search_segment, lookups._add_found),
+        *(segmented._search_segment, segmented._add_found),
+        *(segmented._best_gathered, segmented._attend_gathered),
     )
 
     def read_on(seed):
         lm.read(random_text(1, 2 * SEGMENT, seed), state=state, last_context_length=14)
         lm.generate([1], 2 * C, temperature=0, state=state)
 
-    read_on(1)
+    for seed in range(3):  # until all pieces have met segments of both sizes
+        read_on(seed)
     compiled = [each._cache_size() for each in programs]
-    read_on(2)
-    assert len(state.segments.counts) > 7
+    read_on(3)
+    assert 13 * SEGMENT < state.segments.tokens < 16 * SEGMENT
     assert [each._cache_size() for each in programs] == compiled
 
 
@@ -128,7 +144,7 @@ def test_two_states_do_not_add_to_one_directory(read):
     lm, state, path = read
     other = lm.load_memory(path)
     lm.read(random_text(1, 2 * SEGMENT), state=state)
-    with pytest.raises(UserError, match=f"{path}/segment-000003: written by another process"):
+    with pytest.raises(UserError, match=f"{path}/segment-000000-000003: written by another"):
         lm.read(random_text(1, 2 * SEGMENT), state=other)
 
 
@@ -153,7 +169,7 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize("files, segments", [(2, 0), (11, 2)])  # a segment has four
+@pytest.mark.parametrize("files, segments", [(2, 0), (19, 2), (35, 4)])  # a segment has eight
 def test_killed_while_a_segment_is_written(tmp_path, caplog, files, segments):
     path = tmp_path / "m"
     paths = [p for p in sys.path if p.endswith("tests") or p.endswith("inference")]
@@ -174,6 +190,23 @@ def test_killed_while_a_segment_is_written(tmp_path, caplog, files, segments):
     assert not caplog.text
 
 
+def test_killed_before_merged_segments_are_removed(read):
+    lm, state, path = read
+    left = path.parent / "left"
+    shutil.copytree(path, left)
+    more = random_text(1, 2 * SEGMENT, seed=1)
+    lm.read(more, state=state, last_context_length=14)
+    lm.save_memory(state, path)
+    merged = sorted(each.name for each in path.iterdir())
+    shutil.copytree(left, path, dirs_exist_ok=True)
+    loaded = lm.load_memory(path)
+    assert loaded.stored == state.stored
+    want = lm.logits(more, state=state.copy())
+    np.testing.assert_allclose(lm.logits(more, state=loaded), want, atol=1e-5)
+    assert set(merged) - {"open"} < {each.name for each in path.iterdir()}
+    assert not list(path.glob("segment-000001-000001"))
+
+
 def test_damage_is_noticed(read):
     lm, state, path = read
     lm.save_memory(state, path)
@@ -190,12 +223,14 @@ def test_damage_is_noticed(read):
         with pytest.raises(UserError, match=f"{file.parent}.*damaged.*: read the text again"):
             lm.load_memory(path)
         file.write_bytes((whole / file.relative_to(path)).read_bytes())
-    (path / "segment-000001").rename(path / "a")
-    with pytest.raises(UserError, match="segment-000001: missing: read the text again"):
+    (path / "segment-000001-000001").rename(path / "a")
+    with pytest.raises(UserError, match="segment-000001-000001: missing: read the text again"):
         lm.load_memory(path)
-    (path / "segment-000002").rename(path / "segment-000001")
-    (path / "a").rename(path / "segment-000002")
-    with pytest.raises(UserError, match="segment-000001: damaged .of another memory or place."):
+    (path / "segment-000002-000002").rename(path / "segment-000001-000001")
+    (path / "a").rename(path / "segment-000002-000002")
+    with pytest.raises(
+        UserError, match="segment-000001-000001: damaged .of another memory or place."
+    ):
         lm.load_memory(path)
 
 
@@ -210,9 +245,13 @@ def test_what_a_directory_cannot_be_is_refused(read, tmp_path):
     with pytest.raises(UserError, match="thesis: something else is there: give a new name"):
         lm.read(text, memory=kept_in(tmp_path / "thesis"))
     new = tmp_path / "new"
-    with pytest.raises(UserError, match=f"{new}: a memory in a directory is of one text, and 2 "):
+    with pytest.raises(
+        UserError, match=f"{new}: a memory in a directory, which is of one text, and"
+    ):
         lm.read(random_text(2, 10), memory=kept_in(new))
-    with pytest.raises(UserError, match=f"{new}: a memory in a directory forgets nothing: leave"):
+    with pytest.raises(
+        UserError, match=f"{new}: a memory in a directory, which forgets nothing: leave"
+    ):
         kept_in(new, size=100)
     with pytest.raises(UserError, match="gs://bucket/m: files in a bucket cannot be memory-mapped"):
         kept_in("gs://bucket/m")
@@ -223,5 +262,26 @@ def test_what_a_directory_cannot_be_is_refused(read, tmp_path):
     with pytest.raises(UserError, match="the memory of 200 tokens is full before the end"):
         lm.read(random_text(1, 400), memory=full)
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:2]), ("memory",))
-    with pytest.raises(UserError, match=f"{path}: a memory in a directory is read on one device"):
+    with pytest.raises(
+        UserError, match=f"{path}: a memory in a directory, which is read on one device"
+    ):
         type(lm)(lm.config, lm.params, mesh=mesh).load_memory(path)
+
+
+def test_what_an_index_cannot_be_is_refused(read, tmp_path):
+    lm, state, path = read
+    index, text = MemoryConfig(lookup=IndexedTopK()), random_text(1, 10)
+    with pytest.raises(UserError, match="visited=4096.: a memory with an index, which forgets not"):
+        MemoryConfig(size=10_000, lookup=IndexedTopK())
+    with pytest.raises(UserError, match="a memory with an index, which is of one text, and 2 are"):
+        lm.read(random_text(2, 10), memory=index)
+    with pytest.raises(UserError, match=f"{tmp_path}/a: a memory with an index is saved where it "):
+        lm.save_memory(lm.read(text, memory=index), tmp_path / "a")
+    lm.save_memory(lm.read(text), tmp_path / "b")
+    with pytest.raises(UserError, match=f"{tmp_path}/b: has no index, which memories in a direct"):
+        lm.load_memory(tmp_path / "b", IndexedTopK())
+    lm.save_memory(state, path)
+    content = json.loads((path / "segments.json").read_text())["content"] | {"version": 1}
+    (path / "segments.json").write_text(json.dumps(seal(content)))
+    with pytest.raises(UserError, match=f"{path}: a memory in segments of format version 1, and"):
+        lm.load_memory(path)

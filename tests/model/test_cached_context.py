@@ -18,7 +18,7 @@ from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.state import MemoryConfig
 from fot_jax.model import cached_context, crossbatch
 from fot_jax.model.cached_context import Cached
-from fot_jax.model.lookup import ApproximateTopK, Dense, TopK
+from fot_jax.model.lookup import ApproximateTopK, Dense, IndexedTopK, TopK
 from fot_jax.model.schemes import CachedContext, PreviousContext
 from fot_jax.model.transformer import Transformer
 from fot_jax.training.partitioning import MeshShape
@@ -265,6 +265,7 @@ def test_microbatches_have_their_parts_of_it():
     [
         (lambda: CachedContext(0), "CachedContext.tokens = 0"),
         (lambda: CachedContext(8, TopK(9)), "TopK.k = 9 is larger than the memory of 8 tokens"),
+        (lambda: CachedContext(8, IndexedTopK(2)), "what is cached in training has no index"),
         (lambda: CachedContext(8).with_d(2), "CachedContext has no d"),
         (
             lambda: dataclasses.replace(PAPER, memory_before=True),

@@ -15,7 +15,7 @@ from tiny import LLAMA
 
 from fot_jax.common.errors import UserError
 from fot_jax.model import memory
-from fot_jax.model.lookup import ApproximateTopK, Dense, Segment, TopK, attend
+from fot_jax.model.lookup import ApproximateTopK, Dense, TopK, attend
 
 LOOKUPS = pytest.mark.parametrize("lookup", [TopK, ApproximateTopK])
 
@@ -188,30 +188,3 @@ def test_bad_input(lookup):
     lookup(64).check(64)
     with pytest.raises(UserError, match="ApproximateTopK.recall = 0: give a number from 0.01 to 1"):
         dataclasses.replace(ApproximateTopK(3), recall=0)
-
-
-# --- Segments ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("lookup", [Dense(), TopK(20), ApproximateTopK(20)], ids=str)
-def test_segments_are_one_memory(lookup, rows):
-    """Against the softmax in float64; equal scores too, of which the oldest keys are taken."""
-    rng = np.random.default_rng(rows)
-    B, K, N, D, counts = 2, 2, 6, 8, (256, 3, 200, 0, 11)
-    q = rng.integers(-2, 3, (B, K, N, D)) / 2
-    want_k, want_v = ([rng.integers(-2, 3, (rows, K, n, D)) / 2 for n in counts] for _ in "kv")
-    segments = []
-    for k, v, n in zip(want_k, want_v, counts, strict=True):
-        k, v = (
-            np.pad(x, [(0, 0), (0, 0), (0, 256 - n), (0, 0)], constant_values=9) for x in (k, v)
-        )
-        layer = memory.LayerMemory(*(memory.encode(jnp.asarray(x), "float32") for x in (k, v)))
-        segments.append(Segment(layer, np.full(rows, n, np.int32)))
-    got = lookup.attend_segments(jnp.asarray(q, jnp.float32), segments).attended()
-    for b, head, n in np.ndindex(B, K, N):
-        k, v = (np.concatenate(x, 2)[b % rows, head] for x in (want_k, want_v))
-        scores = k @ q[b, head, n]
-        best = np.argsort(-scores, kind="stable")[: getattr(lookup, "k", len(k))]
-        weights = np.exp(scores[best] - scores.max())
-        np.testing.assert_allclose(got[b, head, n], weights @ v[best] / weights.sum(), atol=1e-5)

@@ -1,0 +1,255 @@
+"""An index of a memory in segments: the keys of each in clusters, to which queries go by centres.
+
+When a segment is closed, the keys of every head are clustered, by k-means on a sample of them, and
+its slots are put in the order of their clusters: of no consequence for whoever looks them all up. A
+query scores the centres of all segments, takes the clusters with the best ones up to a number of
+keys, and scores these keys exactly (segments.py). When segments are merged, k-means goes on with
+the centres of all of them, so that clusters become narrower, not more populous, as memory grows.
+
+Keys are clustered as memory keeps them, decoded: unrotated, and of length 1 where the model
+normalises them.
+
+Letters: K key/value heads, M slots of a segment, D head dim, C clusters of a segment.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from fot_jax.model import memory as memories
+from fot_jax.model.attention.partial_softmax import AnyArray
+from fot_jax.model.memory import LayerMemory, Stored
+
+SLOTS = 128  # of a cluster, on average at most: to score centres costs about 1 % of all keys
+ROUNDS = 8  # of k-means
+SAMPLE = 32  # keys for each centre that they go over
+BLOCK = 2**12  # keys that are assigned at a time
+ROUNDS_OF_MERGED = 3  # of k-means, which begins with what was found before
+COMPARED = 2**13  # centres that a key is compared with, at most
+NEAR = 8
+FEW = 512  # centres are a multiple of this while segments are merged: few sizes to compile for
+
+
+class Clusters(NamedTuple):
+    """The clusters of a segment of one layer; heads with fewer have empty ones at the end."""
+
+    centres: Float[AnyArray, "1 K C D"]  # float32
+    starts: Int[AnyArray, "1 K C+1"]  # int32: cluster c has the slots starts[c] … starts[c + 1] - 1
+
+
+class Index(NamedTuple):
+    """The clusters of all segments of one layer, one segment after another."""
+
+    centres: Stored  # [1, K, as many as there is room for, D] float32
+    segment: Int[np.ndarray, " clusters"]
+    first: Int[np.ndarray, "K clusters"]  # slot in its segment
+    size: Int[np.ndarray, "K clusters"]
+
+    def up_to(self, segment: int) -> Index:
+        """Of the segments before one, only."""
+        count = np.searchsorted(self.segment, segment)
+        return Index(self.centres, *(x[..., :count] for x in self[1:]))
+
+    def with_segment(self, clusters: Clusters) -> Index:
+        """With one more; the array of centres is made twice as long when it is full."""
+        x, used, more = self.centres.x, len(self.segment), clusters.centres.shape[2]
+        while used + more > x.shape[2]:
+            x = jnp.pad(x, [(0, 0), (0, 0), (0, x.shape[2]), (0, 0)])
+        number = self.segment[-1] + 1 if used else 0
+        starts = np.asarray(clusters.starts)[0]
+        return Index(
+            Stored(_with_centres(x, clusters.centres, used), None),
+            np.append(self.segment, np.full(more, number)),
+            np.append(self.first, starts[:, :-1], axis=1),
+            np.append(self.size, np.diff(starts), axis=1),
+        )
+
+
+def no_index(heads: int, dim: int) -> Index:
+    """Of no segment yet."""
+    nothing = np.zeros((heads, 0), int)
+    centres = jnp.zeros((1, heads, 512, dim), jnp.float32)
+    return Index(Stored(centres, None), nothing[0], nothing, nothing)
+
+
+@jax.jit
+def _with_centres(x, centres, at):
+    return lax.dynamic_update_slice_in_dim(x, jnp.asarray(centres), at, axis=2)
+
+
+@jax.jit
+def clustered(layer: LayerMemory, visible: Int[AnyArray, ""]) -> tuple[LayerMemory, Clusters]:
+    """The first `visible` slots of a layer [1, K, M, …] in the order of their clusters."""
+    keys = jax.tree.map(lambda x: x[0], layer.k)
+    order, clusters = lax.map(functools.partial(_of_head, visible=visible), keys)
+
+    def ordered(x):
+        return jax.vmap(lambda x, order: x[order])(x[0], order)[None]
+
+    return jax.tree.map(ordered, layer), jax.tree.map(lambda x: x[None], clusters)
+
+
+def _of_head(keys: Stored, visible) -> tuple[Int[Array, " M"], Clusters]:
+    """The order of the slots of keys [M, D], and their clusters; those that hold nothing come last.
+
+    The clusters of one head: centres [C, D], starts [C + 1].
+    """
+    slots = keys.x.shape[0]
+    count = max(1, slots // SLOTS)
+    sample = _decoded(keys, _spread(count * min(SAMPLE, SLOTS), visible))
+    centres = _k_means(sample, _decoded(keys, _spread(count, visible)))
+    block = min(BLOCK, slots & -slots)
+    nearest = lax.map(
+        lambda at: _nearest(_decoded(keys, at), centres), jnp.arange(slots).reshape(-1, block)
+    ).reshape(-1)
+    cluster = jnp.where(jnp.arange(slots) < visible, nearest, count)
+    starts = jnp.searchsorted(jnp.sort(cluster), jnp.arange(count + 1)).astype(jnp.int32)
+    return jnp.argsort(cluster, stable=True), Clusters(centres, starts)
+
+
+def _k_means(x, centres):
+    """The centres of clusters of x [n, D], from some to begin with."""
+
+    return lax.fori_loop(0, ROUNDS, lambda _, c: _means(x, _nearest(x, c), c), centres)
+
+
+def _means(x, nearest, centres):
+    """Centres moved to the mean of those of x [n, D] that are nearest to them."""
+    total = jnp.zeros_like(centres).at[nearest].add(x)
+    members = jnp.zeros(len(centres)).at[nearest].add(1)[:, None]
+    return jnp.where(members > 0, total / jnp.maximum(members, 1), centres)
+
+
+def _nearest(x, centres):
+    """The centre that each of x [n, D] is closest to."""
+    return (x @ centres.T - jnp.square(centres).sum(1) / 2).argmax(1)
+
+
+def _spread(count: int, visible):
+    """So many of the visible slots, evenly spread."""
+    return (jnp.arange(count, dtype=jnp.float32) * (visible / count)).astype(jnp.int32)
+
+
+def _decoded(keys: Stored, at):
+    return memories.decode(jax.tree.map(lambda x: x[at], keys), jnp.float32)
+
+
+# --- Merging -------------------------------------------------------------------------------------
+
+
+def merged(
+    keys: Sequence[Stored], each: Sequence[Clusters], counts: Sequence[int]
+) -> tuple[list[Int[np.ndarray, " n"]], Clusters]:
+    """Clusters of several segments of a layer as one.
+
+    Args:
+      keys: of every segment, in its first slots, so many as `counts` says.
+      each: their clusters.
+
+    Returns:
+      For each head the slots of all segments, one segment's after another's, in the new order; and
+      the clusters.
+    """
+    orders, by_head = [], []
+    for head in range(keys[0].x.shape[1]):
+        of_head = [
+            jax.tree.map(lambda x, head=head, n=n: np.asarray(x)[0, head, :n], stored)
+            for stored, n in zip(keys, counts, strict=True)
+        ]
+        used = [np.diff(np.asarray(x.starts)[0, head]) > 0 for x in each]
+        centres = [np.asarray(x.centres)[0, head, u] for x, u in zip(each, used, strict=True)]
+        order, clusters = _merged_head(of_head, np.concatenate(centres))
+        orders.append(order)
+        by_head.append(clusters)
+    most = max(len(x.centres) for x in by_head)
+    centres = [np.pad(x.centres, [(0, most - len(x.centres)), (0, 0)]) for x in by_head]
+    starts = [np.pad(x.starts, (0, most + 1 - len(x.starts)), mode="edge") for x in by_head]
+    return orders, Clusters(np.stack(centres)[None], np.stack(starts)[None].astype(np.int32))
+
+
+def _merged_head(keys: Sequence[Stored], centres: np.ndarray) -> tuple[np.ndarray, Clusters]:
+    """Of one head: keys [n, D] of every segment, and all centres [C, D] there are."""
+    count = sum(len(x.x) for x in keys)
+    more = -len(centres) % FEW  # nothing is assigned to the second of two that are alike
+    centres = np.pad(centres, [(0, more), (0, 0)], mode="edge")
+    at = np.linspace(0, count, min(count, SAMPLE * len(centres)), endpoint=False).astype(int)
+    sample = jax.tree.map(lambda *x: taken(x, at), *keys)
+    for _ in range(ROUNDS_OF_MERGED):
+        centres = np.asarray(_moved(sample, _assigned([sample], centres), centres))
+    nearest = _assigned(keys, centres)
+    order = np.argsort(nearest, kind="stable")
+    used, starts = np.unique(nearest[order], return_index=True)
+    return order, Clusters(centres[used], np.append(starts, count))
+
+
+def _assigned(keys: Sequence[Stored], centres: np.ndarray) -> Int[np.ndarray, " n"]:
+    """Which of centres [C, D] is closest to each of the keys [n, D] of several arrays.
+
+    Of more than COMPARED centres, the closest of those around a cell that the key is in, NEAR times
+    as many as a cell has.
+    """
+    if len(centres) <= COMPARED:
+        return _nearest_in_blocks(keys, centres)
+    count = 1 << len(centres).bit_length() // 2
+    cells = np.asarray(_trained(centres, centres[:: len(centres) // count][:count]))
+    cell = _nearest_in_blocks(keys, cells)
+    order = np.argsort(cell, kind="stable")
+    bounds = np.searchsorted(cell[order], np.arange(count + 1))
+    nearest = np.empty(len(order), int)
+    for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        if start < stop:
+            many = min(len(centres), NEAR * len(centres) // count)
+            some = np.asarray(_closest(centres, cells[i], many))
+            in_cell = jax.tree.map(lambda *x, at=order[start:stop]: taken(x, at), *keys)
+            nearest[order[start:stop]] = some[_nearest_in_blocks([in_cell], centres[some])]
+    return nearest
+
+
+def _nearest_in_blocks(keys: Sequence[Stored], centres: np.ndarray) -> Int[np.ndarray, " n"]:
+    """Which of the centres is closest to each key of several arrays."""
+    found = []
+    for x in keys:
+        for start in range(0, len(x.x), BLOCK):
+            block = jax.tree.map(lambda x, at=start: x[at : at + BLOCK], x)
+            n = len(block.x)
+            block = jax.tree.map(lambda x, n=n: np.resize(x, (BLOCK, *x.shape[1:])), block)
+            found.append(np.asarray(_nearest_of_stored(block, centres))[:n])
+    return np.concatenate(found)
+
+
+_trained = jax.jit(_k_means)
+
+
+@jax.jit
+def _moved(keys: Stored, nearest, centres):
+    return _means(memories.decode(keys, jnp.float32), nearest, centres)
+
+
+@jax.jit
+def _nearest_of_stored(keys: Stored, centres):
+    return _nearest(memories.decode(keys, jnp.float32), centres)
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _closest(centres, x, count: int):
+    return lax.top_k(centres @ x - jnp.square(centres).sum(1) / 2, count)[1]
+
+
+def taken(arrays: Sequence[np.ndarray], slots: np.ndarray) -> np.ndarray:
+    """Of several arrays [n, …], taken as one, so many rows by their numbers."""
+    ends = np.cumsum([len(x) for x in arrays])
+    which = np.searchsorted(ends, slots, side="right")
+    out = np.empty((len(slots), *arrays[0].shape[1:]), arrays[0].dtype)
+    for i, x in enumerate(arrays):
+        at = np.flatnonzero(which == i)
+        out[at] = x[slots[at] - (ends[i] - len(x))]
+    return out

@@ -1,0 +1,299 @@
+"""Attention over a memory in segments, which may lie in files: see inference/segment_files.py.
+
+There are few of them, of few sizes, as four of a size are merged (inference/segment_files.py). The
+host calls one compiled program for each.
+
+`Dense` and `TopK` go through all segments. `IndexedTopK` does not touch those that it need not: the
+centres of all clusters are on the device, which finds the best ones; the host gathers the keys of
+these clusters, from RAM or from mapped files; the device finds the best keys, and the host gathers
+their values. What travels, is computed and is read from files follows from IndexedTopK.visited and
+k; only centres are one for every 128 keys.
+
+Letters: B rows, K key/value heads, N queries of a key/value head, D head dim, k keys of a query, L
+keys that are visited, V clusters.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from fot_jax.model import clusters
+from fot_jax.model.attention import partial_softmax
+from fot_jax.model.attention.partial_softmax import MASKED, AnyArray, Parts
+from fot_jax.model.clusters import Index
+from fot_jax.model.lookup import (
+    Dense,
+    IndexedTopK,
+    Lookup,
+    TopK,
+    attend_found,
+    better,
+    einsum,
+    exact_search,
+    map_queries,
+    none_found,
+)
+from fot_jax.model.memory import LayerMemory, Stored, decode
+
+GATHERED = 2**26  # bytes of keys that the host gathers at a time
+
+
+class Segment(NamedTuple):
+    """A part of a layer's memory that is looked up by itself, and may lie in a file.
+
+    With one row, all rows of the queries look into it.
+    """
+
+    layer: LayerMemory
+    visible: AnyArray  # [rows] int32: how many slots hold something, from the first on
+
+
+class Closed(NamedTuple):
+    """The segments of a layer that nothing is added to, each of one row."""
+
+    segments: Sequence[Segment]
+    index: Index
+
+    @property
+    def ends(self) -> Int[np.ndarray, " segments"]:
+        """Behind the last slot of each, counted through all."""
+        return np.cumsum([segment.layer.k.x.shape[2] for segment in self.segments])
+
+
+def attend(
+    lookup: Lookup, q: Float[AnyArray, "B K N D"], closed: Closed, opened: Segment | None
+) -> Parts:
+    """Attention of scaled queries over all closed segments and the open one.
+
+    Args:
+      closed: one or more.
+
+    Returns:
+      Parts [B, K, N].
+    """
+    if isinstance(lookup, IndexedTopK):
+        return _attend_index(lookup, q, closed, opened)
+    segments = [*closed.segments, *([] if opened is None else [opened])]
+    if isinstance(lookup, TopK):
+        return _attend_best(lookup, q, segments)
+    parts = partial_softmax.no_parts(q)
+    for segment in segments:
+        before, parts = parts, _add_segment(lookup, q, segment, parts)
+        jax.block_until_ready(before)  # no more than two segments are on the devices
+    return parts
+
+
+def _attend_best(lookup: TopK, q, segments: Sequence[Segment]) -> Parts:
+    """Goes through the keys of all segments, then through the values of what was found."""
+    best, start = none_found((*q.shape[:3], lookup.k)), 0
+    for layer, visible in segments:
+        before, best = best, _search_segment(lookup, q, layer.k, visible, start, best)
+        jax.block_until_ready(before)
+        start += layer.k.slots
+    parts, start = partial_softmax.no_parts(q), 0
+    for layer, _ in segments:
+        before, parts = parts, _add_found(q.dtype, *best, layer.v, start, parts)
+        jax.block_until_ready(before)
+        start += layer.v.slots
+    return parts
+
+
+@functools.partial(jax.jit, static_argnames="lookup")
+def _add_segment(lookup: Dense, q, segment: Segment, parts: Parts) -> Parts:
+    """Merges the attention of one more segment into `parts`."""
+    layer, visible = segment
+
+    def of_queries(args):
+        return lookup.attend(*args, layer, visible, 1)
+
+    return partial_softmax.merge(parts, _by_rows(of_queries, (q,), len(visible)))
+
+
+@functools.partial(jax.jit, static_argnames="lookup")
+def _search_segment(lookup: TopK, q, keys: Stored, visible, start, best):
+    """The best of `best` and of a segment whose first slot is number `start` of all."""
+
+    def of_queries(args):
+        scores, slots = lookup.search(*args, keys, visible)
+        return scores, slots + start
+
+    return better(best, _by_rows(of_queries, (q,), len(visible)), lookup.k)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _add_found(dtype, scores, slots, v: Stored, start, parts: Parts) -> Parts:
+    """Merges the attention to those found slots that are a segment's into `parts`."""
+    here = (slots >= start) & (slots < start + v.slots)
+
+    def of_queries(args):
+        return attend_found(*args, v, dtype)
+
+    found = jnp.where(here, scores, MASKED), jnp.where(here, slots - start, 0)
+    return partial_softmax.merge(parts, _by_rows(of_queries, found, v.x.shape[0]))
+
+
+def _by_rows(of_queries, arrays, rows: int):
+    """of_queries over arrays [B, K, N, ...] of as many rows as a memory has: B, or one for all."""
+    B, K = arrays[0].shape[:2]
+    if rows < B:
+        arrays = [_in_one_row(x) for x in arrays]
+    found = map_queries(of_queries, tuple(arrays), 64 * rows * K)
+    return jax.tree.map(lambda x: _in_rows(x, B), found) if rows < B else found
+
+
+def _in_one_row(x):
+    """[B, K, N, ...] -> [1, K, B * N, ...]."""
+    B, K, N = x.shape[:3]
+    return x.swapaxes(0, 1).reshape(1, K, B * N, *x.shape[3:])
+
+
+def _in_rows(x, B: int):
+    """[1, K, B * N, ...] -> [B, K, N, ...]."""
+    return x.reshape(x.shape[1], B, -1, *x.shape[3:]).swapaxes(0, 1)
+
+
+# --- By the index --------------------------------------------------------------------------------
+
+
+def _attend_index(lookup: IndexedTopK, q, closed: Closed, opened: Segment | None) -> Parts:
+    scores, slots = search(lookup, q, closed)
+    if opened is not None:
+        layer, visible = opened
+        start = closed.ends[-1]
+        scores, slots = _search_segment(lookup, q, layer.k, visible, start, (scores, slots))
+    parts = _attend_gathered(q.dtype, *_values(closed, scores, slots), q.shape[0])
+    return parts if opened is None else _add_found(q.dtype, scores, slots, layer.v, start, parts)
+
+
+def search(
+    lookup: IndexedTopK, q: Float[AnyArray, "B K N D"], closed: Closed
+) -> tuple[Float[Array, "B K N k"], Int[Array, "B K N k"]]:
+    """The best keys of closed segments, as far as the index leads to them.
+
+    Returns:
+      Scores, float32 and descending, and slots, int32, counted through all segments. Where fewer
+      than k keys were visited, the rest of the scores are MASKED.
+    """
+    B = q.shape[0]
+    q, index = _in_one_row(q), closed.index
+    most = 8 + 2 * lookup.visited // clusters.SLOTS  # as many as are needed where they are small
+    near, ids = _best_clusters(q, index.centres, len(index.segment), most)
+    runs = _clusters_to_visit(index, np.asarray(near)[0], np.asarray(ids)[0], lookup.visited)
+    keys = [segment.layer.k for segment in closed.segments]
+    K, N, _ = runs.size.shape
+    many = max(1, GATHERED // (K * lookup.visited * keys[0].x[0, 0, 0].nbytes))
+    while N % many:
+        many -= 1
+    found = [
+        _best_of_runs(lookup, q[:, :, at : at + many], keys, runs.of_queries(at, at + many))
+        for at in range(0, N, many)
+    ]
+    return tuple(_in_rows(jnp.concatenate(x, 2), B) for x in zip(*found, strict=True))
+
+
+@functools.partial(jax.jit, static_argnames="most")
+def _best_clusters(q, centres: Stored, visible, most: int):
+    return exact_search(q, centres, jnp.full(1, visible), most)
+
+
+class _Runs(NamedTuple):
+    """Runs of slots of segments: for every query those of clusters, the best first."""
+
+    segment: Int[np.ndarray, "K N V"]
+    first: Int[np.ndarray, "K N V"]  # slot in the segment
+    size: Int[np.ndarray, "K N V"]  # slots; 0: none
+
+    def of_queries(self, start: int, stop: int) -> _Runs:
+        return _Runs(*(x[:, start:stop] for x in self))
+
+
+def _clusters_to_visit(index: Index, near, ids, most: int) -> _Runs:
+    """Of the clusters ids [K, N, V], whose centres have scores `near`, the first with most keys."""
+    head = np.arange(len(ids))[:, None, None]
+    ids = np.minimum(ids, len(index.segment) - 1)  # where there are fewer than V
+    size = np.where(near > MASKED / 2, index.size[head, ids], 0)
+    before = np.cumsum(size, -1) - size
+    return _Runs(index.segment[ids], index.first[head, ids], np.clip(most - before, 0, size))
+
+
+def _best_of_runs(lookup: IndexedTopK, q, keys: Sequence[Stored], runs: _Runs):
+    """The best keys of some queries [1, K, n, D] among those of their runs, as `search`."""
+    K, n, _ = runs.size.shape
+    gathered, slots = _gather(keys, runs, lookup.visited)
+    gathered = jax.tree.map(lambda x: x.reshape(1, K, n, lookup.visited, *x.shape[1:]), gathered)
+    slots = slots.reshape(1, K, n, lookup.visited)
+    return _best_gathered(q, gathered, slots, lookup.k)
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _best_gathered(q, keys: Stored, slots, k: int):
+    scores = einsum("bknd,bknld->bknl", q, decode(keys, q.dtype))
+    scores, at = jax.lax.top_k(jnp.where(slots >= 0, scores, MASKED), k)
+    return scores, jnp.take_along_axis(slots, at, -1)
+
+
+def _values(closed: Closed, scores, slots):
+    """Scores [1, K, n, k] of what was found in closed segments, else MASKED, and the values."""
+    scores, slots = (np.asarray(_in_one_row(x))[0] for x in (scores, slots))
+    ends = closed.ends
+    here = (scores > MASKED / 2) & (slots < ends[-1])
+    slots = np.where(here, slots, 0)
+    segment = np.searchsorted(ends, slots, side="right")
+    starts = np.append(0, ends)
+    runs = _Runs(segment, slots - starts[segment], here.astype(int))
+    runs = _Runs(*(x.reshape(len(x), -1, 1) for x in runs))
+    values, _ = _gather([segment.layer.v for segment in closed.segments], runs, 1)
+    values = jax.tree.map(lambda x: x.reshape(1, len(scores), -1, *x.shape[1:]), values)
+    return np.where(here, scores, MASKED)[None], values
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "rows"))
+def _attend_gathered(dtype, scores, values: Stored, rows: int) -> Parts:
+    """The softmax over scores [1, K, n, k] of values [1, K, n * k, ...], in parts [rows, K, N]."""
+    slots = jnp.arange(scores.shape[2] * scores.shape[3]).reshape(1, 1, *scores.shape[2:])
+    parts = attend_found(scores, jnp.broadcast_to(slots, scores.shape), values, dtype)
+    return jax.tree.map(lambda x: _in_rows(x, rows), parts)
+
+
+def _gather(stored: Sequence[Stored], runs: _Runs, room: int) -> tuple[Stored, np.ndarray]:
+    """The vectors of runs.
+
+    Args:
+      stored: of every segment, one row.
+      room: for vectors of each query, in the order of its runs.
+
+    Returns:
+      Stored, but of arrays [K * N * room, ...], and which slots they are of, counted through all
+      segments: int32 [K * N * room], -1 where there is no vector.
+    """
+    K, N, _ = runs.size.shape
+    to = np.arange(K * N).reshape(K, N, 1) * room + np.cumsum(runs.size, -1) - runs.size
+    head = np.broadcast_to(np.arange(K)[:, None, None], to.shape)
+    order = np.argsort(runs.segment, axis=None, kind="stable")
+    segment, first, size, to, head = (x.reshape(-1)[order] for x in (*runs, to, head))
+    # From runs to vectors.
+    segment, first, to, head, start = (
+        np.repeat(x, size) for x in (segment, first, to, head, np.cumsum(size) - size)
+    )
+    step = np.arange(len(start)) - start
+    at, to = first + step, to + step
+    slots = np.full(K * N * room, -1, np.int32)
+    slots[to] = np.cumsum([0] + [each.x.shape[2] for each in stored])[segment] + at
+    bounds = np.flatnonzero(np.diff(segment, prepend=-1, append=-1))
+
+    def gather(arrays):
+        out = np.zeros((len(slots), *arrays[0].shape[3:]), arrays[0].dtype)
+        for start, stop in itertools.pairwise(bounds):
+            x = np.asarray(arrays[segment[start]])[0]
+            out[to[start:stop]] = x[head[start:stop], at[start:stop]]
+        return out
+
+    return jax.tree.map(lambda *arrays: gather(arrays), *stored), slots

@@ -1,0 +1,158 @@
+"""Attention over a memory in segments: exactly, and by an index of its keys."""
+
+import faiss
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fot_jax.model import clusters, memory, segments
+from fot_jax.model.attention.partial_softmax import MASKED
+from fot_jax.model.lookup import ApproximateTopK, Dense, IndexedTopK, TopK
+from fot_jax.model.segments import Closed, Segment
+
+
+def segment_of(k, v, slots, storage="float32"):
+    """Of vectors [rows, K, n, D] in so many slots; the free ones are not zero."""
+    widths = [(0, 0), (0, 0), (0, slots - k.shape[2]), (0, 0)]
+    padded = (jnp.asarray(np.pad(x, widths, constant_values=9), jnp.float32) for x in (k, v))
+    layer = memory.LayerMemory(*(memory.encode(x, storage) for x in padded))
+    return Segment(layer, np.full(len(k), k.shape[2], np.int32))
+
+
+def closed_of(each, slots):
+    """Clustered segments of one row, and their index."""
+    K, _, D = each[0].layer.k.x.shape[1:]
+    index, done = clusters.no_index(K, D), []
+    for layer, visible in each:
+        layer, its = clusters.clustered(layer, visible[0])
+        index = index.with_segment(its)
+        done.append(Segment(layer, visible))
+    return Closed(done, index)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(
+    "lookup", [Dense(), TopK(20), ApproximateTopK(20), IndexedTopK(20, 10_000)], ids=str
+)
+def test_segments_are_one_memory(lookup, rows):
+    """Against the softmax in float64."""
+    rng = np.random.default_rng(rows)
+    B, K, N, D, counts = 2, 2, 6, 8, (256, 3, 200, 0, 11)
+    q = rng.normal(size=(B, K, N, D))
+    want_k, want_v = ([rng.normal(size=(1, K, n, D)) for n in counts] for _ in "kv")
+    more_k, more_v = (np.repeat(x[-1], rows, 0) for x in (want_k, want_v))
+    each = [segment_of(k, v, 256) for k, v in zip(want_k[:-1], want_v[:-1], strict=True)]
+    opened = segment_of(more_k, more_v, 64)
+    got = segments.attend(lookup, jnp.asarray(q, jnp.float32), closed_of(each, 256), opened)
+    got = got.attended()
+    for b, head, n in np.ndindex(B, K, N):
+        k, v = (np.concatenate(x, 2)[0, head] for x in (want_k, want_v))
+        scores = k @ q[b, head, n]
+        best = np.argsort(-scores, kind="stable")[: getattr(lookup, "k", len(k))]
+        weights = np.exp(scores[best] - scores.max())
+        np.testing.assert_allclose(got[b, head, n], weights @ v[best] / weights.sum(), atol=1e-5)
+
+
+# --- By the index --------------------------------------------------------------------------------
+
+
+@settings(max_examples=20)
+@given(
+    storage=st.sampled_from(memory.STORAGE),
+    counts=st.lists(st.integers(0, 1024), min_size=1, max_size=3),
+    visited=st.sampled_from([10, 100, 600]),
+    rows=st.integers(1, 2),
+    seed=st.integers(0, 2**16),
+)
+def test_the_best_keys_of_the_nearest_clusters_are_found(storage, counts, visited, rows, seed):
+    """Against NumPy in float64, from the clusters and keys as they are stored."""
+    rng = np.random.default_rng(seed)
+    K, N, D, k = 2, 3, 8, 10
+    each = [segment_of(*rng.normal(size=(2, 1, K, n, D)), 1024, storage) for n in counts]
+    closed = closed_of(each, 1024)
+    q = jnp.asarray(rng.normal(size=(rows, K, N, D)), jnp.float32)
+    scores, slots = map(np.asarray, segments.search(IndexedTopK(k, visited), q, closed))
+    keys = np.stack(
+        [np.asarray(memory.decode(s.layer.k, jnp.float32), float)[0] for s in closed.segments]
+    )
+    centres = np.asarray(closed.index.centres.x, np.float64)[0]
+    for row, head, n in np.ndindex(rows, K, N):
+        query, to_visit = np.asarray(q[row, head, n], np.float64), []
+        nearest = np.argsort(-centres[head, : len(closed.index.segment)] @ query)
+        for cluster in nearest[: 8 + 2 * visited // clusters.SLOTS]:
+            start = closed.index.segment[cluster] * 1024 + closed.index.first[head, cluster]
+            to_visit += range(start, start + closed.index.size[head, cluster])
+        to_visit = np.array(to_visit[:visited], int)
+        all_scores = keys[:, head].reshape(-1, D) @ query
+        want = np.sort(all_scores[to_visit])[::-1][:k]
+        found = scores[row, head, n] > MASKED / 2
+        assert found.sum() == len(want)
+        np.testing.assert_allclose(scores[row, head, n, found], want, atol=1e-4)
+        assert len(set(slots[row, head, n, found])) == len(want)
+        np.testing.assert_allclose(all_scores[slots[row, head, n, found]], want, atol=1e-4)
+
+
+def around_places(rng, shape, dim):
+    """Vectors around 50 places."""
+    return rng.normal(size=(50, dim))[rng.integers(50, size=shape)] + 0.3 * rng.normal(
+        size=(*shape, dim)
+    )
+
+
+def check_clusters(keys, centres, starts):
+    """That each key is in the cluster closest to it; the sum of squared distances."""
+    assert starts[0] == 0 and starts[-1] == len(keys) and (np.diff(starts) >= 0).all()
+    distances = np.square(keys[:, None] - np.asarray(centres, float)).sum(-1)
+    own = distances[np.arange(len(keys)), np.repeat(np.arange(len(starts) - 1), np.diff(starts))]
+    np.testing.assert_allclose(own, distances.min(-1), atol=1e-4)
+    return own.sum()
+
+
+def tightness(keys, count):
+    """The same of FAISS's k-means over all keys."""
+    theirs = faiss.Kmeans(keys.shape[1], count, niter=clusters.ROUNDS, seed=1)
+    theirs.train(np.ascontiguousarray(keys, np.float32))
+    return theirs.obj[-1]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3_000, 4_096])
+def test_clusters_hold_every_key_and_are_nearly_as_tight_as_those_of_faiss(tokens):
+    rng = np.random.default_rng(tokens)
+    k = around_places(rng, (1, 2, tokens), 16)
+    layer, visible = segment_of(k, 2 * k, 4_096)
+    layer, (centres, starts) = clusters.clustered(layer, visible[0])
+    got_k, got_v = (np.asarray(x.x)[:, :, :tokens] for x in layer)
+    np.testing.assert_array_equal(got_v, 2 * got_k)
+    np.testing.assert_array_equal(np.sort(got_k, axis=2), np.sort(k, axis=2).astype(np.float32))
+    for keys, of_head, its in zip(got_k[0], centres[0], np.asarray(starts[0]), strict=True):
+        distance = check_clusters(keys, of_head, its)
+        if tokens > 1_000:
+            assert distance < 1.1 * tightness(keys, len(of_head))
+
+
+@pytest.mark.parametrize("compared", [clusters.COMPARED, 32], ids=["all", "some"])
+def test_clusters_of_merged_segments(compared, monkeypatch):
+    """As those of one: with few centres to compare a key with, not always the closest."""
+    monkeypatch.setattr(clusters, "COMPARED", compared)
+    monkeypatch.setattr(clusters, "FEW", 8)
+    rng, counts = np.random.default_rng(0), [4_096, 3_000, 4_000, 1]
+    k = around_places(rng, (1, 2, sum(counts)), 16)
+    parts = np.split(k, np.cumsum(counts)[:-1], axis=2)
+    done = [clusters.clustered(segment_of(x, x, 4_096).layer, x.shape[2]) for x in parts]
+    keys, each = [layer.k for layer, _ in done], [its for _, its in done]
+    orders, merged = clusters.merged(keys, each, counts)
+    for head, order in enumerate(orders):
+        together = np.concatenate(
+            [np.asarray(x.x)[0, head, :n] for x, n in zip(keys, counts, strict=True)]
+        )
+        assert sorted(order) == list(range(sum(counts)))
+        its = np.unique(merged.starts[0, head])
+        centres = merged.centres[0, head, : len(its) - 1]
+        if compared > 32:
+            distance = check_clusters(together[order], centres, its)
+        else:
+            own = np.repeat(centres, np.diff(its), axis=0)
+            distance = np.square(together[order] - own).sum()
+        assert distance < 1.15 * tightness(together, len(centres))
