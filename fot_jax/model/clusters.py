@@ -7,7 +7,10 @@ keys, and scores these keys exactly (segments.py). When segments are merged, k-m
 the centres of all of them, so that clusters become narrower, not more populous, as memory grows.
 
 Keys are clustered as memory keeps them, decoded: unrotated, and of length 1 where the model
-normalises them.
+normalises them. Clusters are ranked by the inner product of query and centre, and not by distance:
+a trained model's queries lie far from all of its keys (of SmolLM2, a tenth as long), and the
+distance to them is then the length of a key. Of 65,536 keys of its memory layers, 4,096 visited had
+99 % of the 32 best, in the worst head by distance 26 %.
 
 Letters: K key/value heads, M slots of a segment, D head dim, C clusters of a segment.
 """
@@ -135,8 +138,14 @@ def _nearest(x, centres):
 
 
 def _spread(count: int, visible):
-    """So many of the visible slots, evenly spread."""
-    return (jnp.arange(count, dtype=jnp.float32) * (visible / count)).astype(jnp.int32)
+    """So many of the visible slots, evenly spread, but not at even distances.
+
+    First tokens of windows, of which there is one every few hundred slots, have keys unlike all
+    others (they are attention sinks). At even distances a quarter of the centres began as such.
+    """
+    place = (jnp.arange(count, dtype=jnp.uint32) * jnp.uint32(2654435769)) >> 8  # golden ratio
+    slots = (place.astype(jnp.float32) * (visible / 2**24)).astype(jnp.int32)
+    return jnp.minimum(slots, jnp.maximum(visible - 1, 0))
 
 
 def _decoded(keys: Stored, at):

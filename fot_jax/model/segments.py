@@ -184,7 +184,7 @@ def search(
     """
     B = q.shape[0]
     q, index = _in_one_row(q), closed.index
-    most = 8 + 2 * lookup.visited // clusters.SLOTS  # as many as are needed where they are small
+    most = 8 + 4 * lookup.visited // clusters.SLOTS  # as many as are needed where they are small
     near, ids = _best_clusters(q, index.centres, len(index.segment), most)
     runs = _clusters_to_visit(index, np.asarray(near)[0], np.asarray(ids)[0], lookup.visited)
     keys = [segment.layer.k for segment in closed.segments]

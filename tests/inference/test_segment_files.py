@@ -54,8 +54,8 @@ def kept_in(directory, **options):
         ("llama", "float32", Dense(), False),
         ("llama", "bfloat16", TopK(7), True),
         ("paper", "int8", TopK(7), False),
-        ("llama", "float32", IndexedTopK(7, 1000), True),
-        ("paper", "int8", IndexedTopK(7, 1000), False),
+        ("llama", "float32", IndexedTopK(7, 2_000), True),
+        ("paper", "int8", IndexedTopK(7, 2_000), False),
     ],
     ids=str,
 )
