@@ -41,10 +41,8 @@ def test_importing_the_package_loads_nothing_heavy():
 
 
 def test_the_public_api_is_offered_by_the_package():
-    offered = {
-        name: getattr(fot_jax, name)
-        for name in ("LanguageModel", "MemoryConfig", "Dense", "TopK", "ApproximateTopK")
-    }
+    names = ("LanguageModel", "MemoryConfig", "Dense", "TopK", "ApproximateTopK", "IndexedTopK")
+    offered = {name: getattr(fot_jax, name) for name in names}
     assert list(offered) == fot_jax.__all__ and offered.keys() <= set(dir(fot_jax))
     for name, what in offered.items():
         assert what.__name__ == name and what.__doc__
