@@ -168,8 +168,11 @@ def _split_in(stem: str) -> tuple[str | None, str]:
 def _check_one_of_each(files: Sequence[_File]) -> None:
     """That nothing is there under two names."""
     by_stem, by_word = {}, {}
+    stems = {file.stem for file in files}
     for file in files:
-        other = by_stem.setdefault((file.path.parent, _COPY.sub("", file.stem)), file)
+        original = _COPY.sub("", file.stem)
+        stem = original if original in stems else file.stem  # "a (1)" and "a (2)" are two shards
+        other = by_stem.setdefault((file.path.parent, stem), file)
         if other is not file:
             raise UserError(f"{other.path}: there is a {file.path.name} too: remove one of them")
         by_word.setdefault(file.word, file)

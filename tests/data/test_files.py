@@ -49,6 +49,7 @@ HUB = "train-{:05d}-of-{:05d}.jsonl"
         (["train-books.jsonl", "train-web.0.jsonl", "train-web.1.jsonl"], ["valid.ndjson"]),
         (["pile_train00.jsonl", "pile_train01.jsonl"], ["pile_val.jsonl"]),
         (["train-test.jsonl"], ["wikitext.valid.jsonl"]),
+        (["train (1).jsonl", "train (2).jsonl"], ["valid (1).jsonl"]),
     ],
 )
 def test_names_of_published_corpora(tmp_path, caplog, train, valid):
