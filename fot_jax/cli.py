@@ -184,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument(
         "--memory_dtype",
-        help="float32, bfloat16, float16 or int8; default: as the checkpoint says, or --dtype",
+        help="float32, bfloat16, float16, int8 or int4; default: as the checkpoint, or --dtype",
     )
     generate.add_argument(
         "--k", type=int, metavar="K", help="attend to the K best keys of memory; default: all"
@@ -198,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--memory_directory",
         metavar="DIR",
-        help="keep memory in files of a new directory; default: in RAM",
+        help="keep memory in files of a new directory, or of one that a kill left; default: in RAM",
     )
     generate.add_argument("--memory", metavar="DIR", help="read on from a saved memory")
     generate.add_argument(
@@ -319,6 +319,7 @@ def _compile(args) -> int:
 def _evaluate(args) -> int:
     _keep_freed_memory()
     gin_files.load(args.experiment, args.gin)
+    cluster.join()
     import gin
 
     for ours, of_training in (("evaluation", "train.evaluation"), ("source", "Data.source")):
@@ -327,10 +328,12 @@ def _evaluate(args) -> int:
             gin.bind_parameter(f"evaluate.{ours}", value)
     with gin_files.gin_errors():
         gin.get_configurable("evaluate")(checkpoint=args.checkpoint, output=args.output)
+    cluster.finish()
     return 0
 
 
 def _generate(args) -> int:
+    cluster.join()
     from fot_jax.inference.generate import generate
     from fot_jax.inference.state import MemoryConfig
 
@@ -358,6 +361,7 @@ def _generate(args) -> int:
                 directory=args.memory_directory,
             ),
         )
+    cluster.finish()
     return 0
 
 

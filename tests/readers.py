@@ -15,7 +15,9 @@ from fot_jax.model.transformer import Transformer
 C = 64  # local context
 MODELS = {
     "llama": LLAMA,
-    "llama without positions in memory layers": dataclasses.replace(LLAMA, memory_positions=False),
+    "llama without positions in memory layers": dataclasses.replace(
+        LLAMA, memory_positions=False, memory_scaling=0.3
+    ),
     "paper": PAPER,
 }
 EVERY_MODEL = pytest.mark.parametrize("name", MODELS)

@@ -1,8 +1,8 @@
 """`python -m tpu local`: a pod made of processes on this machine, for rehearsal and tests.
 
-Each process is a worker as on the hosts of a pod, with CPU devices, and runs `fot train`. Whatever
-happens to this one, none of them lives on: the kernel kills workers, and what they run, when the
-process that started them ends.
+Each process is a worker as on the hosts of a pod, with CPU devices, and runs `fot train`, or after
+`--` another verb with a memory that is sharded over all. Whatever happens to this one, none of them
+lives on: the kernel kills workers, and what they run, when the process that started them ends.
 """
 
 from __future__ import annotations
@@ -30,15 +30,21 @@ from tpu.supervisor import STOPPED, dies_with_parent
 GRACE_SECONDS = 15  # for workers to end on their own after one has failed
 LINES_KEPT = 500  # of each worker's output, to show again those of a failure
 LINES_SHOWN = 20  # of a failure without a traceback
+VERBS = ("generate", "evaluate")  # of fot, beside train
 TRACEBACK = "Traceback (most recent call last):"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the verb."""
-    parser.add_argument("experiment", nargs="+", help="gin files; later ones override earlier ones")
+    parser.add_argument(
+        "experiment",
+        nargs="+",
+        help="gin files to train; later ones override earlier ones. Or, after --, generate or "
+        "evaluate with all their flags",
+    )
     parser.add_argument("--processes", type=int, required=True, metavar="N", help="workers")
     parser.add_argument("--devices", type=int, required=True, metavar="N", help="of each worker")
-    parser.add_argument("--workdir", required=True, metavar="DIR")
+    parser.add_argument("--workdir", metavar="DIR", help="of training")
     parser.add_argument(
         "--gin", action="append", default=[], metavar='"NAME = VALUE"', help="repeatable"
     )
@@ -48,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains on several processes, their output line by line with the worker's number.
+    """Runs several processes, their output line by line with the worker's number.
 
     Returns the exit code: 0 when done; 143 after SIGTERM or SIGINT, with the last step saved; 1
     after one failure more than there are restarts.
@@ -59,6 +65,13 @@ def run(args: argparse.Namespace) -> int:
     for name, least in (("processes", 1), ("devices", 1), ("restarts", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} {getattr(args, name)}: give {least} or more")
+    if args.experiment[0] in VERBS:
+        if args.workdir is not None or args.gin:
+            raise UserError(
+                f"--workdir and --gin are of training: give those of {args.experiment[0]} after --"
+            )
+    elif args.workdir is None:
+        raise UserError("--workdir is missing: give the directory of the run")
     workers: list[_Worker] = []
     with _stop_signals(workers) as stopped:
         for attempt in range(args.restarts + 1):
@@ -125,9 +138,12 @@ def _start(workers: list[_Worker], args: argparse.Namespace, directory: Path) ->
 
 
 def _command(args: argparse.Namespace, run_dir: Path) -> list[str]:
-    train = [sys.executable, "-m", "fot_jax", "train", *args.experiment, "--workdir", args.workdir]
-    train += [word for binding in args.gin for word in ("--gin", binding)]
-    return [sys.executable, "-m", "tpu", "worker", "--run_dir", str(run_dir), "--", *train]
+    words = args.experiment
+    if words[0] not in VERBS:
+        bindings = [word for binding in args.gin for word in ("--gin", binding)]
+        words = ["train", *words, "--workdir", args.workdir, *bindings]
+    worker = [sys.executable, "-m", "tpu", "worker", "--run_dir", str(run_dir), "--"]
+    return [*worker, sys.executable, "-m", "fot_jax", *words]
 
 
 def _environment(args: argparse.Namespace, index: int, port: int) -> dict[str, str]:

@@ -236,12 +236,13 @@ AT_REST = (
 
 def _real_model(seed: int) -> list[Run]:
     """SmolLM2 135M as it is, and after as many tokens of each kind of training."""
+    first, tokens = f"short_{seed}", "STEPS = 84"  # as many as both trainings of FoT together
+    last = (f"train.seed = {seed}", f"Data.seed = {seed + 1}")  # other documents than the first
     rows = "Data.lanes = 16"  # where a lane gives one window a step
     models = {
         "base": ("the model as it is", AT_REST),
-        "fot": ("FoT", ()),
-        "mt": ("Memorizing Transformer, no gate", (*_memorizing(2_048), rows)),
-        "xl": ("Transformer-XL", (*_transformer_xl("smollm2_135m", 30, 512), rows)),
+        "mt": ("Memorizing Transformer, no gate", (*_memorizing(2_048), rows, tokens)),
+        "xl": ("Transformer-XL", (*_transformer_xl("smollm2_135m", 30, 512), rows, tokens)),
         "longer": (
             "plain, windows of four times the length",
             (
@@ -249,10 +250,17 @@ def _real_model(seed: int) -> list[Run]:
                 "smollm2_135m.memory_layers = ()",
                 "smollm2_135m.local_context = 2_048",
                 "Data.lanes = 4",
+                tokens,
             ),
         ),
     }
-    return _models(seed, "real_model.gin", models)
+    base, *others = _models(seed, "real_model_short.gin", models)
+    return [
+        base,
+        Run(first, "", ("real_model_short.gin",), _seeds(seed)),
+        Run(f"fot_{seed}", "FoT", ("real_model.gin",), last, first),
+        *others,
+    ]
 
 
 def _real_model_figure(domain: str) -> Figure:

@@ -66,4 +66,4 @@ VOCABULARY = Format("vocabulary", 1)
 MEMORY = Format("memory", 1)
 SEGMENTS = Format("memory in segments", 2, oldest=2)  # 1 had no index, and was in no release
 # config.json of a converted directory has fields of other programs, too.
-CONVERTED = Format("converted model", 1, field="fot_jax_format")
+CONVERTED = Format("converted model", 2, field="fot_jax_format")

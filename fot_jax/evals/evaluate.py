@@ -161,12 +161,13 @@ def evaluate(
         source = source.with_vocabulary(vocabulary)
     for each in evaluation.evals:
         each.check(config, source)
-    plots = None if output is None else _directory_of(output)
+    writes = output is not None and jax.process_index() == 0
+    plots = _directory_of(output) if writes else None
     lm = LanguageModel.load(checkpoint, dtype=dtype, devices=devices)
     if vocabulary is None:
         lm = dataclasses.replace(lm, vocabulary=source.vocabulary)
     results = run_evals(lm, evaluation.evals, source, plots)
-    if output is not None:
+    if writes:
         content = {"checkpoint": checkpoint, "made": provenance(), **results}
         write_file(output, json.dumps(content, indent=1) + "\n")
 

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from fot_jax.common import formats
@@ -24,6 +25,7 @@ CONFIG = "config.json"
 # Model types, and max_position_embeddings of files that leave it out.
 _LONGEST = {"llama": 2048, "mistral": 4096 * 32, "longllama": 2048, "fot": 2048}
 MODEL_TYPES = tuple(_LONGEST)
+_MEM_DTYPES = ("float32", "bfloat16", "float16")  # of memory in PyTorch
 # Architectures of these model types with another head, or none.
 _NOT_CAUSAL = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
@@ -134,10 +136,11 @@ class Fields:
         if self.values.get("last_context_length") is not None:
             found["last_context_length"] = self.number("last_context_length")
         if self.values.get("mem_layers"):
-            dtypes = ("float32", "bfloat16", "float16")
-            spelled = (*dtypes, *(f"torch.{name}" for name in dtypes))
+            spelled = (*_MEM_DTYPES, *(f"torch.{name}" for name in _MEM_DTYPES))
             named = self.only("mem_dtype", spelled, "bfloat16")
             found["memory_dtype"] = named.removeprefix("torch.")
+            if self.values.get("mem_scaling"):
+                found["memory_scaling"] = self.number("mem_scaling", kind=float)
         return found
 
     def only(self, name: str, allowed: Sequence[Any], default: Any, within=None):
@@ -354,10 +357,16 @@ def content(c: ModelConfig, dtype: str, marks: dict[str, int | None]) -> dict[st
             "mem_positionals": c.memory_positions,
         }
     if c.memory_layers:
+        mem_dtype = c.memory_dtype or dtype
+        if mem_dtype not in _MEM_DTYPES:
+            logging.warning("model.memory_dtype = %r: PyTorch keeps memory in %s", mem_dtype, dtype)
+            mem_dtype = dtype
         values |= {
-            "mem_dtype": c.memory_dtype or dtype,
+            "mem_dtype": mem_dtype,
             "last_context_length": c.last_context_length or min(1024, c.local_context),
         }
+        if c.memory_scaling:
+            values["mem_scaling"] = c.memory_scaling
     return values
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
@@ -105,7 +106,7 @@ def run(
     Returns:
       Hidden states, normalised, ready for `transformer.logits`; the cache with the piece in it.
     """
-    at = _places(c, cache, tokens, valid, advance)
+    at = _places(c, cache, tokens, valid, advance, memory.visible)
     x = params["embedding"][tokens]
     layers = []
     for i, (layer, of_layer) in enumerate(zip(params["layers"], cache.layers, strict=True)):
@@ -145,32 +146,43 @@ def run_over_segments(
       closed: segments of each memory layer.
       memory: what comes after them.
     """
+    in_closed = sum(int(segment.visible[0]) for segment in closed[0].segments)
+    piece = tokens, valid, advance, memory.visible + np.int32(in_closed)
     after = before = None
     for i, layer in enumerate(c.memory_layers):
-        cache, (x, q) = _stretch(c, after, params, cache, tokens, valid, advance, before)
+        cache, (x, q) = _stretch(c, after, params, cache, *piece, before)
         opened = Segment(memory.layers[i], memory.visible) if memory.slots else None
         queries = q.reshape(*q.shape[:2], -1, q.shape[4])
         after, before = layer, (x, q, segmented.attend(lookup, queries, closed[i], opened))
-    cache, hidden = _stretch(c, after, params, cache, tokens, valid, advance, before)
+    cache, hidden = _stretch(c, after, params, cache, *piece, before)
     return hidden, cache
 
 
 @functools.partial(jax.jit, static_argnames=("c", "after"), donate_argnames="cache")
 def _stretch(
-    c: ModelConfig, after: int | None, params, cache: Cache, tokens, valid, advance, before
+    c: ModelConfig,
+    after: int | None,
+    params,
+    cache: Cache,
+    tokens,
+    valid,
+    advance,
+    visible,
+    before,
 ):
     """The layers from one memory layer to the next.
 
     Args:
       c, after: static; the memory layer to go on from, None for the beginning.
       cache: used up.
+      visible: tokens of memory, those in segments among them.
       before: x [B, T, E] at layer `after`, its queries [B, K, G, T, D] and what they found in
         memory, in parts [B, K, G * T].
 
     Returns:
       The cache, and x and queries at the next memory layer, or after the last one hidden states.
     """
-    at = _places(c, cache, tokens, valid, advance)
+    at = _places(c, cache, tokens, valid, advance, visible)
     layers = list(cache.layers)
     if after is None:
         x, start = params["embedding"][tokens], 0
@@ -197,9 +209,10 @@ class _Places(NamedTuple):
     valid: Bool[Array, "B W"]  # of the window, with the piece in it
     rope: Any  # of the places
     before: Any  # of the same places in the window before
+    visible: Int[Array, " B"]  # tokens of memory
 
 
-def _places(c: ModelConfig, cache: Cache, tokens, valid, advance) -> _Places:
+def _places(c: ModelConfig, cache: Cache, tokens, valid, advance, visible) -> _Places:
     place = cache.length[:, None] + jnp.arange(tokens.shape[1])
     seen = valid & (jnp.arange(tokens.shape[1]) < advance[:, None])
     places = cache.valid.shape[1]
@@ -208,12 +221,15 @@ def _places(c: ModelConfig, cache: Cache, tokens, valid, advance) -> _Places:
         for start in (0, -c.local_context)
     )
     valid = memories.put(cache.valid[:, None], seen[:, None], place)[:, 0]
-    return _Places(place, seen, valid, rope, before)
+    visible = jnp.broadcast_to(visible, len(tokens))  # where rows share it, one number
+    return _Places(place, seen, valid, rope, before, visible)
 
 
 def _queries(c: ModelConfig, i: int, layer, x, of_layer: LayerCache, at: _Places):
     """Queries [B, K, G, T, D] of layer i, and its window with the piece's keys and values."""
     q, k, v = transformer.queries_keys_values(c, layer, x)
+    if i in c.memory_layers:
+        q = transformer.scaled_for_memory(c, q, at.visible)
     k_memory = rotate(k, at.before) if c.memory_before else k
     if i not in c.memory_layers or c.memory_positions:
         q, k = positioned(c, q, k, at.rope)

@@ -7,6 +7,8 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 
+import jax
+
 from fot_jax.common.errors import UserError
 from fot_jax.common.paths import path_of
 from fot_jax.common.progress import bar
@@ -48,6 +50,8 @@ def generate(
     Raises:
       UserError: no prompt, or one that is no text; as of LanguageModel.
     """
+    if jax.process_count() > 1 and (save_memory is not None or config.directory is not None):
+        raise UserError(f"{save_memory or config.directory}: {memory_files.SEVERAL}")
     text = _prompt(prompt, prompt_file)
     if not text:
         raise UserError("the prompt is empty: give some text")
@@ -98,9 +102,12 @@ def generate(
         first = next(steps, None)
     if first is not None:
         new = (token for (token,) in itertools.chain([first], steps) if token is not None)
+        speaks = jax.process_index() == 0
         for piece in as_text(lm.vocabulary, new):
-            print(piece, end="", flush=True)
-        print()
+            if speaks:
+                print(piece, end="", flush=True)
+        if speaks:
+            print()
 
 
 def _prompt(prompt: str | None, prompt_file: str | None) -> str:

@@ -72,7 +72,8 @@ class LanguageModel:
 
         Args:
           dtype: float32 or bfloat16, of activations and matrices.
-          devices: of this machine, that memory is sharded over.
+          devices: of this machine, that memory is sharded over; where several processes run
+            together (cluster.join), of each. All of them then make the same calls.
 
         Raises:
           UserError: nothing there, or nothing whole; fewer devices.
@@ -81,18 +82,23 @@ class LanguageModel:
 
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"dtype = {dtype!r}: choose one of float32, bfloat16")
-        mesh = None
         check_range("LanguageModel", 1, devices=devices)
-        if devices > 1:
-            present = jax.local_devices()
-            if devices > len(present):
-                raise UserError(
-                    f"devices = {devices}, but this machine has {len(present)}: give at most these"
-                )
-            mesh = Mesh(np.asarray(present[:devices]), (memories.AXIS,))
+        present = len(jax.local_devices())
+        if devices > present:
+            raise UserError(
+                f"devices = {devices}, but this machine has {present}: give at most these"
+            )
+        mesh = None
+        if devices * jax.process_count() > 1:
+            of_each: dict[int, list[jax.Device]] = {}
+            for device in jax.devices():
+                of_each.setdefault(device.process_index, []).append(device)
+            chosen = [each[:devices] for _, each in sorted(of_each.items())]
+            mesh = Mesh(np.asarray(chosen).reshape(-1), (memories.AXIS,))
         config, params = loading.load_model(path, jnp.dtype(dtype))
         if mesh is not None:
-            params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+            whole = NamedSharding(mesh, PartitionSpec())
+            params = jax.tree.map(lambda x: jax.device_put(np.asarray(x), whole), params)
         vocabulary = loading.vocabulary_of(path)
         loading.check_rows(path, vocabulary, config.vocab_size)
         return LanguageModel(config, params, vocabulary, mesh, loading.files_of(path))
@@ -175,7 +181,7 @@ class LanguageModel:
         if inputs.is_one_text(tokens):
             tokens, mask = [tokens], None if mask is None else [mask]
         tokens, valid = self._checked(tokens, mask)
-        state = self._begin(len(tokens), memory, state)
+        state, tokens, valid = self._begin_reading(tokens, valid, memory, state, progress)
         for _ in prefill(
             self.params, state, tokens, valid, last=last_context_length, progress=progress
         ):
@@ -363,7 +369,7 @@ class LanguageModel:
             temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, rows=len(prompts)
         )
         tokens, valid = self._checked(padded, mask)
-        state = self._begin(len(prompts), memory, state)
+        state, tokens, valid = self._begin_reading(tokens, valid, memory, state, progress)
         prompt = prefill(
             self.params,
             state,
@@ -371,7 +377,7 @@ class LanguageModel:
             valid,
             last=last_context_length,
             progress=progress,
-            lengths=lengths,
+            lengths=lengths - (padded.shape[1] - tokens.shape[1]),
             new_tokens=int(max_new_tokens),
         )
         if stop is None:
@@ -437,13 +443,31 @@ class LanguageModel:
         """Tokens [B, N] int32, and where they are not padding."""
         return inputs.checked(tokens, mask, self.config.vocab_size, self.vocabulary)
 
-    def _begin(self, rows: int, memory: MemoryConfig, state: State | None) -> State:
-        """The state to read on from."""
+    def _begin(
+        self,
+        rows: int,
+        memory: MemoryConfig,
+        state: State | None,
+        text: Int[np.ndarray, "1 N"] | None = None,
+    ) -> State:
+        """The state to read on from; where a directory has a part of the text, what it has."""
         dtype = self.params["embedding"].dtype
         begun = begin(self.config, dtype, self.mesh, rows=rows, config=memory, state=state)
         if state is None and memory.in_segments:
             from fot_jax.inference import memory_files
 
             in_files = memory.directory is not None
-            memory_files.begin_segments(begun, self._fingerprint if in_files else None)
+            fingerprint = self._fingerprint if in_files else None
+            return memory_files.begin_segments(begun, fingerprint, text)
         return begun
+
+    def _begin_reading(self, tokens, valid, memory: MemoryConfig, state: State | None, progress):
+        """The state to read on from, and the tokens and mask of what it has not read yet."""
+        if state is not None:
+            return self._begin(len(tokens), memory, state), tokens, valid
+        alone = len(tokens) == 1 and valid.all()  # or places are not tokens of one text
+        begun = self._begin(len(tokens), memory, None, tokens if alone else None)
+        there = int(begun.stored[0])
+        if there and progress is not None:
+            progress(there)
+        return begun, tokens[:, there:], valid[:, there:]

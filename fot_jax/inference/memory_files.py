@@ -36,6 +36,7 @@ from fot_jax.common.paths import in_bucket, kvstore, path_of
 from fot_jax.common.trees import leaves_by_path
 from fot_jax.inference import forward, segment_files
 from fot_jax.inference.forward import Cache
+from fot_jax.inference.segment_files import Segments
 from fot_jax.inference.state import MemoryConfig, State, begin, check_segments
 from fot_jax.model import memory as memories
 from fot_jax.model.config import ModelConfig
@@ -43,6 +44,7 @@ from fot_jax.model.lookup import Dense, IndexedTopK, Lookup
 from fot_jax.model.memory import Memory
 
 DESCRIPTION = "memory.json"
+SEVERAL = "a memory over several processes cannot be saved: read the text in one, or ask at once"
 CHUNK = 2**24  # bytes of an array that are written at a time; a file says what its own are
 
 
@@ -57,6 +59,8 @@ def save(path: epath.PathLike, state: State, fingerprint: Any, mesh: Mesh | None
       UserError: the path cannot be written, or something else is there.
     """
     path = _resolved(path)
+    if jax.process_count() > 1:
+        raise UserError(f"{path}: {SEVERAL}")
     if not state.memory.layers:
         raise UserError(f"{path}: the model has no memory layers: there is no memory to save")
     path = place_of(path, state)
@@ -208,29 +212,47 @@ def load(
 # --- In segments ---------------------------------------------------------------------------------
 
 
-def begin_segments(state: State, fingerprint: Any) -> None:
-    """Gives a state in which nothing was read its segments, and makes their directory.
+def begin_segments(state: State, fingerprint: Any, text: np.ndarray | None) -> State:
+    """The state with segments and their directory; or what a kill left of the same reading.
 
     Args:
+      state: in which nothing was read.
       fingerprint: of the model; not needed for segments in RAM.
+      text: [1, N] int32, all that is to be read; None: nobody reads it a second time.
 
     Raises:
       UserError: something is there, or it cannot be made.
     """
-    window = state.rows * state.model.local_context
-    if state.config.directory is None:
-        state.segments = segment_files.in_ram(state.memory, window)
-    else:
-        state.segments = segment_files.create(
-            state.config.directory,
-            state.memory,
-            window,
-            fingerprint=fingerprint,
-            config=_kept(state.config),
-            storage=state.memory.storage,
-            rows=state.rows,
-        )
-    state.closes = True
+    config, window = state.config, state.rows * state.model.local_context
+    if config.directory is None:
+        segments = segment_files.in_ram(state.memory, window)
+        return dataclasses.replace(state, segments=segments, closes=True)
+    content = {
+        "fingerprint": fingerprint,
+        "config": _kept(config),
+        "storage": state.memory.storage,
+        "rows": state.rows,
+        "text": None if text is None else {"tokens": text.size, "crc32": zlib.crc32(text.data)},
+    }
+    path = path_of(config.directory)
+    if text is not None and segment_files.is_one(path):
+        there = segment_files.describe(path)
+        if all(there.get(name) == x for name, x in json.loads(json.dumps(content)).items()):
+            segments = segment_files.load(path, state.memory)
+            if segments.tokens < text.size and not _is_whole(path, segments):
+                logging.warning(
+                    "%s: has the first %d of %d tokens: going on from there",
+                    *(path, segments.tokens, text.size),
+                )
+                return _after_segments(state, segments)
+    segments = segment_files.create(config.directory, state.memory, window, **content)
+    return dataclasses.replace(state, segments=segments, closes=True)
+
+
+def _is_whole(path: epath.Path, segments: Segments) -> bool:
+    """Whether what was read after the segments of a directory is there, too."""
+    rest = path / segment_files.OPEN
+    return rest.exists() and _description(rest).get("after_segments") == segments.crc32
 
 
 def _load_directory(path: epath.Path, c: ModelConfig, fingerprint, lookup, mesh) -> State:
@@ -240,19 +262,23 @@ def _load_directory(path: epath.Path, c: ModelConfig, fingerprint, lookup, mesh)
     rows, dtype = content["rows"], content["fingerprint"]["dtype"]
     check_segments(c, mesh, rows, config)
     segments = segment_files.load(path, memories.empty(c, 1, 0, content["storage"]))
-    rest = path / segment_files.OPEN
-    if rest.exists() and _description(rest).get("after_segments") == segments.crc32:
-        state = load(rest, c, fingerprint, Dense(), mesh)
-    else:
-        logging.warning(
-            "%s: has the first %d tokens that were read, and not what was read after them: read on "
-            "from there",
-            path,
-            segments.tokens,
-        )
-        state = begin(c, dtype, mesh, rows=rows, config=config, state=None)
-        state.stored += segments.tokens
-    return dataclasses.replace(state, config=config, segments=segments, closes=True)
+    if _is_whole(path, segments):
+        state = load(path / segment_files.OPEN, c, fingerprint, Dense(), mesh)
+        return dataclasses.replace(state, config=config, segments=segments, closes=True)
+    logging.warning(
+        "%s: has the first %d tokens that were read, and not what was read after them: read on "
+        "from there",
+        path,
+        segments.tokens,
+    )
+    state = begin(c, dtype, mesh, rows=rows, config=config, state=None)
+    return _after_segments(state, segments)
+
+
+def _after_segments(state: State, segments: Segments) -> State:
+    """A state in which nothing was read, as it was when the last segment had been closed."""
+    stored = state.stored + segments.tokens
+    return dataclasses.replace(state, stored=stored, segments=segments, closes=True)
 
 
 # --- Memories ------------------------------------------------------------------------------------
@@ -408,6 +434,9 @@ def _description(path: epath.Path) -> dict[str, Any]:
 
 
 def _check_same_model(path: epath.Path, saved: Any, ours: Any) -> None:
+    fields = dataclasses.fields(ModelConfig)
+    defaults = {x.name: x.default for x in fields if x.default is not dataclasses.MISSING}
+    saved = saved | {"model": defaults | saved["model"]}  # of before a field was there
     for field, value in ours["model"].items():
         if saved["model"].get(field) != value:
             raise UserError(

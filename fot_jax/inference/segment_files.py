@@ -10,9 +10,9 @@ three of each size, and a token is written once for each size.
     segments.json     sealed, written once: of which model the memory is, and how it is kept
     segment-000000-000003/
                       the first four that were closed: an .npy file for the keys, the values and, in
-                      int8, the scales of every memory layer, [1, K, slots, ...], and for centres
-                      and starts of its clusters; and segment.json, sealed: how many slots are in
-                      use, and a CRC of every file
+                      int8 and int4, the scales of every memory layer, [1, K, slots, ...], and for
+                      centres and starts of its clusters; and segment.json, sealed: how many slots
+                      are in use, and a CRC of every file
     segment-000004-000004/
                       the next one
     open/             what save_memory writes: the open segment and the window, as a memory of its
@@ -306,7 +306,7 @@ def _mapped(path: epath.Path, like: Sequence[LayerMemory], slots: int) -> list[_
             shape = (*x.shape[:2], slots, *x.shape[3:])
             arrays.append(of_file(f"{i}_memory_{name.replace('/', '_')}", x.dtype, *shape))
         memory = jax.tree.unflatten(jax.tree.structure(layer), arrays)
-        _, K, _, D = layer.k.x.shape
+        K, D = layer.k.x.shape[1], layer.k.dim
         centres = of_file(f"{i}_clusters_centres", np.float32, 1, K, None, D)
         starts = of_file(f"{i}_clusters_starts", np.int32, 1, K, centres.shape[2] + 1)
         layers.append(_Layer(memory, Clusters(centres, starts)))
@@ -347,8 +347,8 @@ def _slots(window: int) -> int:
 
 
 def _empty(path: epath.Path | None, like: Memory, slots: int, root: int) -> Segments:
-    shapes = [layer.k.x.shape for layer in like.layers]
-    indexes = tuple(clusters.no_index(K, D) for _, K, _, D in shapes)
+    keys = [layer.k for layer in like.layers]
+    indexes = tuple(clusters.no_index(k.x.shape[1], k.dim) for k in keys)
     return Segments(path, slots, root, indexes)
 
 

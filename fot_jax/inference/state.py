@@ -32,15 +32,17 @@ class MemoryConfig:
     Attributes:
       size: most tokens kept, of each row, or of all together where they share; None: all.
       ring: what happens beyond them: True forgets the oldest, False refuses to read more.
-      storage: float32, bfloat16, float16 or int8 (with a scale for each key and value); None:
-        ModelConfig.memory_dtype or, where that is None too, the type that the model computes in.
+      storage: float32, bfloat16, float16, int8 (with a scale for each key and value) or int4 (with
+        scales for every 32 elements of one); None: ModelConfig.memory_dtype or, where that is None
+        too, the type that the model computes in.
       lookup: Dense() attends to all of memory, TopK(k) to the best k keys of each head and query,
         ApproximateTopK(k, recall) to most of these, and IndexedTopK(k, visited) to the best ones
         among as many as an index leads to.
       shared: one memory for all rows of a batch (the paper's multi-doc setting).
       directory: a new one of this machine, to keep memory in files as text is read (see
         segment_files.py), so that it may be larger than RAM; None: in RAM. Go on from it with
-        LanguageModel.load_memory.
+        LanguageModel.load_memory. Where a process was killed, reading the same text into the
+        same directory goes on from what is there.
 
     In a directory, or with an index, memory is in segments: of one text, or of several that share
     it, on one device, and nothing is forgotten.

@@ -90,8 +90,8 @@ class RopeScaling:
 class ModelConfig:
     """Everything that determines the parameters and the function of a model.
 
-    Checkpoints and memories record every field. A new one makes memories of before those of another
-    model, and checkpoints of before get its default: give it the value that they were trained with.
+    Checkpoints and memories record every field. Those of before a new one get its default: give it
+    the value that they were trained with.
 
     `local_context` is the window that positions are trained for. How a long text is read where
     nobody says otherwise is part of it as it is of LongLLaMA's config.json: the last two fields.
@@ -115,12 +115,16 @@ class ModelConfig:
     memory_before: bool = False
     # Memory layers merge memory and window through a learned gate per head; else in one softmax.
     memory_gate: bool = False
+    # Queries of memory layers that see n tokens of memory are 1 + memory_scaling * ln(1 + n /
+    # local_context) times as long, so that attention among more keys stays as sharp (as in layers
+    # without positions of Llama 4; Scalable-Softmax, arXiv 2501.19399). 0: they are not.
+    memory_scaling: float = 0.0
     tie_embeddings: bool = False
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     # Tokens of a text that stay in the window at its end; None: LongLLaMA's 1,024. (At most all.)
     last_context_length: int | None = None
-    # float32, bfloat16, float16 or int8; None: the type that the model computes in.
+    # float32, bfloat16, float16, int8 or int4; None: the type that the model computes in.
     memory_dtype: str | None = None
 
     def __post_init__(self):
@@ -131,6 +135,7 @@ class ModelConfig:
                 raise UserError(f"model.{name} = {value!r}: give a whole number from 1 to {most:,}")
         check_range("model", 1, 1e18, rope_theta=self.rope_theta)
         check_range("model", 0, 1, norm_epsilon=self.norm_epsilon)
+        check_range("model", 0, 10, memory_scaling=self.memory_scaling)
         last = {"last_context_length": self.last_context_length}
         check_range("model", 1, 2**31 - 1, whole=True, **last)
         if self.num_heads % self.num_kv_heads:
@@ -166,7 +171,7 @@ class ModelConfig:
         for field, allowed in (
             ("norm", ("rmsnorm", "layernorm")),
             ("mlp", ("swiglu", "gelu")),
-            ("memory_dtype", (None, "float32", "bfloat16", "float16", "int8")),
+            ("memory_dtype", (None, "float32", "bfloat16", "float16", "int8", "int4")),
         ):
             if getattr(self, field) not in allowed:
                 names = ", ".join(map(str, allowed))

@@ -53,6 +53,7 @@ class Plan:
       mesh: None for one device.
       group_devices: devices that a crossbatch group spans, and its rows travel around.
       contexts: all of them; positives: those alone, for the positive attention mass.
+      counts: how many contexts each row has; None: no row has any.
       engine: what attends.
     """
 
@@ -60,6 +61,7 @@ class Plan:
     group_devices: int = 1
     contexts: Contexts = Contexts()
     positives: Contexts = Contexts()
+    counts: np.ndarray | None = None
     engine: Engine = partial_softmax
 
     @property
@@ -141,6 +143,7 @@ def make_plan(
         group_devices=group_devices,
         contexts=in_contexts(edges),
         positives=in_contexts(positives),
+        counts=np.bincount([row for row, _ in edges], minlength=rows) if edges else None,
         engine=engine,
     )
 

@@ -22,7 +22,8 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 AXIS = "memory"  # mesh axis that slots are sharded over
-STORAGE = ("float32", "bfloat16", "float16", "int8")
+STORAGE = ("float32", "bfloat16", "float16", "int8", "int4")
+GROUP = 32  # elements of a vector that share a scale in int4
 
 
 class Stored(NamedTuple):
@@ -30,12 +31,20 @@ class Stored(NamedTuple):
 
     # [B, K, M, D] float32, float16, int8, or the bits of bfloat16 as uint16: to update a few slots,
     # XLA's CPU backend would first convert the whole of a bfloat16 array to float32 and then back.
+    # Of int4 [B, K, M, D / 2] uint8: the low bits are the first half of a vector.
     x: Array
-    scale: Array | None  # [B, K, M] float32, for int8: a vector is x * scale
+    # int8: [B, K, M] float32, a vector is x * scale. int4: [B, K, M, 2 G] float16, for each of G
+    # groups of elements what x is multiplied by, then for each what is added.
+    scale: Array | None
 
     @property
     def slots(self) -> int:
         return self.x.shape[2]
+
+    @property
+    def dim(self) -> int:
+        """Elements of a vector."""
+        return self.x.shape[3] * (2 if self.x.dtype == jnp.uint8 else 1)
 
     def slot(self, start, size: int, dtype) -> Float[Array, "B K S D"]:
         """The vectors of `size` slots from `start` on."""
@@ -46,11 +55,26 @@ class Stored(NamedTuple):
 
 
 def encode(x: Float[Array, "*rows D"], storage: str) -> Stored:
-    """Vectors as stored. int8 has a scale per vector: the largest element is 127 of it."""
+    """Vectors as stored.
+
+    int8 has a scale per vector: the largest element is 127 of it. int4 has 16 steps from the
+    smallest to the largest element of each group: with a scale alone, and one for the whole vector,
+    a few channels that are large in every key take the steps of all others.
+    """
     if storage == "int8":
         x = x.astype(jnp.float32)
         scale = jnp.maximum(jnp.abs(x).max(-1), 1e-30) / 127
         return Stored(jnp.rint(x / scale[..., None]).astype(jnp.int8), scale)
+    if storage == "int4":
+        size = GROUP if x.shape[-1] % GROUP == 0 else x.shape[-1]
+        groups = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // size, size)
+        low = groups.min(-1).astype(jnp.float16)
+        step = ((groups.max(-1) - low) / 15).astype(jnp.float16)
+        # As they are read, and so that what float16 rounds to 0 divides by no 0.
+        begin, by = (y.astype(jnp.float32)[..., None] for y in (low, jnp.maximum(step, 1e-7)))
+        steps = jnp.clip(jnp.rint((groups - begin) / by), 0, 15)
+        first, second = jnp.split(steps.reshape(x.shape).astype(jnp.uint8), 2, axis=-1)
+        return Stored(first | second << 4, jnp.concatenate([step, low], -1))
     if storage == "bfloat16":
         return Stored(lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16), None)
     return Stored(x.astype(storage), None)
@@ -61,8 +85,14 @@ def decode(stored: Stored, dtype) -> Float[Array, "*rows D"]:
     x = stored.x
     if x.dtype == jnp.uint16:
         x = lax.bitcast_convert_type(x, jnp.bfloat16)
-    if stored.scale is not None:
+    elif x.dtype == jnp.int8:
         x = x.astype(jnp.float32) * stored.scale[..., None]
+    elif x.dtype == jnp.uint8:
+        x = jnp.concatenate([x & 15, x >> 4], -1)
+        step, low = jnp.split(stored.scale.astype(jnp.float32)[..., None], 2, axis=-2)
+        count = step.shape[-2]
+        groups = x.reshape(*x.shape[:-1], count, x.shape[-1] // count).astype(jnp.float32)
+        x = (groups * step + low).reshape(x.shape)
     return x.astype(dtype)
 
 
@@ -98,7 +128,7 @@ class Memory(NamedTuple):
     def storage(self) -> str:
         """One of STORAGE."""
         name = self.layers[0].k.x.dtype.name if self.layers else "float32"
-        return "bfloat16" if name == "uint16" else name
+        return {"uint16": "bfloat16", "uint8": "int4"}.get(name, name)
 
     @property
     def nbytes(self) -> int:
@@ -134,13 +164,12 @@ def empty(
     if not config.memory_layers:
         limit = 0
     slots = slots_for(limit, mesh) if limit else 0
-    shape = (rows, config.num_kv_heads, slots, config.head_dim)
-    dtype = jnp.uint16 if storage == "bfloat16" else storage
+    vector = jax.ShapeDtypeStruct((rows, config.num_kv_heads, slots, config.head_dim), jnp.float32)
+    like = jax.eval_shape(functools.partial(encode, storage=storage), vector)
     place, along_slots = _shardings(mesh)
 
     def stored():
-        scale = jnp.zeros(shape[:3], device=along_slots) if storage == "int8" else None
-        return Stored(jnp.zeros(shape, dtype, device=along_slots), scale)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=along_slots), like)
 
     layers = tuple(LayerMemory(stored(), stored()) for _ in config.memory_layers)
     appended = jnp.zeros(rows, jnp.int32, device=place)

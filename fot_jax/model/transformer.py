@@ -108,8 +108,16 @@ class Transformer(nn.Module):
             the last memory layer, where nobody needs them any more.
           measure_positive_mass: also return r_d of every memory layer.
           cached: of the rows' earlier windows, with `keep` a CachedContext.
+
+        Raises:
+          UserError: memory_scaling with a CachedContext.
         """
         c = self.config
+        if cached is not None and c.memory_scaling:
+            raise UserError(
+                f"model.memory_scaling = {c.memory_scaling} with a CachedContext: it is for "
+                "crossbatch; set it to 0"
+            )
         x = self.embedding.astype(self.dtype)[tokens]
         rope = rope_table(c, tokens.shape[1])
         block = _block
@@ -199,6 +207,8 @@ def _block(c, plan, role, params, x, segments, rope, cached=None):
     R, T, _ = x.shape
     shardings = layout.kernel_shardings(plan.mesh)
     q, k, v = queries_keys_values(c, params, x, shardings)
+    if role.remembers and plan.counts is not None:
+        q = scaled_for_memory(c, q, plan.counts * T)
     if role.remembers and not c.memory_positions:
         q_local, k_local = q, k
     else:
@@ -217,6 +227,20 @@ def _block(c, plan, role, params, x, segments, rope, cached=None):
     elif role.cached is not None:
         found = k_memory, v
     return add_outputs(c, params, x, attended.reshape(R, T, -1), shardings), found
+
+
+def scaled_for_memory(
+    c: ModelConfig, q: Float[Array, "R T H D"], tokens: Int[AnyArray, " R"]
+) -> Float[Array, "R T H D"]:
+    """Queries of a memory layer, as ModelConfig.memory_scaling says.
+
+    Args:
+      tokens: of memory, or of additional contexts, that each row sees.
+    """
+    if not c.memory_scaling:
+        return q
+    factor = 1 + c.memory_scaling * jnp.log1p(jnp.asarray(tokens, jnp.float32) / c.local_context)
+    return q * factor[:, None, None, None].astype(q.dtype)
 
 
 def memory_keys(c: ModelConfig, k: Float[Array, "R T K D"]) -> Float[Array, "R T K D"]:

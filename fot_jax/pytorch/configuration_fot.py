@@ -20,6 +20,8 @@ class FotConfig(PretrainedConfig):
         keys have none.
       mem_dtype: type that memory is kept in: "float32", "bfloat16" or "float16".
       mem_topk: memory keys that each query attends to, the best of each head; None: all.
+      mem_scaling: queries of memory layers that see n tokens of memory are
+        1 + mem_scaling * ln(1 + n / local_context) times as long.
       last_context_length: tokens of a longer input that stay in the window at its end.
       norm: "rmsnorm" or "layernorm".
       mlp: "swiglu" or "gelu".
@@ -54,6 +56,7 @@ class FotConfig(PretrainedConfig):
         mem_positionals=True,
         mem_dtype="bfloat16",
         mem_topk=None,
+        mem_scaling=0.0,
         last_context_length=1024,
         norm="rmsnorm",
         mlp="swiglu",
@@ -95,6 +98,7 @@ class FotConfig(PretrainedConfig):
         self.mem_positionals = mem_positionals
         self.mem_dtype = mem_dtype
         self.mem_topk = mem_topk
+        self.mem_scaling = mem_scaling
         self.last_context_length = last_context_length
         self.norm = norm
         self.mlp = mlp

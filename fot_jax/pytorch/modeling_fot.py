@@ -315,6 +315,7 @@ class Attention(nn.Module):
         self.remembers = layer in c.mem_layers
         self.rotates = c.mem_positionals or not self.remembers
         self.topk = c.mem_topk if self.remembers else None
+        self.scaling, self.window = c.mem_scaling, c.local_context
         self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=False)
         self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=False)
@@ -336,9 +337,11 @@ class Attention(nn.Module):
             q = _unit(q) * self.log_scale.float().exp()[:, None, None].to(q.dtype)
             k = _unit(k)
         plain = k
+        memory = cache.memory if self.remembers else 0
+        if memory and self.scaling:
+            q = q * self._longer(cache.visible, memory, q)
         if self.rotates:
             q, k = rotate(q, rope), rotate(k, rope)
-        memory = cache.memory if self.remembers else 0
         layer = cache.layers[self.layer]
         layer.add(k, v, plain, memory, cache.places, expected)
         k, v = layer.seen(memory, cache.places + T)
@@ -347,6 +350,13 @@ class Attention(nn.Module):
             visible = visible[:, -k.shape[2] :].to(k.device)
         attended = attend(q, k, v, visible, self.scale, self.topk, memory)
         return self.o_proj(attended.transpose(1, 2).reshape(B, T, -1))
+
+    def _longer(self, visible, memory, q):
+        """What queries of each row are multiplied by for so many tokens in memory."""
+        tokens = torch.tensor(memory, device=q.device)
+        if visible is not None:
+            tokens = visible[:, :memory].sum(1).to(q.device).view(-1, 1, 1, 1)
+        return (1 + self.scaling * torch.log1p(tokens.float() / self.window)).to(q.dtype)
 
 
 class Layer(nn.Module):

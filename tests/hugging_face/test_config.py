@@ -210,6 +210,7 @@ def models(draw):
         rope_scaling=draw(st.none() | scaling),
         last_context_length=draw(st.integers(1, 4096)) if remembers else None,
         memory_dtype=draw(st.sampled_from(["float32", "bfloat16"])) if remembers else None,
+        memory_scaling=draw(st.sampled_from([0.0, 0.1])) if remembers else 0.0,
     )
 
 

@@ -88,7 +88,7 @@ def test_chunks_of_files(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("read_with", [2**10, 2**12, 2**24])
 def test_arrays_are_read_as_they_were_cut(tmp_path, monkeypatch, storage, rows, read_with):
     """Those of scales, and of a window's marks, have fewer bytes a token than those of keys."""

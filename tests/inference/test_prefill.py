@@ -115,7 +115,9 @@ def test_memory_is_of_consequence():
     assert np.abs(nats[0] - nats[1]).max() > 1e-2 and np.abs(nats[1] - nats[2]).max() > 1e-2
 
 
-@pytest.mark.parametrize("storage, error", [("bfloat16", 0.05), ("float16", 0.01), ("int8", 0.3)])
+@pytest.mark.parametrize(
+    "storage, error", [("bfloat16", 0.05), ("float16", 0.01), ("int8", 0.3), ("int4", 2)]
+)
 def test_stored_in_fewer_bits(storage, error):
     text = random_text(1, 330)
     exact, rounded = (
@@ -341,8 +343,8 @@ def test_bad_memory():
         lm.generate(text[0], 60, memory=MemoryConfig(136, ring=False))
     with pytest.raises(UserError, match="TopK.k = 9 is larger than the memory of 8 tokens"):
         MemoryConfig(8, lookup=TopK(9))
-    with pytest.raises(UserError, match="MemoryConfig.storage = 'int4': choose one of float32"):
-        MemoryConfig(storage="int4")
+    with pytest.raises(UserError, match="MemoryConfig.storage = 'int2': choose one of float32"):
+        MemoryConfig(storage="int2")
     with pytest.raises(UserError, match="MemoryConfig.size = -1: give a number from 0"):
         MemoryConfig(-1)
     with pytest.raises(UserError, match="MemoryConfig.size = 1.5: give a whole number"):

@@ -56,6 +56,7 @@ def kept_in(directory, **options):
         ("paper", "int8", TopK(7), False),
         ("llama", "float32", IndexedTopK(7, 2_000), True),
         ("paper", "int8", IndexedTopK(7, 2_000), False),
+        ("llama", "int4", IndexedTopK(7, 2_000), False),
     ],
     ids=str,
 )
@@ -176,6 +177,7 @@ def test_killed_while_a_segment_is_written(tmp_path, caplog, files, segments):
     code = KILLED.format(paths=paths, segment=SEGMENT, files=files, path=str(path))
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=os.environ)
     assert done.returncode == -signal.SIGKILL
+    shutil.copytree(path, tmp_path / "again")
     lm, text = model_of("llama"), random_text(1, 1000)
     state = lm.load_memory(path)
     kept = segments * SEGMENT
@@ -188,6 +190,21 @@ def test_killed_while_a_segment_is_written(tmp_path, caplog, files, segments):
     caplog.clear()
     np.testing.assert_array_equal(lm.load_memory(path).stored, state.stored)
     assert not caplog.text
+
+    # The same reading once more goes on; nothing else does.
+    path, steps = tmp_path / "again", []
+    wrongs = ({"tokens": text[:, ::-1]}, {"memory": kept_in(path, storage="int8")})
+    for wrong in wrongs if segments else ():
+        with pytest.raises(UserError, match="holds a memory already"):
+            lm.read(**{"tokens": text, "memory": kept_in(path)} | wrong)
+    state = lm.read(text, memory=kept_in(path), progress=steps.append)
+    assert sum(steps) == 1000 and (steps[0] == kept or not kept)
+    more, unbroken = random_text(1, 2 * C, seed=1), lm.read(text)
+    want = lm.logits(more, state=unbroken)
+    np.testing.assert_allclose(lm.logits(more, state=state.copy()), want, atol=1e-5)
+    lm.save_memory(state, path)
+    with pytest.raises(UserError, match="holds a memory already"):
+        lm.read(text, memory=kept_in(path))
 
 
 def test_killed_before_merged_segments_are_removed(read):

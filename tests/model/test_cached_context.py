@@ -268,6 +268,14 @@ def test_microbatches_have_their_parts_of_it():
         (lambda: CachedContext(8, IndexedTopK(2)), "what is cached in training has no index"),
         (lambda: CachedContext(8).with_d(2), "CachedContext has no d"),
         (
+            lambda: read(
+                dataclasses.replace(LLAMA, memory_scaling=0.1),
+                CachedContext(T),
+                random_tokens(LLAMA, 1, T),
+            ),
+            "model.memory_scaling = 0.1 with a CachedContext: .* set it to 0",
+        ),
+        (
             lambda: dataclasses.replace(PAPER, memory_before=True),
             "model.memory_before gives keys of memory positions",
         ),

@@ -172,7 +172,7 @@ def one_softmax(q, k, v):
 
 
 # Values are standard normal; storage rounds each to 2^-9, 2^-12, 1/254 of the vector's largest.
-ERRORS = {"float32": 1e-5, "bfloat16": 0.03, "float16": 0.004, "int8": 0.06}
+ERRORS = {"float32": 1e-5, "bfloat16": 0.03, "float16": 0.004, "int8": 0.06, "int4": 0.4}
 
 
 @SHARDS
@@ -203,9 +203,12 @@ def test_storage_rounds_each_element_a_little(storage):
     x = np.random.default_rng(0).normal(size=(3, 50, 64)).astype(np.float32)
     x[0, 0] = 0
     got = np.asarray(memory.decode(memory.encode(jnp.asarray(x), storage), jnp.float32))
-    relative = {"float32": 0, "bfloat16": 2**-8, "float16": 2**-11, "int8": 0}[storage]
-    largest = np.abs(x).max(-1, keepdims=True) / 254 if storage == "int8" else 1e-7
-    assert (np.abs(got - x) <= relative * np.abs(x) + largest * 1.001).all()
+    relative = {"bfloat16": 2**-8, "float16": 2**-11}.get(storage, 0)
+    step = {"int8": np.abs(x).max(-1, keepdims=True) / 127}.get(storage, 0)
+    if storage == "int4":
+        groups = x.reshape(3, 50, 2, 32)
+        step = np.repeat((groups.max(-1) - groups.min(-1)) / 15, 32, -1) + 0.002
+    assert (np.abs(got - x) <= relative * np.abs(x) + step / 2 * 1.001 + 1e-7).all()
 
 
 def test_sizes():
@@ -213,4 +216,6 @@ def test_sizes():
     assert (state.slots, state.rows, state.storage) == (1024, B, "int8")
     one = B * K * 1024 * (D + 4)  # bytes of keys, with a scale each
     assert 2 * one <= state.nbytes <= 2 * one + 64
+    one = B * K * 1024 * (D // 2 + 4)
+    assert 2 * one <= memory.empty(LLAMA, B, 1000, "int4").nbytes <= 2 * one + 64
     assert memory.empty(LLAMA, B, 0).slots == 0

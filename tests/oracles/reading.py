@@ -78,6 +78,11 @@ def logits(c, params, tokens, where, seen):
             q = q * np.exp(flat["layers/attention/log_scale"][layer])[:, None]
         else:
             q = q / np.sqrt(c.head_dim)
+        if remembers:
+            q = (
+                q
+                * (1 + c.memory_scaling * np.log1p(seen[1].sum(1) / c.local_context))[:, None, None]
+            )
         k_memory = k
         if c.memory_positions or not remembers:
             q, k = rotated(q), rotated(k)

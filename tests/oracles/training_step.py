@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fot_jax.model.schemes import PreviousContext
-from oracles.crossbatch import visibility
+from oracles.crossbatch import visibility, visible_rows
 
 
 def objective(c, scheme, params, batch, group_rows, z_loss=0.0, detached=False):
@@ -73,6 +73,11 @@ def of_rows(c, scheme, params, tokens, segments, group_rows, detached):
             q = q * w["attention"]["log_scale"].exp()[:, None]
         else:
             q = q / np.sqrt(c.head_dim)
+        if remembers:
+            seen_rows = [visible_rows(scheme, row % group_rows, group_rows) for row in alive]
+            tokens = torch.tensor([len(rows) * T for rows in seen_rows]).double()
+            factor = 1 + c.memory_scaling * (tokens / c.local_context).log1p()
+            q = q * factor[:, None, None, None]
         positions = c.memory_positions or not remembers
         q, k_local = (turn(a, c.rope_theta) if positions else a for a in (q, k))
         shared = c.num_heads // c.num_kv_heads

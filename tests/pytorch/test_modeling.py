@@ -43,7 +43,11 @@ V = LLAMA.vocab_size
 MODELS = {
     "llama": LLAMA,
     "llama 3": dataclasses.replace(
-        LLAMA, num_kv_heads=1, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16), tie_embeddings=True
+        LLAMA,
+        memory_scaling=0.3,
+        num_kv_heads=1,
+        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16),
+        tie_embeddings=True,
     ),
     "llama, yarn": dataclasses.replace(
         LLAMA, head_dim=16, rope_scaling=RopeScaling(4.0, original_max_position=16, kind="yarn")

@@ -1,6 +1,7 @@
 """A pod made of processes trains as one process does, and goes on when one of them is killed."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import runs
 from hosts import alive, wait_until
+
+from fot_jax import cli
 
 EXPERIMENT = f"""{runs.DICTIONARY}
 train.evaluation = @Evaluation()
@@ -42,9 +45,16 @@ def experiment(tmp_path_factory):
 @contextlib.contextmanager
 def local(experiment, workdir, *flags, processes=4, devices=2):
     """The command as a process that has started; whatever comes, it does not outlive the test."""
+    words = [str(experiment), "--workdir", str(workdir), *flags]
+    with several(*words, processes=processes, devices=devices) as process:
+        yield process
+
+
+@contextlib.contextmanager
+def several(*words, processes=4, devices=2):
     numbers = ["--processes", str(processes), "--devices", str(devices)]
     process = subprocess.Popen(
-        [*hosts.verb("local"), str(experiment), *numbers, "--workdir", str(workdir), *flags],
+        [*hosts.verb("local"), *numbers, *words],
         cwd=hosts.ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -117,6 +127,26 @@ def test_four_processes_train_as_one(unbroken, experiment, tmp_path):
         *("step", "valid_perplexity", "positive_mass", "retrieval")
     }
     assert evaluated_by_four == pytest.approx(evaluated, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_four_processes_share_a_memory(unbroken, experiment, tmp_path):
+    sizes = "PerplexityByContext.memory_sizes = (0, 8, 16)"
+    only = ["--gin", "Evaluation.evals = (@PerplexityByContext(),)", "--gin", sizes]
+    argv = ["evaluate", str(experiment), *only, "--checkpoint", str(unbroken[0]), "--output"]
+    assert cli.main([*argv, str(tmp_path / "one.json")]) == 0
+    with several("--", *argv, str(tmp_path / "four.json")) as process:
+        code, out, err = end(process)
+    assert (code, err) == (0, ""), out
+    one, four = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "four"))
+    rows = one["perplexity_by_context"]
+    assert [row["memory"] for row in rows] == [0, 8, 16] and len({row["nats"] for row in rows}) > 1
+    for ours, theirs in zip(four["perplexity_by_context"], rows, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    with several("--", *argv, str(tmp_path / "killed.json")) as process:
+        os.kill(commands(process, 4)[2], signal.SIGKILL)
+        code, _, err = end(process)
+    assert code == 1 and err.startswith(FAILED)
 
 
 @pytest.mark.slow
@@ -219,6 +249,19 @@ def test_what_is_wrong_with_an_experiment_is_shown(experiment, tmp_path):
     )
     assert f"  {line}\n" in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("quickstart.gin",), "--workdir is missing: give the directory of the run"),
+        (("--workdir", "w", "generate"), "--workdir and --gin are of training: give those of"),
+    ],
+)
+def test_flags_that_do_not_fit(words, message):
+    with several(*words) as process:
+        code, out, err = end(process)
+    assert (code, out) == (2, "") and err.startswith(f"tpu: error: {message}")
 
 
 @pytest.mark.parametrize(
