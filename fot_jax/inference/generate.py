@@ -85,6 +85,7 @@ def generate(
     def save(state: State) -> None:
         if save_memory is not None:
             lm.save_memory(state, save_memory)
+            state.closes = False  # what is written from here on is none of it
 
     with bar(len(tokens)) as progress:
         steps = lm.stream(

@@ -120,6 +120,9 @@ def test_a_memory_in_a_directory(workdir, capsys, tmp_path, monkeypatch):
     assert generate(*read, "--memory_directory", kept) == generate(*read, "--save_memory", in_ram)
     before = runs.files(kept)
     assert (kept / "segment-000000-000003").exists()
+    written = tmp_path / "written"  # what is written after the prompt is none of it
+    generate(*read[:-1], 200, "--memory_directory", written, "--temperature", 0)
+    assert runs.files(written) == before
     ask = (capsys, workdir, "--prompt", "train 5", "--temperature", 0, "--max_new_tokens", 30)
     assert generate(*ask, "--memory", kept) == generate(*ask, "--memory", in_ram)
     best = generate(*ask, "--memory", kept, "--k", 5)
