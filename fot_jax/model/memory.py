@@ -44,7 +44,7 @@ class Stored(NamedTuple):
     @property
     def dim(self) -> int:
         """Elements of a vector."""
-        return self.x.shape[3] * (2 if self.x.dtype == jnp.uint8 else 1)
+        return self.x.shape[-1] * (2 if self.x.dtype == jnp.uint8 else 1)
 
     def slot(self, start, size: int, dtype) -> Float[Array, "B K S D"]:
         """The vectors of `size` slots from `start` on."""

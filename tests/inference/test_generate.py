@@ -241,7 +241,7 @@ def test_bad_input_is_one_line(workdir, capsys, tmp_path, monkeypatch):
             "TopK.k = 9 is larger than the memory of",
         ),
         (("--prompt", "a", "--memory_size", -1), "MemoryConfig.size = -1: give a number from 0"),
-        (("--prompt", "a", "--memory_dtype", "int4"), "MemoryConfig.storage = 'int4': choose one"),
+        (("--prompt", "a", "--memory_dtype", "int2"), "MemoryConfig.storage = 'int2': choose one"),
         (("--prompt", "a", "--top_p", 2), "generate.top_p = 2.0: give a number from 0 to 1"),
         (("--prompt", "a", "--temperature", "nan"), "generate.temperature = nan: give 0 or more"),
         (("--prompt", "a", "--seed", -1), "generate.seed = -1: give a number from 0"),

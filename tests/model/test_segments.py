@@ -23,7 +23,7 @@ def segment_of(k, v, slots, storage="float32"):
 
 def closed_of(each, slots):
     """Clustered segments of one row, and their index."""
-    K, _, D = each[0].layer.k.x.shape[1:]
+    K, D = each[0].layer.k.x.shape[1], each[0].layer.k.dim
     index, done = clusters.no_index(K, D), []
     for layer, visible in each:
         layer, its = clusters.clustered(layer, visible[0])
