@@ -221,3 +221,10 @@ def models(draw):
 def test_any_model_comes_back(tmp_path, c):
     written = configs.content(c, "bfloat16", {"bos_token_id": 1, "eos_token_id": 2})
     assert read(tmp_path, written) == c
+
+
+@pytest.mark.parametrize("stored", ["int8", "int4"])
+def test_a_type_of_memory_that_pytorch_has_not(stored, caplog):
+    c = dataclasses.replace(OURS, memory_layers=(1,), memory_dtype=stored)
+    assert configs.content(c, "bfloat16", {})["mem_dtype"] == "bfloat16"
+    assert f"model.memory_dtype = '{stored}': PyTorch keeps memory in bfloat16" in caplog.text

@@ -52,11 +52,11 @@ def kept_in(directory, **options):
     "name, storage, lookup, shared",
     [
         ("llama", "float32", Dense(), False),
-        ("llama", "bfloat16", TopK(7), True),
+        ("llama without positions in memory layers", "bfloat16", TopK(7), True),
         ("paper", "int8", TopK(7), False),
         ("llama", "float32", IndexedTopK(7, 2_000), True),
         ("paper", "int8", IndexedTopK(7, 2_000), False),
-        ("llama", "int4", IndexedTopK(7, 2_000), False),
+        ("llama without positions in memory layers", "int4", IndexedTopK(7, 2_000), False),
     ],
     ids=str,
 )

@@ -79,10 +79,8 @@ def logits(c, params, tokens, where, seen):
         else:
             q = q / np.sqrt(c.head_dim)
         if remembers:
-            q = (
-                q
-                * (1 + c.memory_scaling * np.log1p(seen[1].sum(1) / c.local_context))[:, None, None]
-            )
+            in_memory = seen[1].sum(1)[:, None, None]
+            q = q * (1 + c.memory_scaling * np.log1p(in_memory / c.local_context))
         k_memory = k
         if c.memory_positions or not remembers:
             q, k = rotated(q), rotated(k)
