@@ -76,10 +76,13 @@ def test_contexts_that_no_scheme_may_give(contexts, said):
         make()
 
 
-@pytest.mark.parametrize("tile, budget", [(4, 2), (4, 100), (8, 10**6), (16, 1)])
-def test_any_tiling_gives_the_same(monkeypatch, tile, budget):
+@pytest.mark.parametrize(
+    "tile, strip, budget", [(4, 2, 2), (4, 4, 100), (8, 2, 10**6), (16, 4, 1), (16, 5, 1)]
+)
+def test_any_tiling_gives_the_same(monkeypatch, tile, strip, budget):
     # Small tiles and steps, so that the paths for long windows run at a size brute force can do.
     monkeypatch.setattr(crossbatch.partial_softmax, "tile_of", lambda length: min(tile, length))
+    monkeypatch.setattr(crossbatch.partial_softmax, "STRIP", strip)
     monkeypatch.setattr(crossbatch.partial_softmax, "slots_of", lambda *a: budget)
     for scheme in (PreviousContext(d=3, w=2), Packed(pack=3, range=7)):
         check(scheme, 6, 3, 16, 4, 2, 4, seed=tile + budget)

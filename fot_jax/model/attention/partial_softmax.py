@@ -14,6 +14,7 @@ P pairs of one step. Grouped queries (H = K * groups) fold into the query axis.
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -33,6 +34,7 @@ SAME_DOCUMENT = 1  # keys of the query's own segment
 ANY_DOCUMENT = 2  # every key that is not padding
 
 MAX_TILE = 512
+STRIP = 128  # queries of a tile on the diagonal that are computed at a time
 
 LOOP_SCOPE = "at_most_{}_times"  # names the bound of a loop for tpu_compile/costs.py
 
@@ -207,16 +209,18 @@ def attend(q, k, v, q_segments, k_segments, pairs: Pairs, parts: Parts, causal: 
       causal: True when a pair's two rows are the same window: only keys at or before a query
         are visible. False when the keys lie in other contexts, all of them before the query.
     """
-    walk = _Walk(q, k, q_segments, k_segments, pairs, causal)
+    tile = q_segments.size // q.shape[0]
+    q = _by_head(q, tile)
+    by_head = Parts(*(_by_head(x, tile) for x in parts))
+    for walk in _walks(q, k, q_segments, k_segments, pairs, causal):
 
-    def step(i, parts):
-        at = walk.at(i)
-        before = Parts(*(walk.take_q(x, at) for x in parts))
-        after = add_block(before, *walk.scores(at), walk.take_k(v, at))
-        return Parts(*(walk.put_q(x, at, new) for x, new in zip(parts, after, strict=True)))
+        def one(parts, at, walk=walk):
+            before = Parts(*(walk.take_q(x, at) for x in parts))
+            after = add_block(before, *walk.scores(at), walk.take_k(v, at))
+            return Parts(*(walk.put_q(x, at, new) for x, new in zip(parts, after, strict=True)))
 
-    with walk.bounded():
-        return lax.fori_loop(0, walk.steps, step, parts)
+        by_head = walk.over_all(one, by_head)
+    return Parts(*(x.reshape(shape.shape) for x, shape in zip(by_head, parts, strict=True)))
 
 
 def attend_backward(q, k, v, q_segments, k_segments, pairs, lse, d_out, delta, grads, causal):
@@ -227,23 +231,27 @@ def attend_backward(q, k, v, q_segments, k_segments, pairs, lse, d_out, delta, g
       d_out: [R * tiles, K, G * tile, D] gradient of the merged output.
       delta: [R * tiles, K, G * tile] sum over D of d_out * out.
     """
-    walk = _Walk(q, k, q_segments, k_segments, pairs, causal)
+    tile = q_segments.size // q.shape[0]
+    shape = q.shape
+    q, lse, d_out, delta, dq = (_by_head(x, tile) for x in (q, lse, d_out, delta, grads[0]))
+    grads = (dq, *grads[1:])
+    for walk in _walks(q, k, q_segments, k_segments, pairs, causal):
 
-    def step(i, grads):
-        dq, dk, dv = grads
-        at = walk.at(i)
-        scores, visible = walk.scores(at)
-        p = jnp.where(visible, jnp.exp(scores - walk.take_q(lse, at)[..., None]), 0.0)
-        d_out_b = walk.take_q(d_out, at)
-        dp = _dot("pktd,pksd->pkts", d_out_b, walk.take_k(v, at))
-        ds = (p * (dp - walk.take_q(delta, at)[..., None])).astype(q.dtype)
-        dv_b = _dot("pkts,pktd->pksd", p.astype(q.dtype), d_out_b)
-        dk_b = _dot("pkts,pktd->pksd", ds, walk.take_q(q, at))
-        dq_b = _dot("pkts,pksd->pktd", ds, walk.take_k(k, at))
-        return walk.add_q(dq, at, dq_b), walk.add_k(dk, at, dk_b), walk.add_k(dv, at, dv_b)
+        def one(grads, at, walk=walk):
+            dq, dk, dv = grads
+            scores, visible = walk.scores(at)
+            p = jnp.where(visible, jnp.exp(scores - walk.take_q(lse, at)[..., None]), 0.0)
+            d_out_b = walk.take_q(d_out, at)
+            dp = _dot("pktd,pksd->pkts", d_out_b, walk.take_k(v, at))
+            ds = (p * (dp - walk.take_q(delta, at)[..., None])).astype(q.dtype)
+            dv_b = _dot("pkts,pktd->pksd", p.astype(q.dtype), d_out_b)
+            dk_b = _dot("pkts,pktd->pksd", ds, walk.take_q(q, at))
+            dq_b = _dot("pkts,pksd->pktd", ds, walk.take_k(k, at))
+            return walk.add_q(dq, at, dq_b), walk.add_k(dk, at, dk_b), walk.add_k(dv, at, dv_b)
 
-    with walk.bounded():
-        return lax.fori_loop(0, walk.steps, step, grads)
+        grads = walk.over_all(one, grads)
+    dq, dk, dv = grads
+    return dq.reshape(shape), dk, dv
 
 
 def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -254,73 +262,111 @@ class _At(NamedTuple):
     q: jax.Array  # [P] tiles of queries
     k: jax.Array  # [P] tiles of keys
     sees: jax.Array  # [P]
-    ahead: jax.Array  # [] position of the query tile minus that of the key tile
+    queries: slice  # of the tile
+    keys: slice  # of the tile
+
+
+def _walks(q, k, q_segments, k_segments, pairs, causal: bool) -> list[_Walk]:
+    """The tiles that the two rows of a pair meet in, whole ones and those on the diagonal apart."""
+    q_tiles, k_tiles = q.shape[0] // q_segments.shape[0], k.shape[0] // k_segments.shape[0]
+    tiles = np.argwhere(np.ones((q_tiles, k_tiles), bool))
+    walk = functools.partial(_Walk, q, k, q_segments, k_segments, pairs)
+    if not causal:
+        return [walk(tiles)]
+    below, on = tiles[tiles[:, 0] > tiles[:, 1]], tiles[tiles[:, 0] == tiles[:, 1]]
+    walks = [walk(below, causal=True)] if len(below) else []
+    return [*walks, walk(on, causal=True, diagonal=True)]
 
 
 class _Walk:
-    """The steps of a list of pairs: for each step of rows, every visible pair of their tiles."""
+    """The steps of a list of pairs: for each step of rows, every one of `tiles` of the pair.
 
-    def __init__(self, q, k, q_segments, k_segments, pairs, causal):
-        self.q, self.k, self.causal = q, k, causal
+    A tile on the diagonal is cut into strips of queries, each against the keys up to its own last
+    one: of four strips, five eighths of the tile's scores are computed.
+    """
+
+    def __init__(self, q, k, q_segments, k_segments, pairs, tiles, causal=False, diagonal=False):
+        self.q, self.k, self.causal, self.diagonal = q, k, causal, diagonal
         self.pairs = Pairs(*(jnp.asarray(x) for x in pairs))
         self.q_tiles = q.shape[0] // q_segments.shape[0]
         self.k_tiles = k.shape[0] // k_segments.shape[0]
         self.q_segments = q_segments.reshape(q.shape[0], -1)
         self.k_segments = k_segments.reshape(k.shape[0], -1)
-        tiles = np.argwhere(np.ones((self.q_tiles, self.k_tiles), bool))
-        self.tiles = jnp.asarray(tiles[tiles[:, 0] >= tiles[:, 1]] if causal else tiles)
-        self.steps = pairs.count * len(self.tiles)
+        self.tiles = jnp.asarray(tiles)
+        self.tile, keys = self.q_segments.shape[1], self.k_segments.shape[1]
+        strip = STRIP if diagonal and self.tile % STRIP == 0 else self.tile
+        self.strips = [
+            (slice(start, start + strip), slice(0, start + strip if diagonal else keys))
+            for start in range(0, self.tile, strip)
+        ]
 
-    def bounded(self):
-        """Scope of a loop over the steps: the compiled program does not say how many there are."""
-        return jax.named_scope(LOOP_SCOPE.format(self.pairs.q_row.shape[0] * len(self.tiles)))
+    def over_all(self, one, carry):
+        """one(carry, at) over all steps."""
+        # The compiled program does not say how many there are: the scope does.
+        most = self.pairs.q_row.shape[0] * len(self.tiles)
 
-    def at(self, i) -> _At:
+        def step(i, carry):
+            for at in self.at(i):
+                carry = one(carry, at)
+            return carry
+
+        with jax.named_scope(LOOP_SCOPE.format(most)):
+            return lax.fori_loop(0, self.pairs.count * len(self.tiles), step, carry)
+
+    def at(self, i) -> list[_At]:
         step, tile = i // len(self.tiles), self.tiles[i % len(self.tiles)]
-        return _At(
+        rows = (
             self.pairs.q_row[step] * self.q_tiles + tile[0],
             self.pairs.k_row[step] * self.k_tiles + tile[1],
             self.pairs.sees[step],
-            (tile[0] - tile[1]) * self.k_segments.shape[1],
         )
+        return [_At(*rows, *strip) for strip in self.strips]
 
     def scores(self, at: _At) -> tuple[jax.Array, jax.Array]:
-        """Scores [P, K, G * tile, tile] of a step, and visibility [P, 1, G * tile, tile]."""
+        """Scores [P, K, G * queries, keys] of a strip, and visibility [P, 1, G * queries, keys]."""
         scores = _dot("pktd,pksd->pkts", self.take_q(self.q, at), self.take_k(self.k, at))
-        q_seg, k_seg = self.take_q(self.q_segments, at), self.take_k(self.k_segments, at)
-        q_seg, k_seg, sees = q_seg[:, :, None], k_seg[:, None, :], at.sees[:, None, None]
-        if self.causal:
-            T, S = q_seg.shape[1], k_seg.shape[2]
-            before = jnp.arange(T)[:, None] + at.ahead >= jnp.arange(S)
-            visible = (q_seg == k_seg) & before & (sees == SAME_DOCUMENT)
-        else:
-            wanted = ((q_seg == k_seg) & (sees == SAME_DOCUMENT)) | (sees == ANY_DOCUMENT)
-            visible = wanted & (k_seg > 0)
-        P, _, GT, S = scores.shape
-        T = q_seg.shape[1]
+        q_seg = _take(self.q_segments, at.q)[:, at.queries, None]
+        k_seg = _take(self.k_segments, at.k)[:, None, at.keys]
+        sees = at.sees[:, None, None]
+        visible = (q_seg == k_seg) & (sees == SAME_DOCUMENT)
+        if not self.causal:
+            visible = (visible | (sees == ANY_DOCUMENT)) & (k_seg > 0)
+        P, T, S = visible.shape
+        if self.diagonal:
+            visible &= np.arange(T)[:, None] + at.queries.start >= np.arange(S)
+        GT = scores.shape[2]
         visible = jnp.broadcast_to(visible[:, None], (P, GT // T, T, S))
         return scores, visible.reshape(P, 1, GT, S)
 
     def take_q(self, x, at):
-        return _take(x, at.q)
+        """[R * tiles, K, G, tile, ...] -> [P, K, G * queries, ...]."""
+        x = _take(x, at.q)[:, :, :, at.queries]
+        return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
     def take_k(self, x, at):
-        return _take(x, at.k)
+        return _take(x, at.k)[:, :, at.keys]
 
     def put_q(self, x, at, value):
+        queries = at.queries.stop - at.queries.start
+        value = value.reshape(-1, *x.shape[1:3], queries, *x.shape[4:])
         if at.q.shape[0] == 1:
-            return lax.dynamic_update_slice_in_dim(x, value, at.q[0], 0)
-        return x.at[at.q].set(value, mode="drop", unique_indices=True)
+            start = (at.q[0], 0, 0, at.queries.start) + (0,) * (x.ndim - 4)
+            return lax.dynamic_update_slice(x, value, start)
+        return x.at[at.q, :, :, at.queries].set(value, mode="drop", unique_indices=True)
 
     def add_q(self, x, at, value):
-        if at.q.shape[0] == 1:
-            return self.put_q(x, at, value + self.take_q(x, at))
-        return x.at[at.q].add(value, mode="drop", unique_indices=True)
+        # Slots that see nothing point beyond the last row: what is read there is dropped.
+        return self.put_q(x, at, value + self.take_q(x, at))
 
     def add_k(self, x, at, value):
         if at.k.shape[0] == 1:
             return lax.dynamic_update_slice_in_dim(x, value + self.take_k(x, at), at.k[0], 0)
-        return x.at[at.k].add(value)
+        return x.at[at.k, :, at.keys].add(value)
+
+
+def _by_head(x, tile: int):
+    """[N, K, G * tile, ...] -> [N, K, G, tile, ...]."""
+    return x.reshape(*x.shape[:2], -1, tile, *x.shape[3:])
 
 
 def _take(x, index):
