@@ -9,6 +9,7 @@ import pytest
 from fot_jax.bench import index as bench_index
 from fot_jax.bench import memory as bench_memory
 from fot_jax.bench import pytorch as bench_pytorch
+from fot_jax.bench import train as bench_train
 from fot_jax.common.errors import UserError
 
 
@@ -81,3 +82,28 @@ def test_pytorch_is_needed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"torch and transformers are needed: pip install"):
         bench_pytorch.pytorch()
+
+
+@pytest.mark.slow
+def test_train(monkeypatch, capsys):
+    """Small models; the utilisation is that of the step's own FLOPs, counted by hand."""
+    small = dict(hidden_size=32, num_layers=3, mlp_dim=48, memory_layers=(1,), local_context=16)
+    small |= dict(num_heads=4, num_kv_heads=2, head_dim=8, vocab_size=96)
+    for name in ("MODEL", "REAL"):
+        model = dataclasses.replace(getattr(bench_train, name), **small)
+        monkeypatch.setattr(bench_train, name, model)
+    monkeypatch.setattr(bench_train, "matmul_rate", lambda dtype: 1e12)
+    bench_train.train(as_json=True, ranges=(1,), runs=1)
+    found = json.loads(capsys.readouterr().out)
+    ranges, real = list(found.values())[2:]
+    none, dots, llama = real
+    assert [row["remat"] for row in real] == ["none", "dots", "none"]
+    # The kernels of a layer and the head; the causal half of a window's scores.
+    layer = 32 * (2 * 32 + 2 * 16) + 3 * 32 * 48
+    forward = 4 * (2 * 16 * (3 * layer + 32 * 96) + 3 * 4 * 32 * (16 * 17 // 2))
+    assert llama["model_gflop_per_step"] == pytest.approx(3 * forward / 1e9)
+    assert none["model_gflop_per_step"] == dots["model_gflop_per_step"]
+    assert none["model_gflop_per_step"] > llama["model_gflop_per_step"]
+    assert none["temporaries_mb"] > dots["temporaries_mb"] > 0
+    for row in (*ranges, *real):
+        assert row["seconds_per_step"] > 0 and row["utilisation"] > 0

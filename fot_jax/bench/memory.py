@@ -82,7 +82,8 @@ def _read_and_write(lengths: Sequence[int]) -> list[dict[str, Any]]:
     tokens = jnp.zeros((1, 8), jnp.int32)
     init = jax.jit(functools.partial(Transformer(MODEL).init, plan=crossbatch.Plan()))
     lm = LanguageModel.of(Transformer(MODEL), init(jax.random.key(0), tokens, tokens)["params"])
-    peer = _transformers_llama()
+    llama = transformers_llama(MODEL)
+    peer = None if llama is None else _Llama(llama)
     context = MODEL.local_context
     rows = []
     for length in lengths:
@@ -242,34 +243,36 @@ def _faiss_seconds(keys: np.ndarray, q: np.ndarray, k: int) -> float | None:
     return best_of(lambda: index.search(q, k))
 
 
-def _transformers_llama() -> _Llama | None:
+def transformers_llama(c: ModelConfig):
+    """transformers' LLaMA of a shape, with full attention (SDPA), on all cores; None: not there."""
     if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers")):
         return None
-    return _Llama()
+    import torch
+    import transformers
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    config = transformers.LlamaConfig(
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.mlp_dim,
+        num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads,
+        num_key_value_heads=c.num_kv_heads,
+        tie_word_embeddings=c.tie_embeddings,
+        max_position_embeddings=2**20,
+        attn_implementation="sdpa",
+    )
+    with contextlib.redirect_stdout(None):
+        return transformers.LlamaForCausalLM(config)
 
 
 class _Llama:
-    """The same shape in PyTorch, with full attention (SDPA) over everything read."""
+    """The same shape in PyTorch, with full attention over everything read."""
 
-    def __init__(self):
+    def __init__(self, model):
         import torch
-        import transformers
 
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-        c = MODEL
-        config = transformers.LlamaConfig(
-            vocab_size=c.vocab_size,
-            hidden_size=c.hidden_size,
-            intermediate_size=c.mlp_dim,
-            num_hidden_layers=c.num_layers,
-            num_attention_heads=c.num_heads,
-            num_key_value_heads=c.num_kv_heads,
-            max_position_embeddings=2**20,
-            attn_implementation="sdpa",
-        )
-        self._torch = torch
-        with contextlib.redirect_stdout(None):
-            self._model = transformers.LlamaForCausalLM(config).eval()
+        self._torch, self._model = torch, model.eval()
 
     def read(self, text: np.ndarray):
         with self._torch.inference_mode():

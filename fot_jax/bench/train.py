@@ -1,17 +1,21 @@
-"""`fot bench`: speed and memory as ratios to what the machine can do, measured in the same run."""
+"""`fot bench train`: whole training steps, as ratios to the machine's own matmul rate."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fot_jax.bench.memory import print_table, transformers_llama
 from fot_jax.model import crossbatch, schemes
 from fot_jax.model.config import ModelConfig
+from fot_jax.model.sizes import smollm2_135m
 from fot_jax.model.transformer import Transformer
 from fot_jax.training.flops import training_flops
 from fot_jax.training.metrics import matmul_rate
@@ -29,63 +33,109 @@ MODEL = ModelConfig(
     memory_layers=(2,),
     local_context=256,
 )
+REAL = smollm2_135m(memory_layers=(8, 12, 18))
+REAL_SCHEME = schemes.Packed(pack=4, range=5)  # one lane: 4 rows
 
 
-def train(as_json: bool = False, ranges: tuple[int, ...] = (1, 3, 7, 15), runs: int = 7) -> None:
-    """Times whole training steps (AdamW, float32) of a small model with crossbatch of each range.
+def train(as_json: bool = False, ranges: Sequence[int] = (1, 3, 7, 15), runs: int = 7) -> None:
+    """Times whole training steps (AdamW, float32, all parameters) and prints two tables.
 
-    Prints seconds a step (median), model FLOPs a second over the plain float32 matmul rate of the
+    The first is of a small model with crossbatch of each range. The second is of SmolLM2 135M's
+    shape, 4 windows of 512 tokens, with every remat policy that saves memory at little cost; beside
+    it a step of transformers' LLaMA of that shape on the same tokens, where it is installed.
+
+    Both say seconds a step (median), model FLOPs a second over the plain float32 matmul rate of the
     same minute, and the compiler's temporaries. Model FLOPs count only the scores that the scheme
     asks for.
     """
-    rows = []
-    for reach in ranges:
-        scheme = schemes.Packed(pack=2, range=reach)
-        step, state, batch = _training_step(scheme)
-        compiled = step.lower(state, batch).compile()
-        temporaries = compiled.memory_analysis().temp_size_in_bytes
-        rate = matmul_rate("float32")
-        seconds = []
-        for _ in range(runs + 2):  # the first two warm up
-            start = time.perf_counter()
-            state, info = compiled(state, batch)
-            jax.block_until_ready(info)
-            seconds.append(time.perf_counter() - start)
-        rate = (rate + matmul_rate("float32")) / 2
-        median = float(np.median(seconds[2:]))
-        flops = training_flops(MODEL, scheme, ROWS, ROWS)
-        rows.append(
-            {
-                "range": reach,
-                "seconds_per_step": round(median, 4),
-                "matmul_gflops": round(rate / 1e9, 1),
-                "model_gflop_per_step": round(flops / 1e9, 2),
-                "utilisation": round(flops / median / rate, 4),
-                "temporaries_mb": round(temporaries / 1e6, 1),
-            }
-        )
+    tables = {
+        "crossbatch of each range": lambda: [
+            {"range": reach, **_measured(MODEL, schemes.Packed(pack=2, range=reach), ROWS, runs)}
+            for reach in ranges
+        ],
+        "SmolLM2 135M, 4 windows of 512": lambda: _real(max(3, runs // 2)),
+    }
+    results = {}
+    for title, measure in tables.items():
+        results[title] = measure()
+        if not as_json:
+            print(f"\n{title}")
+            print_table(results[title])
     if as_json:
-        print(json.dumps({"bench": "train", "device": jax.devices()[0].device_kind, "rows": rows}))
-        return
-    print("range  s/step  GFLOP/step  matmul GFLOP/s  utilisation  temporaries MB")
-    for r in rows:
-        print(
-            f"{r['range']:5d} {r['seconds_per_step']:7.3f} {r['model_gflop_per_step']:11.1f} "
-            f"{r['matmul_gflops']:15.0f} {r['utilisation']:12.2f} {r['temporaries_mb']:15.0f}"
-        )
+        device = jax.devices()[0].device_kind
+        print(json.dumps({"bench": "train", "device": device, **results}))
 
 
-def _training_step(scheme):
-    model = Transformer(MODEL)
-    plan = crossbatch.make_plan(scheme, ROWS, heads=MODEL.num_heads, window=MODEL.local_context)
-    tokens = np.random.default_rng(0).integers(0, MODEL.vocab_size, (ROWS, MODEL.local_context + 1))
+def _real(runs: int) -> list[dict[str, Any]]:
+    rows = [
+        {"step": "crossbatch", "remat": remat, **_measured(REAL, REAL_SCHEME, 4, runs, remat)}
+        for remat in ("none", "dots")
+    ]
+    llama = transformers_llama(REAL)
+    if llama is not None:
+        flops = training_flops(REAL, schemes.NoCrossbatch(), 4, 4)
+        step = _llama_step(llama, _tokens(REAL, 4))
+        rows.append({"step": "transformers' LLaMA", "remat": "none", **_timed(step, flops, runs)})
+    return rows
+
+
+def _measured(c: ModelConfig, scheme, rows: int, runs: int, remat: str = "none") -> dict[str, Any]:
+    """A step of ours: time, ratio to the matmul rate, temporaries."""
+    model = Transformer(c, remat=remat)
+    plan = crossbatch.make_plan(scheme, rows, heads=c.num_heads, window=c.local_context)
+    tokens = _tokens(c, rows)
     batch = {
-        "inputs": jnp.asarray(tokens[:, :-1], jnp.int32),
-        "targets": jnp.asarray(tokens[:, 1:], jnp.int32),
-        "weights": jnp.ones((ROWS, MODEL.local_context)),
-        "segment_ids": jnp.ones((ROWS, MODEL.local_context), jnp.int32),
+        "inputs": jnp.asarray(tokens[:, :-1]),
+        "targets": jnp.asarray(tokens[:, 1:]),
+        "weights": jnp.ones((rows, c.local_context)),
+        "segment_ids": jnp.ones((rows, c.local_context), jnp.int32),
     }
     params = model.init(jax.random.key(0), batch["inputs"], batch["segment_ids"], plan)["params"]
     optimizer = optax.adamw(1e-3)
     state = TrainState(jnp.zeros([], jnp.int32), params, optimizer.init(params))
-    return make_train_step(model, optimizer, scheme, plan), state, batch
+    step = make_train_step(model, optimizer, scheme, plan).lower(state, batch).compile()
+
+    def run():
+        nonlocal state
+        state, info = step(state, batch)
+        jax.block_until_ready(info)
+
+    row = _timed(run, training_flops(c, scheme, rows, rows), runs)
+    return row | {"temporaries_mb": step.memory_analysis().temp_size_in_bytes / 1e6}
+
+
+def _llama_step(model, tokens: np.ndarray) -> Callable[[], None]:
+    import torch
+
+    inputs = torch.as_tensor(tokens[:, :-1].astype(np.int64))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def run():
+        optimizer.zero_grad(set_to_none=True)
+        model(inputs, labels=inputs, use_cache=False).loss.backward()
+        optimizer.step()
+
+    return run
+
+
+def _timed(run: Callable[[], None], flops: int, runs: int) -> dict[str, Any]:
+    """Each run beside the matmul rate before and after it: those of shared machines vary."""
+    run(), run()  # to warm up
+    seconds, rates = [], [matmul_rate("float32")]
+    for _ in range(runs):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+        rates.append(matmul_rate("float32"))
+    beside = (np.asarray(rates[1:]) + rates[:-1]) / 2
+    return {
+        "seconds_per_step": float(np.median(seconds)),
+        "matmul_gflops": float(np.median(beside)) / 1e9,
+        "model_gflop_per_step": flops / 1e9,
+        "utilisation": float(np.median(flops / np.asarray(seconds) / beside)),
+    }
+
+
+def _tokens(c: ModelConfig, rows: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return rng.integers(0, c.vocab_size, (rows, c.local_context + 1)).astype(np.int32)
