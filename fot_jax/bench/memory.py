@@ -64,15 +64,7 @@ def memory(
             + ([_search(largest, heads=4, dim=32, storage="float16")] if largest else [])
         ),
     }
-    results = {}
-    for title, measure in tables.items():
-        results[title] = measure()
-        if not as_json:
-            print(f"\n{title}")
-            print_table(results[title])
-    if as_json:
-        device = jax.devices()[0].device_kind
-        print(json.dumps({"bench": "memory", "device": device, **results}))
+    print_tables("memory", tables, as_json)
 
 
 # --- A model -------------------------------------------------------------------------------------
@@ -288,6 +280,21 @@ class _Llama:
                     start = time.perf_counter()
                 self._model(token, past_key_values=cache, use_cache=True)
         return (time.perf_counter() - start) / count
+
+
+def print_tables(
+    bench: str, tables: dict[str, Callable[[], list[dict[str, Any]]]], as_json: bool
+) -> None:
+    """Measures and prints one table after the other, or all as one JSON object."""
+    results = {}
+    for title, measure in tables.items():
+        results[title] = measure()
+        if not as_json:
+            print(f"\n{title}")
+            print_table(results[title])
+    if as_json:
+        device = jax.devices()[0].device_kind
+        print(json.dumps({"bench": bench, "device": device, **results}))
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fot_jax.bench.memory import print_table, transformers_llama
+from fot_jax.bench.memory import print_tables, transformers_llama
 from fot_jax.model import crossbatch, schemes
 from fot_jax.model.config import ModelConfig
 from fot_jax.model.sizes import smollm2_135m
@@ -55,15 +54,7 @@ def train(as_json: bool = False, ranges: Sequence[int] = (1, 3, 7, 15), runs: in
         ],
         "SmolLM2 135M, 4 windows of 512": lambda: _real(max(3, runs // 2)),
     }
-    results = {}
-    for title, measure in tables.items():
-        results[title] = measure()
-        if not as_json:
-            print(f"\n{title}")
-            print_table(results[title])
-    if as_json:
-        device = jax.devices()[0].device_kind
-        print(json.dumps({"bench": "train", "device": device, **results}))
+    print_tables("train", tables, as_json)
 
 
 def _real(runs: int) -> list[dict[str, Any]]:
