@@ -106,4 +106,5 @@ def test_train(monkeypatch, capsys):
     assert none["model_gflop_per_step"] > llama["model_gflop_per_step"]
     assert none["temporaries_mb"] > dots["temporaries_mb"] > 0
     for row in (*ranges, *real):
-        assert row["seconds_per_step"] > 0 and row["utilisation"] > 0
+        rate = row["model_gflop_per_step"] * 1e9 / row["seconds_per_step"]
+        assert row["utilisation"] == pytest.approx(rate / 1e12)

@@ -40,8 +40,8 @@ def train(as_json: bool = False, ranges: Sequence[int] = (1, 3, 7, 15), runs: in
     """Times whole training steps (AdamW, float32, all parameters) and prints two tables.
 
     The first is of a small model with crossbatch of each range. The second is of SmolLM2 135M's
-    shape, 4 windows of 512 tokens, with every remat policy that saves memory at little cost; beside
-    it a step of transformers' LLaMA of that shape on the same tokens, where it is installed.
+    shape, 4 windows of 512 tokens, without remat and with that of dots; beside them a step of
+    transformers' LLaMA of that shape on the same tokens, where it is installed.
 
     Both say seconds a step (median), model FLOPs a second over the plain float32 matmul rate of the
     same minute, and the compiler's temporaries. Model FLOPs count only the scores that the scheme

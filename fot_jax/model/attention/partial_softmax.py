@@ -293,11 +293,11 @@ class _Walk:
         self.q_segments = q_segments.reshape(q.shape[0], -1)
         self.k_segments = k_segments.reshape(k.shape[0], -1)
         self.tiles = jnp.asarray(tiles)
-        self.tile, keys = self.q_segments.shape[1], self.k_segments.shape[1]
-        strip = STRIP if diagonal and self.tile % STRIP == 0 else self.tile
+        tile, keys = self.q_segments.shape[1], self.k_segments.shape[1]
+        strip = STRIP if diagonal and tile % STRIP == 0 else tile
         self.strips = [
             (slice(start, start + strip), slice(0, start + strip if diagonal else keys))
-            for start in range(0, self.tile, strip)
+            for start in range(0, tile, strip)
         ]
 
     def over_all(self, one, carry):
@@ -365,7 +365,7 @@ class _Walk:
 
 
 def _by_head(x, tile: int):
-    """[N, K, G * tile, ...] -> [N, K, G, tile, ...]."""
+    """[N, K, G * tile, ...] -> [N, K, G, tile, ...]; inside a loop XLA would copy it each time."""
     return x.reshape(*x.shape[:2], -1, tile, *x.shape[3:])
 
 
