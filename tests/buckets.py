@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from urllib.parse import unquote
 
+from tpu.local import free_port
+
 # What of the products leads there, rather than to Google; nothing looks for a login.
 LED_BY = {
     "STORAGE_EMULATOR_HOST": "http://{}",  # google-cloud-storage, gcsfs
@@ -155,9 +157,7 @@ class Cloud:
         self.anonymous = self.broken = False
         self.before = None
         self.requests: list[tuple[str, str, int, int]] = []
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.server_port = free.getsockname()[1]
+        self.server_port = free_port()
         self._gate = _Server(("127.0.0.1", 0), _Gate)
         self._gate.cloud = self
         address = f"127.0.0.1:{self._gate.server_port}"

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ from fot_jax.checkpoints.manager import Checkpointer
 from fot_jax.checkpoints.restore import restore_model, restore_params
 from fot_jax.common.errors import UserError
 from fot_jax.model.config import RopeScaling
+from tpu.local import free_port
 
 optimizer = optax.adamw(1e-2)
 
@@ -475,9 +475,7 @@ def test_object_arrays_are_never_pickled(tmp_path):
 
 
 def test_two_processes_save_and_any_number_restores(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     script = Path(__file__).with_name("checkpoint_of_two_processes.py")
     processes = [
         subprocess.Popen(

@@ -3,12 +3,13 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import power
+
+from tpu.local import free_port
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
@@ -53,7 +54,7 @@ class Cloud:
         for name, text in (("gcloud", fake), ("uv", UV)):
             (self.bin / name).write_text(text)
             (self.bin / name).chmod(0o755)
-        (directory / "addresses").write_text(",".join(_free_addresses(2)))
+        (directory / "addresses").write_text(f"127.0.0.1:{free_port()},127.0.0.1:{free_port()}")
         self.experiment = directory / "tiny.gin"
         self.experiment.write_text(EXPERIMENT)
         self.plan()
@@ -120,13 +121,3 @@ class Cloud:
 
 POD = ("--name", "pod", "--zone", "us-central2-b", "--project", "project")
 WORKDIR = ("--workdir", "gs://bucket/run")
-
-
-def _free_addresses(count):
-    with_ports = [socket.socket() for _ in range(count)]
-    for each in with_ports:
-        each.bind(("127.0.0.1", 0))
-    addresses = [f"127.0.0.1:{each.getsockname()[1]}" for each in with_ports]
-    for each in with_ports:
-        each.close()
-    return addresses

@@ -80,8 +80,15 @@ def changing():
         plan, path = json.loads((ROOT / "plan.json").read_text()), ROOT / "state.json"
         state = json.loads(path.read_text()) if path.exists() else {"created": 0, "there": {}}
         yield plan, state
-        path.write_text(json.dumps(state))
-        (ROOT / "plan.json").write_text(json.dumps(plan))
+        replace(path, state)
+        replace(ROOT / "plan.json", plan)
+
+
+def replace(path, content):
+    """Whole at any moment: training and tests read it without the lock."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content))
+    partial.replace(path)
 
 
 def create(args):

@@ -18,7 +18,7 @@ def test_through_delays_and_preemption_to_the_end(cloud):
     )
     cloud.train(steps=5, hold={"1": 2})
     out = cloud.works("recover", cloud.experiment, *RECOVER)
-    told = [line.split(": ", 1)[1] for line in out.splitlines()]
+    told = [line.partition(": ")[2] for line in out.splitlines()]
     told = [line for line in told if "starting" not in line and " waiting" not in line]  # if seen
     assert told[:8] == [
         "no queued resource: create",

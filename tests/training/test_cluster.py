@@ -13,6 +13,7 @@ import runs
 
 from fot_jax.common.errors import UserError
 from fot_jax.training import cluster
+from tpu.local import free_port
 
 NAMES = (
     *("FOT_WORKERS", "FOT_WORKER", "FOT_COORDINATOR", "FOT_PROCESSES", "FOT_PROCESS_ID"),
@@ -219,9 +220,7 @@ def two():
     started = []
 
     def start(program):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+        coordinator = f"127.0.0.1:{free_port()}"
         own = {"FOT_COORDINATOR": coordinator, "FOT_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
         for process in range(2):
             environment = {**os.environ, **own, "FOT_PROCESS_ID": str(process)}

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +35,7 @@ from fot_jax.training.step import (
     make_train_step,
     token_sums,
 )
+from tpu.local import free_port
 
 T = 4
 SMALL = dataclasses.replace(  # grouped queries; a memory layer, then a scanned one
@@ -224,9 +224,7 @@ def test_any_mesh_and_any_microbatches(case, mesh):
 @pytest.mark.slow
 def test_four_processes(tmp_path):
     """With negatives from one process to another."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     script = Path(__file__).with_name("step_of_processes.py")
     together = {
         "FOT_COORDINATOR": f"127.0.0.1:{port}",

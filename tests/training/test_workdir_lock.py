@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ import runs
 from fot_jax.common.errors import UserError
 from fot_jax.training import workdir_lock
 from fot_jax.training.workdir_lock import RUNNING, held
+from tpu.local import free_port
 
 LONG = runs.DICTIONARY.replace("train.steps = 12", "train.steps = 60")
 
@@ -201,9 +201,7 @@ def test_all_processes_of_a_run_wait_for_a_machine_that_is_gone(bucket):
     url = f"{bucket.url}/run"
     kill(holder(url)[0])
     as_of_another_machine(bucket)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    coordinator = f"127.0.0.1:{free_port()}"
     membership = {"XLA_FLAGS": "", "FOT_COORDINATOR": coordinator, "FOT_PROCESSES": "2"}
     processes = [
         subprocess.Popen(
