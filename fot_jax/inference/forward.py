@@ -133,6 +133,7 @@ def run_over_segments(
     cache: Cache,
     memory: Memory,
     closed: Sequence[Closed],
+    in_closed: int,
     tokens: Int[AnyArray, "B T"],
     valid: Bool[AnyArray, "B T"],
     advance: Int[AnyArray, " B"],
@@ -144,9 +145,9 @@ def run_over_segments(
 
     Args:
       closed: segments of each memory layer.
+      in_closed: tokens that are in them, those of all processes.
       memory: what comes after them.
     """
-    in_closed = sum(int(segment.visible[0]) for segment in closed[0].segments)
     piece = tokens, valid, advance, memory.visible + np.int32(in_closed)
     after = before = None
     for i, layer in enumerate(c.memory_layers):

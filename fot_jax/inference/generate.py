@@ -50,8 +50,6 @@ def generate(
     Raises:
       UserError: no prompt, or one that is no text; as of LanguageModel.
     """
-    if jax.process_count() > 1 and (save_memory is not None or config.directory is not None):
-        raise UserError(f"{save_memory or config.directory}: {memory_files.SEVERAL}")
     text = _prompt(prompt, prompt_file)
     if not text:
         raise UserError("the prompt is empty: give some text")
@@ -64,8 +62,10 @@ def generate(
         if save_memory is not None:
             raise UserError("give --memory_directory or --save_memory: either saves the memory")
         save_memory = config.directory
-    elif save_memory is not None:
-        memory_files.check_place(save_memory, memory)  # before hours of reading
+    elif save_memory is not None:  # before hours of reading
+        if memory is None:
+            memory_files.check_processes(save_memory, None)
+        memory_files.check_place(save_memory, memory)
     lm = LanguageModel.load(checkpoint, dtype=dtype, devices=devices)
     if lm.vocabulary is None:
         raise UserError(
@@ -75,11 +75,11 @@ def generate(
     if save_memory is not None and not lm.config.memory_layers:
         raise UserError(f"{checkpoint}: the model has no memory layers: there is no memory to save")
     state = None if memory is None else lm.load_memory(memory, config.lookup)
-    if state is not None and state.segments is not None:
-        if save_memory is None:
-            state = state.copy()  # its files stay as they are
-        else:
-            memory_files.place_of(save_memory, state)
+    if state is not None and save_memory is not None:
+        memory_files.check_processes(save_memory, state)
+        memory_files.place_of(save_memory, state)
+    elif state is not None and state.segments is not None:
+        state = state.copy()  # its files stay as they are
     tokens = lm.encode(text, continues=state is not None)
 
     def save(state: State) -> None:

@@ -131,9 +131,19 @@ class LanguageModel:
         """
         if self.mesh is None:
             return self
-        whole = forward.replicate(self.mesh, self.params)
+        whole = self.params
+        if not all(x.is_fully_replicated for x in jax.tree.leaves(whole)):
+            whole = forward.replicate(self.mesh, whole)
         here = jax.tree.map(lambda x: x.addressable_data(0), whole)
         return dataclasses.replace(self, params=here, mesh=None)
+
+    def _reader(self, in_segments: bool) -> LanguageModel:
+        """The model that a memory is read by: one in segments by that on one device.
+
+        Processes of one device each, which share such a memory, otherwise all do the same.
+        """
+        spread = self.mesh is not None and self.mesh.size == jax.process_count() > 1
+        return self.on_one_device() if in_segments and spread else self
 
     # --- Text --------------------------------------------------------------------------------
 
@@ -181,9 +191,10 @@ class LanguageModel:
         if inputs.is_one_text(tokens):
             tokens, mask = [tokens], None if mask is None else [mask]
         tokens, valid = self._checked(tokens, mask)
-        state, tokens, valid = self._begin_reading(tokens, valid, memory, state, progress)
+        lm = self._reader(_in_segments(memory, state))
+        state, tokens, valid = lm._begin_reading(tokens, valid, memory, state, progress)
         for _ in prefill(
-            self.params, state, tokens, valid, last=last_context_length, progress=progress
+            lm.params, state, tokens, valid, last=last_context_length, progress=progress
         ):
             pass
         return state
@@ -218,11 +229,12 @@ class LanguageModel:
                 f"windows of {windows.shape[1]} tokens for a model with a local context of "
                 f"{self.config.local_context}: cut them shorter"
             )
+        lm = self._reader(_in_segments(memory, state))
         if state is None:
-            state = self._begin(rows, memory, None)
+            state = lm._begin(rows, memory, None)
         if not state.config.shared:
             raise UserError("a memory for each row: set MemoryConfig.shared to have one for all")
-        remember(self.params, state, windows, progress)
+        remember(lm.params, state, windows, progress)
         return state
 
     def logits(
@@ -253,12 +265,13 @@ class LanguageModel:
             state or the text does not fit.
         """
         tokens, valid = self._checked(tokens, mask)
-        state = self._begin(len(tokens), memory, state)
+        lm = self._reader(_in_segments(memory, state))
+        state = lm._begin(len(tokens), memory, state)
         out = np.empty((*tokens.shape, self.config.vocab_size), np.float32)
         for piece in prefill(
-            self.params, state, tokens, valid, last=last_context_length, progress=progress
+            lm.params, state, tokens, valid, last=last_context_length, progress=progress
         ):
-            of_piece = np.asarray(forward.logits(self.config, self.mesh, self.params, piece.hidden))
+            of_piece = np.asarray(forward.logits(lm.config, lm.mesh, lm.params, piece.hidden))
             out[:, piece.columns()] = of_piece[:, : piece.length[0]]
         return out
 
@@ -280,10 +293,11 @@ class LanguageModel:
         if tokens.shape[1] < 2:
             raise UserError("one token alone has no score: give at least two")
         targets = tokens[:, 1:]
-        state = self._begin(len(tokens), memory, state)
+        lm = self._reader(_in_segments(memory, state))
+        state = lm._begin(len(tokens), memory, state)
         nats, correct = np.empty(targets.shape, np.float32), np.empty(targets.shape, bool)
         for piece in prefill(
-            self.params,
+            lm.params,
             state,
             tokens[:, :-1],
             valid[:, :-1],
@@ -292,7 +306,7 @@ class LanguageModel:
         ):
             columns = piece.columns()
             of_piece = inputs.padded(targets[:, columns], piece.hidden.shape[1])
-            scored = forward.score(self.config, self.mesh, self.params, piece.hidden, of_piece)
+            scored = forward.score(lm.config, lm.mesh, lm.params, piece.hidden, of_piece)
             nats[:, columns], correct[:, columns] = (
                 np.asarray(x)[:, : piece.length[0]] for x in scored
             )
@@ -369,9 +383,10 @@ class LanguageModel:
             temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, rows=len(prompts)
         )
         tokens, valid = self._checked(padded, mask)
-        state, tokens, valid = self._begin_reading(tokens, valid, memory, state, progress)
+        lm = self._reader(_in_segments(memory, state))
+        state, tokens, valid = lm._begin_reading(tokens, valid, memory, state, progress)
         prompt = prefill(
-            self.params,
+            lm.params,
             state,
             tokens,
             valid,
@@ -383,7 +398,7 @@ class LanguageModel:
         if stop is None:
             stop = () if self.vocabulary is None else self.vocabulary.ends
         return decode(
-            self.params,
+            lm.params,
             state,
             prompt,
             sampler,
@@ -408,7 +423,8 @@ class LanguageModel:
         """
         from fot_jax.inference import memory_files
 
-        memory_files.save(path, state, self._fingerprint, self.mesh)
+        lm = self._reader(state.segments is not None)
+        memory_files.save(path, state, lm._fingerprint, lm.mesh)
 
     def load_memory(self, path: epath.PathLike, lookup: Lookup = EVERYTHING.lookup) -> State:
         """What was read before, from `save_memory` or MemoryConfig.directory.
@@ -425,7 +441,8 @@ class LanguageModel:
         """
         from fot_jax.inference import memory_files
 
-        return memory_files.load(path, self.config, self._fingerprint, lookup, self.mesh)
+        lm = self._reader(memory_files.in_segments(path))
+        return memory_files.load(path, lm.config, lm._fingerprint, lookup, lm.mesh)
 
     @functools.cached_property
     def _fingerprint(self) -> dict[str, Any]:
@@ -471,3 +488,8 @@ class LanguageModel:
         if there and progress is not None:
             progress(there)
         return begun, tokens[:, there:], valid[:, there:]
+
+
+def _in_segments(memory: MemoryConfig, state: State | None) -> bool:
+    """Whether what is read goes into segments."""
+    return memory.in_segments if state is None else state.segments is not None

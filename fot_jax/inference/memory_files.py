@@ -44,7 +44,10 @@ from fot_jax.model.lookup import Dense, IndexedTopK, Lookup
 from fot_jax.model.memory import Memory
 
 DESCRIPTION = "memory.json"
-SEVERAL = "a memory over several processes cannot be saved: read the text in one, or ask at once"
+SEVERAL = (
+    "a memory over several processes is saved in files as it is read, or not at all: give the "
+    "directory before, as MemoryConfig.directory"
+)
 CHUNK = 2**24  # bytes of an array that are written at a time; a file says what its own are
 
 
@@ -59,8 +62,7 @@ def save(path: epath.PathLike, state: State, fingerprint: Any, mesh: Mesh | None
       UserError: the path cannot be written, or something else is there.
     """
     path = _resolved(path)
-    if jax.process_count() > 1:
-        raise UserError(f"{path}: {SEVERAL}")
+    check_processes(path, state)
     if not state.memory.layers:
         raise UserError(f"{path}: the model has no memory layers: there is no memory to save")
     path = place_of(path, state)
@@ -107,11 +109,21 @@ def place_of(path: epath.PathLike, state: State) -> epath.Path:
             f"{path}: a memory with an index is saved where it is read into: give the directory "
             "before, as MemoryConfig.directory"
         )
-    if path != state.segments.directory:
+    if segment_files.own(path) != state.segments.directory:
         raise UserError(f"{path}: the memory is in {state.segments.directory}: save it there")
     if not state.closes:
         raise UserError(f"{path}: of a copy of a state nothing is added to its directory")
-    return path / segment_files.OPEN
+    return state.segments.directory / segment_files.OPEN
+
+
+def check_processes(path: epath.PathLike, state: State | None) -> None:
+    """Checks that such a state, or a new one in RAM, can be saved by as many processes as run.
+
+    Raises:
+      UserError: only those in segments are, by several.
+    """
+    if jax.process_count() > 1 and (state is None or state.segments is None):
+        raise UserError(f"{path}: {SEVERAL}")
 
 
 def check_place(path: epath.PathLike, loaded: epath.PathLike | None = None) -> None:
@@ -125,7 +137,7 @@ def check_place(path: epath.PathLike, loaded: epath.PathLike | None = None) -> N
     """
     path = _resolved(path)
     if loaded is not None and path == _resolved(loaded) and segment_files.is_one(path):
-        path = path / segment_files.OPEN
+        path = segment_files.own(path) / segment_files.OPEN
     if path.exists() and not _is_memory(path):
         raise UserError(f"{path}: not a memory, so it is not replaced: give a new name")
     missing = []
@@ -172,7 +184,7 @@ def load(
       UserError: nothing there, damaged, or of a model with another fingerprint.
     """
     path = path_of(path)
-    if segment_files.is_one(path):
+    if in_segments(path):
         return _load_directory(path, c, fingerprint, lookup, mesh)
     if isinstance(lookup, IndexedTopK):
         raise UserError(
@@ -212,6 +224,18 @@ def load(
 # --- In segments ---------------------------------------------------------------------------------
 
 
+def in_segments(path: epath.PathLike) -> bool:
+    """Whether a directory holds a memory in segments.
+
+    Raises:
+      UserError: of another number of processes.
+    """
+    path = path_of(path)
+    if not in_bucket(path):
+        segment_files.check_processes(path)
+    return segment_files.is_one(path)
+
+
 def begin_segments(state: State, fingerprint: Any, text: np.ndarray | None) -> State:
     """The state with segments and their directory; or what a kill left of the same reading.
 
@@ -234,25 +258,28 @@ def begin_segments(state: State, fingerprint: Any, text: np.ndarray | None) -> S
         "rows": state.rows,
         "text": None if text is None else {"tokens": text.size, "crc32": zlib.crc32(text.data)},
     }
-    path = path_of(config.directory)
-    if text is not None and segment_files.is_one(path):
+    path, begun = path_of(config.directory), False
+    if text is not None and in_segments(path):
         there = segment_files.describe(path)
-        if all(there.get(name) == x for name, x in json.loads(json.dumps(content)).items()):
-            segments = segment_files.load(path, state.memory)
-            if segments.tokens < text.size and not _is_whole(path, segments):
-                logging.warning(
-                    "%s: has the first %d of %d tokens: going on from there",
-                    *(path, segments.tokens, text.size),
-                )
-                return _after_segments(state, segments)
+        begun = all(there.get(name) == x for name, x in json.loads(json.dumps(content)).items())
+    if segment_files.of_all_processes(begun).all():
+        segments = segment_files.load(path, state.memory)
+        if segments.tokens < text.size and not _is_whole(segments):
+            logging.warning(
+                "%s: has the first %d of %d tokens: going on from there",
+                *(path, segments.tokens, text.size),
+            )
+            return _after_segments(state, segments)
     segments = segment_files.create(config.directory, state.memory, window, **content)
+    segment_files.of_all_processes(True)  # none writes a segment before all have a directory
     return dataclasses.replace(state, segments=segments, closes=True)
 
 
-def _is_whole(path: epath.Path, segments: Segments) -> bool:
-    """Whether what was read after the segments of a directory is there, too."""
-    rest = path / segment_files.OPEN
-    return rest.exists() and _description(rest).get("after_segments") == segments.crc32
+def _is_whole(segments: Segments) -> bool:
+    """Whether what was read after the segments of a directory is there, too, of all processes."""
+    rest = segments.directory / segment_files.OPEN
+    whole = rest.exists() and _description(rest).get("after_segments") == segments.crc32
+    return bool(segment_files.of_all_processes(whole).all())
 
 
 def _load_directory(path: epath.Path, c: ModelConfig, fingerprint, lookup, mesh) -> State:
@@ -262,8 +289,8 @@ def _load_directory(path: epath.Path, c: ModelConfig, fingerprint, lookup, mesh)
     rows, dtype = content["rows"], content["fingerprint"]["dtype"]
     check_segments(c, mesh, rows, config)
     segments = segment_files.load(path, memories.empty(c, 1, 0, content["storage"]))
-    if _is_whole(path, segments):
-        state = load(path / segment_files.OPEN, c, fingerprint, Dense(), mesh)
+    if _is_whole(segments):
+        state = load(segments.directory / segment_files.OPEN, c, fingerprint, Dense(), mesh)
         return dataclasses.replace(state, config=config, segments=segments, closes=True)
     logging.warning(
         "%s: has the first %d tokens that were read, and not what was read after them: read on "

@@ -34,6 +34,12 @@ compared once, when the directory is opened.
 segments that there were, and keep in RAM what they read.
 
 Without a directory the same segments are in RAM.
+
+**Several processes** that read the same text (LanguageModel.load) spread it: slot s of the open
+segment, which all of them have, goes to process s % P's segment when it is closed. So each closes,
+clusters, merges and looks up a share of every part of the text, in a directory of its own,
+process-0-of-4, in which all is as above. What the processes have after a kill is as many segments
+as all of them have: none is merged, and no older one removed, before all have closed the last one.
 """
 
 from __future__ import annotations
@@ -51,6 +57,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental.multihost_utils import process_allgather
 
 from fot_jax.common import formats
 from fot_jax.common.atomic import new_directory
@@ -85,6 +92,7 @@ class _Segment(NamedTuple):
     Attributes:
       first, count: those that were closed and are in it.
       tokens: that it holds.
+      of_all: tokens that this and the same segment of other processes hold.
       crc32: of its description.
       after: of that of the segment before it.
       layers: arrays [1, K, slots, ...], in RAM or mapped.
@@ -93,6 +101,7 @@ class _Segment(NamedTuple):
     first: int
     count: int
     tokens: int
+    of_all: int
     crc32: int
     after: int
     layers: Sequence[_Layer]
@@ -108,10 +117,12 @@ class Segments:
 
     Attributes:
       directory: that they are in; None: they are in RAM.
-      slots: of one that was not merged.
+      slots: of the open segment.
       root: CRC of the description of the memory.
       indexes: of each memory layer, to all of them.
       closed: all of them.
+      process, processes: which it is, of those that have the memory together.
+      torn: names of segments that other processes were killed before they closed.
     """
 
     directory: epath.Path | None
@@ -119,10 +130,19 @@ class Segments:
     root: int
     indexes: tuple[Index, ...]
     closed: tuple[_Segment, ...] = ()
+    process: int = 0
+    processes: int = 1
+    torn: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
-        return sum(segment.tokens for segment in self.closed)
+        """Of closed segments of all processes."""
+        return sum(segment.of_all for segment in self.closed)
+
+    @property
+    def room(self) -> int:
+        """Slots of a segment that was not merged."""
+        return memories.slots_for(-(-self.slots // self.processes))
 
     @property
     def crc32(self) -> int:
@@ -134,7 +154,7 @@ class Segments:
         return [
             Closed(
                 [Segment(x.layers[i].memory, np.full(1, x.tokens, np.int32)) for x in self.closed],
-                index,
+                *(index, self.process, self.processes),
             )
             for i, index in enumerate(self.indexes)
         ]
@@ -142,16 +162,20 @@ class Segments:
     def with_closed(self, memory: Memory, tokens: int) -> Segments:
         """With the first slots of a memory of one row as the next segment, which is written.
 
+        All processes call it.
+
         Raises:
           UserError: it cannot be written, or is there already.
         """
         number = self.closed[-1].stop if self.closed else 0
-        layers = self._clustered(memory.layers, tokens)
+        ours = len(range(self.process, tokens, self.processes))
+        layers = self._clustered(memory.layers, ours)
         if self.directory is not None:
             self._clear(number)
         before = self._compact()  # a kill may have left what was to be merged
-        segment = before._written(number, 1, tokens, before.crc32, layers)
-        segments = before._with(segment)._compact()
+        segment = before._written(number, 1, (ours, tokens), before.crc32, layers)
+        of_all_processes(True)
+        segments = dataclasses.replace(before._with(segment), torn=())._compact()
         if self.directory is not None:
             (self.directory / OPEN).rmtree(missing_ok=True)
         return segments
@@ -159,7 +183,7 @@ class Segments:
     def _clear(self, number: int) -> None:
         """Checks that nobody else wrote the segment of a number; removes what a kill left."""
         for name, (first, count) in _names(self.directory).items():
-            if first + count > number:
+            if first + count > number and name not in self.torn:
                 raise UserError(
                     f"{self.directory / name}: written by another process or state: only one adds "
                     "to a memory; load it anew, or ask several things of copies of a state"
@@ -170,10 +194,11 @@ class Segments:
                 path.rmtree()
 
     def _clustered(self, layers: Sequence[LayerMemory], tokens: int) -> list[_Layer]:
-        """The first slots of all layers as a segment has them."""
+        """This process's share of all layers as a segment has them: its first slots hold it."""
 
         def of_segment(x):
-            more = max(0, self.slots - x.shape[2])
+            x = x[:, :, self.process :: self.processes]
+            more = max(0, self.room - x.shape[2])
             return jnp.pad(x, [(0, 0), (0, 0), (0, more)] + [(0, 0)] * (x.ndim - 3))
 
         padded = jax.tree.map(of_segment, layers)
@@ -198,7 +223,8 @@ class Segments:
             ordered = functools.partial(_Ordered, counts=counts, orders=orders)
             layers.append(_Layer(jax.tree.map(lambda *x, f=ordered: f(x), *each_memory), merged))
         first, count = last[0].first, sum(segment.count for segment in last)
-        segment = self._written(first, count, sum(counts), last[0].after, layers)
+        tokens = sum(counts), sum(segment.of_all for segment in last)
+        segment = self._written(first, count, tokens, last[0].after, layers)
         if self.directory is not None:
             for old in last:
                 (self.directory / _name(old.first, old.count)).rmtree()
@@ -206,11 +232,17 @@ class Segments:
         indexes = tuple(index.up_to(len(kept)) for index in self.indexes)
         return dataclasses.replace(self, closed=kept, indexes=indexes)._with(segment)
 
-    def _written(self, first: int, count: int, tokens: int, after: int, layers) -> _Segment:
-        """A segment with the arrays of `layers`, of which some are _Ordered, in files or in RAM."""
+    def _written(
+        self, first: int, count: int, tokens: tuple[int, int], after: int, layers: Sequence[_Layer]
+    ) -> _Segment:
+        """A segment with the arrays of `layers`, of which some are _Ordered, in files or in RAM.
+
+        Args:
+          tokens: of it, and of all processes'.
+        """
         if self.directory is None:
             layers = jax.tree.map(_in_ram, layers)
-            return _Segment(first, count, tokens, crc32=0, after=after, layers=layers)
+            return _Segment(first, count, *tokens, crc32=0, after=after, layers=layers)
         path = self.directory / _name(first, count)
         with new_directory(path, OF_SEGMENT) as half:
             crcs = {}
@@ -221,10 +253,18 @@ class Segments:
                     file.flush()
                     os.fsync(file.fileno())
                 crcs[name] = _crc32(half / name)
-            content = seal({"after": after, "tokens": tokens, "crc32": crcs})
+            counts = dict(zip(("tokens", "of_all"), tokens, strict=True))
+            content = seal({"after": after, **counts, "crc32": crcs})
             (half / OF_SEGMENT).write_text(json.dumps(content))
-        layers = _mapped(path, [layer.memory for layer in layers], self.slots * count)
-        return _Segment(first, count, tokens, content["crc32"], after, layers)
+        layers = _mapped(path, [layer.memory for layer in layers], self.room * count)
+        return _Segment(first, count, *tokens, content["crc32"], after, layers)
+
+    def _up_to(self, stop: int) -> Segments:
+        """Without the segments from `stop` on, which not all processes have."""
+        kept = tuple(segment for segment in self.closed if segment.stop <= stop)
+        torn = tuple(_name(x.first, x.count) for x in self.closed[len(kept) :])
+        indexes = tuple(index.up_to(len(kept)) for index in self.indexes)
+        return dataclasses.replace(self, indexes=indexes, closed=kept, torn=torn)
 
     def _with(self, segment: _Segment) -> Segments:
         both = zip(self.indexes, segment.layers, strict=True)
@@ -313,6 +353,33 @@ def _mapped(path: epath.Path, like: Sequence[LayerMemory], slots: int) -> list[_
     return layers
 
 
+def own(path: epath.Path) -> epath.Path:
+    """The directory of this process in that of a memory, which is the same where it is alone."""
+    if jax.process_count() == 1:
+        return path
+    return path / f"process-{jax.process_index()}-of-{jax.process_count()}"
+
+
+def check_processes(path: epath.Path) -> None:
+    """Checks that a directory has no memory of another number of processes.
+
+    Raises:
+      UserError: says of how many it is.
+    """
+    found = (re.fullmatch(r"process-\d+-of-(\d+)", x.name) for x in path.glob("process-*"))
+    counts = {int(x[1]) for x in found if x} | ({1} if (path / DESCRIPTION).exists() else set())
+    if wrong := counts - {jax.process_count()}:
+        raise UserError(
+            f"{path}: a memory that {max(wrong)} processes have written, and of these there are "
+            f"{jax.process_count()}: run as many, or read the text again"
+        )
+
+
+def of_all_processes(value: Any) -> np.ndarray:
+    """What all processes say, [processes]; each waits for the others."""
+    return process_allgather(np.asarray(value)).reshape(-1)
+
+
 def create(directory: epath.PathLike, like: Memory, window: int, **content: Any) -> Segments:
     """Makes a directory for a memory with nothing in it.
 
@@ -324,12 +391,15 @@ def create(directory: epath.PathLike, like: Memory, window: int, **content: Any)
     Raises:
       UserError: something is there, or it cannot be made.
     """
-    path = epath.Path(os.path.realpath(path_of(directory)))
-    if path.exists() and (not path.is_dir() or {x.name for x in path.iterdir()} - {DESCRIPTION}):
-        what = "holds a memory already: go on from it with load_memory, or"
-        raise UserError(
-            f"{path}: {what if is_one(path) else 'something else is there:'} give a new name"
-        )
+    whole = epath.Path(os.path.realpath(path_of(directory)))
+    path, ours = own(whole), rf"{DESCRIPTION}|process-\d+-of-{jax.process_count()}.*"
+    for place in (whole, path):
+        names = [x.name for x in place.iterdir()] if place.is_dir() else []
+        if place.exists() and not (place.is_dir() and all(re.fullmatch(ours, x) for x in names)):
+            what = "holds a memory already: go on from it with load_memory, or"
+            raise UserError(
+                f"{place}: {what if is_one(place) else 'something else is there:'} give a new name"
+            )
     slots = _slots(window)
     sealed = seal({**formats.SEGMENTS.number, "slots": slots, **content})
     with new_directory(path, DESCRIPTION) as half:
@@ -349,12 +419,13 @@ def _slots(window: int) -> int:
 def _empty(path: epath.Path | None, like: Memory, slots: int, root: int) -> Segments:
     keys = [layer.k for layer in like.layers]
     indexes = tuple(clusters.no_index(k.x.shape[1], k.dim) for k in keys)
-    return Segments(path, slots, root, indexes)
+    place = {"process": jax.process_index(), "processes": jax.process_count()}
+    return Segments(path, slots, root, indexes, **place)
 
 
 def is_one(path: epath.Path) -> bool:
-    """Whether a directory holds a memory in segments."""
-    return (path / DESCRIPTION).exists()
+    """Whether a directory holds a memory in segments, or this process's part of one."""
+    return (own(path) / DESCRIPTION).exists()
 
 
 def describe(path: epath.Path) -> dict[str, Any]:
@@ -363,13 +434,13 @@ def describe(path: epath.Path) -> dict[str, Any]:
     Raises:
       UserError: it is damaged, or of a newer fot_jax.
     """
-    content = _unsealed(path / DESCRIPTION)["content"]
+    content = _unsealed(own(path) / DESCRIPTION)["content"]
     formats.SEGMENTS.check(path, content)
     return content
 
 
 def load(path: epath.Path, like: Memory) -> Segments:
-    """The segments of a directory, with all checksums compared.
+    """The segments of a directory, with all checksums compared; those that all processes have.
 
     Args:
       like: a memory of the same types and shapes, but for its slots.
@@ -377,9 +448,11 @@ def load(path: epath.Path, like: Memory) -> Segments:
     Raises:
       UserError: names the first segment that is not what was written.
     """
-    path = epath.Path(os.path.realpath(path))
+    path = own(epath.Path(os.path.realpath(path)))
     sealed = _unsealed(path / DESCRIPTION)
     segments = _empty(path, like, sealed["content"]["slots"], sealed["crc32"])
+    if len(set(of_all_processes(np.uint32(segments.root)).tolist())) > 1:
+        raise UserError(f"{path}: another memory than those of other processes: give a new name")
     names = _names(path)
     position = 0
     while names:
@@ -397,14 +470,13 @@ def load(path: epath.Path, like: Memory) -> Segments:
             for name, crc32 in content["crc32"].items():
                 if _crc32(place / name) != crc32:
                     raise ValueError(f"{name} is not what was written")
-            layers = _mapped(place, like.layers, segments.slots * count)
+            layers = _mapped(place, like.layers, segments.room * count)
         except (ValueError, OSError) as error:
             raise UserError(f"{place}: damaged ({error}): read the text again") from error
-        segment = _Segment(
-            first, count, content["tokens"], sealed["crc32"], content["after"], layers
-        )
+        tokens = content["tokens"], content.get("of_all", content["tokens"])
+        segment = _Segment(first, count, *tokens, sealed["crc32"], content["after"], layers)
         segments = segments._with(segment)
-    return segments
+    return segments._up_to(of_all_processes(position).min())
 
 
 def restart(memory: Memory) -> Memory:

@@ -45,7 +45,8 @@ class MemoryConfig:
         same directory goes on from what is there.
 
     In a directory, or with an index, memory is in segments: of one text, or of several that share
-    it, on one device, and nothing is forgotten.
+    it, and nothing is forgotten. It is on one device or, where several processes run together, on
+    one of each: all have their share of it in files of their own.
     """
 
     size: int | None = None
@@ -199,9 +200,8 @@ class State:
         piece = {"tokens": tokens, "valid": valid, "advance": advance.astype(np.int32)}
         piece |= {"params": params, "cache": self.cache, "memory": self.memory}
         if self.has_segments:
-            hidden, self.cache = forward.run_over_segments(
-                self.model, self.config.lookup, closed=self.segments.of_layers(), **piece
-            )
+            piece |= {"closed": self.segments.of_layers(), "in_closed": self.segments.tokens}
+            hidden, self.cache = forward.run_over_segments(self.model, self.config.lookup, **piece)
         else:
             hidden, self.cache = forward.run(self.model, self.config.lookup, self.mesh, **piece)
         return hidden
@@ -343,8 +343,8 @@ def check_segments(c: ModelConfig, mesh: Mesh | None, rows: int, config: MemoryC
         )
     if mesh is not None:
         raise UserError(
-            f"{config.segments}, which is read on one device, and the model is on {mesh.size}: "
-            "load it on one, or leave the memory as it is by default"
+            f"{config.segments}, which is read on one device of a process, and the model is on "
+            f"{mesh.size}: load it on one, or leave the memory as it is by default"
         )
     if rows > 1 and not config.shared:
         raise UserError(

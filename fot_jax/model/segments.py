@@ -9,12 +9,17 @@ these clusters, from RAM or from mapped files; the device finds the best keys, a
 their values. What travels, is computed and is read from files follows from IndexedTopK.visited and
 k; only centres are one for every 128 keys.
 
+Several processes, each with segments of its own, attend together: each finds its best keys, all
+learn which of them are the best of all, and the parts of the softmax are merged. For an index,
+`visited` is divided among them.
+
 Letters: B rows, K key/value heads, N queries of a key/value head, D head dim, k keys of a query, L
 keys that are visited, V clusters.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
@@ -23,6 +28,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Array, Float, Int
 
 from fot_jax.model import clusters
@@ -57,10 +63,17 @@ class Segment(NamedTuple):
 
 
 class Closed(NamedTuple):
-    """The segments of a layer that nothing is added to, each of one row."""
+    """The segments of a layer that nothing is added to, each of one row.
+
+    Attributes:
+      segments, index: of what this process holds; of others as many, of the same slots.
+      process, processes: which it is, of those that memory is spread over.
+    """
 
     segments: Sequence[Segment]
     index: Index
+    process: int = 0
+    processes: int = 1
 
     @property
     def ends(self) -> Int[np.ndarray, " segments"]:
@@ -74,33 +87,55 @@ def attend(
     """Attention of scaled queries over all closed segments and the open one.
 
     Args:
-      closed: one or more.
+      closed: one or more segments. Where several processes have them, all make the same call.
+      opened: the same in all processes.
 
     Returns:
       Parts [B, K, N].
     """
-    if isinstance(lookup, IndexedTopK):
-        return _attend_index(lookup, q, closed, opened)
-    segments = [*closed.segments, *([] if opened is None else [opened])]
     if isinstance(lookup, TopK):
-        return _attend_best(lookup, q, segments)
+        return _attend_best(lookup, q, closed, opened)
     parts = partial_softmax.no_parts(q)
-    for segment in segments:
+    for segment in closed.segments:
         before, parts = parts, _add_segment(lookup, q, segment, parts)
         jax.block_until_ready(before)  # no more than two segments are on the devices
-    return parts
+    parts = _of_all_processes(closed, parts)
+    return parts if opened is None else _add_segment(lookup, q, opened, parts)
 
 
-def _attend_best(lookup: TopK, q, segments: Sequence[Segment]) -> Parts:
-    """Goes through the keys of all segments, then through the values of what was found."""
+def _attend_best(lookup: TopK, q, closed: Closed, opened: Segment | None) -> Parts:
+    """Finds the best keys of all, then goes to the values of those that this process holds."""
+    by_index = isinstance(lookup, IndexedTopK)
+    found = (search if by_index else _search_closed)(lookup, q, closed)
+    scores, slots = _best_of_processes(closed, *found)
+    start = closed.processes * closed.ends[-1]
+    if opened is not None:
+        layer, visible = opened
+        scores, slots = _search_segment(lookup, q, layer.k, visible, start, (scores, slots))
+    here = slots
+    if closed.processes > 1:
+        ours = (slots < start) & (slots % closed.processes == closed.process)
+        here = jnp.where(ours, slots // closed.processes, -1)
+    attend = _attend_values if by_index else _attend_closed
+    parts = _of_all_processes(closed, attend(q, closed, scores, here))
+    return parts if opened is None else _add_found(q.dtype, scores, slots, layer.v, start, parts)
+
+
+def _search_closed(lookup: TopK, q, closed: Closed):
+    """As `search`, through all keys."""
     best, start = none_found((*q.shape[:3], lookup.k)), 0
-    for layer, visible in segments:
+    for layer, visible in closed.segments:
         before, best = best, _search_segment(lookup, q, layer.k, visible, start, best)
         jax.block_until_ready(before)
         start += layer.k.slots
+    return best
+
+
+def _attend_closed(q, closed: Closed, scores, slots) -> Parts:
+    """Attention to slots [B, K, N, k], those of closed segments, through all values."""
     parts, start = partial_softmax.no_parts(q), 0
-    for layer, _ in segments:
-        before, parts = parts, _add_found(q.dtype, *best, layer.v, start, parts)
+    for layer, _ in closed.segments:
+        before, parts = parts, _add_found(q.dtype, scores, slots, layer.v, start, parts)
         jax.block_until_ready(before)
         start += layer.v.slots
     return parts
@@ -160,29 +195,48 @@ def _in_rows(x, B: int):
     return x.reshape(x.shape[1], B, -1, *x.shape[3:]).swapaxes(0, 1)
 
 
+# --- Over processes ------------------------------------------------------------------------------
+
+
+def _of_all_processes(closed: Closed, parts: Parts) -> Parts:
+    """The parts of all processes as one."""
+    if closed.processes == 1:
+        return parts
+    every = process_allgather(parts)
+    each = [jax.tree.map(lambda x, i=i: x[i], every) for i in range(closed.processes)]
+    return functools.reduce(_merge, each)
+
+
+_merge = jax.jit(partial_softmax.merge)
+
+
+def _best_of_processes(closed: Closed, scores, slots):
+    """The best k of what all processes found, whose slots take turns: s of process p is s P + p."""
+    if closed.processes == 1:
+        return scores, slots
+    found = process_allgather((scores, slots * closed.processes + closed.process))
+    each = list(zip(*found, strict=True))
+    return functools.reduce(functools.partial(_better, k=scores.shape[-1]), each)
+
+
+_better = jax.jit(better, static_argnames="k")
+
+
 # --- By the index --------------------------------------------------------------------------------
-
-
-def _attend_index(lookup: IndexedTopK, q, closed: Closed, opened: Segment | None) -> Parts:
-    scores, slots = search(lookup, q, closed)
-    if opened is not None:
-        layer, visible = opened
-        start = closed.ends[-1]
-        scores, slots = _search_segment(lookup, q, layer.k, visible, start, (scores, slots))
-    parts = _attend_gathered(q.dtype, *_values(closed, scores, slots), q.shape[0])
-    return parts if opened is None else _add_found(q.dtype, scores, slots, layer.v, start, parts)
 
 
 def search(
     lookup: IndexedTopK, q: Float[AnyArray, "B K N D"], closed: Closed
 ) -> tuple[Float[Array, "B K N k"], Int[Array, "B K N k"]]:
-    """The best keys of closed segments, as far as the index leads to them.
+    """The best keys of this process's closed segments, as far as the index leads to them.
 
     Returns:
       Scores, float32 and descending, and slots, int32, counted through all segments. Where fewer
       than k keys were visited, the rest of the scores are MASKED.
     """
     B = q.shape[0]
+    visited = max(lookup.k, -(-lookup.visited // closed.processes))
+    lookup = dataclasses.replace(lookup, visited=visited)
     q, index = _in_one_row(q), closed.index
     most = 8 + 4 * lookup.visited // clusters.SLOTS  # as many as are needed where they are small
     near, ids = _best_clusters(q, index.centres, len(index.segment), most)
@@ -240,11 +294,16 @@ def _best_gathered(q, keys: Stored, slots, k: int):
     return scores, jnp.take_along_axis(slots, at, -1)
 
 
+def _attend_values(q, closed: Closed, scores, slots) -> Parts:
+    """As `_attend_closed`, through no values but those of the slots."""
+    return _attend_gathered(q.dtype, *_values(closed, scores, slots), q.shape[0])
+
+
 def _values(closed: Closed, scores, slots):
     """Scores [1, K, n, k] of what was found in closed segments, else MASKED, and the values."""
     scores, slots = (np.asarray(_in_one_row(x))[0] for x in (scores, slots))
     ends = closed.ends
-    here = (scores > MASKED / 2) & (slots < ends[-1])
+    here = (scores > MASKED / 2) & (slots >= 0) & (slots < ends[-1])
     slots = np.where(here, slots, 0)
     segment = np.searchsorted(ends, slots, side="right")
     starts = np.append(0, ends)

@@ -1,0 +1,120 @@
+"""Several processes that spread a memory in segments say what one says, after kills, too."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from readers import C, model_of, random_text
+
+from fot_jax.common.errors import UserError
+from fot_jax.inference import segment_files
+from fot_jax.inference.state import MemoryConfig
+from fot_jax.model import clusters
+from fot_jax.model.lookup import IndexedTopK, TopK
+from tpu.local import free_port
+
+SEGMENT = 2 * C
+TEXT, MORE = random_text(1, 5 * SEGMENT + C + 9), random_text(1, 3 * C, seed=1)
+LLAMA, SCALED = "llama", "llama without positions in memory layers"
+
+
+def memories(directory, few):
+    """Models, and memories for them: in files and in RAM."""
+    yield LLAMA, MemoryConfig(lookup=TopK(7), directory=f"{directory}/memory")
+    if not few:
+        yield SCALED, MemoryConfig(directory=f"{directory}/scaled")
+        yield LLAMA, MemoryConfig(lookup=IndexedTopK(7, 2_000))  # which goes to all that there is
+
+
+def read(lm, config):
+    """Logits of what follows a text, from its memory, and from the same when it has been loaded."""
+    state = lm.read(TEXT, memory=config, last_context_length=14)
+    yield "after", lm.logits(MORE, state=state.copy())
+    if config.directory:
+        lm.save_memory(state, config.directory)
+        state = lm.load_memory(config.directory, IndexedTopK(7, 2_000))
+        yield "loaded", lm.logits(MORE, state=state)
+        lm.save_memory(state, config.directory)  # with more segments in its files
+        yield "on", lm.logits(MORE, state=lm.load_memory(config.directory, config.lookup))
+
+
+def start(directory, processes, *arguments):
+    together = {
+        "FOT_COORDINATOR": f"127.0.0.1:{free_port()}",
+        "FOT_PROCESSES": str(processes),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    script = Path(__file__).with_name("segments_of_processes.py")
+    return [
+        subprocess.Popen(
+            [sys.executable, script, directory, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **together, "FOT_PROCESS_ID": str(i)},
+        )
+        for i in range(processes)
+    ]
+
+
+def ended(processes):
+    """Waits for all; their exit codes and what they wrote."""
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], "\n".join(outputs)
+
+
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch):
+    monkeypatch.setattr(segment_files, "TOKENS", SEGMENT)
+    monkeypatch.setattr(clusters, "FEW", 2)
+
+
+def assert_as_one_process(directory, few=False):
+    for number, (name, config) in enumerate(memories(directory / "alone", few)):
+        with np.load(directory / f"{number}.npz") as got:
+            for part, want in read(model_of(name), config):
+                np.testing.assert_allclose(got[part], want, atol=1e-5, err_msg=part)
+
+
+@pytest.mark.slow
+def test_three_processes(tmp_path):
+    processes = start(tmp_path, 3, "all")
+    codes, outputs = ended(processes)
+    assert codes == [0, 0, 0], outputs
+    assert_as_one_process(tmp_path)
+    # No other number of processes takes it for its own.
+    with pytest.raises(UserError, match="memory: a memory that 3 processes have written, and of"):
+        model_of(LLAMA).load_memory(tmp_path / "memory")
+    with pytest.raises(UserError, match="memory: a memory that 3 processes have written, and of"):
+        model_of(LLAMA).read(TEXT, memory=MemoryConfig(directory=str(tmp_path / "memory")))
+
+
+# A segment has eight files: while the third one is written; while four are merged.
+@pytest.mark.slow
+@pytest.mark.parametrize("files, segments", [(19, 2), (35, 4)])
+def test_one_is_killed(tmp_path, files, segments):
+    processes = start(tmp_path, 2, "few", str(files))
+    try:
+        assert processes[1].wait(timeout=300) == -signal.SIGKILL
+        last = tmp_path / "memory" / "process-0-of-2" / f"segment-{segments:06}-{segments:06}"
+        deadline = time.monotonic() + 60
+        while files == 19 and not last.exists():  # which the other one has closed
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    codes, outputs = ended(start(tmp_path, 2, "few"))
+    assert codes == [0, 0], outputs
+    assert f"memory: has the first {segments * SEGMENT} of {TEXT.size} tokens: going on" in outputs
+    assert_as_one_process(tmp_path, few=True)
