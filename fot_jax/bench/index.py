@@ -104,8 +104,8 @@ def _recall(scores, best: np.ndarray) -> float:
 
 
 def _times(run: Callable[[Any], Any], q) -> dict[str, float]:
-    axis = q.ndim - 2
-    alone = best_of(lambda: [run(q.take(np.array([i]), axis)) for i in range(8)]) / 8
+    ones = [q.take(np.array([i]), q.ndim - 2) for i in range(8)]
+    alone = best_of(lambda: [run(one) for one in ones]) / 8
     return {"alone_s": alone, "of_all_s": best_of(lambda: run(q)) / QUERIES}
 
 

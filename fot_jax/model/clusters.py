@@ -11,6 +11,10 @@ normalises them. Clusters are ranked by the inner product of query and centre, a
 a trained model's queries lie far from all of its keys (in SmolLM2 they are a tenth as long), where
 the distance to a key says little but how long the key is.
 
+Where there are very many centres a query does not score all of them: those of each segment are in
+groups around centres of their own, and a query goes to the best groups as it goes to the best
+clusters. Groups are in RAM alone, made when a segment is closed or loaded.
+
 Letters: K key/value heads, M slots of a segment, D head dim, C clusters of a segment.
 """
 
@@ -36,9 +40,11 @@ ROUNDS = 8  # of k-means
 SAMPLE = 32  # keys for each centre that they go over
 BLOCK = 2**12  # keys that are assigned at a time
 ROUNDS_OF_MERGED = 3  # of k-means, which begins with what was found before
-COMPARED = 2**13  # centres that a key is compared with, at most
+COMPARED = 2**13  # centres that a key is compared with, at most; and groups, a centre
+COMPARED_GROUPS = 2**9
 NEAR = 8
 FEW = 512  # centres are a multiple of this while segments are merged: few sizes to compile for
+OF_GROUP = 32  # centres, on average
 
 
 class Clusters(NamedTuple):
@@ -48,31 +54,61 @@ class Clusters(NamedTuple):
     starts: Int[AnyArray, "1 K C+1"]  # int32: cluster c has the slots starts[c] … starts[c + 1] - 1
 
 
-class Index(NamedTuple):
-    """The clusters of all segments of one layer, one segment after another."""
+class Level(NamedTuple):
+    """Where vectors of all segments of one layer are: in clusters, one segment after another."""
 
     centres: Stored  # [1, K, as many as there is room for, D] float32
     segment: Int[np.ndarray, " clusters"]
-    first: Int[np.ndarray, "K clusters"]  # slot in its segment
+    first: Int[np.ndarray, "K clusters"]  # vector of its segment
     size: Int[np.ndarray, "K clusters"]
+
+    def up_to(self, segment: int) -> Level:
+        """Of the segments before one, only."""
+        count = np.searchsorted(self.segment, segment)
+        return Level(self.centres, *(x[..., :count] for x in self[1:]))
+
+    def with_segment(self, number: int, centres, first, size) -> Level:
+        """With that of a number; the array of centres is made twice as long when it is full."""
+        x, used, more = self.centres.x, len(self.segment), centres.shape[2]
+        while used + more > x.shape[2]:
+            x = jnp.pad(x, [(0, 0), (0, 0), (0, x.shape[2]), (0, 0)])
+        return Level(
+            Stored(_with_centres(x, centres, used), None),
+            np.append(self.segment, np.full(more, number)),
+            np.append(self.first, first, axis=1),
+            np.append(self.size, size, axis=1),
+        )
+
+
+class Index(NamedTuple):
+    """The clusters of all segments of one layer, and groups of these.
+
+    Attributes:
+      clusters: of keys; those of a segment are in the order of their groups.
+      groups: of centres of clusters.
+      centres: [1, K, clusters, D] of every segment: what is in the groups.
+    """
+
+    clusters: Level
+    groups: Level
+    centres: tuple[Stored, ...] = ()
 
     def up_to(self, segment: int) -> Index:
         """Of the segments before one, only."""
-        count = np.searchsorted(self.segment, segment)
-        return Index(self.centres, *(x[..., :count] for x in self[1:]))
+        levels = self.clusters.up_to(segment), self.groups.up_to(segment)
+        return Index(*levels, self.centres[:segment])
 
     def with_segment(self, clusters: Clusters) -> Index:
-        """With one more; the array of centres is made twice as long when it is full."""
-        x, used, more = self.centres.x, len(self.segment), clusters.centres.shape[2]
-        while used + more > x.shape[2]:
-            x = jnp.pad(x, [(0, 0), (0, 0), (0, x.shape[2]), (0, 0)])
-        number = self.segment[-1] + 1 if used else 0
-        starts = np.asarray(clusters.starts)[0]
+        """With one more."""
+        centres, starts = (np.asarray(x)[0] for x in clusters)
+        orders, groups = _grouped(centres, np.diff(starts))
+        centres = np.take_along_axis(centres, orders[..., None], 1)[None]
+        first, size = (np.take_along_axis(x, orders, 1) for x in (starts[:, :-1], np.diff(starts)))
+        number, of_group = len(self.centres), groups.starts[0]
         return Index(
-            Stored(_with_centres(x, clusters.centres, used), None),
-            np.append(self.segment, np.full(more, number)),
-            np.append(self.first, starts[:, :-1], axis=1),
-            np.append(self.size, np.diff(starts), axis=1),
+            self.clusters.with_segment(number, centres, first, size),
+            self.groups.with_segment(number, groups.centres, of_group[:, :-1], np.diff(of_group)),
+            (*self.centres, Stored(centres, None)),
         )
 
 
@@ -80,7 +116,23 @@ def no_index(heads: int, dim: int) -> Index:
     """Of no segment yet."""
     nothing = np.zeros((heads, 0), int)
     centres = jnp.zeros((1, heads, 512, dim), jnp.float32)
-    return Index(Stored(centres, None), nothing[0], nothing, nothing)
+    level = Level(Stored(centres, None), nothing[0], nothing, nothing)
+    return Index(level, level)
+
+
+def _grouped(
+    centres: Float[np.ndarray, "K C D"], size: Int[np.ndarray, "K C"]
+) -> tuple[Int[np.ndarray, "K C"], Clusters]:
+    """The order of clusters by their groups, empty clusters last, and the groups."""
+    orders, by_head = [], []
+    for x, members in zip(centres, size, strict=True):
+        used = np.flatnonzero(members)
+        order, groups = used[:0], Clusters(x[:0], np.zeros(1, int))
+        if len(some := x[used]):
+            order, groups = _merged_head([Stored(some, None)], some[::OF_GROUP], COMPARED_GROUPS)
+        orders.append(np.append(used[order], np.flatnonzero(members == 0)))
+        by_head.append(groups)
+    return np.stack(orders), _of_heads(by_head)
 
 
 @jax.jit
@@ -175,37 +227,44 @@ def merged(
         ]
         used = [np.diff(np.asarray(x.starts)[0, head]) > 0 for x in each]
         centres = [np.asarray(x.centres)[0, head, u] for x, u in zip(each, used, strict=True)]
-        order, clusters = _merged_head(of_head, np.concatenate(centres))
+        order, clusters = _merged_head(of_head, np.concatenate(centres), COMPARED)
         orders.append(order)
         by_head.append(clusters)
+    return orders, _of_heads(by_head)
+
+
+def _of_heads(by_head: Sequence[Clusters]) -> Clusters:
+    """The clusters of heads, [C, D] and [C + 1] each, as those of a layer."""
     most = max(len(x.centres) for x in by_head)
     centres = [np.pad(x.centres, [(0, most - len(x.centres)), (0, 0)]) for x in by_head]
     starts = [np.pad(x.starts, (0, most + 1 - len(x.starts)), mode="edge") for x in by_head]
-    return orders, Clusters(np.stack(centres)[None], np.stack(starts)[None].astype(np.int32))
+    return Clusters(np.stack(centres)[None], np.stack(starts)[None].astype(np.int32))
 
 
-def _merged_head(keys: Sequence[Stored], centres: np.ndarray) -> tuple[np.ndarray, Clusters]:
-    """Of one head: keys [n, D] of every segment, and all centres [C, D] there are."""
+def _merged_head(
+    keys: Sequence[Stored], centres: np.ndarray, compared: int
+) -> tuple[np.ndarray, Clusters]:
+    """Of one head: keys [n, D] of every segment, and the centres [C, D] to begin with."""
     count = sum(len(x.x) for x in keys)
     more = -len(centres) % FEW  # nothing is assigned to the second of two that are alike
     centres = np.pad(centres, [(0, more), (0, 0)], mode="edge")
     at = np.linspace(0, count, min(count, SAMPLE * len(centres)), endpoint=False).astype(int)
     sample = jax.tree.map(lambda *x: taken(x, at), *keys)
     for _ in range(ROUNDS_OF_MERGED):
-        centres = np.asarray(_moved(sample, _assigned([sample], centres), centres))
-    nearest = _assigned(keys, centres)
+        centres = np.asarray(_moved(sample, _assigned([sample], centres, compared), centres))
+    nearest = _assigned(keys, centres, compared)
     order = np.argsort(nearest, kind="stable")
     used, starts = np.unique(nearest[order], return_index=True)
     return order, Clusters(centres[used], np.append(starts, count))
 
 
-def _assigned(keys: Sequence[Stored], centres: np.ndarray) -> Int[np.ndarray, " n"]:
+def _assigned(keys: Sequence[Stored], centres: np.ndarray, compared: int) -> Int[np.ndarray, " n"]:
     """Which of centres [C, D] is closest to each of the keys [n, D] of several arrays.
 
-    Of more than COMPARED centres, the closest of those around a cell that the key is in, NEAR times
-    as many as a cell has.
+    Of more than `compared` centres, the closest of those around a cell that the key is in, NEAR
+    times as many as a cell has.
     """
-    if len(centres) <= COMPARED:
+    if len(centres) <= compared:
         return _nearest_in_blocks(keys, centres)
     count = 1 << len(centres).bit_length() // 2
     cells = np.asarray(_trained(centres, centres[:: len(centres) // count][:count]))
@@ -257,7 +316,7 @@ def taken(arrays: Sequence[np.ndarray], slots: np.ndarray) -> np.ndarray:
     ends = np.cumsum([len(x) for x in arrays])
     which = np.searchsorted(ends, slots, side="right")
     out = np.empty((len(slots), *arrays[0].shape[1:]), arrays[0].dtype)
-    for i, x in enumerate(arrays):
+    for i in np.flatnonzero(np.bincount(which, minlength=len(arrays))):
         at = np.flatnonzero(which == i)
-        out[at] = x[slots[at] - (ends[i] - len(x))]
+        out[at] = arrays[i][slots[at] - (ends[i] - len(arrays[i]))]
     return out

@@ -128,7 +128,7 @@ class ApproximateTopK(TopK):
             block //= 2
 
         def step(i, best):
-            scores = _scores(q, keys.slot(i * block, block, q.dtype))
+            scores = scores_of(q, keys.slot(i * block, block, q.dtype))
             scores = jnp.where(_seen(visible, i * block, block), scores, MASKED)
             found, at = self.best(scores)
             return better(best, (found, at.astype(jnp.int32) + i * block), self.k)
@@ -239,7 +239,7 @@ def _best_groups(q, keys: Stored, visible, k: int, group: int) -> Int[Array, "B 
         many *= 2
 
     def largest(i):
-        scores = _scores(q, keys.slot(i * block, block, q.dtype))
+        scores = scores_of(q, keys.slot(i * block, block, q.dtype))
         scores = jnp.where(_seen(visible, i * block, block), scores, MASKED)
         return scores.reshape(B, K, N, block // group, group).max(-1)
 
@@ -265,7 +265,7 @@ def _search_all(q, keys: Stored, visible, k: int):
     seen = _seen(visible, 0, keys.slots)
 
     def of_queries(args):
-        scores = jnp.where(seen, _scores(args[0], x), MASKED)
+        scores = jnp.where(seen, scores_of(args[0], x), MASKED)
         scores = jnp.pad(
             scores, [(0, 0)] * 3 + [(0, max(0, k - keys.slots))], constant_values=MASKED
         )
@@ -328,7 +328,7 @@ def _dot(q, k):
     return jnp.einsum("bknd,bksd->bkns", q, k, preferred_element_type=jnp.float32)
 
 
-def _scores(q, k):
+def scores_of(q, k):
     """The same where they decide which keys are the best."""
     return einsum("bknd,bksd->bkns", q, k)
 

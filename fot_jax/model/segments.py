@@ -19,9 +19,9 @@ keys that are visited, V clusters.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -29,12 +29,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from fot_jax.model import clusters
 from fot_jax.model.attention import partial_softmax
 from fot_jax.model.attention.partial_softmax import MASKED, AnyArray, Parts
-from fot_jax.model.clusters import Index
+from fot_jax.model.clusters import Index, Level
 from fot_jax.model.lookup import (
     Dense,
     IndexedTopK,
@@ -43,13 +43,14 @@ from fot_jax.model.lookup import (
     attend_found,
     better,
     einsum,
-    exact_search,
     map_queries,
     none_found,
+    scores_of,
 )
 from fot_jax.model.memory import LayerMemory, Stored, decode
 
-GATHERED = 2**26  # bytes of keys that the host gathers at a time
+GATHERED = 2**22  # bytes of keys that the host gathers at a time: they stay in the cache of a CPU
+MANY = 2**16  # centres, of which a query does not score all
 
 
 class Segment(NamedTuple):
@@ -227,7 +228,7 @@ _better = jax.jit(better, static_argnames="k")
 
 def search(
     lookup: IndexedTopK, q: Float[AnyArray, "B K N D"], closed: Closed
-) -> tuple[Float[Array, "B K N k"], Int[Array, "B K N k"]]:
+) -> tuple[Float[np.ndarray, "B K N k"], Int[np.ndarray, "B K N k"]]:
     """The best keys of this process's closed segments, as far as the index leads to them.
 
     Returns:
@@ -236,26 +237,66 @@ def search(
     """
     B = q.shape[0]
     visited = max(lookup.k, -(-lookup.visited // closed.processes))
-    lookup = dataclasses.replace(lookup, visited=visited)
-    q, index = _in_one_row(q), closed.index
-    most = 8 + 4 * lookup.visited // clusters.SLOTS  # as many as are needed where they are small
-    near, ids = _best_clusters(q, index.centres, len(index.segment), most)
-    runs = _clusters_to_visit(index, np.asarray(near)[0], np.asarray(ids)[0], lookup.visited)
+    q, index = _in_one_row(np.asarray(q)), closed.index
+    some = 8 + 4 * visited // clusters.SLOTS  # as many as are needed where they are small
+    best = _best_clusters(index, q, some, visited)
     keys = [segment.layer.k for segment in closed.segments]
+    found = _best_in_clusters(index.clusters, best, q, keys, lookup.k, visited)
+    return tuple(_in_rows(x, B) for x in found)
+
+
+def _best_clusters(index: Index, q, some: int, visited: int):
+    """Scores and numbers of the best clusters; of many, of those in the groups that are visited."""
+    count = len(index.clusters.segment)
+    if count <= MANY:
+        return _best_centres(q, index.clusters.centres, count, some)
+    best = _best_centres(q, index.groups.centres, len(index.groups.segment), some)
+    some = min(some, visited)
+    return _best_in_clusters(index.groups, best, q, index.centres, some, visited)
+
+
+def _best_in_clusters(level: Level, best, q, vectors: Sequence[Stored], k: int, visited: int):
+    """The best k vectors among as many as are visited, of the best clusters; as `search`."""
+    near, ids = (np.asarray(x)[0] for x in best)
+    runs = _clusters_to_visit(level, near, ids, visited)
     K, N, _ = runs.size.shape
-    many = max(1, GATHERED // (K * lookup.visited * keys[0].x[0, 0, 0].nbytes))
+    many = max(1, GATHERED // (K * visited * vectors[0].x[0, 0, 0].nbytes))
     while N % many:
         many -= 1
-    found = [
-        _best_of_runs(lookup, q[:, :, at : at + many], keys, runs.of_queries(at, at + many))
-        for at in range(0, N, many)
-    ]
-    return tuple(_in_rows(jnp.concatenate(x, 2), B) for x in zip(*found, strict=True))
+    found = []
+    for at in range(0, N, many):
+        gathered, slots = _gather(vectors, runs.of_queries(at, at + many), visited)
+        of_queries = 1, K, many, visited
+        gathered = jax.tree.map(lambda x, y=of_queries: x.reshape(*y, *x.shape[1:]), gathered)
+        of_runs = q[:, :, at : at + many], gathered, slots.reshape(of_queries)
+        found.append(_best_gathered(*of_runs, k))
+    return tuple(np.concatenate(x, 2) for x in zip(*found, strict=True))
 
 
 @functools.partial(jax.jit, static_argnames="most")
-def _best_clusters(q, centres: Stored, visible, most: int):
-    return exact_search(q, centres, jnp.full(1, visible), most)
+def _best_centres(q, centres: Stored, visible, most: int):
+    """The scores and numbers of the `most` best of the visible centres [1, K, C, D]; of equal ones
+    the first.
+
+    Choosing takes longer than the product, so it is done twice: among runs of centres by the best
+    of each, then among all of the best runs.
+    """
+    _, K, C, _ = centres.x.shape
+    run = max(1, 1 << int(math.log2(C / most)) // 2)
+    runs = C // run
+
+    def of_queries(args):
+        scores = jnp.where(jnp.arange(C) < visible, scores_of(args[0], centres.x), MASKED)
+        scores = scores.reshape(*scores.shape[:3], runs, run)
+        _, chosen = jax.lax.top_k(scores.max(-1), min(most, runs))
+        chosen = jnp.sort(chosen, -1)[..., None]
+        scores = jnp.take_along_axis(scores, chosen, -2)
+        ids = chosen * run + jnp.arange(run)
+        scores, ids = (x.reshape(*x.shape[:3], -1) for x in (scores, ids))
+        scores, at = jax.lax.top_k(scores, min(most, C))
+        return scores, jnp.take_along_axis(ids, at, -1)
+
+    return map_queries(of_queries, (q,), K * C)
 
 
 class _Runs(NamedTuple):
@@ -269,22 +310,13 @@ class _Runs(NamedTuple):
         return _Runs(*(x[:, start:stop] for x in self))
 
 
-def _clusters_to_visit(index: Index, near, ids, most: int) -> _Runs:
+def _clusters_to_visit(index: Level, near, ids, most: int) -> _Runs:
     """Of the clusters ids [K, N, V], whose centres have scores `near`, the first with most keys."""
     head = np.arange(len(ids))[:, None, None]
     ids = np.minimum(ids, len(index.segment) - 1)  # where there are fewer than V
     size = np.where(near > MASKED / 2, index.size[head, ids], 0)
     before = np.cumsum(size, -1) - size
     return _Runs(index.segment[ids], index.first[head, ids], np.clip(most - before, 0, size))
-
-
-def _best_of_runs(lookup: IndexedTopK, q, keys: Sequence[Stored], runs: _Runs):
-    """The best keys of some queries [1, K, n, D] among those of their runs, as `search`."""
-    K, n, _ = runs.size.shape
-    gathered, slots = _gather(keys, runs, lookup.visited)
-    gathered = jax.tree.map(lambda x: x.reshape(1, K, n, lookup.visited, *x.shape[1:]), gathered)
-    slots = slots.reshape(1, K, n, lookup.visited)
-    return _best_gathered(q, gathered, slots, lookup.k)
 
 
 @functools.partial(jax.jit, static_argnames="k")
@@ -302,15 +334,14 @@ def _attend_values(q, closed: Closed, scores, slots) -> Parts:
 def _values(closed: Closed, scores, slots):
     """Scores [1, K, n, k] of what was found in closed segments, else MASKED, and the values."""
     scores, slots = (np.asarray(_in_one_row(x))[0] for x in (scores, slots))
-    ends = closed.ends
-    here = (scores > MASKED / 2) & (slots >= 0) & (slots < ends[-1])
-    slots = np.where(here, slots, 0)
-    segment = np.searchsorted(ends, slots, side="right")
-    starts = np.append(0, ends)
-    runs = _Runs(segment, slots - starts[segment], here.astype(int))
-    runs = _Runs(*(x.reshape(len(x), -1, 1) for x in runs))
-    values, _ = _gather([segment.layer.v for segment in closed.segments], runs, 1)
-    values = jax.tree.map(lambda x: x.reshape(1, len(scores), -1, *x.shape[1:]), values)
+    here = (scores > MASKED / 2) & (slots >= 0) & (slots < closed.ends[-1])
+    slots = np.where(here, slots, 0).reshape(len(slots), -1)
+
+    def taken(*arrays):
+        of_heads = zip(*(np.asarray(x)[0] for x in arrays), strict=True)
+        return np.stack([clusters.taken(*x) for x in zip(of_heads, slots, strict=True)])[None]
+
+    values = jax.tree.map(taken, *(segment.layer.v for segment in closed.segments))
     return np.where(here, scores, MASKED)[None], values
 
 
@@ -327,32 +358,40 @@ def _gather(stored: Sequence[Stored], runs: _Runs, room: int) -> tuple[Stored, n
 
     Args:
       stored: of every segment, one row.
-      room: for vectors of each query, in the order of its runs.
+      room: for vectors of each query, those of one segment after another.
 
     Returns:
       Stored, but of arrays [K * N * room, ...], and which slots they are of, counted through all
       segments: int32 [K * N * room], -1 where there is no vector.
     """
     K, N, _ = runs.size.shape
-    to = np.arange(K * N).reshape(K, N, 1) * room + np.cumsum(runs.size, -1) - runs.size
-    head = np.broadcast_to(np.arange(K)[:, None, None], to.shape)
-    order = np.argsort(runs.segment, axis=None, kind="stable")
-    segment, first, size, to, head = (x.reshape(-1)[order] for x in (*runs, to, head))
-    # From runs to vectors.
-    segment, first, to, head, start = (
-        np.repeat(x, size) for x in (segment, first, to, head, np.cumsum(size) - size)
-    )
-    step = np.arange(len(start)) - start
-    at, to = first + step, to + step
+    order = np.argsort(runs.segment, axis=-1, kind="stable")
+    segment, first, size = (np.take_along_axis(x, order, -1) for x in runs)
+    slots_of_each = np.array([each.x.shape[2] for each in stored])
+    query = np.arange(K * N).reshape(K, N, 1)
+    # What to take: from each run's number of vectors, all heads of a segment counted, where it is
+    # put, and its slots.
+    at = first + query // N * slots_of_each[segment]
+    to = query * room + np.cumsum(size, -1) - size
+    slot = first + (np.cumsum(slots_of_each) - slots_of_each)[segment]
+    size = size.reshape(-1)
+    steps = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
+    at, to, slot = (np.repeat(x.reshape(-1), size) + steps for x in (at, to, slot))
     slots = np.full(K * N * room, -1, np.int32)
-    slots[to] = np.cumsum([0] + [each.x.shape[2] for each in stored])[segment] + at
-    bounds = np.flatnonzero(np.diff(segment, prepend=-1, append=-1))
+    slots[to] = slot
+    # Takes of a query from a segment.
+    part = np.repeat((query * len(stored) + segment).reshape(-1), size)
+    bounds = np.flatnonzero(np.diff(part, prepend=-1, append=-1))
+    takes = [
+        (part[a] % len(stored), at[a:b], slice(to[a], to[a] + b - a))
+        for a, b in itertools.pairwise(bounds)
+    ]
 
     def gather(arrays):
-        out = np.zeros((len(slots), *arrays[0].shape[3:]), arrays[0].dtype)
-        for start, stop in itertools.pairwise(bounds):
-            x = np.asarray(arrays[segment[start]])[0]
-            out[to[start:stop]] = x[head[start:stop], at[start:stop]]
+        arrays = [np.asarray(x)[0].reshape(-1, *x.shape[3:]) for x in arrays]
+        out = np.zeros((len(slots), *arrays[0].shape[1:]), arrays[0].dtype)
+        for which, at, to in takes:
+            np.take(arrays[which], at, axis=0, out=out[to], mode="clip")  # else through a buffer
         return out
 
     return jax.tree.map(lambda *arrays: gather(arrays), *stored), slots

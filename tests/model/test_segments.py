@@ -64,10 +64,21 @@ def test_segments_are_one_memory(lookup, rows):
     counts=st.lists(st.integers(0, 1024), min_size=1, max_size=3),
     visited=st.sampled_from([10, 100, 600]),
     rows=st.integers(1, 2),
+    in_groups=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_the_best_keys_of_the_nearest_clusters_are_found(storage, counts, visited, rows, seed):
-    """Against NumPy in float64, from the clusters and keys as they are stored."""
+def test_the_best_keys_of_the_nearest_clusters_are_found(
+    storage, counts, visited, rows, in_groups, seed
+):
+    """Against NumPy in float64, from groups, clusters and keys as they are stored."""
+    with pytest.MonkeyPatch.context() as patch:
+        if in_groups:  # of few centres, and groups of few
+            patch.setattr(segments, "MANY", 0)
+            patch.setattr(clusters, "OF_GROUP", 2)
+        check_search(storage, counts, visited, rows, in_groups, seed)
+
+
+def check_search(storage, counts, visited, rows, in_groups, seed):
     rng = np.random.default_rng(seed)
     K, N, D, k = 2, 3, 8, 10
     each = [segment_of(*rng.normal(size=(2, 1, K, n, D)), 1024, storage) for n in counts]
@@ -77,14 +88,28 @@ def test_the_best_keys_of_the_nearest_clusters_are_found(storage, counts, visite
     keys = np.stack(
         [np.asarray(memory.decode(s.layer.k, jnp.float32), float)[0] for s in closed.segments]
     )
-    centres = np.asarray(closed.index.centres.x, np.float64)[0]
+    of_clusters, of_groups, centres = closed.index
+    starts = np.cumsum([0] + [x.x.shape[2] for x in centres])  # numbers of clusters
+    some = 8 + 4 * visited // clusters.SLOTS
     for row, head, n in np.ndindex(rows, K, N):
-        query, to_visit = np.asarray(q[row, head, n], np.float64), []
-        nearest = np.argsort(-centres[head, : len(closed.index.segment)] @ query)
-        for cluster in nearest[: 8 + 4 * visited // clusters.SLOTS]:
-            start = closed.index.segment[cluster] * 1024 + closed.index.first[head, cluster]
-            to_visit += range(start, start + closed.index.size[head, cluster])
-        to_visit = np.array(to_visit[:visited], int)
+        query = np.asarray(q[row, head, n], np.float64)
+
+        def best(level, among, head=head, query=query):
+            """The best `some` of clusters `among`, of those of a level."""
+            scores = np.asarray(level.centres.x, np.float64)[0, head, among] @ query
+            return among[np.argsort(-scores, kind="stable")][:some]
+
+        def visit(level, ids, starts, head=head):
+            """The numbers of the first vectors of clusters, where those of segments begin so."""
+            first = starts[level.segment[ids]] + level.first[head, ids]
+            each = [np.arange(a, a + n) for a, n in zip(first, level.size[head, ids], strict=True)]
+            return np.concatenate([*each, np.zeros(0, int)])[:visited]
+
+        among = np.arange(len(of_clusters.segment))
+        if in_groups:
+            among = visit(of_groups, best(of_groups, np.arange(len(of_groups.segment))), starts)
+            assert (of_clusters.size[head, among] > 0).all()
+        to_visit = visit(of_clusters, best(of_clusters, among), 1024 * np.arange(len(counts)))
         all_scores = keys[:, head].reshape(-1, D) @ query
         want = np.sort(all_scores[to_visit])[::-1][:k]
         found = scores[row, head, n] > MASKED / 2
