@@ -276,14 +276,13 @@ def _best_in_clusters(level: Level, best, q, vectors: Sequence[Stored], k: int, 
 
 @functools.partial(jax.jit, static_argnames="most")
 def _best_centres(q, centres: Stored, visible, most: int):
-    """The scores and numbers of the `most` best of the visible centres [1, K, C, D]; of equal ones
-    the first.
+    """Scores and numbers of the `most` best visible centres, or of all; of equal ones the first.
 
     Choosing takes longer than the product, so it is done twice: among runs of centres by the best
     of each, then among all of the best runs.
     """
     _, K, C, _ = centres.x.shape
-    run = max(1, 1 << int(math.log2(C / most)) // 2)
+    run = 1 << int(math.log2(max(1, C / most))) // 2  # C is 512 times a power of two
     runs = C // run
 
     def of_queries(args):
@@ -311,13 +310,13 @@ class _Runs(NamedTuple):
         return _Runs(*(x[:, start:stop] for x in self))
 
 
-def _clusters_to_visit(index: Level, near, ids, most: int) -> _Runs:
+def _clusters_to_visit(level: Level, near, ids, most: int) -> _Runs:
     """Of the clusters ids [K, N, V], whose centres have scores `near`, the first with most keys."""
     head = np.arange(len(ids))[:, None, None]
-    ids = np.minimum(ids, len(index.segment) - 1)  # where there are fewer than V
-    size = np.where(near > MASKED / 2, index.size[head, ids], 0)
+    ids = np.minimum(ids, len(level.segment) - 1)  # where there are fewer than V
+    size = np.where(near > MASKED / 2, level.size[head, ids], 0)
     before = np.cumsum(size, -1) - size
-    return _Runs(index.segment[ids], index.first[head, ids], np.clip(most - before, 0, size))
+    return _Runs(level.segment[ids], level.first[head, ids], np.clip(most - before, 0, size))
 
 
 @functools.partial(jax.jit, static_argnames="k")
@@ -370,8 +369,7 @@ def _gather(stored: Sequence[Stored], runs: _Runs, room: int) -> tuple[Stored, n
     segment, first, size = (np.take_along_axis(x, order, -1) for x in runs)
     slots_of_each = np.array([each.x.shape[2] for each in stored])
     query = np.arange(K * N).reshape(K, N, 1)
-    # What to take: from each run's number of vectors, all heads of a segment counted, where it is
-    # put, and its slots.
+    # Of the first vector of each run: its row among those of all heads, where it is put, its slot.
     at = first + query // N * slots_of_each[segment]
     to = query * room + np.cumsum(size, -1) - size
     slot = first + (np.cumsum(slots_of_each) - slots_of_each)[segment]

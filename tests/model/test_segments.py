@@ -62,7 +62,7 @@ def test_segments_are_one_memory(lookup, rows):
 @given(
     storage=st.sampled_from(memory.STORAGE),
     counts=st.lists(st.integers(0, 1024), min_size=1, max_size=3),
-    visited=st.sampled_from([10, 100, 600]),
+    visited=st.sampled_from([10, 100, 600, 100_000]),
     rows=st.integers(1, 2),
     in_groups=st.booleans(),
     seed=st.integers(0, 2**16),
