@@ -54,8 +54,7 @@ class Compute:
 
     Attributes:
       dtype: of activations and matrix products: "float32" or "bfloat16".
-      remat: what is recomputed in the backward pass: "none"; "dots", all but matrix products and
-        attention, which takes less memory and, where that is slow, less time; or "full".
+      remat: what is recomputed in the backward pass: "none", "dots" or "full".
       accumulation: microbatches a step, each of whole crossbatch groups.
       mesh: devices along the axes replica, data, fsdp, tensor.
       topology: the TPU slice that the mesh is for, "v4-128": what `fot compile` compiles for and
@@ -64,7 +63,7 @@ class Compute:
     """
 
     dtype: str = "float32"
-    remat: str = "dots"
+    remat: str = "none"
     accumulation: int = 1
     mesh: MeshShape = MeshShape()
     topology: str | None = None
