@@ -143,7 +143,12 @@ class LanguageModel:
         Processes of one device each, which share such a memory, otherwise all do the same.
         """
         spread = self.mesh is not None and self.mesh.size == jax.process_count() > 1
-        return self.on_one_device() if in_segments and spread else self
+        return self._alone if in_segments and spread else self
+
+    @functools.cached_property
+    def _alone(self) -> LanguageModel:
+        """on_one_device, once: its fingerprint takes as long as reading all parameters."""
+        return self.on_one_device()
 
     # --- Text --------------------------------------------------------------------------------
 

@@ -44,10 +44,6 @@ from fot_jax.model.lookup import Dense, IndexedTopK, Lookup
 from fot_jax.model.memory import Memory
 
 DESCRIPTION = "memory.json"
-SEVERAL = (
-    "a memory over several processes is saved in files as it is read, or not at all: give the "
-    "directory before, as MemoryConfig.directory"
-)
 CHUNK = 2**24  # bytes of an array that are written at a time; a file says what its own are
 
 
@@ -123,7 +119,10 @@ def check_processes(path: epath.PathLike, state: State | None) -> None:
       UserError: only those in segments are, by several.
     """
     if jax.process_count() > 1 and (state is None or state.segments is None):
-        raise UserError(f"{path}: {SEVERAL}")
+        raise UserError(
+            f"{path}: a memory over several processes is saved in files as it is read, or not at "
+            "all: give the directory before, as --memory_directory or MemoryConfig.directory"
+        )
 
 
 def check_place(path: epath.PathLike, loaded: epath.PathLike | None = None) -> None:

@@ -401,7 +401,8 @@ def create(directory: epath.PathLike, like: Memory, window: int, **content: Any)
                 f"{place}: {what if is_one(place) else 'something else is there:'} give a new name"
             )
     slots = _slots(window)
-    sealed = seal({**formats.SEGMENTS.number, "slots": slots, **content})
+    of = {"slots": slots, "processes": jax.process_count()}
+    sealed = seal({**formats.SEGMENTS.number, **of, **content})
     with new_directory(path, DESCRIPTION) as half:
         (half / DESCRIPTION).write_text(json.dumps(sealed))
     return _empty(path, like, slots, sealed["crc32"])
@@ -432,10 +433,15 @@ def describe(path: epath.Path) -> dict[str, Any]:
     """What `create` was told.
 
     Raises:
-      UserError: it is damaged, or of a newer fot_jax.
+      UserError: it is damaged, of a newer fot_jax, or the share of one of several processes.
     """
     content = _unsealed(own(path) / DESCRIPTION)["content"]
     formats.SEGMENTS.check(path, content)
+    if content.get("processes", 1) != jax.process_count():
+        raise UserError(
+            f"{path}: one process's share of a memory: give the directory that it is in, to "
+            f"{content['processes']} processes"
+        )
     return content
 
 

@@ -150,7 +150,8 @@ class IndexedTopK(TopK):
     is not in a closed segment yet is searched exactly.
 
     Attributes:
-      visited: keys of closed segments that are scored for each query and head.
+      visited: keys of closed segments that are scored for each query and head; in a very large
+        memory as many centres of their clusters, too. Processes that share a memory divide it.
     """
 
     visited: int = 4_096

@@ -96,6 +96,8 @@ def test_three_processes(tmp_path):
         model_of(LLAMA).load_memory(tmp_path / "memory")
     with pytest.raises(UserError, match="memory: a memory that 3 processes have written, and of"):
         model_of(LLAMA).read(TEXT, memory=MemoryConfig(directory=str(tmp_path / "memory")))
+    with pytest.raises(UserError, match="process-1-of-3: one process's share of a memory: give"):
+        model_of(LLAMA).load_memory(tmp_path / "memory" / "process-1-of-3")
 
 
 # A segment has eight files: while the third one is written; while four are merged.
