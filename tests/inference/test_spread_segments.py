@@ -100,16 +100,17 @@ def test_three_processes(tmp_path):
         model_of(LLAMA).load_memory(tmp_path / "memory" / "process-1-of-3")
 
 
-# A segment has eight files: while the third one is written; while four are merged.
+# A segment has eight files: while the fourth one is written, before which the other one must not
+# merge; while four are merged.
 @pytest.mark.slow
-@pytest.mark.parametrize("files, segments", [(19, 2), (35, 4)])
+@pytest.mark.parametrize("files, segments", [(27, 3), (35, 4)])
 def test_one_is_killed(tmp_path, files, segments):
     processes = start(tmp_path, 2, "few", str(files))
     try:
         assert processes[1].wait(timeout=300) == -signal.SIGKILL
         last = tmp_path / "memory" / "process-0-of-2" / f"segment-{segments:06}-{segments:06}"
         deadline = time.monotonic() + 60
-        while files == 19 and not last.exists():  # which the other one has closed
+        while files == 27 and not last.exists():  # which the other one has closed
             assert time.monotonic() < deadline
             time.sleep(0.1)
     finally:

@@ -72,19 +72,21 @@ def test_the_best_keys_of_the_nearest_clusters_are_found(
 ):
     """Against NumPy in float64, from groups, clusters and keys as they are stored."""
     with pytest.MonkeyPatch.context() as patch:
-        if in_groups:  # of few centres, and groups of few
+        if in_groups:  # so many that most are not visited
             patch.setattr(segments, "MANY", 0)
-            patch.setattr(clusters, "OF_GROUP", 2)
-        check_search(storage, counts, visited, rows, in_groups, seed)
+            patch.setattr(clusters, "OF_GROUP", 16)
+            patch.setattr(clusters, "SLOTS", 8)
+        # Programs for one number of slots have one of clusters in them.
+        check_search(storage, counts, visited, rows, in_groups, seed, slots=1024 << in_groups)
 
 
-def check_search(storage, counts, visited, rows, in_groups, seed):
+def check_search(storage, counts, visited, rows, in_groups, seed, slots):
     rng = np.random.default_rng(seed)
     K, N, D, k = 2, 3, 8, 10
-    each = [segment_of(*rng.normal(size=(2, 1, K, n, D)), 1024, storage) for n in counts]
-    closed = closed_of(each, 1024)
+    each = [segment_of(*rng.normal(size=(2, 1, K, n, D)), slots, storage) for n in counts]
+    closed = closed_of(each, slots)
     q = jnp.asarray(rng.normal(size=(rows, K, N, D)), jnp.float32)
-    scores, slots = map(np.asarray, segments.search(IndexedTopK(k, visited), q, closed))
+    scores, found_slots = map(np.asarray, segments.search(IndexedTopK(k, visited), q, closed))
     keys = np.stack(
         [np.asarray(memory.decode(s.layer.k, jnp.float32), float)[0] for s in closed.segments]
     )
@@ -109,14 +111,14 @@ def check_search(storage, counts, visited, rows, in_groups, seed):
         if in_groups:
             among = visit(of_groups, best(of_groups, np.arange(len(of_groups.segment))), starts)
             assert (of_clusters.size[head, among] > 0).all()
-        to_visit = visit(of_clusters, best(of_clusters, among), 1024 * np.arange(len(counts)))
+        to_visit = visit(of_clusters, best(of_clusters, among), slots * np.arange(len(counts)))
         all_scores = keys[:, head].reshape(-1, D) @ query
         want = np.sort(all_scores[to_visit])[::-1][:k]
         found = scores[row, head, n] > MASKED / 2
         assert found.sum() == len(want)
         np.testing.assert_allclose(scores[row, head, n, found], want, atol=1e-4)
-        assert len(set(slots[row, head, n, found])) == len(want)
-        np.testing.assert_allclose(all_scores[slots[row, head, n, found]], want, atol=1e-4)
+        assert len(set(found_slots[row, head, n, found])) == len(want)
+        np.testing.assert_allclose(all_scores[found_slots[row, head, n, found]], want, atol=1e-4)
 
 
 def around_places(rng, shape, dim):
