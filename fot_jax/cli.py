@@ -21,6 +21,7 @@ from fot_jax import gin_files
 from fot_jax.common.errors import UserError
 from fot_jax.training import cluster
 
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _GOOGLE = "0x1ae0"  # as a vendor of PCI devices
 _CHECKPOINT = "a workdir, a step inside it, or a Hugging Face directory"
 
@@ -69,6 +70,7 @@ def run() -> None:
     The interpreter would first wait for threads, and those of Orbax never end once a save has
     failed; JAX would wait for the other processes of the run, which are waiting for this one.
     """
+    _use_huge_pages()
     _use_cpus_where_there_are_no_tpus()
     try:
         code = main()
@@ -86,6 +88,21 @@ def run() -> None:
             sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _use_huge_pages() -> None:
+    """Starts the process anew where the kernel waits to be asked for huge pages (2 MB).
+
+    NumPy asks for them, XLA does not; malloc does for everybody, if glibc is told so before the
+    process starts. A training step on the CPU maps gigabytes: in pages of 4 KB that took a fifth of
+    the processor time of a large one.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    with contextlib.suppress(OSError):  # no Linux, or a kernel without
+        if "[madvise]" in _HUGE_PAGES.read_text() and "glibc.malloc.hugetlb" not in tunables:
+            both = filter(None, (tunables, "glibc.malloc.hugetlb=1"))
+            environment = {**os.environ, "GLIBC_TUNABLES": ":".join(both)}
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def _use_cpus_where_there_are_no_tpus() -> None:

@@ -54,6 +54,41 @@ def trained(tmp_path_factory):
     return directory / "run"
 
 
+@pytest.mark.parametrize(
+    "kernel, tunables, wanted",
+    [
+        ("always [madvise] never", None, "glibc.malloc.hugetlb=1"),
+        ("always [madvise] never", "glibc.a=1", "glibc.a=1:glibc.malloc.hugetlb=1"),
+        ("always [madvise] never", "glibc.malloc.hugetlb=0", None),
+        ("[always] madvise never", None, None),
+        (None, None, None),
+    ],
+)
+def test_the_process_asks_for_huge_pages_where_it_must(
+    kernel, tunables, wanted, tmp_path, monkeypatch
+):
+    """It starts anew with the same words, once."""
+    monkeypatch.setattr(cli, "_HUGE_PAGES", tmp_path / "enabled")
+    if kernel is not None:
+        (tmp_path / "enabled").write_text(f"{kernel}\n")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if tunables is not None:
+        monkeypatch.setenv("GLIBC_TUNABLES", tunables)
+    monkeypatch.setattr(sys, "argv", ["fot", "--help"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "fot_jax", "--help"])
+    started = []
+
+    def execve(*arguments):
+        started.append(arguments)
+        sys.exit()
+
+    monkeypatch.setattr(os, "execve", execve)
+    with pytest.raises(SystemExit):
+        cli.run()
+    assert [environment["GLIBC_TUNABLES"] for *_, environment in started] == [wanted] * bool(wanted)
+    assert all(words[1:] == ["-m", "fot_jax", "--help"] for _, words, _ in started)
+
+
 def test_the_workdir_is_named_after_the_experiment(here):
     for steps, experiment in ((1, "experiment.gin"), (2, "workdirs/experiment/config.gin")):
         no_evaluation = "train.evaluation = @Evaluation()", "Evaluation.evals = ()"

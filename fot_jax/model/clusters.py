@@ -45,6 +45,8 @@ COMPARED_GROUPS = 2**9
 NEAR = 8
 FEW = 512  # centres are a multiple of this while segments are merged: few sizes to compile for
 OF_GROUP = 32  # centres, on average
+PRODUCTS = 2**20  # of keys and centres at a time: they stay in the cache of a CPU
+RUN = 64  # centres, among whose products the greatest is sought by itself
 
 
 class Clusters(NamedTuple):
@@ -184,8 +186,26 @@ def _means(x, nearest, centres):
 
 
 def _nearest(x, centres):
-    """The centre that each of x [n, D] is closest to."""
-    return (x @ centres.T - jnp.square(centres).sum(1) / 2).argmax(1)
+    """The centre that each of x [n, D] is closest to, the first of equally close ones.
+
+    To write all products to memory takes a CPU longer than to multiply, as does argmax than max.
+    """
+    (n, D), C = x.shape, len(centres)
+    rows, run = _power_of_two(n, PRODUCTS // C), _power_of_two(C, RUN)
+    half_square = jnp.square(centres).sum(1) / 2
+
+    def of_rows(x):
+        closeness = (x @ centres.T - half_square).reshape(rows, -1, run)
+        best = closeness.max(-1).argmax(1)
+        in_run = jnp.take_along_axis(closeness, best[:, None, None], 1)[:, 0].argmax(1)
+        return best * run + in_run
+
+    return lax.map(of_rows, x.reshape(-1, rows, D)).reshape(-1)
+
+
+def _power_of_two(n: int, most: int) -> int:
+    """The largest that n is a multiple of, and not above `most` where that is above 1."""
+    return min(n & -n, 1 << max(1, most).bit_length() - 1)
 
 
 def _spread(count: int, visible):

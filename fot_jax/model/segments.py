@@ -248,10 +248,10 @@ def search(
 
 def _best_clusters(index: Index, q, some: int, visited: int):
     """Scores and numbers of the best clusters; of many, of those in the groups that are visited."""
-    count = len(index.clusters.segment)
-    if count <= MANY:
+    count, groups = len(index.clusters.segment), len(index.groups.segment)
+    if count <= MANY or not groups:  # there are none where all clusters are empty
         return _best_centres(q, index.clusters.centres, count, some)
-    best = _best_centres(q, index.groups.centres, len(index.groups.segment), some)
+    best = _best_centres(q, index.groups.centres, groups, some)
     some = min(some, visited)
     return _best_in_clusters(index.groups, best, q, index.centres, some, visited)
 

@@ -4,7 +4,7 @@ import faiss
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fot_jax.model import clusters, memory, segments
@@ -67,6 +67,7 @@ def test_segments_are_one_memory(lookup, rows):
     in_groups=st.booleans(),
     seed=st.integers(0, 2**16),
 )
+@example(storage="float32", counts=[0], visited=10, rows=1, in_groups=True, seed=0)
 def test_the_best_keys_of_the_nearest_clusters_are_found(
     storage, counts, visited, rows, in_groups, seed
 ):
