@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fot_jax.bench.memory import best_of, print_table
-from fot_jax.inference.segment_files import TOKENS, Segments
-from fot_jax.model import clusters, segments
+from fot_jax.inference import segment_files
+from fot_jax.inference.segment_files import TOKENS
+from fot_jax.model import segments
 from fot_jax.model.lookup import IndexedTopK, TopK
 from fot_jax.model.memory import LayerMemory, Memory, Stored
 from fot_jax.model.segments import Closed
@@ -88,14 +89,13 @@ def _rows(size: int, visited: Sequence[int], segment: int) -> list[dict[str, Any
 
 def _closed(keys: np.ndarray, values: np.ndarray, segment: int) -> tuple[Closed, float]:
     """Memory of one head in segments, and the seconds that closing and merging them took."""
-    segments, seconds = Segments(None, segment, 0, (clusters.no_index(1, DIM),)), 0.0
-    for start in range(0, len(keys), segment):
-        k, v = (jnp.asarray(x[None, None, start : start + segment]) for x in (keys, values))
-        layer, count = LayerMemory(Stored(k, None), Stored(v, None)), jnp.full(1, segment)
-        began = time.perf_counter()
-        segments = segments.with_closed(Memory((layer,), count, count[0]), segment)
-        seconds += time.perf_counter() - began
-    return segments.of_layers()[0], seconds
+    k, v = (Stored(jnp.asarray(x[None, None]), None) for x in (keys, values))
+    count = jnp.full(1, len(keys))
+    began = time.perf_counter()
+    closed = segment_files.segmented(
+        Memory((LayerMemory(k, v),), count, count[0]), len(keys), segment
+    )
+    return closed.of_layers()[0], time.perf_counter() - began
 
 
 def _recall(scores, best: np.ndarray) -> float:

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import io_callback
 from jaxtyping import Int
 
 from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.data.documents import DocumentSource
 from fot_jax.evals import plots
+from fot_jax.evals.queries import queries_of
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.state import MemoryConfig
 from fot_jax.model.config import ModelConfig
@@ -95,21 +95,22 @@ class RetrievalTable:
         self.check(c, source)
         lm = lm.on_one_device()
         tokens = self._document(source, self.memory + c.local_context)
-        found = _Found()
-        memory = MemoryConfig(storage=self.storage, lookup=TopK(self.k))
-        state = lm.read(tokens[: self.memory], memory=memory)
-        state.config = dataclasses.replace(memory, lookup=_Watched(self.k, found))
-        lm.read(tokens[self.memory :], state=state, last_context_length=c.local_context)
-        jax.effects_barrier()
+        lookup = TopK(self.k)
+        state = lm.read(
+            tokens[: self.memory], memory=MemoryConfig(storage=self.storage, lookup=lookup)
+        )
         rng = np.random.default_rng(self.seed)
         places = np.sort(rng.choice(c.local_context, self.queries, replace=False))
-        return [
-            self._row(layer, int(place), tokens, lm.decode, scores[:, place], slots[:, place])
-            for layer, (scores, slots) in zip(
-                c.memory_layers, found.by_layer(len(c.memory_layers), c.num_heads), strict=True
-            )
-            for place in places
-        ]
+        of_layers = queries_of(lm, tokens[None, self.memory :], state, lookup)
+        rows, search = [], jax.jit(lookup.search)
+        for i, q in enumerate(of_layers):
+            q = q[:, :, :, places].reshape(1, c.num_kv_heads, -1, c.head_dim)
+            found = search(q, state.memory.layers[i].k, state.memory.visible)
+            scores, slots = (np.asarray(x).reshape(c.num_heads, -1, self.k) for x in found)
+            for j, place in enumerate(places.tolist()):
+                of_query = scores[:, j], slots[:, j]
+                rows.append(self._row(c.memory_layers[i], place, tokens, lm.decode, *of_query))
+        return rows
 
     def _document(self, source: DocumentSource, needed: int) -> np.ndarray:
         documents = itertools.islice(source.documents(self.split), 10_000)
@@ -177,42 +178,6 @@ class RetrievalTable:
         axes.grid(False)
         figure.colorbar(shown, label="share of the retrieved mass")
         plots.save(figure, path)
-
-
-class _Found:
-    """What was retrieved, in the order in which it was."""
-
-    def __init__(self):
-        self.calls = []
-
-    def __call__(self, scores, slots) -> None:
-        self.calls.append((np.asarray(scores), np.asarray(slots)))
-
-    def by_layer(self, layers: int, heads: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each memory layer the scores and slots of a window, [heads, tokens, k]."""
-        tiles = len(self.calls) // layers  # a window is read tile by tile, layer by layer
-
-        def whole(of_tiles):
-            return np.concatenate([self._by_head(x, heads) for x in of_tiles], 1)
-
-        cut = [self.calls[i * tiles : (i + 1) * tiles] for i in range(layers)]
-        return [tuple(map(whole, zip(*calls, strict=True))) for calls in cut]
-
-    @staticmethod
-    def _by_head(x, heads: int):
-        """[1, K, G * t, k] -> [K * G, t, k]."""
-        return x.reshape(heads, -1, x.shape[-1])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Watched(TopK):
-    """TopK that says what it found."""
-
-    record: _Found = None
-
-    def attend(self, q, layer, visible, shards: int):
-        io_callback(self.record, None, *self.search(q, layer.k, visible), ordered=True)
-        return super().attend(q, layer, visible, shards)
 
 
 def _text(tokens: Int[np.ndarray, " N"], i: int, decode) -> tuple[str, str, str]:

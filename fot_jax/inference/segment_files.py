@@ -413,6 +413,20 @@ def in_ram(like: Memory, window: int) -> Segments:
     return _empty(None, like, _slots(window), 0)
 
 
+def segmented(memory: Memory, tokens: int, slots: int = TOKENS) -> Segments:
+    """The first tokens of a memory of one row in closed segments of at most so many slots, in RAM.
+
+    Each process has all of them.
+    """
+    slots = min(slots, tokens)
+    segments = dataclasses.replace(_empty(None, memory, slots, 0), process=0, processes=1)
+    for start in range(0, tokens, slots):
+        stop = min(tokens, start + slots)
+        layers = jax.tree.map(lambda x, a=start, b=stop: x[:, :, a:b], memory.layers)
+        segments = segments.with_closed(memory._replace(layers=layers), stop - start)
+    return segments
+
+
 def _slots(window: int) -> int:
     return memories.slots_for(max(TOKENS, window))
 

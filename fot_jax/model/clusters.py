@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fot_jax.model import memory as memories
 from fot_jax.model.attention.partial_softmax import AnyArray
@@ -60,6 +60,7 @@ class Level(NamedTuple):
     """Where vectors of all segments of one layer are: in clusters, one segment after another."""
 
     centres: Stored  # [1, K, as many as there is room for, D] float32
+    used: Bool[AnyArray, "1 K room"]  # those with a member
     segment: Int[np.ndarray, " clusters"]
     first: Int[np.ndarray, "K clusters"]  # vector of its segment
     size: Int[np.ndarray, "K clusters"]
@@ -67,15 +68,18 @@ class Level(NamedTuple):
     def up_to(self, segment: int) -> Level:
         """Of the segments before one, only."""
         count = np.searchsorted(self.segment, segment)
-        return Level(self.centres, *(x[..., :count] for x in self[1:]))
+        used = self.used & (jnp.arange(self.used.shape[2]) < count)
+        return Level(self.centres, used, *(x[..., :count] for x in self[2:]))
 
     def with_segment(self, number: int, centres, first, size) -> Level:
         """With that of a number; the array of centres is made twice as long when it is full."""
-        x, used, more = self.centres.x, len(self.segment), centres.shape[2]
-        while used + more > x.shape[2]:
+        x, used, count, more = self.centres.x, self.used, len(self.segment), centres.shape[2]
+        while count + more > x.shape[2]:
             x = jnp.pad(x, [(0, 0), (0, 0), (0, x.shape[2]), (0, 0)])
+            used = jnp.pad(used, [(0, 0), (0, 0), (0, used.shape[2])])
         return Level(
-            Stored(_with_centres(x, centres, used), None),
+            Stored(_put(x, centres, count), None),
+            _put(used, size[None] > 0, count),
             np.append(self.segment, np.full(more, number)),
             np.append(self.first, first, axis=1),
             np.append(self.size, size, axis=1),
@@ -118,7 +122,8 @@ def no_index(heads: int, dim: int) -> Index:
     """Of no segment yet."""
     nothing = np.zeros((heads, 0), int)
     centres = jnp.zeros((1, heads, 512, dim), jnp.float32)
-    level = Level(Stored(centres, None), nothing[0], nothing, nothing)
+    used = jnp.zeros((1, heads, 512), bool)
+    level = Level(Stored(centres, None), used, nothing[0], nothing, nothing)
     return Index(level, level)
 
 
@@ -138,8 +143,8 @@ def _grouped(
 
 
 @jax.jit
-def _with_centres(x, centres, at):
-    return lax.dynamic_update_slice_in_dim(x, jnp.asarray(centres), at, axis=2)
+def _put(x, more, at):
+    return lax.dynamic_update_slice_in_dim(x, jnp.asarray(more), at, axis=2)
 
 
 @jax.jit

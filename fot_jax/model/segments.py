@@ -250,8 +250,8 @@ def _best_clusters(index: Index, q, some: int, visited: int):
     """Scores and numbers of the best clusters; of many, of those in the groups that are visited."""
     count, groups = len(index.clusters.segment), len(index.groups.segment)
     if count <= MANY or not groups:  # there are none where all clusters are empty
-        return _best_centres(q, index.clusters.centres, count, some)
-    best = _best_centres(q, index.groups.centres, groups, some)
+        return _best_centres(q, index.clusters.centres, index.clusters.used, some)
+    best = _best_centres(q, index.groups.centres, index.groups.used, some)
     some = min(some, visited)
     return _best_in_clusters(index.groups, best, q, index.centres, some, visited)
 
@@ -275,8 +275,10 @@ def _best_in_clusters(level: Level, best, q, vectors: Sequence[Stored], k: int, 
 
 
 @functools.partial(jax.jit, static_argnames="most")
-def _best_centres(q, centres: Stored, visible, most: int):
-    """Scores and numbers of the `most` best visible centres, or of all; of equal ones the first.
+def _best_centres(q, centres: Stored, used, most: int):
+    """Scores and numbers of the `most` best centres, or of all; of equal ones the first.
+
+    Those of empty clusters are left out: they are where another one is that has all the keys.
 
     Choosing takes longer than the product, so it is done twice: among runs of centres by the best
     of each, then among all of the best runs.
@@ -286,7 +288,7 @@ def _best_centres(q, centres: Stored, visible, most: int):
     runs = C // run
 
     def of_queries(args):
-        scores = jnp.where(jnp.arange(C) < visible, scores_of(args[0], centres.x), MASKED)
+        scores = jnp.where(used[:, :, None], scores_of(args[0], centres.x), MASKED)
         scores = scores.reshape(*scores.shape[:3], runs, run)
         _, chosen = jax.lax.top_k(scores.max(-1), min(most, runs))
         chosen = jnp.sort(chosen, -1)[..., None]

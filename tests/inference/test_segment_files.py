@@ -1,5 +1,6 @@
 """Memories in a directory say what memories in RAM say, survive kills, and notice damage."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import textwrap
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from readers import C, model_of, random_text
 
@@ -65,10 +66,16 @@ def kept_in(directory, **options):
     length=st.sampled_from([n * SEGMENT + C + d for n in (0, 1, 5) for d in (-1, 0, 1, 30)]),
     padding=st.integers(0, C),
 )
+@example(length=734, padding=21)
 def test_logits_are_those_of_a_memory_in_ram(
     tmp_path_factory, name, storage, lookup, shared, length, padding
 ):
     lm = model_of(name)
+    if storage != "float32":
+        # What differs in float32's last bit may be rounded to another number of fewer bits: only in
+        # one memory layer do keys not depend on how memory was read before.
+        one = dataclasses.replace(lm.config, memory_layers=lm.config.memory_layers[:1])
+        lm = dataclasses.replace(lm, config=one)
     rows = 1 + shared
     options = {"storage": storage, "shared": shared}
     text, more = random_text(rows, length + padding), random_text(rows, 150, seed=1)
@@ -80,12 +87,9 @@ def test_logits_are_those_of_a_memory_in_ram(
     want, *others = (list(logits_of(lm, config, text, mask, more)) for config in configs)
     for a, b in [pair for got in others for pair in zip(got, want, strict=True)]:
         error = np.abs(a - b).max(-1)
-        if storage == "float32":
-            assert error.max() < 1e-5 * np.abs(b).max()
-        else:
-            # What differs in float32's last bit may be rounded to another number of fewer bits, and
-            # then another key be the last of a token's best.
-            assert np.quantile(error, 0.98) < 1e-3
+        # Of keys of few bits several are the last of a token's best.
+        most = error.max() if storage == "float32" else np.quantile(error, 0.98)
+        assert most < 1e-5 * np.abs(b).max()
 
 
 def logits_of(lm, config, text, mask, more):

@@ -65,11 +65,12 @@ def test_segments_are_one_memory(lookup, rows):
     visited=st.sampled_from([10, 100, 600, 100_000]),
     rows=st.integers(1, 2),
     in_groups=st.booleans(),
+    distinct=st.sampled_from([None, 3]),
     seed=st.integers(0, 2**16),
 )
-@example(storage="float32", counts=[0], visited=10, rows=1, in_groups=True, seed=0)
+@example("float32", [0], 10, 1, True, None, 0)
 def test_the_best_keys_of_the_nearest_clusters_are_found(
-    storage, counts, visited, rows, in_groups, seed
+    storage, counts, visited, rows, in_groups, distinct, seed
 ):
     """Against NumPy in float64, from groups, clusters and keys as they are stored."""
     with pytest.MonkeyPatch.context() as patch:
@@ -78,13 +79,19 @@ def test_the_best_keys_of_the_nearest_clusters_are_found(
             patch.setattr(clusters, "OF_GROUP", 16)
             patch.setattr(clusters, "SLOTS", 8)
         # Programs for one number of slots have one of clusters in them.
-        check_search(storage, counts, visited, rows, in_groups, seed, slots=1024 << in_groups)
+        slots = 1024 << in_groups
+        check_search(storage, counts, visited, rows, in_groups, distinct, seed, slots)
 
 
-def check_search(storage, counts, visited, rows, in_groups, seed, slots):
+def check_search(storage, counts, visited, rows, in_groups, distinct, seed, slots):
     rng = np.random.default_rng(seed)
     K, N, D, k = 2, 3, 8, 10
-    each = [segment_of(*rng.normal(size=(2, 1, K, n, D)), slots, storage) for n in counts]
+    keys_of = [rng.normal(size=(2, 1, K, n, D)) for n in counts]
+    if distinct:  # keys of each head, as of a text of few tokens: most clusters are empty
+        few = rng.normal(size=(1, K, distinct, D))
+        for x, n in zip(keys_of, counts, strict=True):
+            x[0] = few[:, :, rng.integers(distinct, size=n)]
+    each = [segment_of(*x, slots, storage) for x in keys_of]
     closed = closed_of(each, slots)
     q = jnp.asarray(rng.normal(size=(rows, K, N, D)), jnp.float32)
     scores, found_slots = map(np.asarray, segments.search(IndexedTopK(k, visited), q, closed))
@@ -98,7 +105,8 @@ def check_search(storage, counts, visited, rows, in_groups, seed, slots):
         query = np.asarray(q[row, head, n], np.float64)
 
         def best(level, among, head=head, query=query):
-            """The best `some` of clusters `among`, of those of a level."""
+            """The best `some` of those clusters `among` some of a level that are not empty."""
+            among = among[level.size[head, among] > 0]
             scores = np.asarray(level.centres.x, np.float64)[0, head, among] @ query
             return among[np.argsort(-scores, kind="stable")][:some]
 
