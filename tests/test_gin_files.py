@@ -27,7 +27,7 @@ NAMES = """
     openllama_7b code_llama_7b llama3_2_1b llama3_1_8b Dense TopK ApproximateTopK NoCrossbatch
     PreviousContext Packed PackedTable CachedContext SwitchAtStep SwitchAtAccuracy DrawnEachStep
     adamw adafactor constant_rate inverse_square_root cosine DictionaryAccuracy PositiveMass FewShot
-    LmEval MemoryLayerProbe PasskeyRetrieval PerplexityByContext RetrievalTable Sample
+    LmEval IndexRecall MemoryLayerProbe PasskeyRetrieval PerplexityByContext RetrievalTable Sample
 """  # of experiment files that others have saved
 
 

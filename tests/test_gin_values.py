@@ -52,7 +52,7 @@ MODELS = ", ".join(["@ModelConfig()", *SIZES[:-1]]) + f" or {SIZES[-1]}"
         (
             "Evaluation.evals = (@Corpus(),)",
             "(@Corpus(),): give a tuple, each of it @DictionaryAccuracy(), @PositiveMass(), "
-            "@FewShot(), @LmEval(), @MemoryLayerProbe(), @PasskeyRetrieval(), "
+            "@FewShot(), @LmEval(), @IndexRecall(), @MemoryLayerProbe(), @PasskeyRetrieval(), "
             "@PerplexityByContext(), @RetrievalTable() or @Sample()",
         ),
         ("train.initialize_from = 3", '3: give a text in "quotes" or None'),

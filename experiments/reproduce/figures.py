@@ -102,13 +102,15 @@ def _text(seed: int, file: str, model: str, layers: int, window: int, switch: in
     """
     switching = ("train.d = @SwitchAtStep()", "SwitchAtStep.values = (2, 64)")
     memorizing = _memorizing(2_048)
+    evals = "(@PositiveMass(), @single/PerplexityByContext(), @multi/PerplexityByContext())"
+    no_index = f"Evaluation.evals = {evals}"  # of a memory that is the window before
     models = {
         "plain": ("plain transformer", ("train.scheme = @NoCrossbatch()",)),
         **{f"d{d}": (f"FoT, d = {d}", _previous(1, d)) for d in (1, 2, 8)},
         "d2_64": ("FoT, d = 2, then 64", (*switching, f"SwitchAtStep.steps = ({switch},)")),
         "mt": ("Memorizing Transformer", (*memorizing, f"{model}.memory_gate = True")),
         "mt_no_gate": ("the same, no gate", memorizing),
-        "xl": ("Transformer-XL", _transformer_xl(model, layers, window)),
+        "xl": ("Transformer-XL", (*_transformer_xl(model, layers, window), no_index)),
     }
     return _models(seed, file, models)
 
@@ -326,6 +328,17 @@ FIGURES = {
     "distraction_cpu": _smaller(_DISTRACTION, "text_cpu", _text_cpu),
     "multi_doc_cpu": _smaller(_MULTI_DOC, "text_cpu", _text_cpu),
     "single_doc_cpu": _smaller(_SINGLE_DOC, "text_cpu", _text_cpu),
+    "index_recall_cpu": Figure(
+        title="What an index finds of the 32 best keys, by the share of keys that it visits",
+        paper="left open",
+        family="text_cpu",
+        runs=_text_cpu,
+        evaluation="index_recall",
+        x="visited",
+        y="recall",
+        labels=("share of keys visited", "of the 32 best keys found (%)"),
+        percent=True,
+    ),
     "w_and_d_cpu": _smaller(
         _W_AND_D, "text_cpu", lambda seed: _w_and_d(seed, "text_cpu.gin", 2_048)
     ),
