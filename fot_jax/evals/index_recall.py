@@ -38,8 +38,8 @@ class IndexRecall:
     """How much an index finds of a query's best keys, by how many of all keys it visits.
 
     Memory holds the beginnings of several documents, window by window, each read as if it were the
-    only one, as training reads previous contexts; the window after a beginning asks. Of queries
-    that predict a token which counts in the loss some are drawn.
+    only one, as training reads previous contexts; the windows after some of these beginnings ask.
+    Of queries that predict a token which counts in the loss some are drawn.
 
     Attributes:
       memory: tokens, of all documents together.
@@ -66,7 +66,7 @@ class IndexRecall:
     def __post_init__(self):
         counts = {"documents": self.documents, "queries": self.queries, "k": self.k}
         check_range("IndexRecall", 1, **counts)
-        check_range("IndexRecall", self.k, 2**30, memory=self.memory)
+        check_range("IndexRecall", 1, 2**30, memory=self.memory)
         check_range("IndexRecall", 0, LARGEST_SEED, seed=self.seed)
         if not self.visited:
             raise UserError("IndexRecall.visited = (): give one share or more")
@@ -92,6 +92,11 @@ class IndexRecall:
                 f"IndexRecall.memory = {self.memory} is less than a window of {window} tokens of "
                 f"each of IndexRecall.documents = {self.documents}: raise one or lower the other"
             )
+        if self.k > (tokens := windows * window * self.documents):
+            raise UserError(
+                f"IndexRecall.k = {self.k} is more than the {tokens} tokens of whole windows in "
+                f"IndexRecall.memory = {self.memory}: lower it"
+            )
         return windows
 
     def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
@@ -108,20 +113,20 @@ class IndexRecall:
         window = lm.config.local_context
         windows = self._windows(window)
         documents = self._documents(source, (windows + 1) * window)
-        read = [document.tokens[: windows * window].reshape(-1, window) for document in documents]
+        start = windows * window
         asking = documents[:: math.ceil(len(documents) / ASKING)]
+        texts = np.concatenate([each.tokens[:start].reshape(-1, window) for each in documents])
         memory = MemoryConfig(storage=self.storage, shared=True)
-        with bar(windows * window * len(documents), name=self.name) as progress:
-            read = np.concatenate(read)
-            state = lm.remember(read, rows=len(asking), memory=memory, progress=progress)
-        asks = np.stack([x.tokens[windows * window : (windows + 1) * window] for x in asking])
-        rows_drawn, places = self._drawn(asking, windows * window, window)
-        closed = segment_files.segmented(state.memory, read.size).of_layers()
+        with bar(texts.size, name=self.name) as progress:
+            state = lm.remember(texts, rows=len(asking), memory=memory, progress=progress)
+        asks = np.stack([each.tokens[start : start + window] for each in asking])
+        which, places = self._drawn(asking, start, window)
+        closed = segment_files.segmented(state.memory, texts.size).of_layers()
         rows = []
         for i, q in enumerate(queries_of(lm, asks, state, Dense())):
-            q = q[rows_drawn, :, :, places].transpose(1, 2, 0, 3)  # [n, K, G, D]: K first
+            q = q[which, :, :, places].swapaxes(0, 1)  # [K, queries, G, D]
             q = q.reshape(1, len(q), -1, q.shape[-1])
-            keys = memories.decode(state.memory.layers[i].k, jnp.float32)[0, :, : read.size]
+            keys = memories.decode(state.memory.layers[i].k, jnp.float32)[0, :, : texts.size]
             measured = _measured(q, np.asarray(keys), closed[i], self.k, self.visited)
             rows += [{"layer": lm.config.memory_layers[i], **row} for row in measured]
         return rows

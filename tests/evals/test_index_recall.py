@@ -128,7 +128,7 @@ def test_what_the_rows_become(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "documents", "message"),
     [
-        ({"k": 481}, Documents(), "IndexRecall.memory = 480"),
+        ({"k": 481}, Documents(), "IndexRecall.k = 481 is more than the 480 tokens"),
         ({"visited": ()}, Documents(), "IndexRecall.visited = ()"),
         ({"visited": (1.0,)}, Documents(), "IndexRecall.visited = 1.0"),
         ({"memory": 47}, Documents(), "IndexRecall.memory = 47 is less than a window of 8"),
