@@ -61,7 +61,7 @@ def lm_of(config=CONFIG, change=lambda params: params):
 
 
 def by_hand(lm, k):
-    """Mass of the k best keys of the first layer, of embeddings alone: [4 texts, WINDOW, HEADS]."""
+    """Mass of the k best keys of the first layer, of embeddings alone: [3 texts, WINDOW, HEADS]."""
     layer = jax.tree.map(lambda x: np.asarray(x, np.float64), lm.params["layers"][0])
 
     def heads(name, n, tokens):
