@@ -537,6 +537,7 @@ def test_that_another_process_is_gone_is_one_line(monkeypatch, capsys, error, sa
 
     codes = []
     monkeypatch.setattr(cli, "main", main)
+    monkeypatch.setattr(cli, "_use_huge_pages", lambda: None)  # which starts a process anew
     monkeypatch.setattr(cli.os, "_exit", codes.append)
     with pytest.raises(SystemExit):
         cli.run()
