@@ -1,22 +1,18 @@
 """A model's whole life in a bucket: from a conversion over killed runs to its use."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import llamas
 import numpy as np
 import pytest
 import runs
+import together
 
 from fot_jax import LanguageModel, cli, compare
 from fot_jax.checkpoints.steps import complete_steps
 from fot_jax.data.vocabulary import Bytes
 from fot_jax.hugging_face import tokenizers
-from tpu.local import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.torch]
 
@@ -32,25 +28,14 @@ Compute.mesh = @MeshShape()
 
 def start(argv, processes=1):
     """`fot` as one process, or several that train together."""
-    environment = {**os.environ, "XLA_FLAGS": "", "FOT_COORDINATOR": f"127.0.0.1:{free_port()}"}
-    environment |= {"FOT_PROCESSES": str(processes)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "fot_jax", *argv, "--gin", f"MeshShape.data = {processes}"],
-            cwd=Path(__file__).parents[1],
-            env={**environment, "FOT_PROCESS_ID": str(i)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(processes)
-    ]
+    words = ["-m", "fot_jax", *argv, "--gin", f"MeshShape.data = {processes}"]
+    return together.start(words, processes)
 
 
-def end(processes):
+def ended(processes):
     """Exit codes, and what the first process said."""
-    said = [process.communicate(timeout=300)[1] for process in processes]
-    return [process.returncode for process in processes], said[0]
+    codes, said = together.ended(processes)
+    return codes, said[0][1]
 
 
 def killed(cloud, argv, processes, when):
@@ -65,7 +50,7 @@ def killed(cloud, argv, processes, when):
             raise ConnectionAbortedError
 
     cloud.before = before
-    codes, said = end(started)
+    codes, said = ended(started)
     assert codes == [-9] * processes, said
     return said
 
@@ -99,7 +84,7 @@ def test_a_whole_life_in_a_bucket(bucket, cloud, tmp_path, one_device, capsys):
     for processes, when in kills:
         said = killed(cloud, argv, processes, when)
         resumed += [line for line in said.splitlines() if line.startswith("resuming")]
-    codes, said = end(start(argv))
+    codes, said = ended(start(argv))
     assert codes == [0], said
     resumed += [line for line in said.splitlines() if line.startswith("resuming")]
     assert resumed == [f"resuming {workdir} after step {step}" for step in (4, 8, 16)]

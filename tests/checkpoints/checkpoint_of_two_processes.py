@@ -1,14 +1,10 @@
 """One of two processes of a run that saves, resumes, and passes over a damaged checkpoint.
 
-Started by test_manager.py: python checkpoint_of_two_processes.py PORT PROCESS DIRECTORY
+Started by test_manager.py: python checkpoint_of_two_processes.py DIRECTORY
 """
 
-import os
 import sys
 from pathlib import Path
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 
 import jax
 import numpy as np
@@ -16,14 +12,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fot_jax.checkpoints.manager import Checkpointer
+from fot_jax.training import cluster
 
 
 def whole(step):
     return np.random.default_rng(step).normal(size=(8, 64)).astype(np.float32)
 
 
-def main(port, process, directory):
-    jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
+def main(directory):
+    cluster.join()
+    process = jax.process_index()
     sharding = NamedSharding(Mesh(np.asarray(jax.devices()), "x"), PartitionSpec("x"))
     store = Checkpointer(directory)
     for step in (1, 2):
@@ -46,8 +44,7 @@ def main(port, process, directory):
     store.save(2, restored.params, {}, {process: {"place": np.array(7)}}, {})
     store.close()
     assert store.steps() == [1, 2]
-    print("done")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(sys.argv[1])

@@ -4,7 +4,6 @@ import dataclasses
 import os
 import shutil
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import together
 from absl import logging
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tiny import tiny
@@ -22,7 +22,6 @@ from fot_jax.checkpoints.manager import Checkpointer
 from fot_jax.checkpoints.restore import restore_model, restore_params
 from fot_jax.common.errors import UserError
 from fot_jax.model.config import RopeScaling
-from tpu.local import free_port
 
 optimizer = optax.adamw(1e-2)
 
@@ -475,25 +474,10 @@ def test_object_arrays_are_never_pickled(tmp_path):
 
 
 def test_two_processes_save_and_any_number_restores(tmp_path):
-    port = free_port()
     script = Path(__file__).with_name("checkpoint_of_two_processes.py")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, str(port), str(i), tmp_path],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        )
-        for i in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all("done" in text for text in outputs), "\n".join(outputs)
-    assert "is damaged (" in outputs[0] and "is damaged (" not in outputs[1]
+    codes, said = together.ended(together.start([script, tmp_path], 2, devices=2))
+    assert codes == [0, 0], said
+    assert ["is damaged (" in errors for _, errors in said] == [True, False]
 
     target = {"w": jax.ShapeDtypeStruct((8, 64), jnp.float32)}
     restored = Checkpointer(tmp_path).restore_latest(target, {})  # this process alone

@@ -1,16 +1,15 @@
 """One of several processes that read a text into a memory in segments, which they spread.
 
-Started by test_spread_segments.py: python segments_of_processes.py DIRECTORY WHAT [FILES], with
-FOT_* set as by `tpu worker`. WHAT: "all" memories, or "few". The last process is killed before it
-has written so many files, where given.
+Started by test_spread_segments.py: python segments_of_processes.py DIRECTORY WHAT [FILES]
+
+WHAT: "all" memories, or "few". The last process is killed before it has written so many files,
+where given.
 """
 
 import os
 import signal
 import sys
 from pathlib import Path
-
-os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
 
 from fot_jax.training import cluster
 

@@ -1,13 +1,11 @@
 """Several processes that spread a memory in segments say what one says, after kills, too."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import together
 from readers import C, model_of, random_text
 
 from fot_jax.common.errors import UserError
@@ -15,7 +13,6 @@ from fot_jax.inference import segment_files
 from fot_jax.inference.state import MemoryConfig
 from fot_jax.model import clusters
 from fot_jax.model.lookup import IndexedTopK, TopK
-from tpu.local import free_port
 
 SEGMENT = 2 * C
 TEXT, MORE = random_text(1, 5 * SEGMENT + C + 9), random_text(1, 3 * C, seed=1)
@@ -43,32 +40,8 @@ def read(lm, config):
 
 
 def start(directory, processes, *arguments):
-    together = {
-        "FOT_COORDINATOR": f"127.0.0.1:{free_port()}",
-        "FOT_PROCESSES": str(processes),
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
     script = Path(__file__).with_name("segments_of_processes.py")
-    return [
-        subprocess.Popen(
-            [sys.executable, script, directory, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, **together, "FOT_PROCESS_ID": str(i)},
-        )
-        for i in range(processes)
-    ]
-
-
-def ended(processes):
-    """Waits for all; their exit codes and what they wrote."""
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [process.returncode for process in processes], "\n".join(outputs)
+    return together.start([script, directory, *arguments], processes)
 
 
 @pytest.fixture(autouse=True)
@@ -86,9 +59,8 @@ def assert_as_one_process(directory, few=False):
 
 @pytest.mark.slow
 def test_three_processes(tmp_path):
-    processes = start(tmp_path, 3, "all")
-    codes, outputs = ended(processes)
-    assert codes == [0, 0, 0], outputs
+    codes, said = together.ended(start(tmp_path, 3, "all"))
+    assert codes == [0, 0, 0], said
     assert_as_one_process(tmp_path)
     # No other number of processes takes it for its own.
     with pytest.raises(UserError, match="memory: a memory that 3 processes have written, and of"):
@@ -113,7 +85,8 @@ def test_one_is_killed(tmp_path, files, segments):
         for process in processes:
             process.kill()
             process.communicate()
-    codes, outputs = ended(start(tmp_path, 2, "few"))
-    assert codes == [0, 0], outputs
-    assert f"memory: has the first {segments * SEGMENT} of {TEXT.size} tokens: going on" in outputs
+    codes, said = together.ended(start(tmp_path, 2, "few"))
+    assert codes == [0, 0], said
+    going_on = f"memory: has the first {segments * SEGMENT} of {TEXT.size} tokens: going on"
+    assert going_on in said[0][1]
     assert_as_one_process(tmp_path, few=True)

@@ -1,16 +1,10 @@
 """One of four processes with two devices each that compute gradients together.
 
-Started by test_step.py: python step_of_processes.py DIRECTORY, with FOT_* set as by `tpu worker`.
+Started by test_step.py: python step_of_processes.py DIRECTORY
 """
 
-import os
 import sys
 from pathlib import Path
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-)
 
 from fot_jax.training import cluster
 

@@ -1,19 +1,15 @@
 """Which host of how many this is, and processes that become one program."""
 
 import http.server
-import os
 import socket
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import runs
+import together
 
 from fot_jax.common.errors import UserError
 from fot_jax.training import cluster
-from tpu.local import free_port
 
 NAMES = (
     *("FOT_WORKERS", "FOT_WORKER", "FOT_COORDINATOR", "FOT_PROCESSES", "FOT_PROCESS_ID"),
@@ -220,20 +216,7 @@ def two():
     started = []
 
     def start(program):
-        coordinator = f"127.0.0.1:{free_port()}"
-        own = {"FOT_COORDINATOR": coordinator, "FOT_PROCESSES": "2", "JAX_PLATFORMS": "cpu"}
-        for process in range(2):
-            environment = {**os.environ, **own, "FOT_PROCESS_ID": str(process)}
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", program],
-                    cwd=Path(__file__).parents[2],
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
+        started.extend(together.start(["-c", program], 2))
         return started
 
     yield start

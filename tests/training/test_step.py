@@ -2,9 +2,6 @@
 
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -13,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import together
 from oracles.training_step import gradient
 from tiny import LLAMA, PAPER, lane_segments, random_params, random_tokens
 
@@ -35,7 +33,6 @@ from fot_jax.training.step import (
     make_train_step,
     token_sums,
 )
-from tpu.local import free_port
 
 T = 4
 SMALL = dataclasses.replace(  # grouped queries; a memory layer, then a scanned one
@@ -224,29 +221,9 @@ def test_any_mesh_and_any_microbatches(case, mesh):
 @pytest.mark.slow
 def test_four_processes(tmp_path):
     """With negatives from one process to another."""
-    port = free_port()
     script = Path(__file__).with_name("step_of_processes.py")
-    together = {
-        "FOT_COORDINATOR": f"127.0.0.1:{port}",
-        "FOT_PROCESSES": "4",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, tmp_path],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, **together, "FOT_PROCESS_ID": str(i)},
-        )
-        for i in range(4)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * 4, "\n".join(outputs)
+    codes, said = together.ended(together.start([script, tmp_path], 4, devices=2))
+    assert codes == [0] * 4, said
     for number, (scheme, lanes, group_lanes, _) in enumerate(ACROSS_PROCESSES):
         want, sums = expected(SMALL, scheme, lanes, group_lanes, 0.0)
         with np.load(tmp_path / f"{number}.npz") as got:

@@ -11,11 +11,11 @@ import time
 
 import pytest
 import runs
+import together
 
 from fot_jax.common.errors import UserError
 from fot_jax.training import workdir_lock
 from fot_jax.training.workdir_lock import RUNNING, held
-from tpu.local import free_port
 
 LONG = runs.DICTIONARY.replace("train.steps = 12", "train.steps = 60")
 
@@ -201,20 +201,8 @@ def test_all_processes_of_a_run_wait_for_a_machine_that_is_gone(bucket):
     url = f"{bucket.url}/run"
     kill(holder(url)[0])
     as_of_another_machine(bucket)
-    coordinator = f"127.0.0.1:{free_port()}"
-    membership = {"XLA_FLAGS": "", "FOT_COORDINATOR": coordinator, "FOT_PROCESSES": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TWO, url],
-            env={**os.environ, **membership, "FOT_PROCESS_ID": str(i)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    assert all("held" in lines for lines in said)
-    assert [process.returncode for process in processes] == [0, 0]
+    codes, said = together.ended(together.start(["-c", TWO, url], 2))
+    assert codes == [0, 0] and all("held" in output for output, _ in said), said
 
 
 def test_a_run_that_was_taken_for_dead_ends_itself(bucket, soon, monkeypatch):
