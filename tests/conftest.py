@@ -31,6 +31,8 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 import runs  # noqa: E402
 
+from fot_jax import cli  # noqa: E402
+
 # What tests need beyond the extra `dev` -> the extra that brings it.
 EXTRAS = {
     "accelerate": "test",
@@ -132,6 +134,17 @@ def here(tmp_path, monkeypatch):
     """The current directory, with experiment.gin."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiment.gin").write_text(runs.DICTIONARY + runs.EVALUATED)
+    return tmp_path
+
+
+@pytest.fixture
+def two(tmp_path, monkeypatch):
+    """The current directory, with a, a LLaMA, and b, the workdir with a memory layer made of it."""
+    import llamas  # and with it torch, which not every test needs
+
+    monkeypatch.chdir(tmp_path)
+    llamas.save(tmp_path / "a", num_key_value_heads=2)
+    cli.main(["convert", "from-hf", "a", "b", "--memory_layers", "1"])
     return tmp_path
 
 
