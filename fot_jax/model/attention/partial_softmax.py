@@ -215,9 +215,16 @@ def attend(q, k, v, q_segments, k_segments, pairs: Pairs, parts: Parts, causal: 
     for walk in _walks(q, k, q_segments, k_segments, pairs, causal):
 
         def one(parts, at, walk=walk):
-            before = Parts(*(walk.take_q(x, at) for x in parts))
-            after = add_block(before, *walk.scores(at), walk.take_k(v, at))
-            return Parts(*(walk.put_q(x, at, new) for x, new in zip(parts, after, strict=True)))
+            queries = [_take(x, at.q) for x in (q, *parts)]
+            keys = [_take(x, at.k) for x in (k, v)]
+            after = []
+            for strip in walk.strips:
+                q_s, *before = (strip.of_queries(x) for x in queries)
+                k_s, v_s = (strip.of_keys(x) for x in keys)
+                scores = _dot("pktd,pksd->pkts", q_s, k_s)
+                after.append(add_block(Parts(*before), scores, walk.visible(at, strip), v_s))
+            by_part = zip(parts, zip(*after, strict=True), strict=True)
+            return Parts(*(_put(x, at.q, _whole(strips, x)) for x, strips in by_part))
 
         by_head = walk.over_all(one, by_head)
     return Parts(*(x.reshape(shape.shape) for x, shape in zip(by_head, parts, strict=True)))
@@ -238,16 +245,26 @@ def attend_backward(q, k, v, q_segments, k_segments, pairs, lse, d_out, delta, g
     for walk in _walks(q, k, q_segments, k_segments, pairs, causal):
 
         def one(grads, at, walk=walk):
+            queries = [_take(x, at.q) for x in (q, lse, d_out, delta)]
+            keys = [_take(x, at.k) for x in (k, v)]
+            of_strips = []
+            for strip in walk.strips:
+                q_s, lse_s, d_out_s, delta_s = (strip.of_queries(x) for x in queries)
+                k_s, v_s = (strip.of_keys(x) for x in keys)
+                scores = _dot("pktd,pksd->pkts", q_s, k_s)
+                p = jnp.exp(scores - lse_s[..., None])
+                p = jnp.where(walk.visible(at, strip), p, 0.0)
+                dp = _dot("pktd,pksd->pkts", d_out_s, v_s)
+                ds = (p * (dp - delta_s[..., None])).astype(q.dtype)
+                dq_s = _dot("pkts,pksd->pktd", ds, k_s)
+                dk_s = _dot("pkts,pktd->pksd", ds, q_s)
+                dv_s = _dot("pkts,pktd->pksd", p.astype(q.dtype), d_out_s)
+                tile = k.shape[2]
+                of_strips.append((dq_s, strip.to_tile(dk_s, tile), strip.to_tile(dv_s, tile)))
             dq, dk, dv = grads
-            scores, visible = walk.scores(at)
-            p = jnp.where(visible, jnp.exp(scores - walk.take_q(lse, at)[..., None]), 0.0)
-            d_out_b = walk.take_q(d_out, at)
-            dp = _dot("pktd,pksd->pkts", d_out_b, walk.take_k(v, at))
-            ds = (p * (dp - walk.take_q(delta, at)[..., None])).astype(q.dtype)
-            dv_b = _dot("pkts,pktd->pksd", p.astype(q.dtype), d_out_b)
-            dk_b = _dot("pkts,pktd->pksd", ds, walk.take_q(q, at))
-            dq_b = _dot("pkts,pksd->pktd", ds, walk.take_k(k, at))
-            return walk.add_q(dq, at, dq_b), walk.add_k(dk, at, dk_b), walk.add_k(dv, at, dv_b)
+            dq_b, dk_b, dv_b = zip(*of_strips, strict=True)
+            dk, dv = _add(dk, at.k, _sum(dk_b)), _add(dv, at.k, _sum(dv_b))
+            return _put(dq, at.q, _take(dq, at.q) + _whole(dq_b, dq)), dk, dv
 
         grads = walk.over_all(one, grads)
     dq, dk, dv = grads
@@ -262,8 +279,25 @@ class _At(NamedTuple):
     q: jax.Array  # [P] tiles of queries
     k: jax.Array  # [P] tiles of keys
     sees: jax.Array  # [P]
-    queries: slice  # of the tile
-    keys: slice  # of the tile
+
+
+class _Strip(NamedTuple):
+    """Queries of a tile, and the first keys of a tile, those that they may see."""
+
+    queries: slice
+    keys: int
+
+    def of_queries(self, x):
+        """[P, K, G, tile, ...] -> [P, K, G * queries, ...]."""
+        x = x[:, :, :, self.queries]
+        return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+
+    def of_keys(self, x):
+        return x[:, :, : self.keys]
+
+    def to_tile(self, x, tile: int):
+        """[P, K, keys, D] -> [P, K, tile, D], 0 for keys that are not seen."""
+        return jnp.pad(x, ((0, 0), (0, 0), (0, tile - self.keys), (0, 0)))
 
 
 def _walks(q, k, q_segments, k_segments, pairs, causal: bool) -> list[_Walk]:
@@ -286,17 +320,18 @@ class _Walk:
     """
 
     def __init__(self, q, k, q_segments, k_segments, pairs, tiles, causal=False, diagonal=False):
-        self.q, self.k, self.causal, self.diagonal = q, k, causal, diagonal
+        self.causal, self.diagonal = causal, diagonal
         self.pairs = Pairs(*(jnp.asarray(x) for x in pairs))
         self.q_tiles = q.shape[0] // q_segments.shape[0]
         self.k_tiles = k.shape[0] // k_segments.shape[0]
+        self.groups = q.shape[2]
         self.q_segments = q_segments.reshape(q.shape[0], -1)
         self.k_segments = k_segments.reshape(k.shape[0], -1)
         self.tiles = jnp.asarray(tiles)
         tile, keys = self.q_segments.shape[1], self.k_segments.shape[1]
         strip = STRIP if diagonal and tile % STRIP == 0 else tile
         self.strips = [
-            (slice(start, start + strip), slice(0, start + strip if diagonal else keys))
+            _Strip(slice(start, start + strip), start + strip if diagonal else keys)
             for start in range(0, tile, strip)
         ]
 
@@ -304,64 +339,31 @@ class _Walk:
         """one(carry, at) over all steps."""
         # The compiled program does not say how many there are: the scope does.
         most = self.pairs.q_row.shape[0] * len(self.tiles)
-
-        def step(i, carry):
-            for at in self.at(i):
-                carry = one(carry, at)
-            return carry
-
         with jax.named_scope(LOOP_SCOPE.format(most)):
-            return lax.fori_loop(0, self.pairs.count * len(self.tiles), step, carry)
+            steps = self.pairs.count * len(self.tiles)
+            return lax.fori_loop(0, steps, lambda i, carry: one(carry, self.at(i)), carry)
 
-    def at(self, i) -> list[_At]:
+    def at(self, i) -> _At:
         step, tile = i // len(self.tiles), self.tiles[i % len(self.tiles)]
-        rows = (
+        return _At(
             self.pairs.q_row[step] * self.q_tiles + tile[0],
             self.pairs.k_row[step] * self.k_tiles + tile[1],
             self.pairs.sees[step],
         )
-        return [_At(*rows, *strip) for strip in self.strips]
 
-    def scores(self, at: _At) -> tuple[jax.Array, jax.Array]:
-        """Scores [P, K, G * queries, keys] of a strip, and visibility [P, 1, G * queries, keys]."""
-        scores = _dot("pktd,pksd->pkts", self.take_q(self.q, at), self.take_k(self.k, at))
-        q_seg = _take(self.q_segments, at.q)[:, at.queries, None]
-        k_seg = _take(self.k_segments, at.k)[:, None, at.keys]
+    def visible(self, at: _At, strip: _Strip) -> jax.Array:
+        """[P, 1, G * queries, keys] bool."""
+        q_seg = _take(self.q_segments, at.q)[:, strip.queries, None]
+        k_seg = _take(self.k_segments, at.k)[:, None, : strip.keys]
         sees = at.sees[:, None, None]
         visible = (q_seg == k_seg) & (sees == SAME_DOCUMENT)
         if not self.causal:
             visible = (visible | (sees == ANY_DOCUMENT)) & (k_seg > 0)
         P, T, S = visible.shape
         if self.diagonal:
-            visible &= np.arange(T)[:, None] + at.queries.start >= np.arange(S)
-        GT = scores.shape[2]
-        visible = jnp.broadcast_to(visible[:, None], (P, GT // T, T, S))
-        return scores, visible.reshape(P, 1, GT, S)
-
-    def take_q(self, x, at):
-        """[R * tiles, K, G, tile, ...] -> [P, K, G * queries, ...]."""
-        x = _take(x, at.q)[:, :, :, at.queries]
-        return x.reshape(*x.shape[:2], -1, *x.shape[4:])
-
-    def take_k(self, x, at):
-        return _take(x, at.k)[:, :, at.keys]
-
-    def put_q(self, x, at, value):
-        queries = at.queries.stop - at.queries.start
-        value = value.reshape(-1, *x.shape[1:3], queries, *x.shape[4:])
-        if at.q.shape[0] == 1:
-            start = (at.q[0], 0, 0, at.queries.start) + (0,) * (x.ndim - 4)
-            return lax.dynamic_update_slice(x, value, start)
-        return x.at[at.q, :, :, at.queries].set(value, mode="drop", unique_indices=True)
-
-    def add_q(self, x, at, value):
-        # Slots that see nothing point beyond the last row: what is read there is dropped.
-        return self.put_q(x, at, value + self.take_q(x, at))
-
-    def add_k(self, x, at, value):
-        if at.k.shape[0] == 1:
-            return lax.dynamic_update_slice_in_dim(x, value + self.take_k(x, at), at.k[0], 0)
-        return x.at[at.k, :, at.keys].add(value)
+            visible &= np.arange(T)[:, None] + strip.queries.start >= np.arange(S)
+        G = self.groups
+        return jnp.broadcast_to(visible[:, None], (P, G, T, S)).reshape(P, 1, G * T, S)
 
 
 def _by_head(x, tile: int):
@@ -374,3 +376,27 @@ def _take(x, index):
     if index.shape[0] == 1:
         return lax.dynamic_slice_in_dim(x, index[0], 1, 0)
     return jnp.take(x, index, axis=0, mode="clip")
+
+
+_sum = functools.partial(functools.reduce, jnp.add)
+
+
+def _whole(of_strips, like):
+    """[P, K, G * queries, ...] of each strip -> [P, K, G, tile, ...], as a tile of `like`."""
+    by_head = (x.reshape(*x.shape[:2], like.shape[2], -1, *x.shape[3:]) for x in of_strips)
+    return jnp.concatenate(list(by_head), axis=3)
+
+
+# A tile is read once and written once in a step: where strips did so one by one, XLA's CPU backend
+# copied all of x for each of them.
+def _put(x, index, value):
+    if index.shape[0] == 1:
+        return lax.dynamic_update_slice_in_dim(x, value, index[0], 0)
+    # Slots that see nothing point beyond the last row: what is read there is dropped.
+    return x.at[index].set(value, mode="drop", unique_indices=True)
+
+
+def _add(x, index, value):
+    if index.shape[0] == 1:
+        return _put(x, index, value + _take(x, index))
+    return x.at[index].add(value)
