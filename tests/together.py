@@ -16,7 +16,7 @@ def start(words, processes, devices=1):
         "FOT_COORDINATOR": f"127.0.0.1:{free_port()}",
         "FOT_PROCESSES": str(processes),
         "PYTHONPATH": os.pathsep.join(sys.path),
-        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}"),
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}"),
     }
     return [
         subprocess.Popen(

@@ -211,7 +211,7 @@ RETURNS = ONE_FAILS.replace("FAILURE", "return 2")
 
 
 @pytest.fixture
-def two():
+def run_of_two():
     """Starts two processes that run a program; they do not outlive the test."""
     started = []
 
@@ -235,16 +235,16 @@ def test_a_port_that_is_taken_is_named(surroundings):
             cluster.join()
 
 
-def test_processes_join(two):
-    for process in two(f"{GATHERS}cluster.finish()"):
+def test_processes_join(run_of_two):
+    for process in run_of_two(f"{GATHERS}cluster.finish()"):
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
         assert "[0, 1]" in err.splitlines()
 
 
 @pytest.mark.parametrize(("program", "code"), [(RAISES, 1), (RETURNS, 2)])
-def test_one_that_fails_does_not_wait_for_the_others(two, program, code):
-    waiting, failing = two(program)
+def test_one_that_fails_does_not_wait_for_the_others(run_of_two, program, code):
+    waiting, failing = run_of_two(program)
     _, err = failing.communicate(timeout=120)  # JAX would wait for 300 s
     assert failing.returncode == code
     assert "[0, 1]" in err.splitlines()
