@@ -15,7 +15,6 @@ V vocabulary, L layers.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -23,7 +22,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from fot_jax.common.errors import UserError
@@ -31,6 +29,7 @@ from fot_jax.model import cached_context, crossbatch, layout, lora, schemes
 from fot_jax.model.attention.partial_softmax import AnyArray
 from fot_jax.model.cached_context import Cached
 from fot_jax.model.config import ModelConfig
+from fot_jax.model.linear import adapted_linear, linear
 from fot_jax.model.parameters import init_kernel, init_layers, init_norm
 from fot_jax.model.rope import positioned, rope_table, rotate
 from fot_jax.model.trained import Trained
@@ -285,53 +284,12 @@ def add_outputs(
 
 def _kernel(params, name: str, x: Float[Array, "R T E"], shardings: Shardings):
     """x times a kernel of a layer, with its adapter if it has one: [R, T, F]."""
-    y = linear(x, params[lora.KERNELS[name]][name], shardings.get(name))
+    kernel = params[lora.KERNELS[name]][name]
     adapter = params.get(lora.NAME, {}).get(name)
     if adapter is None:
-        return y
-    inner = linear(x, adapter["a"], shardings.get(f"{name}/a"))
-    scale = params[lora.NAME]["scale"].astype(x.dtype)
-    return y + scale * linear(inner, adapter["b"], shardings.get(f"{name}/b"))
-
-
-def linear(
-    x: Float[Array, "R T E"],
-    kernel: Float[Array, "E F"],
-    sharding: layout.KernelSharding | None = None,
-) -> Float[Array, "R T F"]:
-    """x @ kernel in x's dtype; over a mesh, the kernel is gathered for it in that type."""
-    return checkpoint_name(_linear(sharding, x, kernel), "product")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(sharding, x, kernel):
-    """The product.
-
-    Its gradient is written out for two reasons. Autodiff's own asks XLA's CPU backend for a
-    transposed copy of the wider activation, which took a fifth of a training step. And over a mesh
-    what is kept for the backward pass has to be the kernel as it is sharded, and what leaves it a
-    gradient that is sharded alike: left alone, XLA may reduce activations over all devices instead.
-    """
-    return x @ _gathered(sharding, x, kernel)
-
-
-def _gathered(sharding, x, kernel):
-    kernel = kernel.astype(x.dtype)
-    return kernel if sharding is None else lax.with_sharding_constraint(kernel, sharding.gathered)
-
-
-def _linear_backward(sharding, saved, dy):
-    x, kernel = saved
-    dx = dy @ _gathered(sharding, x, kernel).T
-    d_kernel = jnp.einsum("rte,rtf->ef", x, dy)
-    if sharding is not None:
-        d_kernel = lax.with_sharding_constraint(d_kernel, sharding.stored)
-    return dx, d_kernel.astype(kernel.dtype)
-
-
-_linear.defvjp(
-    lambda sharding, x, kernel: (_linear(sharding, x, kernel), (x, kernel)), _linear_backward
-)
+        return linear(x, kernel, shardings.get(name))
+    of_all = tuple(shardings.get(each) for each in (name, f"{name}/a", f"{name}/b"))
+    return adapted_linear(x, kernel, adapter["a"], adapter["b"], params[lora.NAME]["scale"], of_all)
 
 
 def normalise(c: ModelConfig, params, x: Float[Array, "*rows E"]) -> Float[Array, "*rows E"]:

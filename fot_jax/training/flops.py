@@ -14,7 +14,8 @@ class Part(NamedTuple):
     Attributes:
       lowest_layer: below it nothing does, and no gradient is needed.
       matrices: elements of each layer's that train, adapters included.
-      adapters: elements of each layer's adapters, which are computed beside its kernels.
+      adapters: elements of each layer's adapters. Added to its kernels they cost nothing there;
+        their own gradients ask for a product of each beside those of the kernels.
       head: the matrix of the logits trains.
     """
 
@@ -51,10 +52,11 @@ def training_flops(
     total = kept * 2 * c.hidden_size * c.vocab_size * T * (2 + part.head)
     for layer in range(c.num_layers):
         tokens = T * (rows if layer < layers_of_all else kept)
-        products = 2 * (kernels + part.adapters) * tokens
+        products = 2 * kernels * tokens
         scores = per_score * tokens * (T + 1) // 2
         scores += per_score * T * beyond * (layer in c.memory_layers)
-        of_activations = products + 2 * scores if layer >= part.lowest_layer else 0
+        of_activations = products + 2 * part.adapters * tokens + 2 * scores
+        of_activations *= layer >= part.lowest_layer
         total += products + scores + of_activations + 2 * part.matrices[layer] * tokens
     return total
 

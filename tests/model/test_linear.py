@@ -1,0 +1,69 @@
+"""Products with kernels and adapters, and their gradients, against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fot_jax.model.linear import adapted_linear, linear
+
+SCALE = np.float32(1.5)
+
+
+def drawn(E, F, rank=4):
+    """x, a kernel that bfloat16 holds exactly, a young adapter of it, and a gradient of y."""
+    rng = np.random.default_rng(E)
+    x, dy = rng.normal(size=(2, 600, E)), rng.normal(size=(2, 600, F))
+    a, b = rng.normal(size=(E, rank)), rng.normal(size=(rank, F)) * 2.0**-12
+    x, kernel, dy = (
+        np.asarray(jnp.bfloat16(m), np.float32) for m in (x, rng.normal(size=(E, F)), dy)
+    )
+    return x, kernel, np.float32(a), np.float32(b), dy
+
+
+def outer(x, y):
+    return np.einsum("rte,rtf->ef", x, y)
+
+
+def share_found(got, without, part):
+    """How much of `part` there is in got - without: about 1 where rounding does not take sides."""
+    return np.vdot(np.asarray(got, np.float64) - without, part) / np.vdot(part, part)
+
+
+@pytest.mark.parametrize(("E", "F"), [(48, 160), (160, 48)], ids=["up", "down"])
+@pytest.mark.parametrize(
+    ("dtype", "error", "of_adapter"), [("float32", 2e-6, 1e-3), ("bfloat16", 0.03, 0.1)]
+)
+def test_products_and_gradients(E, F, dtype, error, of_adapter):
+    x, kernel, a, b, dy = drawn(E, F)
+    typed = jnp.asarray(x, dtype)
+    y, gradient = jax.vjp(adapted_linear, typed, *map(jnp.asarray, (kernel, a, b, SCALE)))
+    assert y.dtype == typed.dtype
+    got = dict(
+        zip(("x", "kernel", "a", "b", "scale"), gradient(jnp.asarray(dy, dtype)), strict=True)
+    )
+
+    x, kernel, a, b, dy = (np.float64(m) for m in (x, kernel, a, b, dy))
+    want = {
+        "x": dy @ (kernel + SCALE * a @ b).T,
+        "kernel": outer(x, dy),
+        "a": SCALE * outer(x, dy @ b.T),
+        "b": SCALE * outer(x @ a, dy),
+        "scale": np.vdot(x @ a @ b, dy),
+    }
+    for name, of_name in want.items():
+        distance = np.abs(np.float64(got[name]) - of_name).max()
+        assert distance <= error * np.abs(of_name).max(), name
+    # What it adds is a thousandth of y: less than the rounding of one number of type bfloat16.
+    assert share_found(y, x @ kernel, SCALE * x @ a @ b) == pytest.approx(1, abs=of_adapter)
+    part = SCALE * dy @ (a @ b).T
+    assert share_found(got["x"], dy @ kernel.T, part) == pytest.approx(1, abs=of_adapter)
+
+
+def test_a_kernel_alone():
+    x, kernel, _, _, dy = drawn(96, 32)
+    y, gradient = jax.vjp(linear, x, kernel)
+    x, kernel, dy = np.float64(x), np.float64(kernel), np.float64(dy)
+    np.testing.assert_allclose(y, x @ kernel, rtol=1e-4, atol=1e-4)
+    for got, want in zip(gradient(np.float32(dy)), (dy @ kernel.T, outer(x, dy)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
