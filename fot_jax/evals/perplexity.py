@@ -143,13 +143,16 @@ class PerplexityByContext:
         sums = np.zeros(3)
         for batch in batches:
             tokens, mask, weights = self._arrays(batch, size, window)
-            scores = lm.score(
-                tokens,
-                mask=mask,
-                last_context_length=window,
-                memory=self._memory(size) if lm.config.memory_layers else EVERYTHING,
-                progress=progress,
-            )
+            # What nobody scores is read for memory alone, which takes fewer layers and no logits.
+            start = int(weights.any(0).argmax()) // window * window
+            read = {"last_context_length": window, "progress": progress}
+            memory = self._memory(size) if lm.config.memory_layers else EVERYTHING
+            before = {"memory": memory}
+            if start:
+                of_start = lm.read(tokens[:, :start], mask=mask[:, :start], **before, **read)
+                before = {"state": of_start}
+            scores = lm.score(tokens[:, start:], mask=mask[:, start:], **before, **read)
+            weights = weights[:, start:]
             of_batch = (scores.nats * weights, scores.correct * weights, weights)
             sums += [x.sum(dtype=np.float64) for x in of_batch]
         nats, correct, weights = sums.tolist()

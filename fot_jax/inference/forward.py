@@ -80,7 +80,9 @@ def empty_cache(c: ModelConfig, rows: int, dtype=jnp.float32, mesh: Mesh | None 
 # --- Run -----------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("c", "lookup", "mesh"), donate_argnames="cache")
+@functools.partial(
+    jax.jit, static_argnames=("c", "lookup", "mesh", "for_memory"), donate_argnames="cache"
+)
 def run(
     c: ModelConfig,
     lookup: Lookup,
@@ -91,6 +93,7 @@ def run(
     tokens: Int[Array, "B T"],
     valid: Bool[Array, "B T"],
     advance: Int[Array, " B"],
+    for_memory: bool = False,
 ) -> tuple[Float[Array, "B T E"], Cache]:
     """Runs all layers over the next piece of every row.
 
@@ -102,25 +105,31 @@ def run(
       valid: False for padding: nobody sees it.
       advance: how many places of the window a row's piece takes, from its first token on; what
         comes after is computed in vain. Rows of one batch may have pieces of different lengths.
+      for_memory: static; whether the window is emptied next and nobody wants hidden states. Then
+        only what moves to memory is computed: the layers below the last memory layer, and its keys
+        and values.
 
     Returns:
-      Hidden states, normalised, ready for `transformer.logits`; the cache with the piece in it.
+      Hidden states, normalised, ready for `transformer.logits` (`for_memory`: those that enter the
+      last memory layer, to wait for); the cache with the piece in it.
     """
     at = _places(c, cache, tokens, valid, advance, memory.visible)
     x = params["embedding"][tokens]
-    layers = []
-    for i, (layer, of_layer) in enumerate(zip(params["layers"], cache.layers, strict=True)):
-        q, of_layer = _queries(c, i, layer, x, of_layer, at)
-        layers.append(of_layer)
+    layers = list(cache.layers)
+    last = max(c.memory_layers, default=-1) if for_memory else c.num_layers
+    for i, layer in enumerate(params["layers"][: last + 1]):
+        q, layers[i] = _queries(c, i, layer, x, layers[i], at)
+        if i == last:
+            break
         if i in c.memory_layers and memory.slots:
             of_memory = memory.layers[c.memory_layers.index(i)]
 
             def look_up(q, of_memory=of_memory):
                 return _attend_memory(lookup, q, of_memory, memory.visible, mesh)
 
-            x = _outputs(c, layer, x, of_layer, at, look_up, q)
+            x = _outputs(c, layer, x, layers[i], at, look_up, q)
         else:
-            x = _outputs(c, layer, x, of_layer, at, None, q)
+            x = _outputs(c, layer, x, layers[i], at, None, q)
     hidden = transformer.normalise(c, params["final_norm"], x)
     cache = Cache(tuple(layers), at.valid, cache.length + advance)
     return replicated(mesh, (hidden, cache))
@@ -137,6 +146,7 @@ def run_over_segments(
     tokens: Int[AnyArray, "B T"],
     valid: Bool[AnyArray, "B T"],
     advance: Int[AnyArray, " B"],
+    for_memory: bool = False,
 ) -> tuple[Float[Array, "B T E"], Cache]:
     """`run`, not compiled as a whole, of a memory that begins with segments.
 
@@ -151,18 +161,22 @@ def run_over_segments(
     piece = tokens, valid, advance, memory.visible + np.int32(in_closed)
     after = before = None
     for i, layer in enumerate(c.memory_layers):
-        cache, (x, q) = _stretch(c, after, params, cache, *piece, before)
+        ends = for_memory and layer == c.memory_layers[-1]
+        cache, (x, q) = _stretch(c, after, ends, params, cache, *piece, before)
+        if ends:
+            return x, cache
         opened = Segment(memory.layers[i], memory.visible) if memory.slots else None
         queries = q.reshape(*q.shape[:2], -1, q.shape[4])
         after, before = layer, (x, q, segmented.attend(lookup, queries, closed[i], opened))
-    cache, hidden = _stretch(c, after, params, cache, *piece, before)
+    cache, hidden = _stretch(c, after, False, params, cache, *piece, before)
     return hidden, cache
 
 
-@functools.partial(jax.jit, static_argnames=("c", "after"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("c", "after", "ends"), donate_argnames="cache")
 def _stretch(
     c: ModelConfig,
     after: int | None,
+    ends: bool,
     params,
     cache: Cache,
     tokens,
@@ -174,7 +188,8 @@ def _stretch(
     """The layers from one memory layer to the next.
 
     Args:
-      c, after: static; the memory layer to go on from, None for the beginning.
+      c, after, ends: static; the memory layer to go on from, None for the beginning; whether the
+        piece is done at the next one.
       cache: used up.
       visible: tokens of memory, those in segments among them.
       before: x [B, T, E] at layer `after`, its queries [B, K, G, T, D] and what they found in
@@ -182,6 +197,7 @@ def _stretch(
 
     Returns:
       The cache, and x and queries at the next memory layer, or after the last one hidden states.
+      Where the layers end with it, its places in use are those with the piece.
     """
     at = _places(c, cache, tokens, valid, advance, visible)
     layers = list(cache.layers)
@@ -196,9 +212,13 @@ def _stretch(
         layer = params["layers"][i]
         q, layers[i] = _queries(c, i, layer, x, layers[i], at)
         if i in c.memory_layers:
+            if ends:
+                break
             return cache._replace(layers=tuple(layers)), (x, q)
         x = _outputs(c, layer, x, layers[i], at, None, q)
     cache = Cache(tuple(layers), at.valid, cache.length + advance)
+    if ends:
+        return cache, (x, q)
     return cache, transformer.normalise(c, params["final_norm"], x)
 
 

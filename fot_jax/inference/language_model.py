@@ -274,7 +274,13 @@ class LanguageModel:
         state = lm._begin(len(tokens), memory, state)
         out = np.empty((*tokens.shape, self.config.vocab_size), np.float32)
         for piece in prefill(
-            lm.params, state, tokens, valid, last=last_context_length, progress=progress
+            lm.params,
+            state,
+            tokens,
+            valid,
+            last=last_context_length,
+            progress=progress,
+            every_hidden=True,
         ):
             of_piece = np.asarray(forward.logits(lm.config, lm.mesh, lm.params, piece.hidden))
             out[:, piece.columns()] = of_piece[:, : piece.length[0]]
@@ -308,6 +314,7 @@ class LanguageModel:
             valid[:, :-1],
             last=last_context_length,
             progress=progress,
+            every_hidden=True,
         ):
             columns = piece.columns()
             of_piece = inputs.padded(targets[:, columns], piece.hidden.shape[1])

@@ -30,7 +30,8 @@ class Piece(NamedTuple):
 
     start: Int[np.ndarray, " B"]  # its first token in the text
     length: Int[np.ndarray, " B"]
-    hidden: Float[jax.Array, "B T E"]  # of its tokens; what comes after them has no meaning
+    # Of its tokens; what comes after them has no meaning. None: nobody wanted them.
+    hidden: Float[jax.Array, "B T E"] | None
 
     def columns(self) -> slice:
         """Of the text, where all rows have the same length."""
@@ -79,6 +80,7 @@ def prefill(
     progress: Callable[[int], Any] | None,
     lengths: Int[np.ndarray, " B"] | None = None,
     new_tokens: int = 0,
+    every_hidden: bool = False,
 ) -> Iterator[Piece]:
     """Reads text into a state, which changes, piece by piece.
 
@@ -89,6 +91,8 @@ def prefill(
       progress: called with the number of tokens read.
       lengths: tokens of each row, the rest is nothing; None: all.
       new_tokens: that will follow, for the size of the memory.
+      every_hidden: whether hidden states of all pieces are wanted, and not of the last one alone:
+        the others are then read for memory, with the layers that it takes.
 
     Raises:
       UserError: last_context_length is out of range, or memory is too small and no ring.
@@ -106,21 +110,28 @@ def prefill(
     # Rows with less to read wait, so that all end together.
     plans = [[Step(0, 0, False)] * (steps - len(each)) + each for each in plans]
     running: collections.deque = collections.deque()
-    for step in zip(*plans, strict=True):  # of all rows
-        start, stop, evicts = (np.asarray(x) for x in zip(*step, strict=True))
-        state.evict(evicts)
+    of_steps = [
+        [np.asarray(x) for x in zip(*step, strict=True)] for step in zip(*plans, strict=True)
+    ]
+    for i, (start, stop, evicts) in enumerate(of_steps):
+        state.evict(evicts & (state.places > 0))
         length = stop - start
+        # The last piece stays in the window, whatever comes next.
+        leaves = of_steps[i + 1][2] if i + 1 < steps else np.zeros(state.rows, bool)
+        for_memory = not every_hidden and bool((leaves | (length == 0)).all())
         width = min(context, max(16, 1 << int(length.max() - 1).bit_length()))
         of_rows = [slice(start[row], stop[row]) for row in rows]
         piece = np.stack([inputs.padded(tokens[row, of_rows[row]], width) for row in rows])
         shown = np.stack([inputs.padded(valid[row, of_rows[row]], width) for row in rows])
-        hidden = state.run(params, piece, shown, length)
+        hidden = state.run(params, piece, shown, length, for_memory)
         state.places += length
         state.held += shown.sum(1)
+        if for_memory:
+            state.evict(length > 0)  # now: the window has not all that a next piece would need
         running.append(hidden)
         if len(running) > AHEAD:
             running.popleft().block_until_ready()
-        yield Piece(start, length, hidden)
+        yield Piece(start, length, None if for_memory else hidden)
         if progress is not None:
             progress(int(shown.sum()))
 
@@ -157,6 +168,7 @@ def remember(
             tokens=piece,
             valid=np.ones_like(piece, bool),
             advance=length.astype(np.int32),
+            for_memory=True,
         )
         state.places += length
         state.held += length

@@ -192,6 +192,7 @@ class State:
         tokens: Int[np.ndarray | jax.Array, "B T"],
         valid: Bool[np.ndarray, "B T"],
         advance: Int[np.ndarray, " B"],
+        for_memory: bool = False,
     ) -> Float[jax.Array, "B T E"]:
         """Hidden states of the next piece of every row, which is put into the window.
 
@@ -199,6 +200,7 @@ class State:
         """
         piece = {"tokens": tokens, "valid": valid, "advance": advance.astype(np.int32)}
         piece |= {"params": params, "cache": self.cache, "memory": self.memory}
+        piece["for_memory"] = for_memory
         if self.has_segments:
             piece |= {"closed": self.segments.of_layers(), "in_closed": self.segments.tokens}
             hidden, self.cache = forward.run_over_segments(self.model, self.config.lookup, **piece)

@@ -27,6 +27,7 @@ from readers import (
 from tiny import LLAMA, random_params
 
 from fot_jax.common.errors import UserError
+from fot_jax.inference import forward
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.state import MemoryConfig
 from fot_jax.model.lookup import ApproximateTopK, TopK
@@ -49,21 +50,32 @@ def test_logits_of_any_length(name, length, last):
 @settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from(list(MODELS)),
-    st.lists(st.sampled_from([1, 5, 18, 31, 50, 64, 70, 130]), min_size=2, max_size=5),
+    st.lists(
+        st.tuples(st.sampled_from([1, 5, 18, 31, 50, 64, 70, 130]), st.booleans()),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from([1, 31, 130]),
     st.sampled_from([7, 32, 64]),
 )
-def test_text_read_in_segments(name, feeds, last):
-    """The window that one segment leaves is what the next one joins, where it fits."""
-    text = random_text(1, sum(feeds), seed=sum(feeds))
-    lm = model_of(name)
-    state = lm.read(text[:, : feeds[0]], last_context_length=last)
-    got, start = [], feeds[0]
-    for length in feeds[1:]:
-        segment = text[:, start : start + length]
-        got.append(lm.logits(segment, last_context_length=last, state=state)[0])
+def test_text_read_in_segments(name, feeds, length, last):
+    """The window that one segment leaves is what the next one joins, where it fits.
+
+    Whether somebody looks at a segment (its logits) makes no difference to the next.
+    """
+    feeds = [*feeds, (length, True)]
+    lengths = [length for length, _ in feeds]
+    text = random_text(1, sum(lengths), seed=sum(lengths))
+    lm, state, start = model_of(name), None, 0
+    want = by_rules(name, text[0], lengths, last)
+    for length, looks in feeds:
+        segment, place = text[:, start : start + length], slice(start, start + length)
         start += length
-    want = by_rules(name, text[0], feeds, last)[feeds[0] :]
-    np.testing.assert_allclose(np.concatenate(got), want, atol=1e-4)
+        if looks and state is not None:
+            got = lm.logits(segment, last_context_length=last, state=state)[0]
+            np.testing.assert_allclose(got, want[place], atol=1e-4)
+        else:
+            state = lm.read(segment, last_context_length=last, state=state)
 
 
 @EVERY_MODEL
@@ -211,6 +223,43 @@ def test_windows_are_remembered_as_if_each_were_the_only_one(name):
     np.testing.assert_allclose(got.reshape(2 * C, -1), want[-2 * C :], atol=1e-4)
 
 
+def test_reading_that_was_interrupted_goes_on():
+    """After a piece shorter than the window, which is not read on in."""
+    lm, windows, text, last = model_of("llama"), random_text(2, C), random_text(1, C + 20 + 7), 7
+    want = lm.logits(text, last_context_length=last, state=lm.remember(windows))[:, -last:]
+    read = []
+
+    def interrupt(tokens):
+        read.append(tokens)
+        if len(read) == 2:
+            raise KeyboardInterrupt
+
+    state = lm.remember(windows)
+    with pytest.raises(KeyboardInterrupt):
+        lm.read(text, last_context_length=last, state=state, progress=interrupt)
+    assert read == [C, 20]
+    got = lm.logits(text[:, -last:], last_context_length=last, state=state)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_nobody_looks_at_is_read_by_the_layers_that_memory_takes(name):
+    """FLOPs of the compiled program, by those of whole layers."""
+    lm = model_of(name)
+    c, state = lm.config, lm.read(random_text(1, 2 * C))
+    piece = {"tokens": np.zeros((1, C), np.int32), "valid": np.ones((1, C), bool)}
+    piece |= {"params": lm.params, "cache": state.cache, "memory": state.memory}
+
+    def flops(for_memory):
+        lowered = forward.run.lower(
+            c, TopK(8), None, **piece, advance=np.full(1, C, np.int32), for_memory=for_memory
+        )
+        return lowered.compile().cost_analysis()["flops"]
+
+    share = (max(c.memory_layers, default=-1) + 1) / c.num_layers
+    assert flops(True) < share * flops(False)
+
+
 def test_what_was_in_the_window_is_remembered_too():
     """Texts, then windows: these come after those in memory, and do not see them."""
     lm, windows, texts = model_of("llama"), random_text(3, 40), random_text(2, C, seed=1)
@@ -280,8 +329,6 @@ def test_parameters_on_a_training_mesh_give_the_same(name):
 
 def test_growing_memory_compiles_few_programs():
     """A text fed bit by bit."""
-    from fot_jax.inference import forward
-
     lm = model_of("llama")
     text = random_text(1, 6000, seed=9)
     before = forward.run._cache_size()
