@@ -197,7 +197,7 @@ def _stretch(
 
     Returns:
       The cache, and x and queries at the next memory layer, or after the last one hidden states.
-      Where the layers end with it, its places in use are those with the piece.
+      In the cache of the last stretch the piece takes its places.
     """
     at = _places(c, cache, tokens, valid, advance, visible)
     layers = list(cache.layers)
