@@ -14,6 +14,7 @@ from tiny import LLAMA, random_params, random_tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from fot_jax.model.config import ModelConfig
+from fot_jax.model.lora import KERNELS, Lora
 from fot_jax.model.schemes import CachedContext, NoCrossbatch, Packed, PackedTable, PreviousContext
 from fot_jax.training.flops import Part, layer_parameters, reading_flops, training_flops
 
@@ -99,6 +100,25 @@ def test_counts_what_training_a_part_multiplies(layers, head):
     unneeded = 0 if layers else 2 * tokens.size // 2 * config.hidden_size * config.vocab_size
     counted = counter.get_total_flops() + unneeded
     assert training_flops(config, scheme, len(tokens), 6, part) == counted
+
+
+@pytest.mark.parametrize("names", [("gate", "out"), tuple(KERNELS)])
+def test_adapters_cost_the_products_of_their_own_gradients(names):
+    """Beside those of x @ (kernel + a @ b): x a and dy b^T, and with each of them a gradient."""
+    L, tokens = LLAMA.num_layers, 6 * LLAMA.local_context
+    adapters = Lora(rank=2, kernels=names).init(jax.random.key(0), random_params(LLAMA)["layers"])
+    del adapters["scale"]
+    with FlopCounterMode(display=False) as counter:
+        for adapter in adapters.values():
+            for a, b in zip(*(torch.tensor(np.asarray(adapter[x])) for x in "ab"), strict=True):
+                x, dy = torch.ones(tokens, len(a)), torch.ones(tokens, len(b[0]))
+                (x @ a).T @ dy, x.T @ (dy @ b.T)
+    size = sum(x.size for x in jax.tree.leaves(adapters)) // L
+    frozen, adapted = (
+        training_flops(LLAMA, NoCrossbatch(), 6, 6, Part(0, [of_adapters] * L, of_adapters, True))
+        for of_adapters in (0, size)
+    )
+    assert adapted - frozen == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("memory_layers", [(1,), (0, 1, 2)])
