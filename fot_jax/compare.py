@@ -15,11 +15,11 @@ from fot_jax.convert import Reader, open_checkpoint
 from fot_jax.data.vocabulary import Symbols
 from fot_jax.hugging_face import tensors
 from fot_jax.inference.language_model import LanguageModel
-from fot_jax.inference.state import MemoryConfig
+from fot_jax.inference.state import all_of_a_text
 from fot_jax.model.config import ModelConfig
+from fot_jax.model.lookup import Dense
 
 _SETTINGS_OF_READING = ("last_context_length", "memory_dtype")
-_FLOAT32 = MemoryConfig(storage="float32")
 _PROBE, _WINDOW = 200, 64  # tokens read, in windows of so many
 
 
@@ -132,9 +132,8 @@ def _check_logits(a: epath.PathLike, b: epath.PathLike, c: ModelConfig, plain: b
         for layers in (lm.config.memory_layers, ())[: 1 + plain]:
             config = dataclasses.replace(lm.config, local_context=window, memory_layers=layers)
             lm = dataclasses.replace(lm, config=config)
-            found.append(
-                lm.logits(tokens, last_context_length=max(1, window // 2), memory=_FLOAT32)
-            )
+            memory = all_of_a_text(config, "float32", Dense())
+            found.append(lm.logits(tokens, last_context_length=max(1, window // 2), memory=memory))
         return found
 
     vocabulary = loading.vocabulary_of(a)

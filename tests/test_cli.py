@@ -516,7 +516,7 @@ def test_made_up_data_needs_no_tensorflow(here, tmp_path):
     assert runs.steps_saved(here / "run") == [2]
     assert (here / "run" / "plots" / "perplexity_by_context.png").exists()
     (events,) = (here / "run").glob("events.out.tfevents.*")
-    assert b"valid_perplexity/memory_16" in events.read_bytes()
+    assert b"perplexity_by_context/valid/memory_16" in events.read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gin
 import matplotlib.image
 import pytest
 import runs
@@ -205,19 +206,23 @@ def test_every_figure_has_its_experiments():
 
 
 def every_run():
-    """Of seed 0, those that figures share once: (family, run)."""
+    """Of seed 0, those that figures share once: (family, run, evaluations that figures show)."""
     sys.path.insert(0, str(REPRODUCE))
     from figures import FIGURES
 
-    every = {
-        (figure.family, run.name): run for figure in FIGURES.values() for run in figure.runs(0)
-    }
-    return [(family, run) for (family, _), run in every.items()]
+    every = {}
+    for figure in FIGURES.values():
+        for run in figure.runs(0):
+            *_, shown = every.setdefault((figure.family, run.name), (figure.family, run, set()))
+            shown |= {figure.evaluation} if run.model else set()
+    return list(every.values())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family, run", every_run(), ids=lambda x: getattr(x, "name", x))
-def test_every_run_traces(family, run, capsys):
+@pytest.mark.parametrize(
+    "family, run, shown", [pytest.param(*of, id=f"{of[0]}-{of[1].name}") for of in every_run()]
+)
+def test_every_run_traces(family, run, shown, capsys):
     """With a tokenizer that is there at once, and on one device what is for a laptop."""
     bindings = [*run.bindings]
     if run.start is not None:
@@ -238,6 +243,8 @@ def test_every_run_traces(family, run, capsys):
     code = cli.main([*argv, *runs.bind(*bindings)])
     said = capsys.readouterr()
     assert code == 0 and "nothing written" in said.out, said.err
+    if shown:
+        assert shown <= {each.name for each in gin.get_configurable("Evaluation")().evals}
 
 
 def test_dry_run(tmp_path):

@@ -231,7 +231,8 @@ def test_metrics_have_what_was_asked_for_at_its_steps(trained):
     assert {row["d"] for row in training if row["step"] % 3 == 0} == {1, 3}
     evaluated = {row["step"]: set(row) - {"step"} for row in rows if "loss" not in row}
     names = {
-        split: {f"{split}_perplexity/memory_{n}" for n in (0, 16)} for split in ("valid", "test")
+        split: {f"perplexity_by_context/{split}/memory_{n}" for n in (0, 16)}
+        for split in ("valid", "test")
     }
     assert evaluated == {5: names["valid"], 10: names["valid"], 12: names["test"]}
 
@@ -345,7 +346,9 @@ def test_documents_to_evaluate_have_the_vocabulary_of_the_run(tmp_path, one_devi
     output = ["--output", str(tmp_path / "results.json")]
     assert cli.main([*argv, *output, *runs.bind(*bindings)]) == 0
     (row,) = json.loads((tmp_path / "results.json").read_text())["perplexity_by_context"]
-    assert row["perplexity"] == pytest.approx(trained["valid_perplexity/memory_0"], rel=1e-4)
+    assert row["perplexity"] == pytest.approx(
+        trained["perplexity_by_context/valid/memory_0"], rel=1e-4
+    )
 
 
 # --- What is not finite --------------------------------------------------------------------------

@@ -131,6 +131,11 @@ def _text_cpu(seed: int) -> list[Run]:
     return _text(seed, "text_cpu.gin", "ModelConfig", layers=3, window=64, switch=1_800)
 
 
+def _index_recall_cpu(seed: int) -> list[Run]:
+    """Those with a memory to make an index of."""
+    return [run for run in _text_cpu(seed) if run.name != f"xl_{seed}"]
+
+
 _DISTRACTION = Figure(
     title="Distraction: attention to the own document among d previous contexts",
     paper="about 1 / d of a plain transformer; FoT stays higher, the more so the larger its d",
@@ -332,7 +337,7 @@ FIGURES = {
         title="What an index finds of the 32 best keys, by the share of keys that it visits",
         paper="left open",
         family="text_cpu",
-        runs=_text_cpu,
+        runs=_index_recall_cpu,
         evaluation="index_recall",
         x="visited",
         y="recall",

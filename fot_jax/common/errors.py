@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 from collections.abc import Iterator
 
 LARGEST_SEED = 2**63 - 1
@@ -45,7 +46,7 @@ def check_range(
       UserError: names the first value out of range.
     """
     for name, value in values.items():
-        if whole and value is not None and (value != value or value != int(value)):
+        if whole and not isinstance(value, numbers.Integral | None):
             raise UserError(f"{owner}.{name} = {value}: give a whole number")
         if value is None or least <= value <= (LARGEST_FLOAT if most is None else most):
             continue

@@ -152,8 +152,8 @@ def _file(path: epath.Path, split: str | None = None, word: str = "") -> _File |
         fatal = "not wholly there: copy it again, or remove it"
     elif not rest and not is_read and not note:
         fatal = (
-            "JSON Lines are read as they are and in .gz, .bz2 and .xz: convert it (README.md, Use "
-            "your own text), or remove it"
+            "JSON Lines are read as they are and in .gz, .bz2 and .xz: convert it "
+            "(docs/training.md, Your own text), or remove it"
         )
     return _File(path, split, word, stem, is_read, fatal)
 

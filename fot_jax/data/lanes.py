@@ -196,6 +196,7 @@ class Lanes:
                 )
             restored[group] = Snapshot(tuple(arrays["position"].tolist()), tuple(lanes))
         self._snapshots, self._streams = restored, {}
+        self._drawn = dict.fromkeys(restored, SHORT_DOCUMENTS)  # so many were no reason to stop
 
     def state_of(self, snapshots: Mapping[int, Snapshot]) -> dict[int, dict[str, np.ndarray]]:
         """Arrays of a snapshot of these lanes: what checkpoints hold and `restore` takes."""

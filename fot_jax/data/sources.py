@@ -84,7 +84,7 @@ def _how_to_prepare(builder: Any, name: str, data_dir: str | None) -> str:
         where = f" --data_dir {data_dir}" if data_dir else ""
         return (
             "that takes Apache Beam, in an environment of its own: tfds build "
-            f"{name}{where}; or give a directory of JSON Lines (README.md, Use your own text)"
+            f"{name}{where}; or give a directory of JSON Lines (docs/training.md, Your own text)"
         )
     where = f", data_dir={data_dir!r}" if data_dir else ""
     code = f"import tensorflow_datasets as t; t.builder({name!r}{where}).download_and_prepare()"

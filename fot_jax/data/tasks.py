@@ -277,7 +277,7 @@ class Text:
                 f"or a directory {split} of .jsonl.gz files"
             )
             if names := not_read(path_of(corpus.path)):
-                remedy += f"; not read: {names} (README.md, Use your own text)"
+                remedy += f"; not read: {names} (docs/training.md, Your own text)"
         there = ", ".join(source.splits) or "none"
         raise UserError(f"{where}: no {split} split (there is: {there}): {remedy}")
 

@@ -58,7 +58,9 @@ class PasskeyRetrieval:
             check_range("PasskeyRetrieval", 1, 2**30, lengths=length)
 
     def check(self, model: ModelConfig, source: DocumentSource) -> None:
-        """Any model, and any vocabulary, will do."""
+        """Raises UserError where number and question are longer than a length."""
+        for _ in self._texts(source.vocabulary, min(self.lengths), 0.0):
+            pass
 
     def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
         """One row a length and depth: tokens read, depth from 0 to 1, accuracy, numbers asked for.
@@ -66,7 +68,7 @@ class PasskeyRetrieval:
         Of the source only the vocabulary is used.
 
         Raises:
-          UserError: a length has no room for number and question.
+          UserError: as of check.
         """
         memory = all_of_a_text(lm.config, self.storage, self.lookup)
         rows = []

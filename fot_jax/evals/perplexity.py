@@ -94,7 +94,8 @@ class PerplexityByContext:
         """One row a memory size: memory, perplexity, nats, accuracy, tokens.
 
         Raises:
-          UserError: the split has no document of at least two windows.
+          UserError: the split has no document longer than two windows, or no token of those that
+            are scored counts in the loss.
         """
         (rows,) = self.run_each([lm], source)
         return rows
@@ -181,6 +182,11 @@ class PerplexityByContext:
             n = min((len(document.tokens) - 1) // window * window, before + scored)
             half = max(n // 2 // window * window, n - scored)
             parts.append(_Scored(document, before if n > before else half, n))
+        if not any(of.weights[start + 1 : stop + 1].any() for of, start, stop in parts):
+            raise UserError(
+                f"no token that PerplexityByContext scores of the {self.split} split counts in the "
+                "loss: choose another source, or larger scored_tokens"
+            )
         # As even as can be, for memories that the documents of a batch share.
         count = math.ceil(len(parts) / self.rows)
         bounds = [len(parts) * i // count for i in range(count + 1)]
@@ -212,7 +218,8 @@ class PerplexityByContext:
 
     def scalars(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """Perplexity of each memory size."""
-        return {f"{self.split}_perplexity/memory_{r['memory']}": r["perplexity"] for r in rows}
+        of = f"{self.name}/{self.split}"
+        return {f"{of}/memory_{row['memory']}": row["perplexity"] for row in rows}
 
     def table(self, rows: list[dict[str, Any]]) -> str:
         """The rows as text."""

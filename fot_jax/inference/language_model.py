@@ -220,7 +220,7 @@ class LanguageModel:
 
         Args:
           windows: of at most the local context.
-          rows: of the state: so many windows are read side by side, and so many texts can then
+          rows: of a new state: so many windows are read side by side, and so many texts can then
             be read on from it.
           memory, state, progress: as of `logits`.
 
@@ -237,6 +237,8 @@ class LanguageModel:
         lm = self._reader(_in_segments(memory, state))
         if state is None:
             state = lm._begin(rows, memory, None)
+        else:
+            state = lm._begin(state.rows, EVERYTHING if memory == SHARED else memory, state)
         if not state.config.shared:
             raise UserError("a memory for each row: set MemoryConfig.shared to have one for all")
         remember(lm.params, state, windows, progress)
@@ -260,7 +262,7 @@ class LanguageModel:
             place of its window.
           last_context_length: tokens that stay in the window at the end, at most the local
             context; by default ModelConfig.last_context_length, else 1024, or the local context
-            where that is less.
+            where that is less. Without memory layers all that fit, beside new tokens.
           memory: what is kept of what leaves the window. Not with `state`, which has its own.
           state: what was read before; changed. None: nothing.
           progress: called with the number of tokens of a piece when it has been read.

@@ -372,8 +372,13 @@ def _write_tree(path: epath.Path, prefix: str, tree, length: int, shards: int) -
             stop = min(start + chunk, length)
             content = _slots(x, start, stop, shards)
             array[:, :, start:stop].write(content).result()
-            crcs[name] = zlib.crc32(np.ascontiguousarray(content).data, crcs.get(name, 0))
+            crcs[name] = _crc32(content, crcs.get(name, 0))
     return crcs
+
+
+def _crc32(x: np.ndarray, crc: int) -> int:
+    """Of the bytes: NumPy gives no buffer of bfloat16 ones."""
+    return zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8), crc)
 
 
 def _slots(x: jax.Array, start: int, stop: int, shards: int) -> np.ndarray:
@@ -442,7 +447,7 @@ class _Checksum:
         return self._crc
 
     def _take(self, chunk: np.ndarray) -> None:
-        self._crc = zlib.crc32(np.ascontiguousarray(chunk).data, self._crc)
+        self._crc = _crc32(chunk, self._crc)
 
 
 # --- Description ---------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ Letters: B rows, N tokens of a text, T tokens of a piece, E model dim.
 from __future__ import annotations
 
 import collections
+import numbers
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 
 from fot_jax.common.errors import UserError
 from fot_jax.inference import forward, inputs
-from fot_jax.inference.state import LAST_CONTEXT, State
+from fot_jax.inference.state import State, last_context
 from fot_jax.model import memory as memories
 
 AHEAD = 2  # pieces that the host may be ahead of the devices
@@ -99,9 +100,14 @@ def prefill(
     """
     context = state.model.local_context
     if last is None:
-        last = min(state.model.last_context_length or LAST_CONTEXT, context)
-    if not 1 <= last <= context:
-        raise UserError(f"last_context_length = {last}: give 1 to {context}, the local context")
+        # A full window would lose all of its tokens to the next one.
+        room = 0 if state.model.memory_layers else min(new_tokens, context // 2)
+        last = last_context(state.model, room)
+    if not isinstance(last, numbers.Integral) or not 1 <= last <= context:
+        raise UserError(
+            f"last_context_length = {last}: give a whole number from 1 to {context}, the local "
+            "context"
+        )
     rows = range(state.rows)
     lengths = np.full(state.rows, tokens.shape[1]) if lengths is None else lengths
     plans = [plan(int(lengths[r]), int(state.places[r]), context, last) for r in rows]

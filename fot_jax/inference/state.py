@@ -171,8 +171,8 @@ class State:
         if self.rows > 1 or self.config.shared:
             raise UserError("only a state of one row, with a memory of its own, can be repeated")
 
-        def repeat(x):
-            return jnp.repeat(x, rows, axis=0) if x.ndim else x
+        def repeat(x):  # or copy: evicting uses up what a state has
+            return jnp.repeat(x, rows, axis=0) if x.ndim else jnp.copy(x)
 
         cache, memory = jax.tree.map(repeat, (self.cache, self.memory))
         return dataclasses.replace(
@@ -307,9 +307,14 @@ def begin(
                 "memory is wanted, not both"
             )
         return state
-    if not c.memory_layers and (config.size or config.lookup != Dense() or config.directory):
-        wanted = f"of {config.size} tokens" if config.size else f"with {config.lookup}"
-        wanted = f"in {config.directory}" if config.directory else wanted
+    asked = {
+        f"in {config.directory}": config.directory,
+        f"of {config.size} tokens": config.size,
+        f"with {config.lookup}": config.lookup != Dense(),
+        f"of {config.storage}": config.storage,
+    }
+    if not c.memory_layers and any(asked.values()):
+        wanted = next(words for words, given in asked.items() if given)
         raise UserError(
             f"a memory {wanted} for a model without memory layers: it reads its local window "
             "alone; leave the memory out"

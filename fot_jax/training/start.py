@@ -13,6 +13,7 @@ from fot_jax.checkpoints import loading
 from fot_jax.checkpoints.items import LaneGroups
 from fot_jax.checkpoints.manager import Checkpointer
 from fot_jax.checkpoints.restore import model_config_of
+from fot_jax.common.atomic import write_file
 from fot_jax.data.documents import DocumentSource
 from fot_jax.data.saved_vocabulary import load_vocabulary
 from fot_jax.model import lora
@@ -118,7 +119,7 @@ def write_settings(
     """Writes the configuration, and at step 0 what else stays: the vocabulary, kept files."""
     if jax.process_index() != 0:
         return
-    (workdir / "config.gin").write_text(config_text)
+    write_file(workdir / "config.gin", config_text)
     if not resumed:
         if initialize_from is not None:
             loading.keep_files(initialize_from, workdir)

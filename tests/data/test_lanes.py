@@ -454,6 +454,13 @@ def test_documents_that_all_fit_one_window(monkeypatch):
     assert "min_document_length" in message and "model.local_context" in message
     take(LAYOUT.open(short, window=8, windows=1), 100)  # without memory they are no problem
     take(LAYOUT.open(Numbered(2, 9), window=8), 100)
+    monkeypatch.setattr(lanes_module, "SHORT_DOCUMENTS", 9999)
+    long = LAYOUT.open(short, window=8)
+    take(long, 1)
+    monkeypatch.setattr(lanes_module, "SHORT_DOCUMENTS", 20)
+    resumed = LAYOUT.open(short, window=8)
+    resumed.restore(long.state_of(long.snapshot()))
+    take(resumed, 100)  # what came before the checkpoint may have been longer
 
 
 @pytest.mark.parametrize(

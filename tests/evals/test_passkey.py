@@ -174,7 +174,7 @@ def test_what_the_rows_become(tmp_path):
 )
 def test_what_does_not_fit_is_named(changes, message):
     with pytest.raises(UserError) as raised:
-        evaluation(**changes).run(Reader(), SOURCE)
+        evaluation(**changes).check(None, SOURCE)
     assert message in str(raised.value)
 
 

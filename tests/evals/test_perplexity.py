@@ -251,6 +251,16 @@ def test_short_documents_are_refused(lm):
     PerplexityByContext((0, 8)).run(lm, Documents(17))  # 16 inputs and a last target
 
 
+def test_documents_whose_scored_tokens_do_not_count_are_refused(lm):
+    source = Documents(49)
+    source.all[0].weights[:-1] = 0  # and what is left over of whole windows is not scored
+    with pytest.raises(UserError, match="no token that PerplexityByContext scores of the valid"):
+        PerplexityByContext((0, 8), scored_tokens=8).run(lm, source)
+    source.all[0].weights[12] = 1
+    row, _ = PerplexityByContext((0, 8), scored_tokens=8).run(lm, source)
+    assert row["tokens"] == 1
+
+
 ROWS = [
     {"memory": 0, "perplexity": 9.5, "accuracy": 0.125, "tokens": 1000.0},
     {"memory": 128, "perplexity": 8.25, "accuracy": 0.25, "tokens": 1000.0},
@@ -259,7 +269,7 @@ ROWS = [
 
 
 def test_table_and_scalars_have_every_row():
-    evaluation = PerplexityByContext(split="test")
+    evaluation = PerplexityByContext(split="test", name="isabelle")
     table = evaluation.table(ROWS).splitlines()
     assert [line.split() for line in table[1:]] == [
         ["0", "9.500", "0.125", "1,000"],
@@ -267,9 +277,9 @@ def test_table_and_scalars_have_every_row():
         ["2048", "7.125", "0.500", "1,000"],
     ]
     assert evaluation.scalars(ROWS) == {
-        "test_perplexity/memory_0": 9.5,
-        "test_perplexity/memory_128": 8.25,
-        "test_perplexity/memory_2048": 7.125,
+        "isabelle/test/memory_0": 9.5,
+        "isabelle/test/memory_128": 8.25,
+        "isabelle/test/memory_2048": 7.125,
     }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import types
 
 import numpy as np
@@ -11,6 +12,7 @@ from readers import EVERY_MODEL, C, by_rules, config_of, model_of, random_text, 
 from tiny import LLAMA, random_params
 
 from fot_jax.common.errors import UserError
+from fot_jax.inference import state as inference_state
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.state import MemoryConfig
 from fot_jax.model.transformer import Transformer
@@ -247,8 +249,23 @@ def test_generates_without_memory():
     np.testing.assert_array_equal(want[len(prompt) - 1 :].argmax(-1), new)
     plain = dataclasses.replace(config, memory_layers=())
     lm = LanguageModel.of(Transformer(plain), random_params(config))
-    assert lm.generate(prompt, 70, temperature=0) == new
+    assert lm.generate(prompt, 70, temperature=0, last_context_length=C) == new
     assert lm.generate(prompt, 0) == []
+
+
+def test_a_model_without_memory_sees_all_that_fits(monkeypatch):
+    """Beside what it writes; models with memory keep fewer tokens in the window."""
+    monkeypatch.setattr(inference_state, "LAST_CONTEXT", 20)
+    config = config_of("llama")
+    plain = dataclasses.replace(config, memory_layers=())
+    lm = LanguageModel.of(Transformer(plain), random_params(config))
+    prompt = random_text(1, C - 8)[0].tolist()
+    new = lm.generate(prompt, 8, temperature=0)
+    where = rules.places([len(prompt) + 7], C, C)
+    text = np.concatenate([prompt, new])[:-1]
+    want = rules.logits(config, random_params(config), text, where, reach(where, 0))
+    np.testing.assert_array_equal(want[len(prompt) - 1 :].argmax(-1), new)
+    np.testing.assert_allclose(lm.logits([prompt])[0], want[: len(prompt)], atol=1e-4)
 
 
 # --- Programs ------------------------------------------------------------------------------------
@@ -336,14 +353,19 @@ def test_bad_text():
 def test_bad_numbers():
     lm = model_of("llama")
     for options, message in (
-        (dict(last_context_length=65), "last_context_length = 65: give 1 to 64, the local context"),
-        (dict(last_context_length=0), "last_context_length = 0: give 1 to 64, the local context"),
+        (
+            dict(last_context_length=65),
+            "last_context_length = 65: give a whole number from 1 to 64",
+        ),
+        (dict(last_context_length=0), "last_context_length = 0: give a whole number from 1 to 64"),
+        (dict(last_context_length=20.0), "last_context_length = 20.0: give a whole number"),
         (dict(temperature=-1), "generate.temperature = -1: give 0 or more"),
         (dict(top_k=0), "generate.top_k = 0: give 1 or more"),
         (dict(top_p=1.5), "generate.top_p = 1.5: give a number from 0 to 1"),
         (dict(seed=-1), "generate.seed = -1: give a number from 0"),
         (dict(seed=[1, 2]), "2 seeds for 1 prompts: give one for each"),
         (dict(seed=1.5), "generate.seed = 1.5: give a whole number"),
+        (dict(top_k=math.inf), "generate.top_k = inf: give a whole number"),
     ):
         with pytest.raises(UserError, match=message):
             lm.generate([1], 1, **options)

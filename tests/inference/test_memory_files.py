@@ -8,12 +8,14 @@ import jax
 import numpy as np
 import pytest
 import runs
-from readers import model_of, random_text
+from readers import config_of, model_of, random_text
+from tiny import random_params
 
 from fot_jax.common.errors import UserError
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.state import MemoryConfig
 from fot_jax.model.lookup import TopK
+from fot_jax.model.transformer import Transformer
 
 
 def over(lm, devices):
@@ -39,9 +41,10 @@ def assert_same(a, b):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["llama", "paper"])
-def test_a_loaded_memory_gives_identical_logits(tmp_path, name, config):
-    lm = model_of(name)
+@pytest.mark.parametrize("name, dtype", [("llama", "bfloat16"), ("paper", "float32")])
+def test_a_loaded_memory_gives_identical_logits(tmp_path, name, dtype, config):
+    model = Transformer(config_of(name), dtype=dtype)
+    lm = LanguageModel.of(model, random_params(config_of(name)))
     text, more = random_text(2, 300), random_text(2, 200, seed=1)
     state = lm.read(text, memory=config, last_context_length=20)
     lm.save_memory(state, tmp_path / "a")

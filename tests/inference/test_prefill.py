@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 
@@ -201,6 +202,9 @@ def test_a_state_is_asked_several_things_side_by_side(name):
     together = lm.generate(prompts, 30, temperature=0, state=state.repeated(3))
     alone = [lm.generate(each, 30, temperature=0, state=state.copy()) for each in prompts]
     assert together == alone and len({tuple(new) for new in alone}) == 3
+    ring = lm.read(text, memory=MemoryConfig(C))
+    assert lm.generate(prompts, 2, temperature=0, state=ring.repeated(3))
+    assert lm.generate(prompts[0], 2, temperature=0, state=ring)  # which has its memory yet
     for bad in (lm.read(random_text(2, 9)), lm.read(text, memory=MemoryConfig(shared=True))):
         with pytest.raises(UserError, match="only a state of one row, with a memory of its own"):
             bad.repeated(2)
@@ -394,8 +398,9 @@ def test_bad_memory():
         MemoryConfig(storage="int2")
     with pytest.raises(UserError, match="MemoryConfig.size = -1: give a number from 0"):
         MemoryConfig(-1)
-    with pytest.raises(UserError, match="MemoryConfig.size = 1.5: give a whole number"):
-        MemoryConfig(1.5)
+    for size in (1.5, 1e6, float("inf")):
+        with pytest.raises(UserError, match="MemoryConfig.size = .*: give a whole number"):
+            MemoryConfig(size)
     with pytest.raises(UserError, match="a state has a memory of its own, which cannot be changed"):
         lm.read(text, state=lm.read(text), memory=MemoryConfig(5))
     padded = np.arange(200) >= 64  # padding takes no slot
@@ -403,11 +408,19 @@ def test_bad_memory():
     with pytest.raises(UserError, match="which needs 72"):
         lm.read(text, mask=padded[None], memory=MemoryConfig(71, ring=False))
     plain = dataclasses.replace(lm, config=dataclasses.replace(lm.config, memory_layers=()))
-    with pytest.raises(UserError, match="a memory of 100 tokens for a model without memory layers"):
-        plain.read(text, memory=MemoryConfig(100))
+    for memory, said in (
+        (MemoryConfig(100), "of 100 tokens"),
+        (MemoryConfig(lookup=TopK(9)), "with TopK(k=9)"),
+        (MemoryConfig(storage="int8"), "of int8"),
+    ):
+        message = f"a memory {re.escape(said)} for a model without memory layers"
+        with pytest.raises(UserError, match=message):
+            plain.read(text, memory=memory)
     for other in (dict(local_context=32), dict(memory_layers=(0,)), dict(memory_layers=())):
         another = dataclasses.replace(lm, config=dataclasses.replace(lm.config, **other))
         with pytest.raises(UserError, match="a state of another model, or on other devices: read"):
             another.read(text, state=lm.read(text))
+        with pytest.raises(UserError, match="a state of another model, or on other devices: read"):
+            another.remember(text[:, :5], state=lm.remember(text[:, :C]))
     with pytest.raises(UserError, match="2 documents for a state of 1: give as many"):
         lm.read(random_text(2, 5), state=lm.read(text))

@@ -180,8 +180,9 @@ def test_best_keys_of_rounded_ones_are_nearly_the_best(storage):
 def test_bad_input(lookup):
     with pytest.raises(UserError, match=f"{lookup.__name__}.k = 0: give 1 or more"):
         lookup(0)
-    with pytest.raises(UserError, match=f"{lookup.__name__}.k = 2.5: give a whole number"):
-        lookup(2.5)
+    for k in (2.5, 2.0, float("inf")):
+        with pytest.raises(UserError, match=f"{lookup.__name__}.k = {k}: give a whole number"):
+            lookup(k)
     message = f"{lookup.__name__}.k = 65 is larger than the memory of 64 tokens: lower k"
     with pytest.raises(UserError, match=message):
         lookup(65).check(64)
