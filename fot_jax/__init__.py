@@ -11,7 +11,8 @@ import importlib
 import os
 from typing import Any
 
-# Buckets are read and written through gcsfs (buckets.py); else epath would take TensorFlow.
+# Buckets are read and written through gcsfs (common/bucket_filesystem.py), or epath would take
+# TensorFlow.
 os.environ["EPATH_USE_TF"] = "0"
 
 __version__ = "0.2.0"

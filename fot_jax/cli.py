@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import ctypes
 import errno
-import functools
 import importlib
 import importlib.metadata
 import os
@@ -128,13 +127,20 @@ def _interrupted(signum, frame) -> None:
     os._exit(128 + signum)
 
 
-def _interrupted_saving(path: str | None, signum, frame) -> None:
-    """The same, after what is half-written at `path` has been removed."""
-    if path is not None:
-        from fot_jax.common.atomic import remove_half_written
+def _interrupted_saving(signum, frame) -> None:
+    """The same, after what is half-written has been removed."""
+    from fot_jax.common.atomic import remove_half_written
 
-        remove_half_written(path)
+    remove_half_written()
     _interrupted(signum, frame)
+
+
+@contextlib.contextmanager
+def _stopped_without_remains() -> Iterator[None]:
+    """A signal, or a terminal that is closed, leaves nothing half-written."""
+    stop = _interrupted_saving
+    with _on(signal.SIGTERM, stop), _on(signal.SIGINT, stop), _on(signal.SIGHUP, stop):
+        yield
 
 
 def _exit(signum, frame) -> None:
@@ -356,8 +362,7 @@ def _generate(args) -> int:
 
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a model writes what it likes
-    stop = functools.partial(_interrupted_saving, args.save_memory)
-    with _on(signal.SIGTERM, stop), _on(signal.SIGINT, stop):
+    with _stopped_without_remains():
         generate(
             checkpoint=args.checkpoint,
             prompt=args.prompt,
@@ -403,8 +408,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _convert(args) -> int:
     from fot_jax import convert
 
-    stop = functools.partial(_interrupted_saving, args.output)
-    with _on(signal.SIGTERM, stop), _on(signal.SIGINT, stop), _on(signal.SIGHUP, stop):
+    with _stopped_without_remains():
         if args.direction == "from-hf":
             convert.from_hugging_face(
                 args.source,

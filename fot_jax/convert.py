@@ -133,25 +133,30 @@ def to_hugging_face(
         bar(_bytes_written(content, dtype_of), "byte") as progress,
     ):
         marks = _write_other_files(content, half)  # may be refused, and is quick
+        name = dtype_of("embedding").name
+        values = configs.content(_with_reading_settings(content), name, marks)  # may be, too
+        kept = _hugging_face_files(content)
+        base = kept if configs.is_directory(kept) else None
+        if base is not None and c.rope_scaling is not None and c.rope_scaling.kind == "llama3":
+            # Less or more than factor x original: a promise of its own, that positions ignore.
+            longest = "max_position_embeddings"
+            values[longest] = configs.Fields(kept).number(longest, values[longest])
+        (half / configs.CONFIG).write_text(_json_text(values))
         tensors.write(
             half, c, dtype_of, functools.partial(_read_as_written, content, dtype_of), progress
         )
         if configs.needs_our_code(c):
             for file in (Path(__file__).parent / "pytorch").glob("*_fot.py"):
                 (half / file.name).write_bytes(file.read_bytes())
-        name = dtype_of("embedding").name
-        values = configs.content(_with_reading_settings(content), name, marks)
-        (half / configs.CONFIG).write_text(_json_text(values))
-        if configs.is_directory(_hugging_face_files(content)):
+        if base is not None:
             _ensure_same_tokens(loading.vocabulary_of(content.directory), half)
-        kept, of_run = _hugging_face_files(content), content.directory
         model_card.write(
             half,
             name=output.name,
             c=c,
             parameters=sum(math.prod(shape) for shape, _ in content.arrays.values()),
-            base=kept if configs.is_directory(kept) else None,
-            workdir=of_run if isinstance(content, stream.Reader) else None,
+            base=base,
+            workdir=content.directory if isinstance(content, stream.Reader) else None,
             step=content.step if isinstance(content, stream.Reader) else None,
         )
         _checked_output(output)  # or what has come there since would be lost
@@ -197,11 +202,16 @@ def _open_model(
         vocabulary = tokenizers.vocabulary_of(source)
         loading.keep_files(source, workdir)
         return content, vocabulary
-    file = gguf_weights.File(source)
-    (workdir / loading.KEPT).mkdir()
-    vocabulary = gguf_directory.write(file, workdir / loading.KEPT)
-    config = configs.read(workdir / loading.KEPT, memory_layers, local_context)
-    return gguf_weights.Reader(file, config), vocabulary
+    try:
+        file = gguf_weights.File(source)
+        (workdir / loading.KEPT).mkdir()
+        vocabulary = gguf_directory.write(file, workdir / loading.KEPT)
+        config = configs.read(workdir / loading.KEPT, memory_layers, local_context)
+        return gguf_weights.Reader(file, config), vocabulary
+    except UserError:
+        raise
+    except (AttributeError, IndexError, TypeError, ValueError) as error:  # of settings' types
+        raise UserError(f"{source}: damaged settings ({error}): get it again") from error
 
 
 def _report(output: epath.Path, c: ModelConfig, dtype_of: Callable[[str], np.dtype]) -> None:

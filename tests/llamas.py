@@ -23,7 +23,7 @@ SHAPES = {
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 16,
         },
-        "max_position_embeddings": 128,
+        "max_position_embeddings": 96,  # as of Llama 3.1, not factor x original
     },
     "head_dim": {"head_dim": 12, "rms_norm_eps": 1e-3, "tie_word_embeddings": True},
 }

@@ -59,6 +59,8 @@ def test_there_and_back(tmp_path, shape, dtype, capsys):
     for load in (transformers.LlamaForCausalLM, transformers.AutoModelForCausalLM):
         plain = load.from_pretrained(tmp_path / "c", dtype=torch.float32)
         assert type(plain) is transformers.LlamaForCausalLM
+        longest = plain.config.max_position_embeddings
+        assert longest == theirs.config.max_position_embeddings
         np.testing.assert_allclose(llamas.logits(plain, tokens), wanted, atol=1e-4)
 
 

@@ -102,10 +102,10 @@ def model_config_of(path: epath.PathLike, meta: Mapping[str, Any]) -> ModelConfi
         if fields["rope_scaling"] is not None:
             fields["rope_scaling"] = RopeScaling(**fields["rope_scaling"])
         return ModelConfig(**fields)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path}: written by another version of fot_jax: its model configuration has "
-            f"{meta.get('model')}"
+            f"{path}: written by another version of fot_jax: its model configuration is not known "
+            f"here ({error})"
         ) from error
 
 

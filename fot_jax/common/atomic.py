@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import time
 import uuid
@@ -61,6 +60,8 @@ def create_file(path: epath.PathLike, content: bytes) -> None:
 
 # --- Directories ---------------------------------------------------------------------------------
 
+_half_written: set[epath.Path] = set()  # by this process, now
+
 
 @contextlib.contextmanager
 def new_directory(directory: epath.PathLike, mark: str) -> Iterator[epath.Path]:
@@ -77,6 +78,7 @@ def new_directory(directory: epath.PathLike, mark: str) -> Iterator[epath.Path]:
     """
     directory = epath.Path(directory)
     half = directory.parent / f"{directory.name}.half-written-{os.getpid()}-{uuid.uuid4().hex}"
+    _half_written.add(half)
     try:
         half.mkdir(parents=True)
         yield half
@@ -96,6 +98,8 @@ def new_directory(directory: epath.PathLike, mark: str) -> Iterator[epath.Path]:
         if isinstance(error, OSError):
             raise UserError(f"{directory}: cannot be written: {error.strerror}") from error
         raise
+    finally:
+        _half_written.discard(half)
 
 
 def _rename_in_bucket(source: epath.Path, target: epath.Path, mark: str) -> None:
@@ -107,15 +111,14 @@ def _rename_in_bucket(source: epath.Path, target: epath.Path, mark: str) -> None
         files.mv([f"{before}/{name}" for name in batch], [f"{after}/{name}" for name in batch])
 
 
-def remove_half_written(directory: epath.PathLike) -> None:
-    """Removes what `new_directory` has written so far in this process, which is about to exit.
+def remove_half_written() -> None:
+    """Removes what `new_directory` is writing in this process, which is about to exit.
 
     Other threads may still write there until they find their files gone, so it looks repeatedly.
     """
-    path = epath.Path(directory if in_bucket(directory) else os.path.realpath(directory))
     gone, deadline = 0, time.monotonic() + 10
     while gone < 3 and time.monotonic() < deadline:
-        halves = list(path.parent.glob(f"{glob.escape(path.name)}.half-written-{os.getpid()}-*"))
+        halves = [half for half in tuple(_half_written) if half.exists()]
         for half in halves:
             with contextlib.suppress(OSError):
                 half.rmtree(missing_ok=True)

@@ -60,6 +60,9 @@ def of_model(c: ModelConfig) -> Iterator[Tensor]:
         if c.qk_norm:
             name = f"{theirs}.self_attn.log_scale"
             yield Tensor(name, (c.num_heads,), "layers/attention/log_scale", i, False)
+        if c.memory_gate:
+            name = f"{theirs}.self_attn.memory_gate"
+            yield Tensor(name, (c.num_heads,), "layers/attention/memory_gate", i, False)
         yield from norm(f"{theirs}.post_attention_layernorm", "layers/mlp_norm", i)
         for ours, shape in (("gate", (F, E)), ("up", (F, E)), ("down", (E, F))):
             if ours != "gate" or c.mlp == "swiglu":

@@ -65,7 +65,7 @@ def _indexed(index: epath.Path) -> tuple[list[epath.Path], dict[str, epath.Path]
     """The files that an index names, and in which of them each tensor is."""
     try:
         where = json.loads(index.read_text())["weight_map"]
-        if not all(isinstance(name, str) for name in where.values()):
+        if not where or not all(isinstance(name, str) for name in where.values()):
             raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(

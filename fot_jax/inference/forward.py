@@ -44,7 +44,7 @@ class LayerCache(NamedTuple):
 
     k: Float[Array, "B K W D"]  # as queries of the window see them
     v: Float[Array, "B K W D"]
-    k_memory: Any = None  # the same as memory keeps them, where that is different: not rotated
+    k_memory: Any = None  # the same as memory keeps them, where that is different (memory.py)
 
 
 class Cache(NamedTuple):

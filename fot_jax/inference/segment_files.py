@@ -74,6 +74,7 @@ from fot_jax.model.segments import Closed, Segment
 DESCRIPTION = "segments.json"
 OF_SEGMENT = "segment.json"
 OPEN = "open"
+_AGAIN = "remove the memory, or give a new name, and read the text again"
 TOKENS = 2**16  # of a segment that was not merged
 MERGED = 4  # segments of a size into one
 CHUNK = 2**16  # vectors of a merged segment that are written at a time
@@ -189,7 +190,7 @@ class Segments:
                     "to a memory; load it anew, or ask several things of copies of a state"
                 )
         kept = {_name(segment.first, segment.count) for segment in self.closed}
-        for path in self.directory.glob("segment-*"):
+        for path in (*self.directory.glob("segment-*"), *self.directory.glob(f"{OPEN}.*")):
             if path.name not in kept:
                 path.rmtree()
 
@@ -255,7 +256,10 @@ class Segments:
                 crcs[name] = _crc32(half / name)
             counts = dict(zip(("tokens", "of_all"), tokens, strict=True))
             content = seal({"after": after, **counts, "crc32": crcs})
-            (half / OF_SEGMENT).write_text(json.dumps(content))
+            with open(half / OF_SEGMENT, "w") as file:
+                json.dump(content, file)
+                file.flush()
+                os.fsync(file.fileno())
         layers = _mapped(path, [layer.memory for layer in layers], self.room * count)
         return _Segment(first, count, *tokens, content["crc32"], after, layers)
 
@@ -478,7 +482,7 @@ def load(path: epath.Path, like: Memory) -> Segments:
     while names:
         here = [each for each in names.values() if each[0] == position]
         if not here:
-            raise UserError(f"{path / _name(position, 1)}: missing: read the text again")
+            raise UserError(f"{path / _name(position, 1)}: missing: {_AGAIN}")
         first, count = max(here)  # what was merged into it may still be there
         place, position = path / _name(first, count), first + count
         names = {name: each for name, each in names.items() if sum(each) > position}
@@ -492,7 +496,7 @@ def load(path: epath.Path, like: Memory) -> Segments:
                     raise ValueError(f"{name} is not what was written")
             layers = _mapped(place, like.layers, segments.room * count)
         except (ValueError, OSError) as error:
-            raise UserError(f"{place}: damaged ({error}): read the text again") from error
+            raise UserError(f"{place}: damaged ({error}): {_AGAIN}") from error
         tokens = content["tokens"], content.get("of_all", content["tokens"])
         segment = _Segment(first, count, *tokens, sealed["crc32"], content["after"], layers)
         segments = segments._with(segment)
@@ -519,7 +523,7 @@ def _unsealed(path: epath.Path) -> dict[str, Any]:
         sealed = json.loads(path.read_text())
         unseal(sealed)
     except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{path}: damaged: read the text again") from error
+        raise UserError(f"{path}: damaged: {_AGAIN}") from error
     return sealed
 
 

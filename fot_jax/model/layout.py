@@ -51,7 +51,7 @@ class KernelSharding(NamedTuple):
 def kernel_shardings(mesh: Mesh | AbstractMesh | None) -> dict[str, KernelSharding]:
     """Of every kernel of a layer, by its own name ("query", and "query/a" of its adapter).
 
-    None where there is no mesh.
+    {} where there is no mesh.
     """
     if mesh is None:
         return {}

@@ -2,7 +2,8 @@
 
 Every row has slots, filled in the order its tokens were read. When all are filled, the memory is
 grown, or, as a ring, overwrites its oldest entries. Keys are stored as other contexts see them:
-normalised where the model does so, never rotated; so the order of slots is of no consequence.
+normalised where the model does so, not rotated (with ModelConfig.memory_before, at the places of
+the window before); so the order of slots is of no consequence.
 
 Over a mesh with the axis "memory" slots are dealt out in turn: slot s lives on shard s % n.
 

@@ -43,11 +43,11 @@ class Output(NamedTuple):
     cached: Cached | None  # with this window in it
 
 
-# Activations that each remat policy keeps for the backward pass; "none" keeps all of them.
+# Activations that each remat policy keeps for the backward pass, the most first; "none" keeps all.
 REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
     # By name: policies do not see the product inside of `linear`'s own gradient.
     "dots": jax.checkpoint_policies.save_only_these_names("product", "attention"),
+    "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 

@@ -250,12 +250,16 @@ def test_there_and_back(tmp_path):
             "its merge 'zz zz' is of no tokens that it has: get the file again",
         ),
         (
+            lambda: byte_pairs("gpt-2", trained("gpt-2"), token_merges=["a b", "a"]),
+            "a.gguf: damaged settings (",
+        ),
+        (
             lambda: pieces(piece_model(True), token_types=[1] * 899 + [9]),
             "the type of token 899 is 9, which is none: get the file again",
         ),
         (lambda: pieces(piece_model(True), token_types=[1, 2]), "has types of 2 of its 900 tokens"),
     ],
-    ids=["words", "kind", "eos", "scores", "spaces", "merges", "type", "types"],
+    ids=["words", "kind", "eos", "scores", "spaces", "merges", "no pair", "type", "types"],
 )
 def test_what_is_refused(tmp_path, capsys, add, line):
     written(tmp_path / "a.gguf", add())

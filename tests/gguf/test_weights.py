@@ -183,6 +183,7 @@ def with_another(name, shape=(4,)):
         ({"change": with_another("blk.0.attn_q.bias")}, "blk.0.attn_q.bias is none of a LLaMA"),
         ({"change": with_another("output.weight", (61, 32))}, "output.weight is [61, 32], but"),
         ({"change": with_another("rope_freqs.weight", (8,))}, None),
+        ({"change": with_another("token_embd.weight")}, "a.gguf: damaged settings ("),
         ({"kind": "Q2_K"}, "is of type Q2_K: have F32, F16, BF16, Q8_0"),
     ],
 )

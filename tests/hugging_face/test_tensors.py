@@ -496,7 +496,9 @@ def test_a_missing_shard(copy):
     )
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}']
+)
 def test_a_damaged_index(copy, text):
     (copy / "model.safetensors.index.json").write_text(text)
     assert "damaged: it has no weight_map" in refused(copy)

@@ -162,15 +162,22 @@ def wait_for(there):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_saving_leaves_nothing(workdir, tmp_path, signum):
+@pytest.mark.parametrize(
+    "signum, option",
+    [
+        (signal.SIGINT, "--save_memory"),
+        (signal.SIGTERM, "--memory_directory"),
+        (signal.SIGHUP, "--save_memory"),
+    ],
+)
+def test_a_signal_while_saving_leaves_nothing(workdir, tmp_path, signum, option):
     argv = ["generate", "--checkpoint", str(workdir), "--prompt", "train 5 train 5 train 5"]
-    argv += ["--save_memory", str(tmp_path / "new" / "memory")]
+    argv += [option, str(tmp_path / "new" / "memory")]
     process = runs.start(argv, ("-c", SLOW_TO_SAVE))
-    halves = (tmp_path / "new").glob
+    halves = (tmp_path / "new").rglob
 
     def saving():  # after the check that it can be saved there, which makes a directory too
-        return any(half.is_dir() for half in halves("*")) and process.poll() is None
+        return any(half.is_dir() for half in halves("*half-written*")) and process.poll() is None
 
     try:
         wait_for(saving)
@@ -179,7 +186,7 @@ def test_a_signal_while_saving_leaves_nothing(workdir, tmp_path, signum):
         process.send_signal(signum)
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == 128 + signum and stderr.endswith("fot: interrupted\n")
-        assert not list(halves("*"))
+        assert not list(halves("*half-written*"))
     finally:
         process.kill()
 

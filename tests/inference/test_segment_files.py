@@ -174,7 +174,7 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize("files, segments", [(2, 0), (19, 2), (35, 4)])  # a segment has eight
+@pytest.mark.parametrize("files, segments", [(2, 0), (20, 2), (39, 4)])  # a segment has nine
 def test_killed_while_a_segment_is_written(tmp_path, caplog, files, segments):
     path = tmp_path / "m"
     paths = [p for p in sys.path if p.endswith("tests") or p.endswith("inference")]
@@ -238,14 +238,14 @@ def test_damage_is_noticed(read):
         content = bytearray(file.read_bytes())
         content[rng.integers(len(content))] ^= 0x10
         file.write_bytes(content)
-        with pytest.raises(UserError, match=f"{file.parent}.*damaged.*: read the text again"):
+        with pytest.raises(UserError, match=f"{file.parent}.*damaged.*: remove the memory"):
             lm.load_memory(path)
         os.truncate(file, 5)
-        with pytest.raises(UserError, match=f"{file.parent}.*damaged.*: read the text again"):
+        with pytest.raises(UserError, match=f"{file.parent}.*damaged.*: remove the memory"):
             lm.load_memory(path)
         file.write_bytes((whole / file.relative_to(path)).read_bytes())
     (path / "segment-000001-000001").rename(path / "a")
-    with pytest.raises(UserError, match="segment-000001-000001: missing: read the text again"):
+    with pytest.raises(UserError, match="segment-000001-000001: missing: remove the memory"):
         lm.load_memory(path)
     (path / "segment-000002-000002").rename(path / "segment-000001-000001")
     (path / "a").rename(path / "segment-000002-000002")

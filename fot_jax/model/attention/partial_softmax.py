@@ -157,7 +157,10 @@ class Parts(NamedTuple):
         return self.top + jnp.log(self.total)
 
     def attended(self) -> jax.Array:
-        """[..., D] float32: softmax(scores) times values. Of queries that saw no key: finite."""
+        """[..., D] float32: softmax(scores) times values.
+
+        Of queries that saw masked keys alone: finite; to which nothing was added: NaN.
+        """
         return self.out / self.total[..., None]
 
 
