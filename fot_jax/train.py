@@ -156,6 +156,7 @@ def train(
         owned=owned,
         seed=data.seed,
         documents_apart=data.documents_apart,
+        vocab_size=model.vocab_size,
     )
     if resumed:
         lanes.restore(lanes_state)
@@ -251,13 +252,17 @@ def train(
                         "trains": dict(program.part.parameters),
                     }
                     place_in_data = lanes.state_of(snapshot)
+                    what = (state.params, state.beside, place_in_data, meta)
+                    save = functools.partial(checkpointer.save, step, *what)
                     with metrics.untimed():
                         metrics.send()
-                        checkpointer.save(step, state.params, state.beside, place_in_data, meta)
+                        save()
                 if evaluates and not stopped:
                     evaluations.run(evaluation.during, state.params, step)
             if stopped:
                 break
+        if first_step < steps:
+            retries.until_saved(save)
         checkpointer.close()
         if stopped := stopped or signals.agreed(agreement, steps):
             metrics.say(f"stopped by {stopped.name} after step {int(state.step)}, which is saved")

@@ -156,6 +156,14 @@ def test_a_save_that_fails_is_tried_again(tmp_path, one_device, monkeypatch, cap
     assert curve(tmp_path / "run") == curve(tmp_path / "unbroken")
 
 
+def test_the_last_save_is_tried_again(tmp_path, one_device, monkeypatch):
+    experiment = tmp_path / "experiment.gin"
+    experiment.write_text(f"{DICTIONARY}\nCheckpoints.every = 500\ntrain.steps = 3\n")
+    left = fail_saves(monkeypatch, 2)
+    assert runs.train(experiment, tmp_path / "run") == 0
+    assert not left and steps_saved(tmp_path / "run") == [3]
+
+
 def test_saves_that_always_fail_end_the_run(tmp_path, one_device, monkeypatch):
     experiment = tmp_path / "experiment.gin"
     experiment.write_text(f"{DICTIONARY}\ntrain.steps = 9999\n")

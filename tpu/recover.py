@@ -279,7 +279,8 @@ class _Failures:
 
     def _progress(self) -> bool:
         """Whether there is a newer checkpoint than when last asked."""
-        before, self.checkpoint = self.checkpoint, _newest_checkpoint(self.pod, self.workdir)
+        before = self.checkpoint
+        self.checkpoint = max(before, _newest_checkpoint(self.pod, self.workdir))
         return self.checkpoint > before
 
 

@@ -86,8 +86,11 @@ def _names() -> list[str]:
     """Files of PARTS: what git knows or would take up; without git, all but caches."""
     if (REPOSITORY / ".git").exists() and shutil.which("git"):
         git = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PARTS]
-        listed = subprocess.run(git, cwd=REPOSITORY, stdout=subprocess.PIPE, check=True).stdout
-        return [os.fsdecode(name) for name in listed.split(b"\0") if name]
+        listed = subprocess.run(git, cwd=REPOSITORY, capture_output=True)
+        if listed.returncode:
+            said = os.fsdecode(listed.stderr).strip().splitlines() or ["it says nothing"]
+            raise UserError(f"{REPOSITORY}: git does not list its files: {said[0]}")
+        return [os.fsdecode(name) for name in listed.stdout.split(b"\0") if name]
     paths = [
         path for part in PARTS for path in (REPOSITORY / part, *(REPOSITORY / part).rglob("*"))
     ]

@@ -64,16 +64,18 @@ def check_rows(path: epath.PathLike, vocabulary: Vocabulary | None, rows: int) -
     Raises:
       UserError: the tokenizer is of another model.
     """
-    if vocabulary is None:
-        return
-    is_hugging_face = isinstance(vocabulary, HuggingFaceTokenizer)
-    marks = (mark + 1 for mark in (*vocabulary.before, *vocabulary.after))
-    size = max(vocabulary.model_size if is_hugging_face else vocabulary.size, *marks, 0)
-    if size > rows:
+    if vocabulary is not None and (size := rows_needed(vocabulary)) > rows:
         raise UserError(
             f"{path}: the tokenizer has {size} tokens, the model's embedding {rows} rows: get both "
             "from the same model"
         )
+
+
+def rows_needed(vocabulary: Vocabulary) -> int:
+    """Rows of an embedding for its tokens, but those that were added and stand in no text."""
+    is_hugging_face = isinstance(vocabulary, HuggingFaceTokenizer)
+    marks = (mark + 1 for mark in (*vocabulary.before, *vocabulary.after))
+    return max(vocabulary.model_size if is_hugging_face else vocabulary.size, *marks, 0)
 
 
 def files_of(path: epath.PathLike) -> epath.Path | None:

@@ -120,10 +120,7 @@ class Checkpointer:
           UserError: no space left.
           Exception: the last MAX_FAILURES saves have failed; the last one's error.
         """
-        try:
-            self.wait()
-        except Exception as error:
-            self._failed(error)
+        self._ended_well()
         if not all_agree(self.failures < MAX_FAILURES):
             raise self._error
         self._set_damaged_aside()
@@ -150,12 +147,22 @@ class Checkpointer:
         """Whether the last save has ended and failed, of which a warning tells (once)."""
         if self._saving is None or self._manager.is_saving_in_progress():
             return False
+        return not self._ended_well()
+
+    def saved(self) -> bool:
+        """Waits for the last save: whether all processes have it. If not, it can be tried again."""
+        if all_agree(self._ended_well()):
+            return True
+        self._manager.reload()  # forgets the step, which other processes have not
+        return False
+
+    def _ended_well(self) -> bool:
         try:
             self.wait()
         except Exception as error:
             self._failed(error)
-            return True
-        return False
+            return False
+        return True
 
     def _failed(self, error: Exception) -> None:
         self.failures += 1

@@ -65,6 +65,7 @@ class Lanes:
         owned: Iterable[int] | None = None,
         seed: int = 0,
         documents_apart: bool = False,
+        vocab_size: int | None = None,
     ):
         """Opens no file yet.
 
@@ -78,10 +79,11 @@ class Lanes:
           seed: of the order of documents.
           documents_apart: documents begin where new windows of a step do; what a document leaves of
             them is padding.
+          vocab_size: of the model, whose tokens documents have; None: any.
         """
         self._source, self._window, self._seed = source, window, seed
         self._windows, self._advance, self._groups = windows, advance, groups
-        self._apart = documents_apart
+        self._apart, self._vocab_size = documents_apart, vocab_size
         owned = range(groups) if owned is None else sorted(owned)
         shape = (windows - advance, window)
         lane = _Lane(
@@ -139,6 +141,11 @@ class Lanes:
             self._streams[group] = self._source.stream(group, self._groups, self._seed, position)
         position, document = next(self._streams[group])
         self._snapshots[group] = self._snapshots[group]._replace(position=position)
+        if self._vocab_size is not None and (last := document.tokens.max()) >= self._vocab_size:
+            raise UserError(
+                f"a document has token {last}, and the model a vocabulary of {self._vocab_size}: "
+                "leave what was added to the tokenizer out of the texts"
+            )
         self._drawn[group] += 1
         self._longest[group] = max(self._longest[group], len(document.tokens))
         if (

@@ -11,6 +11,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from fot_jax.checkpoints.loading import rows_needed
 from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.data.documents import DocumentSource
 from fot_jax.model import schemes
@@ -63,9 +64,9 @@ def check_first_step(first_step: int, steps: int, workdir: epath.Path) -> None:
 
 def check_vocabulary(source: DocumentSource, model: ModelConfig) -> None:
     """Raises UserError where the tokenizer has more tokens than the model."""
-    if source.vocabulary.size > model.vocab_size:
+    if (size := rows_needed(source.vocabulary)) > model.vocab_size:
         raise UserError(
-            f"the tokenizer has {source.vocabulary.size} tokens, the model a vocabulary of "
+            f"the tokenizer has {size} tokens, the model a vocabulary of "
             f"{model.vocab_size}: raise the model's vocab_size or use a smaller tokenizer"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from fot_jax.checkpoints.manager import Checkpointer
 from fot_jax.common.agreement import Agreement
@@ -31,3 +32,13 @@ class SaveRetries:
             return False
         self._retries += 1
         return True
+
+    def until_saved(self, save: Callable[[], None]) -> None:
+        """Waits for the last save of a run, and saves again where it has failed on one process.
+
+        Raises:
+          Exception: as of Checkpointer.save.
+        """
+        while not self._checkpointer.saved():
+            time.sleep(RETRY_SECONDS * 2 ** max(0, self._checkpointer.failures - 1))
+            save()

@@ -446,6 +446,12 @@ def message_of(call, *args):
     return str(error.value)
 
 
+def test_tokens_that_the_model_has_not():
+    lanes = Lanes(Numbered(), lanes=1, window=4, vocab_size=2001)  # the second has 2001 and more
+    message = message_of(take, lanes, 100)
+    assert message.startswith("a document has token 2") and "a vocabulary of 2001" in message
+
+
 def test_documents_that_all_fit_one_window(monkeypatch):
     monkeypatch.setattr(lanes_module, "SHORT_DOCUMENTS", 20)
     short = Numbered(shortest=2, longest=8, per_epoch=50)

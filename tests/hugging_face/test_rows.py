@@ -1,6 +1,7 @@
 """Tokenizers that do not fit the rows of an embedding, as published models have them."""
 
 import json
+import types
 
 import llamas
 import numpy as np
@@ -15,6 +16,7 @@ from fot_jax.common.errors import UserError
 from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
 from fot_jax.hugging_face import tokenizers
 from fot_jax.inference.language_model import LanguageModel
+from fot_jax.training.checks import check_vocabulary
 
 pytestmark = pytest.mark.torch
 TEXT = "def f(x):\n    return x + 1\n"
@@ -101,6 +103,7 @@ def test_what_fits_is_read_as_transformers_does(tmp_path, vocabulary, name):
         lm = LanguageModel.load(tmp_path / directory)
         new = lm.generate(lm.encode("def"), max_new_tokens=8, temperature=0.0)
         assert (list(new), lm.decode(new)) == wanted
+        check_vocabulary(types.SimpleNamespace(vocabulary=lm.vocabulary), lm.config)  # to train
     if name == "an added token beyond the rows":
         with pytest.raises(UserError) as error:
             lm.logits(np.array([lm.encode("def <pad>")]))
