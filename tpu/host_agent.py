@@ -9,7 +9,7 @@ In the home directory of a host:
 
     fot/code/DIGEST/      the code, and the archive that it came in
     fot/venv/DIGEST/      an environment; `whole` in it was written last
-    fot/runs/NAME/        log, pid, and the state.json of `python -m tpu worker`
+    fot/runs/NAME/        log, pid, what was asked for, the state.json of `python -m tpu worker`
     fot/cache/            compiled programs
     fot/on_worker.py      this file, under the name that it has had on pods set up before
 """
@@ -170,8 +170,14 @@ def start(name: str, digest: str, assignments: list[str], arguments: list[str]) 
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        (run / "asked").write_text(asked(digest, assignments, arguments))
         (run / "pid").write_text(str(child.pid))
     answer(state="started")
+
+
+def asked(digest: str, assignments: list[str], arguments: list[str]) -> str:
+    """Tells runs of one name from each other that do not do the same."""
+    return hashlib.sha256(json.dumps([digest, assignments, arguments]).encode()).hexdigest()
 
 
 def _going_on(run: Path) -> bool:
@@ -214,6 +220,8 @@ def status(name: str) -> None:
     shown = {key: told.get(key) for key in ("code", "why", "failed", "started", "ended")}
     shown["last"] = next((line for line in reversed(log) if line.strip()), "")[:200]
     shown["worker"] = _index(run)
+    with contextlib.suppress(OSError):  # there since fot_jax 0.2
+        shown["asked"] = (run / "asked").read_text()
     if state in ("failed", "lost"):
         shown["traceback"] = "\n".join(_first_traceback(log))
     answer(**shown, state=state)

@@ -12,7 +12,8 @@ runs of its workers, and takes one step. So it may be killed anywhere, and start
     ACTIVE              nodes ready, the run failed                   show why, set up and start
     ACTIVE              nodes ready, a worker lost, or run stopped    the same, if still so a turn
                                                                       later
-    ACTIVE              nodes ready, finished                         end
+    ACTIVE              nodes ready, finished                         end; start, if it was a run
+                                                                      of something else
     all others                                                        wait
 """
 
@@ -24,7 +25,7 @@ import time
 from argparse import Namespace
 
 from fot_jax.common.errors import UserError
-from tpu import gcloud, process, ship, ssh, targets, verbs
+from tpu import gcloud, host_agent, process, ship, ssh, targets, verbs
 from tpu.gcloud import Argv, Pod
 
 _GONE = ("PREEMPTED", "TERMINATED", "STOPPED", "DELETING", "HIDDEN")
@@ -65,6 +66,7 @@ def recover(args: Namespace) -> int:
     code = ship.pack(args.experiment)
     create = gcloud.create(pod, slices.topology, slices.count, args.tier)
     start = verbs.start_command(pod, code, args)
+    asked = host_agent.asked(code.digest, args.env, verbs.training_arguments(code, args))
     if args.dry_run:
         process.print_commands(_without_trouble(pod, code, create, start))
         return 0
@@ -73,7 +75,7 @@ def recover(args: Namespace) -> int:
         _say(pod, f"{args.workdir} is lost with a spot pod, unless machines share it: use gs://…")
     verbs.look(pod)  # a missing login, say, does not go away by waiting
     try:
-        return _until_done(pod, slices, code, create, start, args)
+        return _until_done(pod, slices, code, create, start, asked, args)
     except KeyboardInterrupt:
         _say(pod, "watched no more: the same command goes on where things are")
         raise
@@ -82,14 +84,20 @@ def recover(args: Namespace) -> int:
 
 
 def _until_done(
-    pod: Pod, slices: targets.Slices, code: ship.Code, create: Argv, start: Argv, args: Namespace
+    pod: Pod,
+    slices: targets.Slices,
+    code: ship.Code,
+    create: Argv,
+    start: Argv,
+    asked: str,
+    args: Namespace,
 ) -> int:
     """Turn after turn; the exit code."""
     newest = _newest_checkpoint(pod, args.workdir)
     failures = _Failures(pod, args.workdir, args.max_failures, newest)
     before, said, shown = Step("wait", ""), None, None
     while True:
-        step = _look(pod, slices)
+        step = _look(pod, slices, asked)
         acts = not step.if_still or before.if_still and before.do == step.do
         line = f"{step.why}: {step.do if acts else 'wait'}"
         if line != said:
@@ -140,7 +148,7 @@ def _without_trouble(pod: Pod, code: ship.Code, create: Argv, start: Argv) -> li
 # --- What is next --------------------------------------------------------------------------------
 
 
-def _look(pod: Pod, slices: targets.Slices) -> Step:
+def _look(pod: Pod, slices: targets.Slices, asked: str) -> Step:
     """The next step of a pod, from what Google Cloud and the workers say now."""
     try:
         found = verbs.look(pod)
@@ -157,7 +165,7 @@ def _look(pod: Pod, slices: targets.Slices) -> Step:
         answers = ssh.ask(status, slices.workers, process.SHORT)
     except process.CallFailed as error:
         return Step("start", f"ACTIVE, no worker answers: {error}", if_still=True)
-    return dataclasses.replace(step_of_runs(answers, slices.workers), running=True)
+    return dataclasses.replace(step_of_runs(answers, slices.workers, asked), running=True)
 
 
 def step_of_request(found: dict | None) -> Step:
@@ -195,11 +203,17 @@ def step_of_nodes(nodes: list[dict], slices: int) -> Step | None:
     return Step("wait", f"ACTIVE, node {', '.join(unready)}") if unready else None
 
 
-def step_of_runs(answers: list[dict], expected: int) -> Step:
-    """The step for nodes that are ready, by the states of their workers' runs."""
+def step_of_runs(answers: list[dict], expected: int, asked: str) -> Step:
+    """The step for nodes that are ready, by the states of their workers' runs.
+
+    Args:
+      asked: what the run is to do: one that has finished something else does not count.
+    """
     by_state = {}
     for answer in answers:
-        by_state.setdefault(answer["state"], []).append(str(answer["worker"]))
+        others = answer["state"] == "finished" and answer.get("asked", asked) != asked
+        state = "finished another run" if others else answer["state"]
+        by_state.setdefault(state, []).append(str(answer["worker"]))
     going_on = sum(len(by_state.get(state, ())) for state in _GOING_ON)
     counts = ", ".join(f"{len(by_state[state])} {state}" for state in sorted(by_state))
     why = f"ACTIVE, workers: {counts or 'no answer'}"

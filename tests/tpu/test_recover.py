@@ -83,6 +83,10 @@ def test_a_failure_is_shown_and_the_run_started_again(cloud):
     assert "RuntimeError: worker 1 broke at step 3" in out
     assert len(cloud.starts(1)) == 2
     assert cloud.checkpoints() == [1, 2, 3, 4, 5]
+    more = (*RECOVER, "--gin", "train.log_every = 9")
+    for last in ("finished another run: start", "finished: end"):
+        assert f"ACTIVE, workers: 2 {last}" in cloud.works("recover", cloud.experiment, *more)
+        assert len(cloud.starts(1)) == 3
 
 
 @pytest.mark.slow
@@ -164,6 +168,8 @@ STATES = {
     "running": {},
     "lost": {},
     "finished": {},
+    "this": {"state": "finished", "asked": "this"},
+    "that": {"state": "finished", "asked": "that"},
     "stopped": {},
     "failed": {"ended": 2.0},
     "first": {"state": "failed", "ended": 1.0},
@@ -181,6 +187,9 @@ STATES = {
         ("running", "wait", False, None),
         ("finished finished", "end", False, None),
         ("finished", "end", False, None),
+        ("this this", "end", False, None),
+        ("that that", "start", False, None),
+        ("that", "start", True, None),
         ("failed first", "start", False, 1),
         ("first failed", "start", False, 0),
         ("failed lost", "start", True, 0),
@@ -194,7 +203,7 @@ def test_steps_of_runs(states, do, if_still, failed):
     answers = [
         {"worker": i, "state": state, **STATES[state]} for i, state in enumerate(states.split())
     ]
-    step = recover.step_of_runs(answers, 2)
+    step = recover.step_of_runs(answers, 2, "this")
     assert (step.do, step.if_still) == (do, if_still)
     if do == "start":
         assert (step.failed and step.failed["worker"]) == failed
