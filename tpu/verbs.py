@@ -84,7 +84,7 @@ def logs(args: Namespace) -> int:
         return 0
     failed = first_failed(ssh.ask(ask, 1, process.SHORT))
     if failed:
-        print(failure(failed))
+        print(failure(failed), flush=True)  # before what gcloud writes
     return min(process.show(show), 1)
 
 

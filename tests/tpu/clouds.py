@@ -1,14 +1,20 @@
-"""A fake Google Cloud in a directory, and `python -m tpu` against it, as processes of their own."""
+"""A fake Google Cloud in a directory, and `python -m tpu` against it."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from unittest import mock
 
 import power
 
+import tpu.__main__
+from tpu import process, ship
 from tpu.local import free_port
 
 HERE = Path(__file__).parent
@@ -69,30 +75,44 @@ class Cloud:
     def train(self, **plan):
         (self.directory / "training.json").write_text(json.dumps(plan))
 
-    def start(self, *argv, **options):
-        """`python -m tpu` as a process."""
+    def _environment(self):
         environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
         environment |= {"PATH": f"{self.bin}:{os.environ['PATH']}", "JAX_PLATFORMS": "cpu"}
-        environment |= {"FAKE_GCLOUD": str(self.directory), "PYTHONUNBUFFERED": "1"}
+        return environment | {"FAKE_GCLOUD": str(self.directory)}
+
+    def start(self, *argv):
+        """`python -m tpu` as a process."""
         return subprocess.Popen(
             [sys.executable, "-m", "tpu", *map(str, argv)],
             cwd=self.repository,
-            env=environment | options.pop("env", {}),
+            env=self._environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            **options,
         )
 
-    def tpu(self, *argv, **options):
-        """The same, to its end: (exit code, stdout, stderr)."""
-        process = self.start(*argv, **options)
-        out, err = process.communicate(timeout=300)
-        return process.returncode, out, err
+    def tpu(self, *argv, **environment):
+        """The same in this process, to its end: (exit code, stdout, stderr)."""
+        terminated = signal.getsignal(signal.SIGTERM)
+        try:
+            with (
+                mock.patch.dict(os.environ, self._environment() | environment, clear=True),
+                mock.patch.object(ship, "REPOSITORY", self.repository),
+                mock.patch.object(process, "PAUSE", 0.05),
+                contextlib.chdir(self.repository),
+                _written() as (out, err),
+            ):
+                try:
+                    code = tpu.__main__.main([*map(str, argv)])
+                except SystemExit as exit:
+                    code = exit.code
+        finally:
+            signal.signal(signal.SIGTERM, terminated)
+        return code, *map(_content, (out, err))
 
-    def works(self, *argv, **options):
+    def works(self, *argv):
         """The same, where all must be well; returns stdout."""
-        code, out, err = self.tpu(*argv, **options)
+        code, out, err = self.tpu(*argv)
         assert code == 0, out + err
         return out
 
@@ -117,6 +137,29 @@ class Cloud:
     def end(self):
         """Ends what goes on on workers."""
         power.off(self.directory)
+
+
+@contextlib.contextmanager
+def _written():
+    """Files of what this process and those that it starts write to stdout and stderr."""
+    kept = [os.dup(fd) for fd in (1, 2)]
+    files = [tempfile.TemporaryFile("w+") for _ in kept]
+    try:
+        for fd, file in zip((1, 2), files, strict=True):
+            os.dup2(file.fileno(), fd)
+        with contextlib.redirect_stdout(files[0]), contextlib.redirect_stderr(files[1]):
+            yield files
+    finally:
+        for fd, before, file in zip((1, 2), kept, files, strict=True):
+            file.flush()
+            os.dup2(before, fd)
+            os.close(before)
+
+
+def _content(file):
+    with file:
+        file.seek(0)
+        return file.read()
 
 
 POD = ("--name", "pod", "--zone", "us-central2-b", "--project", "project")

@@ -1,4 +1,4 @@
-"""The verbs, one by one, as a person calls them, against a fake cloud with two workers."""
+"""The verbs, one by one, against a fake cloud with two workers."""
 
 import contextlib
 import json
@@ -262,8 +262,7 @@ def test_refusals(cloud, case):
 
 def test_without_gcloud(cloud):
     (cloud.bin / "gcloud").unlink()
-    environment = {"PATH": str(cloud.bin)}
-    code, _, err = cloud.tpu("create", cloud.experiment, *POD, env=environment)
+    code, _, err = cloud.tpu("create", cloud.experiment, *POD, PATH=str(cloud.bin))
     assert (code, err.count("\n")) == (2, 1)
     assert "gcloud on this machine: install the Google Cloud CLI" in err
 
