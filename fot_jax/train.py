@@ -33,7 +33,7 @@ from fot_jax.training.checks import (
 )
 from fot_jax.training.evaluations import Evaluations
 from fot_jax.training.experiment import Checkpoints, Compute, Data
-from fot_jax.training.metrics import Metrics, matmul_rate, when_ready
+from fot_jax.training.metrics import Metrics, device_rate, when_ready
 from fot_jax.training.profile import Profile
 from fot_jax.training.program import make_program
 from fot_jax.training.reports import Report, Reports
@@ -169,7 +169,7 @@ def train(
     def d_of(step, before, history):
         return None if d is None else d.at(step - 1, before, history.accuracy(step - 2))
 
-    rate = matmul_rate(compute.dtype)  # while nothing else computes
+    rate = device_rate(compute.dtype)  # while nothing else computes
     compiled_of = functools.cache(program.compiling)
     if first_step < steps:
         compiled_of(d_of(first_step + 1, history.d, history))  # begins to

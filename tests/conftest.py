@@ -5,25 +5,27 @@ import gc
 import importlib.util
 import os
 import re
+import sys
 import tempfile
 import uuid
 from importlib.metadata import version
 from pathlib import Path
 
-# Before JAX starts. Processes that tests start inherit it.
-COMPILED = tempfile.TemporaryDirectory(prefix="fot_jax_compiled_")  # removed at exit
-os.environ |= {
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
-    "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
-flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
-if version("jaxlib").startswith("0.10."):  # XLA ends where it does not know a flag
-    # Half the time of compiling for CPUs.
-    flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
-os.environ["XLA_FLAGS"] = " ".join(flags)
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Before JAX starts. Workers of pytest, and processes that tests start, inherit it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory(prefix="fot_jax_compiled_")  # removed at exit
+    os.environ |= {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+        "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+    if version("jaxlib").startswith("0.10."):  # XLA ends where it does not know a flag
+        # Half the time of compiling for CPUs.
+        flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+    os.environ["XLA_FLAGS"] = " ".join(flags)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import buckets  # noqa: E402
 import hypothesis  # noqa: E402
@@ -127,6 +129,17 @@ def pytest_runtest_teardown():
 def one_device(monkeypatch):
     with runs.first_devices(monkeypatch, 1):
         yield
+
+
+@pytest.fixture(scope="session")
+def reproduce():
+    """The module that `python experiments/reproduce` runs."""
+    directory = Path(__file__).parents[1] / "experiments" / "reproduce"
+    sys.path.insert(0, str(directory))
+    spec = importlib.util.spec_from_file_location("reproduce", directory / "__main__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

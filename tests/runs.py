@@ -156,12 +156,18 @@ def train(experiment, workdir, *bindings):
     return cli.main(arguments(experiment, workdir, *bindings))
 
 
+def with_devices(count):
+    """The environment of a process with so many devices: what XLA compiles here is found there."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={count}")
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+
 def start(argv, program=("-m", "fot_jax"), **options):
     """`python -m fot_jax`, or another program, as a process with one device."""
     return subprocess.Popen(
         [sys.executable, *program, *argv],
         cwd=Path(__file__).parents[1],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        env=with_devices(1),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

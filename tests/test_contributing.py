@@ -1,7 +1,6 @@
 """CONTRIBUTING.md: its recipes work as they are written."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ import sys
 
 import pages
 import pytest
+import runs
 
 
 @pytest.mark.slow
@@ -33,7 +33,7 @@ def test_recipes_work_as_written(tmp_path):
         ran = subprocess.run(
             [sys.executable, "-m", "fot_jax", *command[1:]],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(tmp_path), "XLA_FLAGS": ""},
+            env={**runs.with_devices(1), "PYTHONPATH": str(tmp_path)},
             capture_output=True,
             text=True,
         )

@@ -1,7 +1,6 @@
 """`python experiments/reproduce`: trains, evaluates, reports; goes on where it was stopped."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -31,15 +30,6 @@ TopK.k = 4
 """
 
 
-@pytest.fixture(scope="module")
-def reproduce():
-    """The module that `python experiments/reproduce` runs."""
-    spec = importlib.util.spec_from_file_location("reproduce", REPRODUCE / "__main__.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def tiny(reproduce, tmp_path, monkeypatch):
     """A figure of one model, and of one that it starts from, twice."""
@@ -61,12 +51,12 @@ def tiny(reproduce, tmp_path, monkeypatch):
 def test_a_figure(reproduce, tiny, tmp_path, monkeypatch, capsys):
     """Stopped in its second of four runs, it does that and the others, and none twice."""
     record = sys.modules["record"]
-    real, verbs = record.fot, []
+    verbs = []
 
     def stopped(command):
         name = "--workdir" if command[0] == "train" else "--checkpoint"
         verbs.append((command[0], Path(command[command.index(name) + 1]).name))
-        return 143 if len(verbs) == 2 else real(command)
+        return 143 if len(verbs) == 2 else cli.main(list(command))
 
     monkeypatch.setattr(record, "fot", stopped)
     assert reproduce.main(tiny) == 143
@@ -247,35 +237,33 @@ def test_every_run_traces(family, run, shown, capsys):
         assert shown <= {each.name for each in gin.get_configurable("Evaluation")().evals}
 
 
-def test_dry_run(tmp_path):
+def test_dry_run():
+    """As a process, as it is called."""
     argv = [sys.executable, str(REPRODUCE), "dictionary_cpu", "--dry_run", "--seeds", "7"]
+    argv += ["--gin", "train.z_loss = 9"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first, *_ = lines = done.stdout.splitlines()
     assert all(line.startswith(("fot train ", "fot evaluate ")) for line in lines)
     assert "experiments/reproduce/dictionary_cpu_short.gin" in first and str(ROOT) not in first
     assert "train.seed = 7" in first and "Data.seed = 7" in first
-    assert not any("log_every" in line for line in lines)
-    argv += ["--gin", "train.log_every = 9"]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    assert all("--gin 'train.log_every = 9'" in line for line in done.stdout.splitlines())
+    assert all("--gin 'train.z_loss = 9'" in line for line in lines)
 
 
-def test_only_some_runs():
+def test_only_some_runs(reproduce, capsys):
     """And what they start from: dry runs, so by their commands."""
 
     def trained(only):
-        argv = [sys.executable, str(REPRODUCE), "dictionary_cpu", "--dry_run", "--only", only]
-        done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("fot train ")]
-        return [Path(line.split()[4]).name for line in lines], done
+        assert reproduce.main(["dictionary_cpu", "--dry_run", "--only", only]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return [Path(line.split()[4]).name for line in lines if line.startswith("fot train ")]
 
-    assert trained("d1")[0] == ["short_0", "middle_0", "d1_0"]
-    assert trained("plain,fot")[0] == ["short_0", "middle_0", "fot_0", "plain_0"]
-    names, done = trained("d1,mt")
-    assert done.returncode == 1 and not names
-    assert done.stderr.startswith("--only d1,mt: no run mt: there is short, middle, fot, d1, plain")
-    assert len(done.stderr.splitlines()) == 1
+    assert trained("d1") == ["short_0", "middle_0", "d1_0"]
+    assert trained("plain,fot") == ["short_0", "middle_0", "fot_0", "plain_0"]
+    with pytest.raises(SystemExit) as ended:
+        trained("d1,mt")
+    message = "--only d1,mt: no run mt: there is short, middle, fot, d1, plain"
+    assert ended.value.code.startswith(message) and "\n" not in ended.value.code
 
 
 def test_the_command_is_as_it_is_typed(monkeypatch):

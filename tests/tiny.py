@@ -92,7 +92,12 @@ def lane_segments(lanes, windows, window, seed=0):
 
 def untrained(config, vocabulary=None, change=lambda params: params):
     """A LanguageModel with the parameters that training begins with, changed."""
-    model = Transformer(config)
+    params = jax.tree.map(lambda x: x, _initial(config))  # a tree of its own, to change
+    return LanguageModel.of(Transformer(config), change(params), vocabulary)
+
+
+@functools.cache
+def _initial(config):
     tokens = np.zeros((1, config.local_context), np.int32)
-    params = model.init(jax.random.key(1), tokens, tokens, crossbatch.Plan())["params"]
-    return LanguageModel.of(model, change(params), vocabulary)
+    init = functools.partial(Transformer(config).init, plan=crossbatch.Plan())
+    return jax.jit(init)(jax.random.key(1), tokens, tokens)["params"]

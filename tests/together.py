@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+from runs import with_devices
+
 from tpu.local import free_port
 
 
@@ -16,12 +18,11 @@ def start(words, processes, devices=1):
         "FOT_COORDINATOR": f"127.0.0.1:{free_port()}",
         "FOT_PROCESSES": str(processes),
         "PYTHONPATH": os.pathsep.join(sys.path),
-        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}"),
     }
     return [
         subprocess.Popen(
             [sys.executable, *map(str, words)],
-            env={**os.environ, **run, "FOT_PROCESS_ID": str(process)},
+            env={**with_devices(devices), **run, "FOT_PROCESS_ID": str(process)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

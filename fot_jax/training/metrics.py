@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import os
@@ -87,6 +88,12 @@ def matmul_rate(dtype: Any = "float32") -> float:
                 break
 
 
+@functools.cache
+def device_rate(dtype: Any) -> float:
+    """`matmul_rate`, measured once."""
+    return matmul_rate(dtype)
+
+
 def when_ready(arrays: Any) -> Callable[[], float]:
     """A function that waits for arrays and says when they were there, by time.perf_counter.
 
@@ -114,26 +121,6 @@ def when_ready(arrays: Any) -> Callable[[], float]:
 def utilisation(flops: float, seconds: float, rate: float) -> float:
     """Share of `rate` (FLOP/s) that doing `flops` in `seconds` is."""
     return flops / (seconds * rate)
-
-
-def first_nonfinite(tree: Any) -> str | None:
-    """Name of the first array, in tree order, that has an infinity or not-a-number in it.
-
-    Example: "layers/mlp/down".
-    """
-    named = jax.tree_util.tree_leaves_with_path(tree)
-    if not named:
-        return None
-    finite = np.asarray(_all_finite([leaf for _, leaf in named]))
-    if finite.all():
-        return None
-    path, _ = named[int(np.argmin(finite))]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-@jax.jit
-def _all_finite(leaves: list[Any]) -> jax.Array:
-    return jnp.stack([jnp.isfinite(x).all() for x in leaves])
 
 
 # --- Where they go -------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 from fot_jax.common import bucket_files
 from fot_jax.common.errors import UserError
 from fot_jax.training import metrics
-from fot_jax.training.metrics import Counts, Metrics, first_nonfinite
+from fot_jax.training.metrics import Counts, Metrics
 
 
 def test_means_weigh_every_token_alike():
@@ -43,22 +43,6 @@ def test_means_weigh_every_token_alike():
 def test_means_of_nothing_and_of_too_much():
     assert all(math.isnan(x) for x in Counts().means().values())
     assert Counts(loss=1e4, weights=1.0).means()["perplexity"] == math.inf
-
-
-def test_first_nonfinite_is_named():
-    tree = {
-        "embedding": jnp.ones((4, 2), jnp.bfloat16),
-        "layers": {"mlp": {"down": jnp.zeros((2, 3)), "up": jnp.ones(3)}, "steps": jnp.arange(3)},
-    }
-    assert first_nonfinite(tree) is None
-    assert first_nonfinite({}) is None
-    tree["layers"]["mlp"]["up"] = tree["layers"]["mlp"]["up"].at[2].set(jnp.nan)
-    assert first_nonfinite(tree) == "layers/mlp/up"
-    tree["layers"]["mlp"]["down"] = tree["layers"]["mlp"]["down"].at[1, 1].set(-jnp.inf)
-    assert first_nonfinite(tree) == "layers/mlp/down"
-    # One number for each array, as a step reports squared norms of gradients.
-    squares = jnp.array([1.0, 2.0, jnp.inf, 3.0])
-    assert first_nonfinite(jax.tree.unflatten(jax.tree.structure(tree), squares)) == "layers/mlp/up"
 
 
 def test_matmul_rate_is_in_flop_per_second():

@@ -36,7 +36,7 @@ def holder(workdir, seconds=60.0):
     """A process that has a workdir, or was refused it."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(workdir), str(seconds)],
-        env={**os.environ, "XLA_FLAGS": ""},
+        env=runs.with_devices(1),
         stdout=subprocess.PIPE,
         text=True,
     )
