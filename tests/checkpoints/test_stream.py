@@ -136,8 +136,11 @@ def test_checksums_of_slices_add_up(x):
 
 
 def test_checksum_of_a_large_slice():
+    """Of which each of eight devices has a part."""
     x = np.random.default_rng(0).normal(size=(3, 1_500_000)).astype(np.float32)
-    assert slice_checksum(x, 0) == array_checksums([jax.device_put(x)])[0]
+    mesh = jax.sharding.Mesh(jax.devices(), "all")
+    parts = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "all"))
+    assert slice_checksum(x, 0) == array_checksums([jax.device_put(x, parts)])[0]
 
 
 def test_nothing_there(tmp_path):

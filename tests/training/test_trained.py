@@ -1,6 +1,7 @@
 """Training a part of the parameters, or adapters, against the float64 gradient of all of them."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -52,8 +53,12 @@ def with_adapters(config, lora):
     return joined(params, adapters), tree_of_leaves(merged)
 
 
-def expected(config, lora, params, merged, batch):
-    """The gradient of everything, adapters too, by the chain rule."""
+@functools.cache
+def expected(part):
+    """Parameters, a batch, and the gradient of everything, adapters too, by the chain rule."""
+    config, _, lora, _ = PARTS[part]
+    params, merged = with_adapters(config, lora)
+    batch = make_batch(config, SCHEME, LANES)
     of_merged, _ = gradient(config, SCHEME, merged, batch, GROUP)
     for name in KERNELS if lora else ():
         if (adapter := params["layers"]["lora"].get(name)) is not None:
@@ -62,7 +67,7 @@ def expected(config, lora, params, merged, batch):
                 "a": np.einsum("lef,lrf->ler", of_kernel, adapter["b"]),
                 "b": np.einsum("lef,ler->lrf", of_kernel, adapter["a"]),
             }
-    return of_merged
+    return params, batch, of_merged
 
 
 PARTS = {
@@ -96,10 +101,9 @@ PARTS = {
 @pytest.mark.parametrize("part", PARTS)
 def test_the_part_is_trained_and_nothing_else(part, how):
     config, patterns, lora, some = PARTS[part]
-    params, merged = with_adapters(config, lora)
+    params, batch, of_all = expected(part)
     trained = select(params, config, patterns or ())
     assert some.items() <= {p: x and list(x) for p, x in trained.parameters}.items()
-    batch = make_batch(config, SCHEME, LANES)
     mesh = MeshShape(*how["mesh"]).make() if "mesh" in how else None
     accumulation = how.get("accumulation", 1)
     plan = crossbatch.make_plan(
@@ -119,7 +123,6 @@ def test_the_part_is_trained_and_nothing_else(part, how):
         state = jax.tree.map(np.array, state)
     after, info = make_train_step(model, SGD, SCHEME, plan, accumulation)(state, batch)
 
-    of_all = expected(config, lora, params, merged, make_batch(config, SCHEME, LANES))
     want = trained.take(of_all)
     assert_gradient(after.opt_state[0].trace, want)
     assert_update(trained.take(params), trained.take(after.params), want)
