@@ -291,6 +291,22 @@ def test_windows_that_cannot_be_remembered(windows, options, message):
         model_of("llama").remember(windows, **options)
 
 
+def test_a_short_window_stands_right_before_the_next():
+    """Of a Transformer-XL, all of whose layers see the window before: as in a wider window."""
+    config = dataclasses.replace(
+        LLAMA, memory_layers=(0, 1, 2), memory_before=True, local_context=C
+    )
+    wide = dataclasses.replace(config, memory_layers=(), memory_before=False, local_context=2 * C)
+    lm, wide = (LanguageModel.of(Transformer(c), random_params(config)) for c in (config, wide))
+    text = random_text(2, C + 20)
+    want = wide.logits(text, last_context_length=2 * C)
+    np.testing.assert_allclose(lm.logits(text, last_context_length=C), want, atol=1e-4)
+    # After a whole window, too, the short one alone is the window before.
+    state = lm.read(text, last_context_length=20)
+    lm.read(text, state=state, last_context_length=C)
+    assert state.memory.visible.tolist() == [20, 20]
+
+
 # --- Numbers and devices -------------------------------------------------------------------------
 
 
