@@ -301,10 +301,10 @@ def test_a_short_window_stands_right_before_the_next():
     text = random_text(2, C + 20)
     want = wide.logits(text, last_context_length=2 * C)
     np.testing.assert_allclose(lm.logits(text, last_context_length=C), want, atol=1e-4)
-    # After a whole window, too, the short one alone is the window before.
+    # After a whole window, too, the short one alone is the window before: 20 tokens and 20 more.
     state = lm.read(text, last_context_length=20)
     lm.read(text, state=state, last_context_length=C)
-    assert state.memory.visible.tolist() == [20, 20]
+    assert state.memory.visible.tolist() == [40, 40]
 
 
 # --- Numbers and devices -------------------------------------------------------------------------
