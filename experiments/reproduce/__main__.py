@@ -21,6 +21,7 @@ from figure import Figure, Run
 from figures import FIGURES
 from record import Record, read_object
 
+from fot_jax.common.atomic import write_file
 from fot_jax.evals.provenance import provenance
 
 HERE = Path(__file__).parent
@@ -195,10 +196,8 @@ def _report(
         "seconds in all": sum(seconds.values()),
         "rows": rows,
     }
-    whole = results / f"{name}.json.partial"
-    whole.write_text(json.dumps(content, indent=1) + "\n")
     figure.draw(rows, results / f"{name}.png")
-    whole.replace(results / f"{name}.json")
+    write_file(results / f"{name}.json", json.dumps(content, indent=1) + "\n")
 
 
 def _different(values: Iterable) -> list:

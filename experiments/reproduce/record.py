@@ -14,6 +14,8 @@ from typing import Any
 
 from figure import Run
 
+from fot_jax.common.atomic import write_file
+
 
 @dataclasses.dataclass
 class Record:
@@ -65,9 +67,7 @@ class Record:
 
     def _save(self) -> None:
         content = {name: getattr(self, name) for name in ("settings", "done", "seconds")}
-        whole = self.file.with_name(f"{self.file.name}.partial")
-        whole.write_text(json.dumps(content, indent=1) + "\n")
-        whole.replace(self.file)
+        write_file(self.file, json.dumps(content, indent=1) + "\n")
 
 
 def read_object(file: Path, anew: str, **fields: type | tuple[type, ...]) -> dict[str, Any]:

@@ -95,11 +95,6 @@ def _slice_of(device: jax.Device) -> int:
     return (getattr(device, "slice_index", None) or 0) if of_tpu else 0
 
 
-def path_name(path) -> str:
-    """layers/attention/query for a key path of jax.tree_util."""
-    return "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
-
-
 def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Sharding of every leaf of a tree of arrays or shapes: parameters, or all of a TrainState.
 
@@ -111,7 +106,7 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """
 
     def of_leaf(path, leaf):
-        names = tuple(path_name(path).split("/"))
+        names = tuple(jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
         for end, axes in (PARAMETERS | CACHED).items():
             if names[-len(end) :] == end and leaf.ndim == len(axes):
                 for size, axis in zip(leaf.shape, axes, strict=True):
