@@ -6,6 +6,7 @@ Importing this loads no JAX: the supervisor of `python -m tpu worker` asks the s
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 import urllib.error
@@ -54,15 +55,15 @@ def place() -> Place:
     if workers := os.environ.get("FOT_WORKERS"):
         hosts, ports = zip(*map(_address, workers.split(",")), strict=True)
         return _place("FOT_WORKER", os.environ.get("FOT_WORKER", ""), hosts, ports[0])
+    slices = os.environ.get("MEGASCALE_NUM_SLICES", "1")
     if names := os.environ.get("TPU_WORKER_HOSTNAMES"):
         hosts = tuple(name.strip() for name in names.split(","))
         index = os.environ.get("TPU_WORKER_ID", "0" if len(hosts) == 1 else "")
         found = _place("TPU_WORKER_ID", index, hosts)
     elif _has_metadata():
-        found = _place_in_metadata()
+        found, slices = _place_in_metadata(), _slices_in_metadata() or slices
     else:
         return ALONE
-    slices = os.environ.get("MEGASCALE_NUM_SLICES", "1")
     if slices != "1":
         raise UserError(
             f"MEGASCALE_NUM_SLICES = {slices}: a slice knows the hosts of its own alone: set "
@@ -198,6 +199,12 @@ def _place_in_metadata() -> Place:
     # An entry is an address, or name:id:address.
     hosts = tuple(entry.strip().split(":")[-1] for entry in endpoints.split(","))
     return _place("agent-worker-number", _metadata("agent-worker-number") or "", hosts)
+
+
+def _slices_in_metadata() -> str | None:
+    """Of several slices how many, where JAX finds it (jax/_src/clusters/cloud_tpu_cluster.py)."""
+    line = re.search(r"^\s*MEGASCALE_NUM_SLICES\s*:\s*'?(\d+)", _metadata("tpu-env") or "", re.M)
+    return line and line[1]
 
 
 def _metadata(attribute: str) -> str | None:

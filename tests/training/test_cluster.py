@@ -87,6 +87,10 @@ def test_of_the_metadata_server(surroundings, metadata, endpoints):
     assert cluster.place() == (1, ("10.0.0.1", "10.0.0.2"), 8475)
     surroundings(GCE_METADATA_HOST=address, TPU_SKIP_MDS_QUERY="1")
     assert cluster.place() == cluster.ALONE
+    answers["tpu-env"] = "ACCELERATOR_TYPE: 'v4-16'\nMEGASCALE_NUM_SLICES: '2'\n"
+    surroundings(GCE_METADATA_HOST=address)
+    with pytest.raises(UserError, match="MEGASCALE_NUM_SLICES = 2: a slice knows the hosts of its"):
+        cluster.place()
 
 
 def test_of_a_machine_that_is_no_host_of_a_pod(surroundings, metadata):
