@@ -62,14 +62,23 @@ def training_flops(
 
 
 def reading_flops(c: ModelConfig, tokens: int) -> int:
-    """FLOPs of reading a text in whole windows, everything kept in memory, no logits."""
+    """FLOPs of reading a text in whole windows, everything kept in memory, no logits.
+
+    The last window stays, and takes all layers. Of the others memory alone is left: that takes the
+    layers below the last memory layer, and its keys and values.
+    """
     per_score = 4 * c.num_heads * c.head_dim
-    starts = range(0, tokens, c.local_context)
-    windows = [min(c.local_context, tokens - start) for start in starts]
-    local = sum(n * (n + 1) // 2 for n in windows)
-    beyond = sum(n * start for n, start in zip(windows, starts, strict=True))
-    scores = c.num_layers * local + len(c.memory_layers) * beyond
-    return 2 * c.num_layers * layer_parameters(c) * tokens + per_score * scores
+    below = max(c.memory_layers, default=0)
+    keys_values = 2 * c.hidden_size * c.num_kv_heads * c.head_dim * bool(c.memory_layers)
+    total = 0
+    for start in range(0, tokens, c.local_context):
+        n = min(c.local_context, tokens - start)
+        stays = start + n == tokens
+        layers = c.num_layers if stays else below
+        products = layers * layer_parameters(c) + (0 if stays else keys_values)
+        beyond = start * sum(layer < layers for layer in c.memory_layers)
+        total += 2 * products * n + per_score * (layers * n * (n + 1) // 2 + n * beyond)
+    return total
 
 
 def layer_parameters(c: ModelConfig) -> int:

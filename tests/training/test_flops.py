@@ -139,10 +139,16 @@ def test_reading_counts_every_pair_of_tokens_that_see_each_other(tokens, memory_
     config = dataclasses.replace(LLAMA, memory_layers=memory_layers, mlp=mlp)
     where = places([tokens], config.local_context, config.local_context)
     if tokens % config.local_context == 0 or tokens < config.local_context:  # else cut elsewhere
-        local, beyond = visibility(where).sum((1, 2))
+        local, beyond = visibility(where).sum(2)  # keys that each token sees
+        stays = where[:, 0] == where[-1, 0]
+        last = max(memory_layers, default=0)
+        layers = np.where(stays, config.num_layers, last)
+        looking = np.where(stays, len(memory_layers), len([x for x in memory_layers if x < last]))
         per_score = 4 * config.num_heads * config.head_dim
-        scores = per_score * (local * config.num_layers + beyond * len(memory_layers))
-        products = 2 * tokens * config.num_layers * layer_parameters(config)
+        scores = per_score * (local * layers + beyond * looking).sum()
+        of_layer = random_params(config)["layers"]["attention"]
+        stored = sum(of_layer[name][0].size for name in ("key", "value")) * bool(memory_layers)
+        products = 2 * (layers * layer_parameters(config) + ~stays * stored).sum()
         assert reading_flops(config, tokens) == products + scores
     kernels = random_params(config)["layers"]
     matrices = [kernels["attention"][name] for name in ("query", "key", "value", "out")]
