@@ -138,8 +138,12 @@ def _interrupted_saving(signum, frame) -> None:
 @contextlib.contextmanager
 def _stopped_without_remains() -> Iterator[None]:
     """A signal, or a terminal that is closed, leaves nothing half-written."""
-    stop = _interrupted_saving
-    with _on(signal.SIGTERM, stop), _on(signal.SIGINT, stop), _on(signal.SIGHUP, stop):
+    signals = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        signals.append(signal.SIGHUP)
+    with contextlib.ExitStack() as stack:
+        for signum in signals:
+            stack.enter_context(_on(signum, _interrupted_saving))
         yield
 
 
@@ -172,7 +176,9 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument(
         "--suggest", action="store_true", help="try other meshes, remat policies and microbatches"
     )
-    compile_.add_argument("--json", action="store_true", help="print one JSON object")
+    compile_.add_argument(
+        "--json", action="store_true", help="print an object; with --suggest those that fit, a list"
+    )
     compile_.set_defaults(run=_compile)
 
     evaluate = verbs.add_parser("evaluate", help="run an experiment's evaluations on a checkpoint")

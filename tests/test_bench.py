@@ -28,10 +28,12 @@ def test_memory(monkeypatch, capsys):
     first, last = found["read and write"]
     assert (first["tokens"], last["tokens"]) == (64, 96)
     assert first["times_floor"] == pytest.approx(first["read_s"] / first["floor_s"])
-    # 64 tokens through 3 layers; 2 windows, the second sees 32 keys in one layer.
-    parameters = 3 * (4 * 64 * 64 + 3 * 64 * 1376)
-    scores = 3 * 2 * (32 * 33 // 2) + 32 * 32
-    assert first["floor_s"] == pytest.approx((2 * 64 * parameters + 4 * 64 * scores) / 1e12)
+    # Of 2 windows the first goes through one layer, and to keys and values of the next; the second
+    # through 3, and sees 32 keys in one of them.
+    of_layer = 4 * 64 * 64 + 3 * 64 * 1376
+    parameters, products = 3 * of_layer, 32 * (4 * of_layer + 2 * 64 * 64)
+    scores = (1 + 3) * (32 * 33 // 2) + 32 * 32
+    assert first["floor_s"] == pytest.approx((2 * products + 4 * 64 * scores) / 1e12)
     read = 4 * (parameters + 64 * 1024 + 2 * 64 * (48 + 3 * 16))
     assert first["times_copy"] * first["tokens_per_s"] == pytest.approx(1e12 / read)
     assert first["llama_read_s"] > 0 and first["llama_tokens_per_s"] > 0

@@ -178,7 +178,7 @@ def test_the_model_card(here, one_device, capsys):
     assert "derive from Some Model, whose licence is apache-2.0" in card.text
     assert (here / "out" / "LICENSE").read_text() == "may be used"
     last = runs.curve("run")[-1]
-    name, value = next((k, x) for k, x in last.items() if "_perplexity/" in k)
+    name, value = next((k, x) for k, x in last.items() if "/memory_" in k)
     assert f"| {name} | {value:.4g} | 2 |" in card.text
     assert "to step 2, from" in card.text and "train.steps = 2" in card.text
     with open(here / "run" / "metrics.jsonl", "ab") as file:  # and of a later step, killed there

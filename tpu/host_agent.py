@@ -50,8 +50,11 @@ def main() -> None:
     start_.add_argument("name")
     start_.add_argument("code")
     start_.add_argument("--env", action="append", default=[])
+    start_.add_argument("--asked", default="", help="tells runs of one name from each other")
     start_.add_argument("arguments", nargs="+", help="of python -m fot_jax, after --")
-    start_.set_defaults(run=lambda args: start(args.name, args.code, args.env, args.arguments))
+    start_.set_defaults(
+        run=lambda args: start(args.name, args.code, args.env, args.arguments, args.asked)
+    )
     status_ = verbs.add_parser("status")
     status_.add_argument("name")
     status_.set_defaults(run=lambda args: status(args.name))
@@ -141,7 +144,7 @@ def _output(*argv) -> str:
 # --- start ---------------------------------------------------------------------------------------
 
 
-def start(name: str, digest: str, assignments: list[str], arguments: list[str]) -> None:
+def start(name: str, digest: str, assignments: list[str], arguments: list[str], asked: str) -> None:
     """Starts a run that goes on when the connection ends, unless one of this name is going on."""
     code, run = FOT / "code" / digest, FOT / "runs" / name
     if not (code.exists() and (_environment(code) / "whole").exists()):
@@ -170,14 +173,9 @@ def start(name: str, digest: str, assignments: list[str], arguments: list[str]) 
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        (run / "asked").write_text(asked(digest, assignments, arguments))
+        (run / "asked").write_text(asked)
         (run / "pid").write_text(str(child.pid))
     answer(state="started")
-
-
-def asked(digest: str, assignments: list[str], arguments: list[str]) -> str:
-    """Tells runs of one name from each other that do not do the same."""
-    return hashlib.sha256(json.dumps([digest, assignments, arguments]).encode()).hexdigest()
 
 
 def _going_on(run: Path) -> bool:

@@ -25,7 +25,7 @@ import time
 from argparse import Namespace
 
 from fot_jax.common.errors import UserError
-from tpu import gcloud, host_agent, process, ship, ssh, targets, verbs
+from tpu import gcloud, process, ship, ssh, targets, verbs
 from tpu.gcloud import Argv, Pod
 
 _GONE = ("PREEMPTED", "TERMINATED", "STOPPED", "DELETING", "HIDDEN")
@@ -66,7 +66,7 @@ def recover(args: Namespace) -> int:
     code = ship.pack(args.experiment)
     create = gcloud.create(pod, slices.topology, slices.count, args.tier)
     start = verbs.start_command(pod, code, args)
-    asked = host_agent.asked(code.digest, args.env, verbs.training_arguments(code, args))
+    asked = ssh.asked(code, args.env, verbs.training_arguments(code, args))
     if args.dry_run:
         process.print_commands(_without_trouble(pod, code, create, start))
         return 0

@@ -37,11 +37,13 @@ class Code:
       digest: of names, modes and contents; not of times.
       archive: a tar.gz of it.
       experiments: where in it the experiment files are.
+      settings: a digest of all that is in experiments/.
     """
 
     digest: str
     archive: bytes
     experiments: tuple[str, ...]
+    settings: str
 
     @property
     def path(self) -> Path:
@@ -79,7 +81,8 @@ def pack(experiments: list[str]) -> Code:
     content = {
         name: (_mode(path), path.read_bytes()) for name, path in files.items() if path.is_file()
     }
-    return Code(_digest(content), _archive(content), tuple(places))
+    settings = {name: x for name, x in content.items() if name.startswith("experiments/")}
+    return Code(_digest(content), _archive(content), tuple(places), _digest(settings))
 
 
 def _names() -> list[str]:

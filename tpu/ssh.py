@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shlex
 import time
@@ -34,8 +35,15 @@ def setup_commands(pod: Pod, code: Code) -> list[Argv]:
 def start_command(pod: Pod, code: Code, environment: list[str], arguments: list[str]) -> Argv:
     """Starts `fot ARGUMENTS` on every worker, detached."""
     given = [f"--env={assignment}" for assignment in environment]
+    given.append(f"--asked={asked(code, environment, arguments)}")
     words = ["start", pod.name, code.digest, *given, "--", *arguments]
     return gcloud.ssh(pod, f"python3 {_SCRIPT} {shlex.join(words)}")
+
+
+def asked(code: Code, environment: list[str], arguments: list[str]) -> str:
+    """Tells runs of one name from each other that are not to do the same, whatever runs them."""
+    what = [code.settings, environment, arguments]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 def status_command(pod: Pod) -> Argv:

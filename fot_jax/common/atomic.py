@@ -30,7 +30,11 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
     partial = path.parent / f"{path.name}.partial"
     yield partial
     if partial.exists():
-        partial.replace(path)
+        try:
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink()
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_file(path: epath.PathLike, content: str | bytes) -> None:

@@ -160,7 +160,8 @@ def _retrieved_apart(lm: LanguageModel, prompt, answer, memory: MemoryConfig, pr
     shared, state = dataclasses.replace(memory, shared=True), None
     for part in (windows.reshape(-1, context), rest[None]):
         if part.size:
-            state = lm.remember(part, memory=shared, state=state, progress=progress)
+            begun = {"memory": shared} if state is None else {"state": state}
+            state = lm.remember(part, progress=progress, **begun)
     written = lm.generate(last.tolist(), len(answer), temperature=0, state=state, progress=progress)
     return written == answer.tolist()
 

@@ -262,7 +262,8 @@ class LanguageModel:
             place of its window.
           last_context_length: tokens that stay in the window at the end, at most the local
             context; by default ModelConfig.last_context_length, else 1024, or the local context
-            where that is less. Without memory layers all that fit, beside new tokens.
+            where that is less. Without memory layers all that fit, beside new tokens; of `read`
+            half of the local context.
           memory: what is kept of what leaves the window. Not with `state`, which has its own.
           state: what was read before; changed. None: nothing.
           progress: called with the number of tokens of a piece when it has been read.

@@ -100,9 +100,10 @@ def prefill(
     """
     context = state.model.local_context
     if last is None:
-        # A full window would lose all of its tokens to the next one.
-        room = 0 if state.model.memory_layers else min(new_tokens, context // 2)
-        last = last_context(state.model, room)
+        # A full window without memory would lose all of its tokens to the next one.
+        half = context // 2
+        room = 0 if every_hidden else min(new_tokens, half) if new_tokens else half
+        last = last_context(state.model, 0 if state.model.memory_layers else room)
     if not isinstance(last, numbers.Integral) or not 1 <= last <= context:
         raise UserError(
             f"last_context_length = {last}: give a whole number from 1 to {context}, the local "

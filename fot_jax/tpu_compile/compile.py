@@ -122,7 +122,7 @@ def compile_experiment(
       topology: "v4-128"; None: compute.topology.
       suggest: compile with other meshes, remat policies and microbatches too, and print the one
         with the lowest estimate among those that fit.
-      as_json: print one JSON object.
+      as_json: print a JSON object; with `suggest` a list of those that fit.
 
     Returns:
       Whether it fits; with `suggest`, whether anything does.

@@ -64,7 +64,8 @@ def check_first_step(first_step: int, steps: int, workdir: epath.Path) -> None:
 
 def check_vocabulary(source: DocumentSource, model: ModelConfig) -> None:
     """Raises UserError where the tokenizer has more tokens than the model."""
-    if (size := rows_needed(source.vocabulary)) > model.vocab_size:
+    size = max(rows_needed(source.vocabulary), source.vocabulary.eos + 1)  # it ends documents
+    if size > model.vocab_size:
         raise UserError(
             f"the tokenizer has {size} tokens, the model a vocabulary of "
             f"{model.vocab_size}: raise the model's vocab_size or use a smaller tokenizer"

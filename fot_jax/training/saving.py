@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from fot_jax.checkpoints.manager import Checkpointer
+from fot_jax.checkpoints.manager import MAX_FAILURES, Checkpointer
 from fot_jax.common.agreement import Agreement
 
 RETRY_SECONDS = 10  # from a save that failed to the next; then twice that, and so on
@@ -40,5 +40,7 @@ class SaveRetries:
           Exception: as of Checkpointer.save.
         """
         while not self._checkpointer.saved():
-            time.sleep(RETRY_SECONDS * 2 ** max(0, self._checkpointer.failures - 1))
+            failures = self._checkpointer.failures
+            if failures < MAX_FAILURES:  # or `save` raises
+                time.sleep(RETRY_SECONDS * 2 ** max(0, failures - 1))
             save()

@@ -118,7 +118,7 @@ TWO = (
         ([*of(1, "train-{:05d}-of-{:05d}.parquet")], "no train split (there is: none): a split is"),
         (
             ["data/train-0.jsonl"],
-            "or a directory train of .jsonl.gz files; not read: data/ (README.md, Use",
+            "or a directory train of .jsonl.gz files; not read: data/ (docs/training.md",
         ),
         (
             of(9, "arxiv_{:04d}.jsonl"),

@@ -47,8 +47,9 @@ class Reader:
 class ReaderOfWindows(Reader):
     """The same of one text, of which it is given all windows but the last to remember."""
 
-    def remember(self, windows, *, memory, state=None, progress):
-        self.options.append(memory)
+    def remember(self, windows, *, memory=None, state=None, progress):
+        assert (memory is None) == (state is not None)  # which has its own
+        self.options += [memory] if state is None else []
         return [*(state or ()), *windows.tolist()]
 
     def generate(self, prompt, max_new_tokens, *, temperature, state, progress):

@@ -253,7 +253,7 @@ def test_bad_input_is_one_line(workdir, capsys, tmp_path, monkeypatch):
         (("--prompt", "a", "--temperature", "nan"), "generate.temperature = nan: give 0 or more"),
         (("--prompt", "a", "--seed", -1), "generate.seed = -1: give a number from 0"),
         (("--prompt", "a", "--max_new_tokens", -1), "generate.max_new_tokens = -1: give 0 or more"),
-        (("--prompt", "a", "--last_context_length", 17), "last_context_length = 17: give 1 to 16"),
+        (("--prompt", "a", "--last_context_length", 17), "last_context_length = 17: give a whole"),
         (("--prompt", "a", "--devices", 99), "devices = 99, but this machine has 8"),
         (("--prompt", "a", "--devices", 0), "LanguageModel.devices = 0: give 1 or more"),
         (("--prompt", "a", "--save_memory", "latin"), f"{here}/latin: not a memory, so it is not"),

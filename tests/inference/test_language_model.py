@@ -266,6 +266,12 @@ def test_a_model_without_memory_sees_all_that_fits(monkeypatch):
     want = rules.logits(config, random_params(config), text, where, reach(where, 0))
     np.testing.assert_array_equal(want[len(prompt) - 1 :].argmax(-1), new)
     np.testing.assert_allclose(lm.logits([prompt])[0], want[: len(prompt)], atol=1e-4)
+    # Read alone, it leaves half of the window to what comes.
+    state = lm.read([prompt])
+    assert state.places == [C // 2]
+    assert lm.generate(new[:1], 7, temperature=0, state=state.copy()) == lm.generate(
+        [*prompt[-C // 2 :], new[0]], 7, temperature=0
+    )
 
 
 # --- Programs ------------------------------------------------------------------------------------

@@ -71,15 +71,15 @@ def test_three_processes(tmp_path):
         model_of(LLAMA).load_memory(tmp_path / "memory" / "process-1-of-3")
 
 
-# A segment has eight files: while the fourth one is written, before which the other one must not
+# A segment has nine files: while the fourth one is written, before which the other one must not
 # merge; while four are merged.
 @pytest.mark.slow
-@pytest.mark.parametrize("files, segments", [(27, 3), (35, 4)])
+@pytest.mark.parametrize("files, segments", [(30, 3), (39, 4)])
 def test_one_is_killed(tmp_path, files, segments):
     processes = start(tmp_path, 2, "few", str(files))
     try:
         assert processes[1].wait(timeout=300) == -signal.SIGKILL
-        if files == 27:  # what the other one does until it finds this one gone
+        if files == 30:  # what the other one does until it finds this one gone
             assert processes[0].wait(timeout=300) != 0
     finally:
         for process in processes:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from tiny import LLAMA, PAPER, shapes_of
 
 from fot_jax.common.errors import UserError
+from fot_jax.common.trees import leaves_by_path
 from fot_jax.model import crossbatch, schemes
 from fot_jax.model.transformer import Transformer
 from fot_jax.training import optimizers, partitioning
@@ -147,10 +148,7 @@ def pieces(tree, mesh):
         assert len(shards) == np.prod(by_dimension, dtype=int)
         return by_dimension
 
-    return {
-        partitioning.path_name(path): cut(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(placed)
-    }
+    return {name: cut(leaf) for name, leaf in leaves_by_path(placed).items()}
 
 
 # Written out for fsdp 4 and tensor 2: what a projection reads from the residual stream is over
@@ -197,11 +195,8 @@ def test_adafactor_statistics_are_replicated_when_factored(factor):
     params = shapes_of(EVEN)
     state = jax.eval_shape(optimizers.adafactor(0.1, min_dim_size_to_factor=factor).init, params)
     got = pieces(state, MeshShape(1, 4, 2).make())
-    shapes = {
-        partitioning.path_name(path): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    }
-    whole = {name: leaf.shape for name, leaf in named(params)}
+    shapes = {name: leaf.shape for name, leaf in leaves_by_path(state).items()}
+    whole = {name: leaf.shape for name, leaf in leaves_by_path(params).items()}
     sharded = set()
     for name, cut in got.items():
         parameter = next((p for p in SHARDED if name.endswith(p.removeprefix("layers/"))), None)
@@ -213,13 +208,6 @@ def test_adafactor_statistics_are_replicated_when_factored(factor):
     # The running mean of updates is always as large as the parameters; the second moment only
     # when it is not factored.
     assert len(sharded) == len(SHARDED) * (1 if factor == 8 else 2)
-
-
-def named(tree):
-    return [
-        (partitioning.path_name(path), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
 
 
 @pytest.mark.parametrize(

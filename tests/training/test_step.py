@@ -14,7 +14,7 @@ import together
 from oracles.training_step import gradient
 from tiny import LLAMA, PAPER, lane_segments, random_params, random_tokens
 
-from fot_jax.common.trees import tree_of_leaves
+from fot_jax.common.trees import leaves_by_path, tree_of_leaves
 from fot_jax.model import cached_context, crossbatch
 from fot_jax.model.schemes import (
     CachedContext,
@@ -141,8 +141,7 @@ def check(config, scheme, lanes, group_lanes, **how):
 
 def assert_gradient(got, want):
     assert jax.tree.structure(got) == jax.tree.structure(want)
-    for path, wanted in jax.tree_util.tree_leaves_with_path(want):
-        name = partitioning.path_name(path)
+    for name, wanted in leaves_by_path(want).items():
         leaf = functools.reduce(lambda tree, key: tree[key], name.split("/"), got)
         assert np.linalg.norm(wanted) > 1e-3, name
         error = np.linalg.norm(leaf - wanted) / np.linalg.norm(wanted)
@@ -403,11 +402,8 @@ def test_squares_tell_which_gradient_is_not_finite():
     run = step_of(*GROUPED, **IN_TWO)
     before, after, info = run(params, make_batch(*GROUPED[:3]))
     assert not info.applied and np.isfinite(info.sums.loss)
-    names = [
-        partitioning.path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)
-    ]
-    finite = dict(zip(names, np.isfinite(info.grad_squares), strict=True))
-    assert [name for name in names if not finite[name]] == ["head"]
+    finite = zip(leaves_by_path(params), np.isfinite(info.grad_squares), strict=True)
+    assert [name for name, is_finite in finite if not is_finite] == ["head"]
     jax.tree.map(np.testing.assert_array_equal, after[1:], before[1:])
 
 
