@@ -102,7 +102,7 @@ def prefill(
     if last is None:
         # A full window without memory would lose all of its tokens to the next one.
         half = context // 2
-        room = 0 if every_hidden else min(new_tokens, half) if new_tokens else half
+        room = 0 if every_hidden else min(new_tokens or half, half)
         last = last_context(state.model, 0 if state.model.memory_layers else room)
     if not isinstance(last, numbers.Integral) or not 1 <= last <= context:
         raise UserError(
