@@ -252,17 +252,16 @@ def train(
                         "trains": dict(program.part.parameters),
                     }
                     place_in_data = lanes.state_of(snapshot)
-                    what = (state.params, state.beside, place_in_data, meta)
-                    save = functools.partial(checkpointer.save, step, *what)
+                    of_step = (step, state.params, state.beside, place_in_data, meta)
                     with metrics.untimed():
                         metrics.send()
-                        save()
+                        checkpointer.save(*of_step)
+                    if ends:
+                        retries.until_saved(functools.partial(checkpointer.save, *of_step))
                 if evaluates and not stopped:
                     evaluations.run(evaluation.during, state.params, step)
             if stopped:
                 break
-        if first_step < steps:
-            retries.until_saved(save)
         checkpointer.close()
         if stopped := stopped or signals.agreed(agreement, steps):
             metrics.say(f"stopped by {stopped.name} after step {int(state.step)}, which is saved")

@@ -1,5 +1,6 @@
 """Runs of the baselines that the paper compares with, from experiment files alone."""
 
+import jax
 import numpy as np
 import pytest
 import runs
@@ -67,12 +68,18 @@ def test_many_devices_train_as_one(experiment, tmp_path, bindings, monkeypatch):
         np.testing.assert_allclose(of_many, of_one, rtol=1e-3, err_msg=name)
 
 
-def test_the_gate_learns(experiment, tmp_path, monkeypatch):
-    """That of the memory layer alone."""
+def test_the_gate_learns(experiment, tmp_path, monkeypatch, capsys):
+    """That of the memory layer alone; and `fot convert check` compares it with the rest."""
     with runs.first_devices(monkeypatch, 1):
         assert runs.train(experiment, tmp_path / "run") == 0
     gate = runs.parameters(tmp_path / "run")["layers"]["attention"]["memory_gate"]
     assert gate.shape == (2, 2) and not gate[0].any() and (np.abs(gate[1]) > 0.01).all()
+    apart = runs.parameters(tmp_path / "run")
+    of_layers = 2 * len(jax.tree.leaves(apart.pop("layers")))
+    count = len(jax.tree.leaves(apart)) + of_layers
+    capsys.readouterr()
+    assert cli.main(["convert", "check", str(tmp_path / "run"), str(tmp_path / "run")]) == 0
+    assert f"{count} tensors compared, {count} the same" in capsys.readouterr().out
 
 
 def test_from_fot_to_a_memorizing_transformer(experiment, tmp_path, monkeypatch):

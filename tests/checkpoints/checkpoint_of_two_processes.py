@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fot_jax.checkpoints import items, manager
 from fot_jax.checkpoints.manager import Checkpointer
 from fot_jax.training import cluster
 
@@ -41,9 +42,32 @@ def main(directory):
     assert {g: int(s["place"]) for g, s in restored.data.items()} == {g: 10 + g for g in others}
     for shard in restored.params["w"].addressable_shards:
         np.testing.assert_array_equal(shard.data, whole(1)[shard.index])
-    store.save(2, restored.params, {}, {process: {"place": np.array(7)}}, {})
+    data = {process: {"place": np.array(7)}}
+    store.save(2, restored.params, {}, data, {})
     store.close()
     assert store.steps() == [1, 2]
+    save_that_fails_once(directory, restored.params, data)
+
+
+def save_that_fails_once(directory, params, data):
+    """On one process; both make it again, once the other has waited in vain."""
+    manager.BARRIER_SECONDS = 20
+    finalize, left = items.DataHandler.finalize, [None]
+
+    def fail_first(self, directory):
+        if left:
+            left.pop()
+            raise RuntimeError("the bucket sang")
+        finalize(self, directory)
+
+    items.DataHandler.finalize = fail_first
+    store, tries = Checkpointer(directory), 0
+    store.save(3, params, {}, data, {})
+    while not store.saved():
+        tries += 1
+        store.save(3, params, {}, data, {})
+    store.close()
+    assert 0 < tries < manager.MAX_FAILURES and store.steps()[-1] == 3
 
 
 if __name__ == "__main__":

@@ -481,7 +481,7 @@ def test_two_processes_save_and_any_number_restores(tmp_path):
 
     target = {"w": jax.ShapeDtypeStruct((8, 64), jnp.float32)}
     restored = Checkpointer(tmp_path).restore_latest(target, {})  # this process alone
-    assert restored.step == 2
+    assert restored.step == 3
     assert_same(restored.data, {g: {"place": np.array(7)} for g in range(2)})
     written = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
     np.testing.assert_array_equal(restored.params["w"], written)

@@ -45,6 +45,14 @@ def test_a_directory_takes_the_place_of_an_older_one_when_it_is_whole(tmp_path):
     assert runs.files(tmp_path) == {"a/directory/two": b"two"}
 
 
+def test_a_file_where_a_directory_is(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(IsADirectoryError) as error:
+        write_file(tmp_path / "a", "new")
+    assert error.value.filename == str(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+
+
 def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/directory: cannot be written: Not a directory"):

@@ -223,6 +223,14 @@ def test_any_model_comes_back(tmp_path, c):
     assert read(tmp_path, written) == c
 
 
+def test_best_keys_alone_are_asked_for_when_reading(tmp_path, caplog):
+    c = dataclasses.replace(OURS, memory_layers=(1,))
+    assert read(tmp_path, configs.content(c, "bfloat16", {})).memory_layers == (1,)
+    assert not caplog.text
+    read(tmp_path, configs.content(c, "bfloat16", {}) | {"mem_topk": 32})
+    assert "config.json: mem_topk = 32 is for PyTorch: here give --k" in caplog.text
+
+
 @pytest.mark.parametrize("stored", ["int8", "int4"])
 def test_a_type_of_memory_that_pytorch_has_not(stored, caplog):
     c = dataclasses.replace(OURS, memory_layers=(1,), memory_dtype=stored)

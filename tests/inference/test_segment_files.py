@@ -197,6 +197,8 @@ def test_killed_while_a_segment_is_written(tmp_path, caplog, files, segments):
 
     # The same reading once more goes on; nothing else does.
     path, steps = tmp_path / "again", []
+    for remains in ("open.half-written-1-a", "open.replaced-1-a"):  # of a kill while that is saved
+        (path / remains).mkdir()
     wrongs = ({"tokens": text[:, ::-1]}, {"memory": kept_in(path, storage="int8")})
     for wrong in wrongs if segments else ():
         with pytest.raises(UserError, match="holds a memory already"):
@@ -206,6 +208,7 @@ def test_killed_while_a_segment_is_written(tmp_path, caplog, files, segments):
     more, unbroken = random_text(1, 2 * C, seed=1), lm.read(text)
     want = lm.logits(more, state=unbroken)
     np.testing.assert_allclose(lm.logits(more, state=state.copy()), want, atol=1e-5)
+    assert not list(path.glob("open.*"))
     lm.save_memory(state, path)
     with pytest.raises(UserError, match="holds a memory already"):
         lm.read(text, memory=kept_in(path))
