@@ -202,16 +202,11 @@ def _open_model(
         vocabulary = tokenizers.vocabulary_of(source)
         loading.keep_files(source, workdir)
         return content, vocabulary
-    try:
-        file = gguf_weights.File(source)
-        (workdir / loading.KEPT).mkdir()
-        vocabulary = gguf_directory.write(file, workdir / loading.KEPT)
-        config = configs.read(workdir / loading.KEPT, memory_layers, local_context)
-        return gguf_weights.Reader(file, config), vocabulary
-    except UserError:
-        raise
-    except (AttributeError, IndexError, TypeError, ValueError) as error:  # of settings' types
-        raise UserError(f"{source}: damaged settings ({error}): get it again") from error
+    file = gguf_weights.File(source)
+    (workdir / loading.KEPT).mkdir()
+    vocabulary = gguf_directory.write(file, workdir / loading.KEPT)
+    config = configs.read(workdir / loading.KEPT, memory_layers, local_context)
+    return gguf_weights.Reader(file, config), vocabulary
 
 
 def _report(output: epath.Path, c: ModelConfig, dtype_of: Callable[[str], np.dtype]) -> None:

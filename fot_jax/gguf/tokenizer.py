@@ -69,11 +69,11 @@ class _Settings:
     """tokenizer.ggml.* of a file, checked as they are asked for."""
 
     def __init__(self, file: File):
-        self.path, self._all = file.path, file.settings
-        self.names: list[str] = self.get("tokens", [])
+        self.path, self._file = file.path, file
+        self.names: list[str] = self.list_of(str, "tokens")
         if not self.names:
             raise UserError(f"{self.path}: its tokenizer has no tokens: get the file again")
-        types = self.get("token_type", [TokenType.NORMAL] * len(self.names))
+        types = self.list_of(int, "token_type") or [TokenType.NORMAL] * len(self.names)
         if len(types) != len(self.names):
             raise UserError(
                 f"{self.path}: its tokenizer has types of {len(types)} of its {len(self.names)} "
@@ -88,12 +88,16 @@ class _Settings:
                 )
         self.types = [TokenType(kind) for kind in types]
 
-    def get(self, name: str, default: Any = None) -> Any:
-        return self._all.get(f"tokenizer.ggml.{name}", default)
+    def get(self, name: str, kind: type, default: Any = None) -> Any:
+        return self._file.setting(f"tokenizer.ggml.{name}", kind, default)
+
+    def list_of(self, kind: type, name: str) -> list[Any]:
+        """Empty where the file has none."""
+        return self._file.setting(f"tokenizer.ggml.{name}", kind, [], many=True)
 
     def token(self, name: str, default: int | None = None) -> int | None:
         """A token that has a role, such as bos; None where it is none of the tokens."""
-        token = self.get(f"{name}_token_id", default)
+        token = self.get(f"{name}_token_id", int, default)
         return token if token is not None and 0 <= token < len(self.names) else None
 
     def of(self, *kinds: TokenType) -> list[tuple[int, str]]:
@@ -107,7 +111,7 @@ def vocabulary_of(file: File) -> HuggingFaceTokenizer:
       UserError: the tokenizer is of another kind, or cuts texts into words in a way not known here.
     """
     settings = _Settings(file)
-    kind = settings.get("model")
+    kind = settings.get("model", str)
     if kind == "gpt2":
         tokenizer, begins = _byte_pairs(settings)
     elif kind == "llama":
@@ -126,8 +130,8 @@ def vocabulary_of(file: File) -> HuggingFaceTokenizer:
     bos, eos = settings.token("bos", first), settings.token("eos", last)
     if eos is None:
         raise UserError(f"{file.path}: tokenizer.ggml.eos_token_id is missing: convert it again")
-    before = [bos] if settings.get("add_bos_token", begins) and bos is not None else []
-    after = [eos] if settings.get("add_eos_token", False) else []
+    before = [bos] if settings.get("add_bos_token", bool, begins) and bos is not None else []
+    after = [eos] if settings.get("add_eos_token", bool, False) else []
     name = settings.names.__getitem__
     tokenizer.post_processor = TemplateProcessing(
         single=[*map(name, before), "$A", *map(name, after)],
@@ -145,12 +149,12 @@ def vocabulary_of(file: File) -> HuggingFaceTokenizer:
 
 def chat_template_of(file: File) -> str | None:
     """The template of chats, in Jinja; None where the file has none."""
-    return file.settings.get("tokenizer.chat_template")
+    return file.setting("tokenizer.chat_template", str)
 
 
 def _byte_pairs(settings: _Settings) -> tuple[Tokenizer, bool]:
     """Also whether texts begin with their mark, if the file does not say."""
-    named = settings.get("pre")
+    named = settings.get("pre", str)
     if named not in _WORDS:
         raise UserError(
             f"{settings.path}: tokenizer.ggml.pre = {named!r}: how it cuts texts into words is not "
@@ -158,9 +162,9 @@ def _byte_pairs(settings: _Settings) -> tuple[Tokenizer, bool]:
         )
     words, whole, begins = _WORDS[named]
     ids, merges = _ids(settings), []
-    for merge in settings.get("merges", []):
+    for merge in settings.list_of(str, "merges"):
         pair = tuple(merge.split(" ", 1))
-        if not {*pair, "".join(pair)} <= ids.keys():
+        if len(pair) < 2 or not {*pair, "".join(pair)} <= ids.keys():
             raise UserError(
                 f"{settings.path}: its merge {merge!r} is of no tokens that it has: get the file "
                 "again"
@@ -180,10 +184,10 @@ def _ids(settings: _Settings) -> dict[str, int]:
 
 def _pieces(settings: _Settings) -> Tokenizer:
     """SentencePiece's, of byte pairs: the best whole of two neighbours comes first."""
-    scores = settings.get("scores", [])
+    scores = settings.list_of(float, "scores")
     if len(scores) != len(settings.names):
         raise UserError(f"{settings.path}: its tokenizer has no scores: get the file again")
-    if settings.get("remove_extra_whitespaces", False):
+    if settings.get("remove_extra_whitespaces", bool, False):
         raise UserError(f"{settings.path}: its tokenizer removes spaces, which is not supported")
     normal = {name: scores[i] for i, name in settings.of(TokenType.NORMAL)}
     merges = []
@@ -210,7 +214,7 @@ def _pieces(settings: _Settings) -> Tokenizer:
             byte_fallback=len(settings.of(TokenType.BYTE)) == 256,
         )
     )
-    begins = settings.get("add_space_prefix", True)
+    begins = settings.get("add_space_prefix", bool, True)
     prepended = [normalizers.Prepend(_SPACE)] if begins else []
     tokenizer.normalizer = normalizers.Sequence([*prepended, normalizers.Replace(" ", _SPACE)])
     stripped = [decoders.Strip(" ", 1, 0)] if begins else []

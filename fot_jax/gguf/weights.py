@@ -9,12 +9,13 @@ stand in another order.
 from __future__ import annotations
 
 import re
+import reprlib
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from etils import epath
-from gguf import GGMLQuantizationType, GGUFReader, quants
+from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor, quants
 
 from fot_jax.common.errors import UserError
 from fot_jax.common.paths import in_bucket, is_file
@@ -44,6 +45,8 @@ _NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
+_KINDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
+_LISTS = {str: "texts", int: "whole numbers", float: "numbers"}
 
 
 class File:
@@ -66,14 +69,28 @@ class File:
             raise UserError(f"{path}: a .gguf file is mapped into memory: copy it to this machine")
         if not is_file(self.path):
             raise UserError(f"{path}: no such file")
-        readers = [_opened(each) for each in _parts(self.path)]
-        self.settings = {
-            name: field.contents()
-            for name, field in readers[0].fields.items()
-            if not name.startswith("GGUF.")
-        }
-        self.tensors = {each.name: each for reader in readers for each in reader.tensors}
-        self._check_kind(len(readers))
+        parts = [_opened(each) for each in _parts(self.path)]
+        self.settings = parts[0][0]
+        self.tensors = {each.name: each for _, tensors in parts for each in tensors}
+        self._check_kind(len(parts))
+
+    def setting(self, name: str, kind: type, default: Any = None, many: bool = False) -> Any:
+        """A setting of a kind, or a list of such; the default where the file does not have it.
+
+        Raises:
+          UserError: it is of another kind.
+        """
+        value = self.settings.get(name)
+        if value is None:
+            return default
+        if isinstance(value, list) != many or not all(
+            _is_of(kind, x) for x in (value if many else [value])
+        ):
+            said = f"a list of {_LISTS[kind]}" if many else _KINDS[kind]
+            raise UserError(
+                f"{self.path}: {name} = {reprlib.repr(value)}, not {said}: get the file again"
+            )
+        return value
 
     def number(self, name: str, default: float | None = None, kind: type = int) -> Any:
         """A setting that is a number above 0; `name` without the architecture before it."""
@@ -83,34 +100,41 @@ class File:
             raise UserError(
                 f"{self.path}: {name} differs from layer to layer, which is not supported"
             )
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 2**63:
-            said = "is missing" if value is None else f"= {value!r}, not a number above 0"
+        whole = "whole " if kind is int else ""
+        if not _is_of(float, value) or not 0 < value < 2**63 or (whole and value != int(value)):
+            said = "is missing" if value is None else f"= {value!r}, not a {whole}number above 0"
             raise UserError(f"{self.path}: {name} {said}: convert the model to GGUF again")
         # Settings are float32: the shortest decimal that is this one, which is what was written.
         return float(str(np.float32(value))) if kind is float else kind(value)
 
     def _check_kind(self, parts: int) -> None:
         name = "general.architecture"
-        if self.settings.get(name) != _ARCHITECTURE:
+        if (architecture := self.setting(name, str)) != _ARCHITECTURE:
             raise UserError(
-                f"{self.path}: {name} = {self.settings.get(name)!r} is not supported: have "
+                f"{self.path}: {name} = {architecture!r} is not supported: have "
                 f"{_ARCHITECTURE!r}, as files of LLaMA and Mistral models say"
             )
-        if self.settings.get("general.type", "model") != "model":
-            kind = self.settings["general.type"]
+        if (kind := self.setting("general.type", str, "model")) != "model":
             raise UserError(f"{self.path}: holds no model, but a part of one ({kind})")
-        count = self.settings.get("split.count") or 1
+        count = self.setting("split.count", int) or 1
         if count != parts:
             raise UserError(
                 f"{self.path}: is the first of {count} files, and is named as if there were "
                 f"{parts}: give all of them their own names"
             )
         for setting in ("expert_count", "attention.scale", "logit_scale"):
-            value = self.settings.get(f"{_ARCHITECTURE}.{setting}")
+            value = self.setting(f"{_ARCHITECTURE}.{setting}", float)
             if value:
                 raise UserError(
                     f"{self.path}: {_ARCHITECTURE}.{setting} = {value} is not supported"
                 )
+
+
+def _is_of(kind: type, value: Any) -> bool:
+    """Whole numbers are numbers, too; what is true or false is none."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
 
 
 def _parts(path: epath.Path) -> list[epath.Path]:
@@ -129,9 +153,12 @@ def _parts(path: epath.Path) -> list[epath.Path]:
     return parts
 
 
-def _opened(path: epath.Path) -> GGUFReader:
+def _opened(path: epath.Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
+    """The settings and tensors of one file."""
     try:
-        return GGUFReader(path)
+        reader = GGUFReader(path)
+        fields = {k: field for k, field in reader.fields.items() if not k.startswith("GGUF.")}
+        return {k: field.contents() for k, field in fields.items()}, reader.tensors
     except Exception as error:  # the library raises many kinds where a file is damaged
         with path.open("rb") as content:
             start = content.read(11)
@@ -160,15 +187,16 @@ def config_of(file: File) -> dict[str, Any]:
                 f"{file.path}: {_ARCHITECTURE}.{name} = {number(name)}, but heads of {head_dim} "
                 "dimensions: not supported"
             )
-    if "token_embd.weight" not in file.tensors:
-        raise UserError(f"{file.path}: has no tensor token_embd.weight: get it again")
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise UserError(f"{file.path}: has no matrix token_embd.weight: get it again")
     theta = number("rope.freq_base", 10_000.0, float)
     context = number("context_length")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
-        "vocab_size": int(file.tensors["token_embd.weight"].shape[1]),
+        "vocab_size": int(embedding.shape[1]),
         "hidden_size": hidden,
         "intermediate_size": number("feed_forward_length"),
         "num_hidden_layers": number("block_count"),
@@ -186,9 +214,9 @@ def config_of(file: File) -> dict[str, Any]:
 def _rope_scaling(file: File, theta: float, head_dim: int) -> dict[str, Any] | None:
     """rope_scaling as config.json has it; of Llama 3, from the factors that it was made into."""
     setting = f"{_ARCHITECTURE}.rope.scaling.type"
-    kind = file.settings.get(setting, "none")
+    kind = file.setting(setting, str, "none")
     older = f"{_ARCHITECTURE}.rope.scale_linear"  # of files of 2023
-    if kind == "none" and file.settings.get(older, 1.0) != 1.0:
+    if kind == "none" and file.setting(older, float, 1.0) != 1.0:
         return {"rope_type": "linear", "factor": file.number("rope.scale_linear", kind=float)}
     if _ROPE_FACTORS in file.tensors:
         if kind != "none":
@@ -208,8 +236,8 @@ def _rope_scaling(file: File, theta: float, head_dim: int) -> dict[str, Any] | N
                 scaling[ours] = file.number(f"rope.scaling.{theirs}", kind=float)
         for other in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier"):
             name = f"{_ARCHITECTURE}.rope.scaling.{other}"
-            if file.settings.get(name, 1.0) != 1.0:
-                raise UserError(f"{file.path}: {name} = {file.settings[name]} is not supported")
+            if (value := file.setting(name, float, 1.0)) != 1.0:
+                raise UserError(f"{file.path}: {name} = {value} is not supported")
     return scaling
 
 

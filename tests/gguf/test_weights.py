@@ -179,11 +179,11 @@ def with_another(name, shape=(4,)):
         ({"rope__dimension_count": 8}, "rope.dimension_count = 8, but heads of 16 dimensions"),
         ({"rope__scaling__type": "longrope"}, "'longrope' is not supported: have linear, yarn"),
         ({"change": without("blk.1.ffn_up.weight")}, "has no tensor blk.1.ffn_up.weight"),
-        ({"change": without("token_embd.weight")}, "has no tensor token_embd.weight"),
+        ({"change": without("token_embd.weight")}, "has no matrix token_embd.weight"),
         ({"change": with_another("blk.0.attn_q.bias")}, "blk.0.attn_q.bias is none of a LLaMA"),
         ({"change": with_another("output.weight", (61, 32))}, "output.weight is [61, 32], but"),
         ({"change": with_another("rope_freqs.weight", (8,))}, None),
-        ({"change": with_another("token_embd.weight")}, "a.gguf: damaged settings ("),
+        ({"change": with_another("token_embd.weight")}, "a.gguf: has no matrix token_embd.weight"),
         ({"kind": "Q2_K"}, "is of type Q2_K: have F32, F16, BF16, Q8_0"),
     ],
 )
@@ -196,11 +196,12 @@ def test_what_is_refused(tmp_path, capsys, how, line):
         assert line in refused(capsys, "from-hf", tmp_path / "a.gguf", tmp_path / "b")
 
 
-@pytest.mark.parametrize("size", [0, 3, 20, 200, 5_000, 40_000])
-def test_files_that_are_cut_off(tmp_path, capsys, size):
+@pytest.mark.parametrize("size", [0, 3, 20, 200, 5_000, 40_000, None])
+def test_files_that_are_cut_off_or_hold_no_text(tmp_path, capsys, size):
     ggufs.write(tmp_path / "whole.gguf", llamas.make(**GROUPED))
     content = (tmp_path / "whole.gguf").read_bytes()
     assert len(content) > 40_000
-    (tmp_path / "a.gguf").write_bytes(content[:size])
+    changed = content.replace(b"</s>", b"<\xffs>") if size is None else content[:size]
+    (tmp_path / "a.gguf").write_bytes(changed)
     line = refused(capsys, "from-hf", tmp_path / "a.gguf", tmp_path / "b")
     assert line.endswith("a.gguf: damaged, or no .gguf file: get it again")
