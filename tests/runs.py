@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -162,17 +163,21 @@ def with_devices(count):
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 
 
-def start(argv, program=("-m", "fot_jax"), **options):
+def start(argv, program=("-m", "fot_jax"), nohup=False, **options):
     """`python -m fot_jax`, or another program, as a process with one device."""
-    return subprocess.Popen(
-        [sys.executable, *program, *argv],
-        cwd=Path(__file__).parents[1],
-        env=with_devices(1),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+    try:
+        return subprocess.Popen(
+            [sys.executable, *program, *argv],
+            cwd=Path(__file__).parents[1],
+            env=with_devices(1),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 # --- What a run left -----------------------------------------------------------------------------

@@ -173,7 +173,8 @@ def wait_for(there):
 def test_a_signal_while_saving_leaves_nothing(workdir, tmp_path, signum, option):
     argv = ["generate", "--checkpoint", str(workdir), "--prompt", "train 5 train 5 train 5"]
     argv += [option, str(tmp_path / "new" / "memory")]
-    process = runs.start(argv, ("-c", SLOW_TO_SAVE))
+    nohup = signum != signal.SIGHUP
+    process = runs.start(argv, ("-c", SLOW_TO_SAVE), nohup)
     halves = (tmp_path / "new").rglob
 
     def saving():  # after the check that it can be saved there, which makes a directory too
@@ -183,6 +184,10 @@ def test_a_signal_while_saving_leaves_nothing(workdir, tmp_path, signum, option)
         wait_for(saving)
         time.sleep(1)
         wait_for(saving)
+        if nohup:
+            process.send_signal(signal.SIGHUP)
+            time.sleep(0.5)
+            assert saving()
         process.send_signal(signum)
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == 128 + signum and stderr.endswith("fot: interrupted\n")

@@ -120,7 +120,7 @@ def logits(model, tokens, mask=None, **how):
 
 
 @EVERY_MODEL
-@pytest.mark.parametrize("last", [7, 16, 32])
+@pytest.mark.parametrize("last", [7, 32])
 @pytest.mark.parametrize("length", [1, C, 2 * C - 5, 2 * C, 7 * C + 3])
 def test_logits_of_any_length(load, name, length, last):
     text = random_text(2, length, seed=length)
@@ -143,7 +143,7 @@ def test_memory_of_another_type(load, name, storage):
 
 
 @EVERY_MODEL
-@pytest.mark.parametrize("length", [20, 75, 150])
+@pytest.mark.parametrize("length", [20, 150])
 def test_left_padding(load, name, length):
     text = random_text(3, length, seed=1)
     mask = np.arange(length) >= np.array([0, 17, length - 9])[:, None]
@@ -189,8 +189,7 @@ def test_text_read_in_segments(load, name, feeds, last):
 
 
 @EVERY_MODEL
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("length", [5, 90])
+@pytest.mark.parametrize(("length", "padded"), [(5, False), (90, True)])
 def test_the_most_likely_continuation(load, name, length, padded):
     text = random_text(2, length, seed=3)
     mask = np.arange(length) >= np.array([0, 3 * padded])[:, None]
@@ -375,27 +374,26 @@ def test_a_cache_of_another_kind_and_training_are_refused(load):
 # --- Directories ---------------------------------------------------------------------------------
 
 FRESH = """
-import sys, torch, transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-directory, other = sys.argv[1:]
+import sys, torch
+from transformers import AutoModelForCausalLM
 assert not any(name.startswith(("fot_jax", "jax")) for name in sys.modules)
-model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
-text = torch.arange(150)[None] % 61
-one = model(text).logits
-model.save_pretrained(other)
-again = AutoModelForCausalLM.from_pretrained(other, trust_remote_code=True)
-assert torch.equal(again(text).logits, one)
-assert again.config.mem_layers == [0, 2] and again.config.local_context == 32
-torch.save(one, other + "/logits.pt")
-print(type(model).__name__, transformers.__version__)
+for i, directory in enumerate(sys.argv[2:]):
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+    text = torch.arange(150)[None] % 61
+    one = model(text).logits
+    other = f"{sys.argv[1]}/{i}"
+    model.save_pretrained(other)
+    again = AutoModelForCausalLM.from_pretrained(other, trust_remote_code=True)
+    assert torch.equal(again(text).logits, one)
+    assert again.config.mem_layers == [0, 2] and again.config.local_context == 32
+    torch.save(one, f"{other}/logits.pt")
 """
 
 
-@EVERY_MODEL
-def test_a_directory_is_all_that_is_needed(converted, tmp_path, name):
+def test_a_directory_is_all_that_is_needed(converted, tmp_path):
     """In a process without our package: loaded, saved, and loaded again."""
     out = subprocess.run(
-        [sys.executable, "-c", FRESH, converted(name), tmp_path / "again"],
+        [sys.executable, "-c", FRESH, tmp_path, *map(converted, MODELS)],
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
         cwd=tmp_path,
         capture_output=True,
@@ -403,9 +401,10 @@ def test_a_directory_is_all_that_is_needed(converted, tmp_path, name):
     )
     assert out.returncode == 0, out.stderr
     assert "newly initialized" not in out.stderr and "FutureWarning" not in out.stderr
-    got = torch.load(tmp_path / "again" / "logits.pt", weights_only=True).numpy()
-    want = ours(name).logits(np.arange(150, dtype=np.int32)[None] % 61)
-    np.testing.assert_allclose(got, want, atol=1e-4)
+    for i, name in enumerate(MODELS):
+        got = torch.load(tmp_path / f"{i}" / "logits.pt", weights_only=True).numpy()
+        want = ours(name).logits(np.arange(150, dtype=np.int32)[None] % 61)
+        np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 def test_the_paper_family_is_for_our_code_alone(converted):
