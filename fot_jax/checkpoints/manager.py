@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from fot_jax.checkpoints import items
-from fot_jax.checkpoints.orbax_errors import raise_without_printing
+from fot_jax.checkpoints.orbax_errors import cause_of, raise_without_printing
 from fot_jax.checkpoints.restore import Restored, newest_readable, read_step
 from fot_jax.checkpoints.steps import COMMITTED, complete_steps, is_unmarked_copy
 from fot_jax.common.agreement import all_agree
@@ -229,10 +229,11 @@ class Checkpointer:
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
-        """Turns errors of a full or read-only disk into one line; others pass as they are."""
+        """Turns errors of a full or read-only disk into one line; raises what else has failed."""
         try:
             yield
-        except Exception as error:
+        except Exception as raised:
+            error = cause_of(raised)
             self._manager.reload()  # forgets the step that failed
             if jax.process_index() == 0:  # its files would take the space of the next try
                 with contextlib.suppress(OSError):
@@ -244,7 +245,7 @@ class Checkpointer:
                 raise UserError(
                     f"{self.directory}: not allowed to write a checkpoint: choose another workdir"
                 ) from error
-            raise
+            raise error from error.__cause__
 
     def _no_space(self, what: str) -> str:
         return (

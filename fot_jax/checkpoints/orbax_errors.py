@@ -8,6 +8,7 @@ import logging
 import re
 import sys
 
+import jax
 from etils import epath
 
 
@@ -32,6 +33,28 @@ def raise_without_printing() -> None:
     sys.unraisablehook = hook
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(lambda record: not of_a_thread(record))
+
+
+def cause_of(error: Exception) -> Exception:
+    """What failed here, where Orbax raises that processes have waited for each other in vain.
+
+    When a save fails on one of several processes, all of them, that one too, raise the time-out of
+    a barrier; what failed there is in its context.
+    """
+
+    def of_barrier(error: BaseException | None) -> bool:
+        return isinstance(error, jax.errors.JaxRuntimeError | TimeoutError) and (
+            "barrier" in str(error).lower()
+        )
+
+    if not of_barrier(error):
+        return error
+    cause: BaseException | None = error
+    while of_barrier(cause):
+        cause = cause.__context__
+    if isinstance(cause, Exception):
+        return cause
+    return TimeoutError("another process has not written its part: see what it says")
 
 
 def short_reason(error: Exception) -> str:

@@ -478,6 +478,9 @@ def test_two_processes_save_and_any_number_restores(tmp_path):
     codes, said = together.ended(together.start([script, tmp_path], 2, devices=2))
     assert codes == [0, 0], said
     assert ["is damaged (" in errors for _, errors in said] == [True, False]
+    failed = "the checkpoint of step 3 was not written: "
+    for (_, errors), why in zip(said, ("the bucket sang", "another process has not"), strict=True):
+        assert f"{failed}{why}" in errors
 
     target = {"w": jax.ShapeDtypeStruct((8, 64), jnp.float32)}
     restored = Checkpointer(tmp_path).restore_latest(target, {})  # this process alone
