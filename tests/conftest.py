@@ -20,6 +20,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
         "JAX_COMPILATION_CACHE_DIR": COMPILED.name,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        # Of torch and NumPy: there is a worker on each core already.
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
     }
     flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
     if version("jaxlib").startswith("0.10."):  # XLA ends where it does not know a flag

@@ -1,5 +1,8 @@
 """Runs of the baselines that the paper compares with, from experiment files alone."""
 
+import dataclasses
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -41,55 +44,65 @@ def experiment(tmp_path, monkeypatch):
     return tmp_path / "experiment.gin"
 
 
-@pytest.mark.parametrize("bindings", [(), TRANSFORMER_XL], ids=["memorizing", "transformer_xl"])
-def test_a_run_in_two_parts_is_as_in_one(experiment, tmp_path, bindings, monkeypatch):
+@dataclasses.dataclass
+class Run:
+    bindings: tuple[str, ...]
+    workdir: Path
+
+
+@pytest.fixture(scope="module", params=[(), TRANSFORMER_XL], ids=["memorizing", "transformer_xl"])
+def one(request, tmp_path_factory):
+    """A run on one device."""
+    directory = tmp_path_factory.mktemp("one")
+    with pytest.MonkeyPatch.context() as patch, runs.first_devices(patch, 1):
+        assert runs.train(runs.write(directory, MEMORIZING), directory / "run", *request.param) == 0
+    return Run(request.param, directory / "run")
+
+
+def test_a_run_in_two_parts_is_as_in_one(one, experiment, tmp_path, monkeypatch):
     """What is cached is in the checkpoint: step 6 sees windows of steps 4 and 5."""
     with runs.first_devices(monkeypatch, 1):
-        assert runs.train(experiment, tmp_path / "one", *bindings) == 0
-        assert runs.train(experiment, tmp_path / "two", "train.steps = 5", *bindings) == 0
-        assert runs.train(experiment, tmp_path / "two", *bindings) == 0
-    one, two = runs.training_curve(tmp_path / "one"), runs.training_curve(tmp_path / "two")
-    assert [row["step"] for row in one] == list(range(1, 13)) and one == two
-    runs.assert_same_parameters(tmp_path / "one", tmp_path / "two")
+        assert runs.train(experiment, tmp_path / "two", "train.steps = 5", *one.bindings) == 0
+        assert runs.train(experiment, tmp_path / "two", *one.bindings) == 0
+    of_one, of_two = runs.training_curve(one.workdir), runs.training_curve(tmp_path / "two")
+    assert [row["step"] for row in of_one] == list(range(1, 13)) and of_one == of_two
+    runs.assert_same_parameters(one.workdir, tmp_path / "two")
 
 
-@pytest.mark.parametrize("bindings", [(), TRANSFORMER_XL], ids=["memorizing", "transformer_xl"])
-def test_many_devices_train_as_one(experiment, tmp_path, bindings, monkeypatch):
-    with runs.first_devices(monkeypatch, 1):
-        assert runs.train(experiment, tmp_path / "one", *bindings) == 0
+def test_many_devices_train_as_one(one, experiment, tmp_path):
     mesh = ("MeshShape.data = 2", "MeshShape.fsdp = 2", "MeshShape.tensor = 2")
     accumulated = ("Compute.accumulation = 2", "Data.group_lanes = 4")
-    assert runs.train(experiment, tmp_path / "many", *mesh, *accumulated, *bindings) == 0
+    assert runs.train(experiment, tmp_path / "many", *mesh, *accumulated, *one.bindings) == 0
     for name in ("loss", "grad_norm"):
         of_one, of_many = (
-            [row[name] for row in runs.training_curve(tmp_path / run)] for run in ("one", "many")
+            np.array([row[name] for row in runs.training_curve(workdir)], float)
+            for workdir in (one.workdir, tmp_path / "many")
         )
-        of_one, of_many = (np.array(each, float) for each in (of_one, of_many))
         np.testing.assert_allclose(of_many, of_one, rtol=1e-3, err_msg=name)
 
 
-def test_the_gate_learns(experiment, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("one", [()], ids=["memorizing"], indirect=True)
+def test_the_gate_learns(one, capsys):
     """That of the memory layer alone; and `fot convert check` compares it with the rest."""
-    with runs.first_devices(monkeypatch, 1):
-        assert runs.train(experiment, tmp_path / "run") == 0
-    gate = runs.parameters(tmp_path / "run")["layers"]["attention"]["memory_gate"]
+    gate = runs.parameters(one.workdir)["layers"]["attention"]["memory_gate"]
     assert gate.shape == (2, 2) and not gate[0].any() and (np.abs(gate[1]) > 0.01).all()
-    apart = runs.parameters(tmp_path / "run")
+    apart = runs.parameters(one.workdir)
     of_layers = 2 * len(jax.tree.leaves(apart.pop("layers")))
     count = len(jax.tree.leaves(apart)) + of_layers
     capsys.readouterr()
-    assert cli.main(["convert", "check", str(tmp_path / "run"), str(tmp_path / "run")]) == 0
+    assert cli.main(["convert", "check", str(one.workdir), str(one.workdir)]) == 0
     assert f"{count} tensors compared, {count} the same" in capsys.readouterr().out
 
 
 def test_from_fot_to_a_memorizing_transformer(experiment, tmp_path, monkeypatch):
     """By experiment files alone: without a gate it has the same parameters (paper §5)."""
-    fot = ("train.scheme = @PreviousContext()", "ModelConfig.memory_gate = False")
+    no_gate = ("train.steps = 2", "ModelConfig.memory_gate = False", "Evaluation.evals = ()")
     start = f"train.initialize_from = '{tmp_path / 'fot'}'"
     with runs.first_devices(monkeypatch, 1):
-        assert runs.train(experiment, tmp_path / "fot", "train.steps = 2", *fot) == 0
-        more = ("train.steps = 2", "ModelConfig.memory_gate = False", "constant_rate.value = 0.0")
-        assert runs.train(experiment, tmp_path / "mt", start, *more) == 0
+        fot = "train.scheme = @PreviousContext()"
+        assert runs.train(experiment, tmp_path / "fot", fot, *no_gate) == 0
+        at_rest = "constant_rate.value = 0.0"
+        assert runs.train(experiment, tmp_path / "mt", start, at_rest, *no_gate) == 0
     runs.assert_same_parameters(tmp_path / "fot", tmp_path / "mt")
 
 
@@ -118,7 +131,8 @@ def test_what_does_not_fit_is_named(experiment, capsys, bindings, message):
 
 def test_there_is_no_pytorch_code_for_them(experiment, tmp_path, capsys, monkeypatch):
     with runs.first_devices(monkeypatch, 1):
-        assert runs.train(experiment, tmp_path / "run", "train.steps = 1") == 0
+        no_evals = "train.steps = 1", "Evaluation.evals = ()"
+        assert runs.train(experiment, tmp_path / "run", *no_evals) == 0
     capsys.readouterr()
     assert cli.main(["convert", "to-hf", "run", "converted"]) == 2
     assert "model.memory_gate = True: there is no PyTorch code" in capsys.readouterr().err

@@ -138,10 +138,10 @@ def test_texts_that_cannot_be_trained_on(here, capsys):
 
 @pytest.mark.slow
 def test_texts_that_are_all_too_short_for_memory(here, capsys):
-    """Noticed after a thousand of them, of which a step takes five."""
+    """Noticed after a thousand of them, of which a step takes some twenty."""
     write_split(here, "a short text", rows=600)
     (here / "text.gin").write_text(TEXT + 'Corpus.path = "texts"\n')
-    argv = ["train", "text.gin", *bind("train.steps = 250")]
+    argv = ["train", "text.gin", *bind("train.steps = 70", "Data.lanes = 16")]
     assert refused(capsys, *argv, "--workdir", "run") == (
         "the first 1000 documents have at most 14 tokens: none is longer than a window of 16, so "
         "memory layers would never see an earlier part of their own document: set "

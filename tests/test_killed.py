@@ -57,9 +57,18 @@ def interrupt(argv, workdir, how, steps):
     return stderr
 
 
-def finish(argv):
-    process = runs.start(argv)
-    _, stderr = process.communicate(timeout=300)
+ONE_AFTER_ANOTHER = """
+import json, sys
+from fot_jax import cli
+for argv in map(json.loads, sys.argv[1:]):
+    assert cli.main(argv) == 0
+"""
+
+
+def finish(*commands):
+    """Runs them to their ends, one after another in one process that nothing disturbs; stderr."""
+    process = runs.start(map(json.dumps, commands), program=("-c", ONE_AFTER_ANOTHER))
+    _, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
     return stderr
 
@@ -69,22 +78,13 @@ def truncate_largest_file(directory):
     os.truncate(largest, largest.stat().st_size // 2)
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """A run of 150 steps in a process that nothing disturbs."""
-    directory = tmp_path_factory.mktemp("unbroken")
-    more = "train.steps = 150\nCheckpoints.every = 7\nEvaluation.every = 35\n"
-    experiment = write(directory, SWITCHING + more)
-    stderr = finish(runs.arguments(experiment, directory / "run"))
-    assert "step 150/150" in stderr
-    return directory
-
-
 @pytest.mark.slow
-def test_killed_at_any_step_it_ends_as_if_unbroken(unbroken, tmp_path):
+def test_killed_at_any_step_it_ends_as_if_unbroken(tmp_path):
     """kill -9 twice, ^C, SIGTERM, and then its checkpoint damaged; schedule of d by accuracy."""
-    workdir = tmp_path / "run"
-    argv = runs.arguments(unbroken / "experiment.gin", workdir)
+    more = "train.steps = 150\nCheckpoints.every = 7\nEvaluation.every = 35\n"
+    experiment = write(tmp_path, SWITCHING + more)
+    workdir, unbroken = tmp_path / "run", tmp_path / "unbroken"
+    argv = runs.arguments(experiment, workdir)
     rng = random.Random()
     for how in (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
         said = interrupt(argv, workdir, how, rng.randrange(3, 13))
@@ -93,11 +93,12 @@ def test_killed_at_any_step_it_ends_as_if_unbroken(unbroken, tmp_path):
     *_, before, newest = steps_saved(workdir)
     assert newest == stopped < 150
     truncate_largest_file(workdir / "checkpoints" / str(newest) / "params")
-    said = finish(argv)
+    said = finish(argv, runs.arguments(experiment, unbroken))
     assert f"checkpoints/{newest} is damaged" in said and "Traceback" not in said
     assert f"resuming {workdir} after step {before}" in said
-    assert curve(workdir) == curve(unbroken / "run")
-    runs.assert_same_parameters(workdir, unbroken / "run")
+    assert said.count("resuming") == 1 and said.count("step 150/150") == 2
+    assert curve(workdir) == curve(unbroken)
+    runs.assert_same_parameters(workdir, unbroken)
     assert {row["d"] for row in training_curve(workdir)} == {1, 3}
 
 
@@ -106,13 +107,12 @@ def test_stopped_between_logged_steps_it_ends_as_if_unbroken(tmp_path):
     """Text in two lane groups, accumulation, metrics every 4 steps and checkpoints every 7."""
     corpus = write_corpus(tmp_path / "corpus")
     experiment = write(tmp_path, PACKED + f'Corpus.path = "{corpus}"\n')
-    finish(runs.arguments(experiment, tmp_path / "unbroken"))
     argv = runs.arguments(experiment, tmp_path / "run")
     interrupt(argv, tmp_path / "run", signal.SIGKILL, 9)
     said = interrupt(argv, tmp_path / "run", signal.SIGTERM, 9)
     stopped = int(re.search(r"stopped by SIGTERM after step (\d+)", said)[1])
     assert stopped < 150 and steps_saved(tmp_path / "run")[-1] == stopped
-    said = finish(argv)
+    said = finish(argv, runs.arguments(experiment, tmp_path / "unbroken"))
     assert f"resuming {tmp_path / 'run'} after step {stopped}" in said
     want = curve(tmp_path / "unbroken")
     assert curve(tmp_path / "run") == want
@@ -140,13 +140,13 @@ def test_a_second_sigterm_ends_the_process_at_once():
 def test_a_save_that_fails_is_tried_again(tmp_path, one_device, monkeypatch, caplog):
     """At the step that finds out; training goes on as if nothing had happened."""
     experiment = tmp_path / "experiment.gin"
-    long = "Checkpoints.keep_last = 9\nCheckpoints.every = 500\ntrain.steps = 1500\n"
+    long = "Checkpoints.keep_last = 9\nCheckpoints.every = 500\ntrain.steps = 1100\n"
     experiment.write_text(f"{DICTIONARY}\n{long}train.log_every = 50\n")
     left = fail_saves(monkeypatch, 2)
     assert runs.train(experiment, tmp_path / "run") == 0
     assert not left
     saved = steps_saved(tmp_path / "run")
-    assert 500 < saved[0] < 1000 and saved[1:] == [1000, 1500]
+    assert 500 < saved[0] < 1000 and saved[1:] == [1000, 1100]
     said = [
         record.getMessage() for record in caplog.records if "not written" in record.getMessage()
     ]

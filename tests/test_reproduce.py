@@ -16,6 +16,8 @@ import runs
 
 from fot_jax import cli
 from fot_jax.evals import provenance
+from fot_jax.model import sizes
+from fot_jax.training.program import Program
 
 ROOT = Path(__file__).parents[1]
 REPRODUCE = ROOT / "experiments" / "reproduce"
@@ -136,8 +138,7 @@ def test_workdirs_are_local(reproduce, tiny, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_stops_it_with_what_it_has_saved(tmp_path, how):
+def test_an_interrupt_stops_it_with_what_it_has_saved(tmp_path):
     """^C reaches the whole group, and training all the same just once."""
     tiny = [f"ModelConfig.{n} = 16" for n in ("hidden_size", "mlp_dim", "head_dim")]
     argv = ["dictionary_cpu", "--workdirs", str(tmp_path), "--results", str(tmp_path / "results")]
@@ -149,14 +150,44 @@ def test_a_signal_stops_it_with_what_it_has_saved(tmp_path, how):
     workdir = tmp_path / "dictionary_cpu" / "short_0"
     progress = json.loads((workdir / "progress.json").read_text())
     assert progress["settings"]["files"] == ["dictionary_cpu_short.gin"]  # if it is killed, too
-    (os.kill if how == signal.SIGTERM else os.killpg)(process.pid, how)
+    os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + how and "Traceback" not in err
-    passed_on = signal.SIGTERM if how == signal.SIGHUP else how
-    assert f"stopped by {passed_on.name} after step" in out + err
+    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in err
+    assert "stopped by SIGINT after step" in out + err
     assert len(runs.steps_saved(workdir)) == 1
     progress = json.loads((workdir / "progress.json").read_text())
     assert progress["done"] == [] and progress["seconds"] > 0
+
+
+# In place of Python: sends a signal to who has started it, and says which ones come back.
+SIGNALLED = """#!{python}
+import os, pathlib, signal, sys, time
+came = pathlib.Path(sys.argv[-1])
+def stop(signum, frame):
+    came.write_text(signal.Signals(signum).name)
+    sys.exit()
+for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(each, stop)
+time.sleep(0.2)  # until it knows of this process
+os.kill(os.getppid(), signal.{how})
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "passed_on"), [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGTERM")]
+)
+@pytest.mark.usefixtures("reproduce")
+def test_signals_are_passed_on(tmp_path, monkeypatch, how, passed_on):
+    record, program, came = sys.modules["record"], tmp_path / "program", tmp_path / "came"
+    program.write_text(SIGNALLED.format(python=sys.executable, how=how))
+    program.chmod(0o755)
+    stop = signal.Signals[how]
+    before = signal.getsignal(stop)
+    monkeypatch.setattr(sys, "executable", str(program))
+    assert record.fot(["train", str(came)]) == 128 + stop
+    assert came.read_text() == passed_on
+    assert signal.getsignal(stop) == before
 
 
 def test_ranges_are_over_seeds_and_not_over_what_one_seed_has_several_of():
@@ -195,26 +226,51 @@ def test_every_figure_has_its_experiments():
             there.add(run.name)
 
 
+# Bindings of numbers; with another w, the windows before, a program has more rows of a lane.
+OF_NUMBERS = re.compile(r"(?!PreviousContext\.w).* = (-?[\d_.e-]+|\([-\d_.e, ]+\))")
+
+
 def every_run():
-    """Of seed 0, those that figures share once: (family, run, evaluations that figures show)."""
+    """Of seed 0, those that figures share once: (family, run, whether its step is another one than
+    those before, evaluations that figures show)."""
     sys.path.insert(0, str(REPRODUCE))
     from figures import FIGURES
 
-    every = {}
+    every, steps = {}, set()
     for figure in FIGURES.values():
         for run in figure.runs(0):
-            *_, shown = every.setdefault((figure.family, run.name), (figure.family, run, set()))
+            if (figure.family, run.name) not in every:
+                others = (each for each in run.bindings if not OF_NUMBERS.fullmatch(each))
+                step = (*run.files, *others)
+                every[figure.family, run.name] = (figure.family, run, step not in steps, set())
+                steps.add(step)
+            *_, shown = every[figure.family, run.name]
             shown |= {figure.evaluation} if run.model else set()
     return list(every.values())
 
 
+def fewer_layers(run):
+    """Bindings for three, where all have memory: each of them is traced by itself."""
+    for size in (sizes.fot_184m, sizes.smollm2_135m):
+        name, every = size.__name__, tuple(range(size().num_layers))
+        if f"{name}.memory_layers = {every}" in run.bindings:
+            return [f"{name}.num_layers = 3", f"{name}.memory_layers = (0, 1, 2)"]
+    return []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "family, run, shown", [pytest.param(*of, id=f"{of[0]}-{of[1].name}") for of in every_run()]
+    "family, run, traced, shown",
+    [pytest.param(*of, id=f"{of[0]}-{of[1].name}") for of in every_run()],
 )
-def test_every_run_traces(family, run, shown, capsys):
-    """With a tokenizer that is there at once, and on one device what is for a laptop."""
-    bindings = [*run.bindings]
+def test_every_run_traces(family, run, traced, shown, capsys, monkeypatch):
+    """With a tokenizer that is there at once, and on one device what is for a laptop.
+
+    Steps that differ in numbers alone are traced once; all else is done of every run.
+    """
+    if not traced:
+        monkeypatch.setattr(Program, "trace", lambda program: "as another run")
+    bindings = [*run.bindings, *fewer_layers(run)]
     if run.start is not None:
         bindings += ['train.initialize_from = "a/checkpoint"']
     if family.endswith("_cpu") or family == "real_model":

@@ -1,6 +1,7 @@
 """Checkpoints of both kinds in a bucket, copied there or written there."""
 
 import dataclasses
+from pathlib import Path
 
 import llamas
 import numpy as np
@@ -68,29 +69,41 @@ def test_a_copy_that_is_not_whole_is_told_from_one_that_is(lost, model, bucket):
         LanguageModel.load(f"{bucket.url}/base")
 
 
-def test_an_unfinished_save_of_training_is_none(bucket, tmp_path, one_device, caplog):
-    experiment = runs.write(tmp_path, runs.DICTIONARY)
-    assert runs.train(experiment, tmp_path / "run") == 0
-    bucket.copy(tmp_path / "run", "run")
-    assert locate(f"{bucket.url}/run")[1] == runs.steps_saved(tmp_path / "run")
+@dataclasses.dataclass
+class Run:
+    experiment: Path
+    workdir: Path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on this machine."""
+    directory = tmp_path_factory.mktemp("trained")
+    experiment = runs.write(directory, runs.DICTIONARY)
+    with pytest.MonkeyPatch.context() as patch, runs.first_devices(patch, 1):
+        assert runs.train(experiment, directory / "run") == 0
+    return Run(experiment, directory / "run")
+
+
+def test_an_unfinished_save_of_training_is_none(trained, bucket, one_device, caplog):
+    bucket.copy(trained.workdir, "run")
+    assert locate(f"{bucket.url}/run")[1] == runs.steps_saved(trained.workdir)
     bucket.remove("run/checkpoints/12/commit_success.txt")
     assert locate(f"{bucket.url}/run")[1][-1] == 8
-    assert runs.train(experiment, f"{bucket.url}/run") == 0
+    assert runs.train(trained.experiment, f"{bucket.url}/run") == 0
     assert "checkpoints/12: a save that never finished: removing it" in caplog.text
     assert locate(f"{bucket.url}/run")[1][-1] == 12
-    runs.assert_same_parameters(f"{bucket.url}/run", tmp_path / "run")
+    runs.assert_same_parameters(f"{bucket.url}/run", trained.workdir)
 
 
-def test_a_damaged_step_is_set_aside_there(bucket, tmp_path, one_device, caplog):
-    experiment = runs.write(tmp_path, runs.DICTIONARY)
-    assert runs.train(experiment, f"{bucket.url}/run") == 0
+def test_a_damaged_step_is_set_aside_there(trained, bucket, one_device, caplog):
+    assert runs.train(trained.experiment, f"{bucket.url}/run") == 0
     bucket.put("run/checkpoints/12/meta/metadata", "{}")
-    assert runs.train(experiment, f"{bucket.url}/run") == 0
+    assert runs.train(trained.experiment, f"{bucket.url}/run") == 0
     assert "checkpoints/12 is damaged" in caplog.text
     assert bucket.get("run/checkpoints/damaged-12/meta/metadata") == b"{}"
     assert locate(f"{bucket.url}/run")[1][-1] == 12
-    assert runs.train(experiment, tmp_path / "run") == 0
-    runs.assert_same_parameters(f"{bucket.url}/run", tmp_path / "run")
+    runs.assert_same_parameters(f"{bucket.url}/run", trained.workdir)
 
 
 # --- Hugging Face directories --------------------------------------------------------------------
@@ -200,38 +213,40 @@ def test_a_directory_appears_when_it_is_whole(bucket, cloud):
         Bytes().save(f"{bucket.url}/vocabulary")
 
 
-@pytest.mark.parametrize(
-    ("permission", "verb"),
-    [
-        ("storage.buckets.get", "train"),
-        ("storage.objects.list", "train"),
-        ("storage.objects.get", "train"),
-        ("storage.objects.create", "train"),
-        ("storage.objects.delete", "train"),
-        ("storage.objects.list", "resume"),
-        ("storage.objects.get", "resume"),
-        ("a login", "train"),
-        ("a bucket", "train"),
-    ],
-)
-def test_training_without_it_is_one_line(permission, verb, bucket, cloud, tmp_path, capsys):
-    experiment, workdir = runs.write(tmp_path, runs.DICTIONARY), f"{bucket.url}/run"
-    if verb == "resume":
-        assert runs.train(experiment, workdir) == 0
+def refused_to_train(capsys, bucket, experiment, workdir):
+    """The one line, and what there is in the bucket since."""
     before = bucket.names()
-    if permission == "a login":
-        cloud.anonymous = True
-    elif permission == "a bucket":
-        workdir = "gs://no-such-bucket/run"
-    else:
-        cloud.forbidden = {permission}
-    line = runs.refused(capsys, "train", experiment, "--workdir", workdir)
-    if permission == "a bucket":
-        assert "there is no such bucket: correct the name" in line
-    elif permission == "a login":
-        assert "log in (gcloud auth application-default login)" in line
-    else:
-        assert f"does not have {permission} access" in line and "grant roles/storage." in line
+    line = runs.refused(capsys, *runs.arguments(experiment, workdir))
     assert line.startswith("gs://") and "damaged" not in line
-    left = [name for name in bucket.names() if name not in before and "trial" not in name]
-    assert left == (["run/running.json"] if permission == "storage.objects.delete" else [])
+    return line, [name for name in bucket.names() if name not in before and "trial" not in name]
+
+
+@pytest.mark.parametrize(
+    "permission", ["buckets.get", *(f"objects.{x}" for x in ("list", "get", "create", "delete"))]
+)
+def test_training_without_it_is_one_line(permission, bucket, cloud, tmp_path, one_device, capsys):
+    experiment = runs.write(tmp_path, runs.DICTIONARY)
+    cloud.forbidden = {f"storage.{permission}"}
+    line, left = refused_to_train(capsys, bucket, experiment, f"{bucket.url}/run")
+    assert f"does not have storage.{permission} access" in line and "grant roles/storage." in line
+    assert left == (["run/running.json"] if permission == "objects.delete" else [])
+
+
+def test_resuming_without_it_is_one_line(trained, bucket, cloud, one_device, capsys):
+    bucket.copy(trained.workdir, "run")
+    for permission in ("storage.objects.list", "storage.objects.get"):
+        cloud.forbidden = {permission}
+        line, left = refused_to_train(capsys, bucket, trained.experiment, f"{bucket.url}/run")
+        assert f"does not have {permission} access" in line and "grant roles/storage." in line
+        assert left == []
+
+
+def test_training_without_a_login_or_a_bucket_is_one_line(
+    bucket, cloud, tmp_path, one_device, capsys
+):
+    experiment = runs.write(tmp_path, runs.DICTIONARY)
+    line, left = refused_to_train(capsys, bucket, experiment, "gs://no-such-bucket/run")
+    assert "there is no such bucket: correct the name" in line and left == []
+    cloud.anonymous = True
+    line, left = refused_to_train(capsys, bucket, experiment, f"{bucket.url}/run")
+    assert "log in (gcloud auth application-default login)" in line and left == []

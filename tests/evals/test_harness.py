@@ -1,7 +1,9 @@
 """The adapter to the lm-evaluation-harness, on a task of our own."""
 
+import itertools
 import json
 import types
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -131,20 +133,17 @@ def tasks(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_index(tasks):
-    """Of the harness's 14,000 files, which takes seconds each time."""
-    from lm_eval.tasks.manager import TaskIndex
+def small_index():
+    """Of the harness's 14,000 files, all of which it reads each time, RULER's alone."""
+    from lm_eval.tasks import manager
 
-    build, made = TaskIndex.build, {}
+    build, of_harness = manager.TaskIndex.build, Path(manager.__file__).parent
 
-    def once(paths):
-        key = tuple(map(str, paths))
-        if key not in made:
-            made[key] = build(paths)
-        return made[key]
+    def build_small(paths):
+        return build([path / "ruler" if path == of_harness else path for path in paths])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TaskIndex, "build", staticmethod(once))
+        patch.setattr(manager.TaskIndex, "build", staticmethod(build_small))
         yield
 
 
@@ -228,7 +227,30 @@ def english():
     return vocabulary
 
 
+@pytest.fixture
+def few_questions(monkeypatch):
+    """RULER's code makes three of a kind, in place of 500, of which LmEval.limit are asked."""
+    from lm_eval.tasks import _yaml_loader
+    from lm_eval.tasks.ruler import prepare_niah
+
+    load = _yaml_loader._load_module_with_cache
+
+    def progress_bar(questions, **_):
+        return itertools.islice(questions, 3)
+
+    def load_and_patch(path):
+        module = load(path)
+        if hasattr(module, "tqdm"):
+            monkeypatch.setattr(module, "tqdm", progress_bar)
+        return module
+
+    monkeypatch.setattr(prepare_niah, "tqdm", progress_bar)
+    monkeypatch.setattr(_yaml_loader, "_load_module_with_cache", load_and_patch)
+
+
 @pytest.mark.slow
+@pytest.mark.needs("wonderwords")
+@pytest.mark.usefixtures("few_questions")
 def test_ruler_by_length(english, tmp_path):
     """All is found in questions that are given back whole, little in their last 2,000 tokens."""
     lengths, parrot = (2_000, 3_500), Parrot(2_000)

@@ -59,13 +59,16 @@ def test_prints_what_the_model_writes(workdir, capsys):
     tokens = [Bytes.bos, *prompt.encode()]
     for options, how in (
         ((), dict(temperature=0.7)),
-        (("--temperature", 0), dict(temperature=0)),
         (("--top_p", 0.5, "--seed", 7), dict(temperature=0.7, top_p=0.5, seed=7)),
-        (("--k", 2), dict(temperature=0.7, memory=MemoryConfig(lookup=cli_lookup(2)))),
-        (("--memory_size", 4), dict(temperature=0.7, memory=MemoryConfig(4))),
-        (("--memory_dtype", "int8"), dict(temperature=0.7, memory=MemoryConfig(storage="int8"))),
-        (("--last_context_length", 5), dict(temperature=0.7, last_context_length=5)),
-        (("--devices", 8), dict(temperature=0.7)),
+        (
+            ("--k", 2, "--memory_size", 4),
+            dict(temperature=0.7, memory=MemoryConfig(4, lookup=cli_lookup(2))),
+        ),
+        (
+            ("--memory_dtype", "int8", "--last_context_length", 5),
+            dict(temperature=0.7, memory=MemoryConfig(storage="int8"), last_context_length=5),
+        ),
+        (("--temperature", 0, "--devices", 8), dict(temperature=0)),
     ):
         out = generate(capsys, workdir, "--prompt", prompt, "--max_new_tokens", 40, *options)
         new = lm.generate(tokens, 40, stop=[Bytes.eos], **how)
@@ -121,7 +124,7 @@ def test_a_memory_in_a_directory(workdir, capsys, tmp_path, monkeypatch):
     before = runs.files(kept)
     assert (kept / "segment-000000-000003").exists()
     written = tmp_path / "written"  # what is written after the prompt is none of it
-    generate(*read[:-1], 200, "--memory_directory", written, "--temperature", 0)
+    generate(*read[:-1], 100, "--memory_directory", written, "--temperature", 0)
     assert runs.files(written) == before
     ask = (capsys, workdir, "--prompt", "train 5", "--temperature", 0, "--max_new_tokens", 30)
     assert generate(*ask, "--memory", kept) == generate(*ask, "--memory", in_ram)

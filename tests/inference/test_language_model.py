@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 from oracles import reading as rules
-from readers import EVERY_MODEL, C, by_rules, config_of, model_of, random_text, reach
+from readers import EVERY_MODEL, MODELS, C, by_rules, config_of, model_of, random_text, reach
 from tiny import LLAMA, random_params
 
 from fot_jax.common.errors import UserError
@@ -20,8 +20,13 @@ from fot_jax.model.transformer import Transformer
 # --- Writing -------------------------------------------------------------------------------------
 
 
-@EVERY_MODEL
-@pytest.mark.parametrize("length, last", [(1, 64), (63, 64), (64, 64), (65, 32), (150, 32)])
+@pytest.mark.parametrize(
+    "name, length, last",
+    [
+        *(("llama", *each) for each in ((1, 64), (63, 64), (64, 64), (65, 32), (150, 32))),
+        *((name, *each) for name in [*MODELS][1:] for each in ((64, 64), (150, 32))),
+    ],
+)
 def test_greedy_tokens_are_the_most_likely_ones(name, length, last):
     """A hundred of them, while the window overflows twice."""
     prompt = random_text(1, length, seed=length)[0]
@@ -37,24 +42,26 @@ def test_greedy_tokens_are_the_most_likely_ones(name, length, last):
 def test_greedy_tokens_of_a_padded_batch(name):
     text = random_text(3, 90, seed=2)
     mask = np.arange(90) >= np.array([0, 17, 81])[:, None]
-    new = model_of(name).generate(text, 100, temperature=0, mask=mask, last_context_length=32)
+    new = model_of(name).generate(text, 70, temperature=0, mask=mask, last_context_length=32)
     for row in range(3):
         whole = np.concatenate([text[row], new[row]])
-        valid = np.concatenate([mask[row], np.ones(100)])[:-1]
-        want = by_rules(name, whole[:-1], [90] + [1] * 99, 32, valid)[89:]
+        valid = np.concatenate([mask[row], np.ones(70)])[:-1]
+        want = by_rules(name, whole[:-1], [90] + [1] * 69, 32, valid)[89:]
         np.testing.assert_array_equal(want.argmax(-1), new[row])
 
 
-@EVERY_MODEL
-@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize(
+    "name, temperature",
+    [("llama", 0), ("llama without positions in memory layers", 1.0), ("paper", 0)],
+)
 def test_a_batch_is_written_as_each_prompt_alone(name, temperature):
     """Prompts of any lengths, whose windows overflow at different steps."""
     lm = model_of(name)
-    prompts = [random_text(1, n, seed=n)[0].tolist() for n in (1, 30, 63, 150, 200)]
+    prompts = [random_text(1, n, seed=n)[0].tolist() for n in (1, 30, 140, 210)]
     options = dict(temperature=temperature, top_p=0.9, last_context_length=40)
-    together = lm.generate(prompts, 80, seed=5, **options)
+    together = lm.generate(prompts, 70, seed=5, **options)
     for row, prompt in enumerate(prompts):
-        assert lm.generate(prompt, 80, seed=5 + row, **options) == together[row]
+        assert lm.generate(prompt, 70, seed=5 + row, **options) == together[row]
     assert len({tuple(new) for new in together}) == len(prompts)
 
 
@@ -285,7 +292,7 @@ def test_a_token_needs_no_compilation_and_no_copy_of_memory():
     state = lm.read(prompt)
     lm.generate([1], 2, state=state.copy())
     compiled = decode.next_token._cache_size(), forward.evict._cache_size()
-    lm.generate([1], 200, state=state.copy())
+    lm.generate([1], 70, state=state.copy())  # while the window overflows
     assert (decode.next_token._cache_size(), forward.evict._cache_size()) == compiled
     args = forward.run.lower(
         c=lm.config,

@@ -38,8 +38,11 @@ from fot_jax.model.transformer import Transformer
 
 
 @EVERY_MODEL
-@pytest.mark.parametrize("last", [32, 64])
-@pytest.mark.parametrize("length", [32, 33, 64, 65, 96, 118, 128, 150, 300])
+@pytest.mark.parametrize(
+    "length, last",
+    [(length, last) for length in (32, 33, 64, 65, 96, 280) for last in (32, 64)]
+    + [(118, 64), (128, 64)],
+)
 def test_logits_of_any_length(name, length, last):
     text = random_text(2, length, seed=length)
     got = model_of(name).logits(text, last_context_length=last)
@@ -48,7 +51,7 @@ def test_logits_of_any_length(name, length, last):
         np.testing.assert_allclose(got[row], want, atol=1e-4)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.sampled_from(list(MODELS)),
     st.lists(
@@ -79,8 +82,7 @@ def test_text_read_in_segments(name, feeds, length, last):
             state = lm.read(segment, last_context_length=last, state=state)
 
 
-@EVERY_MODEL
-@pytest.mark.parametrize("length", [40, 150, 300])
+@pytest.mark.parametrize("name, length", [("llama", 40), *((name, 280) for name in MODELS)])
 def test_left_padding(name, length):
     """Positions are those in the padded window; padding is seen by nobody, here or in memory."""
     text = random_text(3, length, seed=1)
@@ -110,19 +112,25 @@ def test_scores_are_those_of_the_logits(name):
 # --- Memory --------------------------------------------------------------------------------------
 
 
-@EVERY_MODEL
-@pytest.mark.parametrize("size", [0, 1, 40, 64, 100, 1000])
+@pytest.mark.parametrize(
+    "name, size",
+    [
+        *(("llama", size) for size in (0, 1, 40, 64, 100, 1000)),
+        *(("llama without positions in memory layers", size) for size in (0, 100)),
+        ("paper", 100),
+    ],
+)
 def test_a_ring_forgets_the_oldest_tokens(name, size):
-    text = random_text(1, 330)
+    text = random_text(1, 320)
     scores = model_of(name).score(text, memory=MemoryConfig(size))
-    where = rules.places([329], C, C)
+    where = rules.places([319], C, C)
     config = config_of(name)
     want = rules.logits(config, random_params(config), text[0, :-1], where, reach(where, size))
     np.testing.assert_allclose(scores.nats[0], nats_of(want, text[0, 1:]), atol=1e-4)
 
 
 def test_memory_is_of_consequence():
-    text = random_text(1, 330)
+    text = random_text(1, 320)
     lm = model_of("llama")
     nats = [lm.score(text, memory=MemoryConfig(size)).nats for size in (0, 100, None)]
     assert np.abs(nats[0] - nats[1]).max() > 1e-2 and np.abs(nats[1] - nats[2]).max() > 1e-2
@@ -132,7 +140,7 @@ def test_memory_is_of_consequence():
     "storage, error", [("bfloat16", 0.05), ("float16", 0.01), ("int8", 0.3), ("int4", 2)]
 )
 def test_stored_in_fewer_bits(storage, error):
-    text = random_text(1, 330)
+    text = random_text(1, 320)
     exact, rounded = (
         model_of("llama").logits(text, memory=MemoryConfig(storage=each))
         for each in ("float32", storage)
@@ -143,7 +151,7 @@ def test_stored_in_fewer_bits(storage, error):
 @pytest.mark.parametrize("lookup", [TopK, ApproximateTopK])
 def test_the_best_keys_alone(lookup):
     """All of them is dense attention; fewer is something else."""
-    text = random_text(2, 330)
+    text = random_text(2, 320)
     lm = model_of("paper")
     dense, few, all_of_them = (
         lm.logits(text, memory=memory)
@@ -160,21 +168,17 @@ def test_the_best_keys_alone(lookup):
 @pytest.mark.parametrize("lookup", [None, TopK(10)], ids=["dense", "top k"])
 def test_sharded_memory_gives_the_same(lookup):
     """Over eight devices; while reading and while writing."""
-    config = config_of("llama")
     single = model_of("llama")
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("memory",))
     sharded = dataclasses.replace(single, mesh=mesh)
     memory = MemoryConfig() if lookup is None else MemoryConfig(lookup=lookup)
-    text = random_text(2, 700)
+    text = random_text(2, 4 * C)  # so that writing begins with a full window
     a, b = (lm.logits(text, memory=memory) for lm in (single, sharded))
     np.testing.assert_allclose(a, b, atol=1e-4)
     state = sharded.read(text, memory=memory)
     assert len(state.memory.layers[0].k.x.sharding.device_set) == 8
-    new = [
-        lm.generate(text, 100, temperature=0, memory=memory, last_context_length=32)
-        for lm in (single, sharded)
-    ]
-    assert new[0] == new[1] and config.local_context < 100
+    new = [lm.generate(text, 40, temperature=0, memory=memory) for lm in (single, sharded)]
+    assert new[0] == new[1]
 
 
 def test_documents_share_a_memory():
@@ -193,15 +197,19 @@ def test_documents_share_a_memory():
     np.testing.assert_allclose(got.reshape(want.shape), want, atol=1e-4)
 
 
-@EVERY_MODEL
+@pytest.mark.parametrize("name", ["llama", "paper"])  # memory has keys of its own, or the window's
 def test_a_state_is_asked_several_things_side_by_side(name):
     """As if each were asked alone."""
-    lm, text = model_of(name), random_text(1, 2 * C + 20)[0]
+    lm, text = model_of(name), random_text(1, 3 * C - 10)[0]
     prompts = [each[: 5 + 30 * i] for i, each in enumerate(random_text(3, C, seed=1))]
     state = lm.read(text, last_context_length=C)
     together = lm.generate(prompts, 30, temperature=0, state=state.repeated(3))
     alone = [lm.generate(each, 30, temperature=0, state=state.copy()) for each in prompts]
     assert together == alone and len({tuple(new) for new in alone}) == 3
+
+
+def test_which_states_are_asked_several_things():
+    lm, text, prompts = model_of("llama"), random_text(1, 3 * C - 10)[0], random_text(3, C, seed=1)
     ring = lm.read(text, memory=MemoryConfig(C))
     assert lm.generate(prompts, 2, temperature=0, state=ring.repeated(3))
     assert lm.generate(prompts[0], 2, temperature=0, state=ring)  # which has its memory yet
@@ -315,15 +323,14 @@ def test_bfloat16_is_close(name):
     config = config_of(name)
     lm = LanguageModel.of(Transformer(config, dtype=jnp.bfloat16), random_params(config))
     text = random_text(2, 300)
-    state = lm.read(text)
-    assert state.memory.storage == "bfloat16"
-    got, want = (model.logits(text, last_context_length=32) for model in (lm, model_of(name)))
+    assert lm.read(text[:, :9]).memory.storage == "bfloat16"
+    got, want = (model.logits(text) for model in (lm, model_of(name)))
     assert got.dtype == np.float32
     error = np.abs(got - want)
     assert 1e-4 < error.mean() < 0.05 * want.std() and error.max() < want.std()
 
 
-@EVERY_MODEL
+@pytest.mark.parametrize("name", ["llama", "paper"])
 def test_parameters_on_a_training_mesh_give_the_same(name):
     """Wherever they are sharded: reading, scoring and writing."""
     config = config_of(name)
@@ -338,10 +345,10 @@ def test_parameters_on_a_training_mesh_give_the_same(name):
     params = jax.tree.map(spread, random_params(config))
     lm = LanguageModel.of(Transformer(config), params)
     assert lm.mesh is mesh
-    text, one = random_text(2, 200), model_of(name)
+    text, one = random_text(2, 4 * C), model_of(name)  # writing begins with a full window
     np.testing.assert_allclose(lm.logits(text), one.logits(text), atol=1e-4)
     np.testing.assert_allclose(lm.score(text).nats, one.score(text).nats, atol=1e-4)
-    assert lm.generate(text, 70, temperature=0) == one.generate(text, 70, temperature=0)
+    assert lm.generate(text, 40, temperature=0) == one.generate(text, 40, temperature=0)
 
 
 # --- Programs ------------------------------------------------------------------------------------
@@ -350,12 +357,12 @@ def test_parameters_on_a_training_mesh_give_the_same(name):
 def test_growing_memory_compiles_few_programs():
     """A text fed bit by bit."""
     lm = model_of("llama")
-    text = random_text(1, 6000, seed=9)
+    text = random_text(1, 3000, seed=9)
     before = forward.run._cache_size()
     state = lm.read(text[:, :16])
-    for start in range(16, 6000, 16):
+    for start in range(16, 3000, 16):
         lm.read(text[:, start : start + 16], state=state)
-    assert forward.run._cache_size() - before < 16
+    assert forward.run._cache_size() - before < 12
     whole = lm.logits(text[:, :64], state=state)
     assert np.isfinite(whole).all()
 
@@ -372,12 +379,12 @@ def test_what_reading_takes_is_the_memory_and_a_constant():
         from fot_jax.model.config import ModelConfig
         from fot_jax.model.transformer import Transformer
         from fot_jax.inference.state import MemoryConfig
-        model = Transformer(ModelConfig(64, 64, 2, 8, 8, 128, 64, (1,), 512))
+        model = Transformer(ModelConfig(64, 64, 2, 8, 8, 512, 64, (1,), 512))
         tokens = np.zeros((1, 8), np.int32)
         params = model.init(jax.random.key(0), tokens, tokens, crossbatch.Plan())["params"]
         lm, length = LanguageModel.of(model, params), int(sys.argv[1])
         text = np.arange(length)[None] % 64
-        lm.score(text[:, :2000])
+        lm.score(text[:, :1000])
         state = lm.read(text[:, :600], memory=MemoryConfig())
         lm.score(text, state=state)
         status = open("/proc/self/status").read()
@@ -385,14 +392,14 @@ def test_what_reading_takes_is_the_memory_and_a_constant():
         print(peak * 1024, state.memory.nbytes)
     """
     peaks = {}
-    for length in (3_000, 25_000):
+    for length in (1_900, 7_000):
         environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
         argv = [sys.executable, "-c", program, str(length)]
         ran = subprocess.run(argv, capture_output=True, text=True, env=environment, check=True)
         peaks[length] = [int(word) for word in ran.stdout.split()]
     (short, of_short), (long, of_long) = peaks.values()
     added = of_long - of_short
-    assert added > 20_000 * 8192  # 8 heads x 128 x keys and values x 4 bytes
+    assert added > 5_000 * 32_768  # 8 heads x 512 x keys and values x 4 bytes
     assert abs(long - short - added) < 0.25 * added  # compiling alone differs by tens of MB
 
 

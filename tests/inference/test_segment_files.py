@@ -55,13 +55,14 @@ def kept_in(directory, **options):
         ("llama", "float32", Dense(), False),
         ("llama without positions in memory layers", "bfloat16", TopK(7), True),
         ("paper", "int8", TopK(7), False),
+        # An index that leads to all that there is.
         ("llama", "float32", IndexedTopK(7, 2_000), True),
-        ("paper", "int8", IndexedTopK(7, 2_000), False),
-        ("llama without positions in memory layers", "int4", IndexedTopK(7, 2_000), False),
+        ("paper", "int8", IndexedTopK(7, 1_000), False),
+        ("llama without positions in memory layers", "int4", IndexedTopK(7, 1_000), False),
     ],
     ids=str,
 )
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(
     length=st.sampled_from([n * SEGMENT + C + d for n in (0, 1, 5) for d in (-1, 0, 1, 30)]),
     padding=st.integers(0, C),
@@ -82,7 +83,7 @@ def test_logits_are_those_of_a_memory_in_ram(
     mask = np.arange(length + padding) >= padding * (np.arange(rows)[:, None] == 0)
     path = tmp_path_factory.mktemp("memory") / "m"
     configs = [MemoryConfig(lookup=lookup, **options), kept_in(path, lookup=lookup, **options)]
-    if isinstance(lookup, IndexedTopK):  # which goes to all that there is
+    if isinstance(lookup, IndexedTopK):
         configs.insert(0, MemoryConfig(lookup=TopK(lookup.k), **options))
     want, *others = (list(logits_of(lm, config, text, mask, more)) for config in configs)
     for a, b in [pair for got in others for pair in zip(got, want, strict=True)]:
@@ -95,6 +96,7 @@ def test_logits_are_those_of_a_memory_in_ram(
 def logits_of(lm, config, text, mask, more):
     """Of a text, and of what follows, for which a memory in a directory is loaded."""
     state = lm.read(np.zeros((len(text), 1), int), memory=config)
+    state.reserve(2_000, 2_000)  # so that programs are those of one size, whatever the length
     yield lm.logits(text, mask=mask, state=state, last_context_length=20)[mask]
     if config.directory:
         lm.save_memory(state, config.directory)
@@ -115,8 +117,8 @@ def test_nothing_is_compiled_as_memory_grows(read, lookup):
     )
 
     def read_on(seed):
-        lm.read(random_text(1, 2 * SEGMENT, seed), state=state, last_context_length=14)
-        lm.generate([1], 2 * C, temperature=0, state=state)
+        lm.read(random_text(1, 5 * C + 40, seed), state=state, last_context_length=50)
+        lm.generate([1], 20, temperature=0, state=state)  # while the window overflows
 
     for seed in range(3):  # until all pieces have met segments of both sizes
         read_on(seed)
@@ -132,8 +134,8 @@ def test_copies_and_repeated_states_leave_the_files_as_they_are(read):
     more = random_text(2, 2 * SEGMENT, seed=1)
     before = sorted(x.name for x in path.rglob("*"))
     copy, both = state.copy(), state.repeated(2)
-    new = lm.generate([1, 2], 2 * C, temperature=0, state=ram.copy())
-    assert lm.generate([1, 2], 2 * C, temperature=0, state=state.copy()) == new
+    new = lm.generate([1, 2], C, temperature=0, state=ram.copy())
+    assert lm.generate([1, 2], C, temperature=0, state=state.copy()) == new
     want = lm.logits(more, state=ram.repeated(2))
     np.testing.assert_allclose(lm.logits(more, state=both), want, atol=1e-5)
     np.testing.assert_allclose(lm.logits(more[:1], state=copy), want[:1], atol=1e-5)
@@ -156,32 +158,45 @@ def test_two_states_do_not_add_to_one_directory(read):
 # --- Kills and damage ----------------------------------------------------------------------------
 
 KILLED = """
-    import os, signal, sys
+    import os, shutil, signal, sys
     sys.path[:0] = {paths}
     from readers import model_of, random_text
     from fot_jax.inference import segment_files
     from fot_jax.inference.state import MemoryConfig
     segment_files.TOKENS = {segment}
-    files, write = 0, os.fsync
+    path, files, write = {path!r}, 0, os.fsync
     def fsync(file):
         global files
         files += 1
-        if files == {files}:
+        if files == {last}:
             os.kill(os.getpid(), signal.SIGKILL)
+        if files in {before}:
+            shutil.copytree(path, f"{{path}}-{{files}}")
         write(file)
     os.fsync = fsync
-    model_of("llama").read(random_text(1, 1000), memory=MemoryConfig(directory={path!r}))
+    model_of("llama").read(random_text(1, 1000), memory=MemoryConfig(directory=path))
 """
+LEFT = {2: 0, 20: 2, 39: 4}  # files when it is killed -> whole segments, of nine files each
 
 
-@pytest.mark.parametrize("files, segments", [(2, 0), (20, 2), (39, 4)])  # a segment has nine
-def test_killed_while_a_segment_is_written(tmp_path, caplog, files, segments):
-    path = tmp_path / "m"
+@pytest.fixture(scope="module")
+def left(tmp_path_factory):
+    """What is there when a reading has so many files: at the last number it is killed."""
+    path, (*before, last) = tmp_path_factory.mktemp("killed") / "m", LEFT
     paths = [p for p in sys.path if p.endswith("tests") or p.endswith("inference")]
-    code = KILLED.format(paths=paths, segment=SEGMENT, files=files, path=str(path))
+    code = KILLED.format(
+        **{"paths": paths, "segment": SEGMENT, "path": str(path), "before": before, "last": last}
+    )
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=os.environ)
     assert done.returncode == -signal.SIGKILL
-    shutil.copytree(path, tmp_path / "again")
+    return {last: path} | {files: f"{path}-{files}" for files in before}
+
+
+@pytest.mark.parametrize("files", LEFT)
+def test_killed_while_a_segment_is_written(tmp_path, caplog, left, files):
+    path, segments = tmp_path / "m", LEFT[files]
+    for copy in (path, tmp_path / "again"):
+        shutil.copytree(left[files], copy)
     lm, text = model_of("llama"), random_text(1, 1000)
     state = lm.load_memory(path)
     kept = segments * SEGMENT

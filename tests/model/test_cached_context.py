@@ -81,9 +81,16 @@ def test_transformer_xl_is_one_window_of_twice_the_length():
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("gate", [False, True])
-@pytest.mark.parametrize("lookup", [Dense(), TopK(5)])
-@MODELS
+@pytest.mark.parametrize(
+    "config, lookup, gate",
+    [
+        (LLAMA, Dense(), False),
+        (PAPER, Dense(), True),
+        (PAPER, TopK(5), False),
+        (LLAMA, TopK(5), True),
+    ],
+    ids=["llama", "paper, gate", "paper, top k", "llama, top k, gate"],
+)
 def test_a_language_model_reads_as_training_does(config, lookup, gate):
     """Its memory is this cache, window by window, until it is a ring."""
     config = dataclasses.replace(config, memory_gate=gate)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_memory import SHARDS, fill, mesh_of, one_softmax, tokens_of
+from test_memory import fill, mesh_of, one_softmax, tokens_of
 from tiny import LLAMA
 
 from fot_jax.common.errors import UserError
@@ -115,9 +115,19 @@ def test_search_of_every_shape(tokens, dim, k):
 # --- Attention -----------------------------------------------------------------------------------
 
 
-@SHARDS
-@LOOKUPS
-@pytest.mark.parametrize("tokens, k", [(40, 9), (3000, 7), (3000, 64), (200, 128)])
+@pytest.mark.parametrize(
+    "lookup, shards, tokens, k",
+    [
+        (TopK, 1, 40, 9),
+        (TopK, 1, 3000, 64),
+        (TopK, 8, 3000, 7),
+        (TopK, 8, 200, 128),
+        (ApproximateTopK, 1, 3000, 7),
+        (ApproximateTopK, 1, 200, 128),
+        (ApproximateTopK, 8, 40, 9),
+        (ApproximateTopK, 8, 3000, 64),
+    ],
+)
 def test_attention_over_the_best_keys_equals_one_softmax(lookup, tokens, k, shards):
     """Also where a row has fewer keys than k: then all of them."""
     x_k, x_v, valid = tokens_of(tokens, seed=tokens)

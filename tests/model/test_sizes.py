@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,8 @@ from fot_jax.model.schemes import PackedTable, PreviousContext
 from fot_jax.model.transformer import Transformer
 
 NAMED = list(configurables_of(sizes))
+EXPERIMENTS = (Path(__file__).parents[2] / "experiments").rglob("*.gin")
+IN_EXPERIMENTS = {name for path in EXPERIMENTS for name in re.findall(r"@(\w+)", path.read_text())}
 
 
 @pytest.mark.parametrize(
@@ -55,9 +59,16 @@ def test_parameters_of_the_paper_to_the_digits_of_the_name(name, published, unit
     assert published in (count // unit, round(count / unit))
 
 
-@pytest.mark.parametrize("name", NAMED, ids=lambda name: name.__name__)
+@pytest.mark.parametrize(
+    "name",
+    [name for name in NAMED if name.__name__ not in IN_EXPERIMENTS],
+    ids=lambda name: name.__name__,
+)
 def test_every_size_traces_in_training(name):
-    """Loss gradient of the whole model on a pod's mesh, without allocating it."""
+    """Loss gradient of the whole model on a pod's mesh, without allocating it.
+
+    Sizes that experiment files name are traced with those: test_experiments.py.
+    """
     config = name()
     scheme = PreviousContext(d=2) if config.qk_norm else PackedTable()
     rows = 8 * scheme.windows
@@ -88,8 +99,11 @@ def test_every_size_traces_in_training(name):
 
 @pytest.mark.parametrize("name", NAMED, ids=lambda name: name.__name__)
 def test_every_size_traces_at_inference(name):
-    """A piece read with a memory of a million tokens, without allocating anything."""
-    config = name()
+    """A piece read with a memory of a million tokens, without allocating anything.
+
+    Of four layers, two of which have a memory: each is traced by itself, and those of a kind alike.
+    """
+    config = name(num_layers=4, memory_layers=(1, 2))
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     init = functools.partial(Transformer(config).init, plan=crossbatch.Plan())
     shape = jax.eval_shape

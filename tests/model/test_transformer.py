@@ -188,8 +188,15 @@ SCHEMES = [
 ]
 
 
-@FAMILIES
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize(
+    "family, scheme",
+    [
+        *((LLAMA, scheme) for scheme in SCHEMES),
+        (PAPER, PreviousContext(d=2, w=2)),
+        (PAPER, Packed(pack=3, range=4)),
+    ],
+    ids=lambda x: x.norm if isinstance(x, ModelConfig) else str(x),
+)
 def test_equals_float64(family, scheme):
     config = dataclasses.replace(family, memory_layers=(0, 2))
     segments = lane_segments(4, scheme.windows, 6)

@@ -74,7 +74,7 @@ def test_the_parser_of_gcloud_takes_it(name, tmp_path):
 
 
 @real_gcloud
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", ["create", "nodes", "ssh", "scp", "list_checkpoints"])
 def test_the_parser_of_gcloud_would_refuse_other_flags(name, tmp_path):
     """So that the test above can fail."""
     said = said_by_gcloud([*COMMANDS[name], "--no-such-flag"], tmp_path)

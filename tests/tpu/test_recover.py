@@ -44,14 +44,16 @@ def test_through_delays_and_preemption_to_the_end(cloud):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("life", ["ACTIVE PREEMPTED", "ACTIVE TERMINATED", "ACTIVE gone", "FAILED"])
-def test_nodes_that_are_gone_are_made_anew(cloud, life):
-    cloud.plan([life], ["DELETING", "gone"], ["ACTIVE"])
-    out = cloud.works("recover", cloud.experiment, *RECOVER)
-    assert len(cloud.calls("create")) == 3 and len(cloud.calls("delete")) == 1
+def test_nodes_that_are_gone_are_made_anew(cloud):
+    """In whatever way, one after another."""
+    lives = ("ACTIVE PREEMPTED", "ACTIVE TERMINATED", "ACTIVE gone", "FAILED")
+    cloud.plan(*([life] for life in lives), ["DELETING", "gone"], ["ACTIVE"])
+    out = cloud.works("recover", cloud.experiment, *POD, *WORKDIR, "--spot", "--poll", "0.05")
+    assert len(cloud.calls("create")) == 6 and len(cloud.calls("delete")) == 4
+    for seen in ("node pod PREEMPTED", "node pod TERMINATED", "0 of 1 nodes there"):
+        assert out.count(f": ACTIVE, {seen}: delete\n") == 1
+    assert out.count(": FAILED, no more capacity: delete\n") == 1
     assert ": DELETING: wait" in out
-    if life == "FAILED":
-        assert "FAILED, no more capacity: delete" in out
     assert cloud.checkpoints() == [1, 2, 3, 4, 5]
 
 
@@ -115,10 +117,15 @@ NO_QUOTA = "Quota limit for spot chips has been exceeded. Limit: 0 in zone."
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "refused", [NO_QUOTA, "PERMISSION_DENIED: tpu.nodes.create", "Bad network"]
+    "at, refused",
+    [
+        ("create", NO_QUOTA),
+        ("create", "PERMISSION_DENIED: tpu.nodes.create"),
+        ("FAILED", NO_QUOTA),
+        ("FAILED", "Bad network"),
+    ],
 )
-@pytest.mark.parametrize("at", ["create", "FAILED"])
-def test_requests_that_are_refused_are_given_up(cloud, refused, at):
+def test_requests_that_are_refused_are_given_up(cloud, at, refused):
     """A quota of 0, say: creating is accepted, and the request FAILED later."""
     how = {"create": [refused]} if at == "create" else {"failure": refused}
     cloud.plan(["WAITING_FOR_RESOURCES", "FAILED"], **how)

@@ -303,15 +303,15 @@ def test_dry_runs_print_commands_and_run_none(cloud, verb):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", ["create", "setup", "run", "status", "delete"])
-def test_dry_runs_print_what_runs(cloud, verb):
-    experiment = () if verb in ("status", "delete") else (cloud.experiment,)
-    argv = (verb, *experiment, *POD, *(WORKDIR if verb == "run" else ()))
+def test_dry_runs_print_what_runs(cloud):
     _created_and_set_up(cloud)
-    (cloud.directory / "calls.jsonl").unlink()
-    printed = cloud.works(*argv, "--dry_run")
-    cloud.tpu(*argv)  # to create what is there fails, but is tried
-    assert [shlex.split(line)[1:] for line in printed.splitlines()] == cloud.calls()
+    for verb in ("create", "setup", "run", "status", "delete"):
+        experiment = () if verb in ("status", "delete") else (cloud.experiment,)
+        argv = (verb, *experiment, *POD, *(WORKDIR if verb == "run" else ()))
+        (cloud.directory / "calls.jsonl").unlink()
+        printed = cloud.works(*argv, "--dry_run")
+        cloud.tpu(*argv)  # to create what is there fails, but is tried
+        assert [shlex.split(line)[1:] for line in printed.splitlines()] == cloud.calls(), verb
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ import numpy as np
 import optax
 import pytest
 import together
-from oracles.training_step import gradient
 from tiny import LLAMA, PAPER, lane_segments, random_params, random_tokens
 
 from fot_jax.common.trees import leaves_by_path, tree_of_leaves
@@ -42,6 +41,13 @@ DEEPER = dataclasses.replace(PAPER, memory_layers=(0, 2), local_context=T, memor
 
 # The update is the gradient, exactly: the state of sgd without momentum keeps it.
 SGD = optax.sgd(1.0, momentum=0.0)
+
+
+def gradient(*args, **how):
+    """The oracle's; its import takes torch, which step_of_processes.py can do without."""
+    from oracles import training_step
+
+    return training_step.gradient(*args, **how)
 
 
 @functools.cache
@@ -205,11 +211,8 @@ ACROSS_PROCESSES = (ACROSS[1], ACROSS[5])
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "case, mesh",  # each mesh and each number of microbatches with both schemes
-    [
-        *((0, (1, 4, 2)), (1, (4, 1, 2)), (2, (8, 1, 1))),
-        *((3, (8, 1, 1)), (4, (1, 4, 2)), (5, (4, 1, 2))),
-    ],
+    "case, mesh",  # each mesh and each number of microbatches with both schemes; case 2 is above
+    [(0, (1, 4, 2)), (1, (4, 1, 2)), (3, (8, 1, 1)), (4, (1, 4, 2)), (5, (4, 1, 2))],
     ids=str,
 )
 def test_any_mesh_and_any_microbatches(case, mesh):

@@ -89,16 +89,24 @@ PARTS = {
 }
 
 
+IN_TWO, ON_A_MESH = dict(accumulation=2, remat="dots"), dict(mesh=(1, 4, 2), remat="full")
+OTHERWISE = [  # each part in one of the two ways
+    ("layers of memory", IN_TWO),
+    ("apart", ON_A_MESH),
+    ("whole arrays", ON_A_MESH),
+    ("adapters", IN_TWO),
+    ("adapters beside", ON_A_MESH),
+]
+
+
 @pytest.mark.parametrize(
-    "how",
+    "part, how",
     [
-        {},
-        pytest.param(dict(accumulation=2, remat="dots"), marks=pytest.mark.slow),
-        pytest.param(dict(mesh=(1, 4, 2), remat="full"), marks=pytest.mark.slow),
+        *((part, {}) for part in PARTS),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERWISE),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("part", PARTS)
 def test_the_part_is_trained_and_nothing_else(part, how):
     config, patterns, lora, some = PARTS[part]
     params, batch, of_all = expected(part)
@@ -167,8 +175,9 @@ def test_a_run_is_resumed_converted_and_trained_on(tmp_path, one_device, part):
     np.testing.assert_allclose(there.logits(tokens), lm.logits(tokens), atol=1e-5)
     start = f'train.initialize_from = "{tmp_path / "once"}"'
     at_rest = "constant_rate.value = 0.0"
-    for name, lora in (("merged", "train.lora = None"), ("adapted anew", "Lora.rank = 3")):
-        changes = (start, "train.steps = 1", at_rest, *([lora] if "lora" in part else []))
+    merged, anew = ("merged", "train.lora = None"), ("adapted anew", "Lora.rank = 3")
+    for name, *changes in (merged, anew) if part == LORA else (["again"],):
+        changes = (start, "train.steps = 1", at_rest, *changes)
         assert runs.train(experiment, tmp_path / name, *changes) == 0
         again = LanguageModel.load(tmp_path / name)
         np.testing.assert_allclose(again.logits(tokens), lm.logits(tokens), atol=1e-5)

@@ -32,15 +32,21 @@ def interpreted(request, monkeypatch):
     return with_tile
 
 
+OF_BOTH = [
+    (PreviousContext(d=3, w=2), 4, 4, 8, 4, 4, 2),  # two tiles a row, grouped queries
+    (PreviousContext(d=2), 4, 2, 6, 6, 4, 1),  # two crossbatch groups
+    (PackedTable(((0, 0), (1, 2), (2, 5), (3, 4))), 3, 3, 4, 2, 2, 2),
+]
+
+
 @pytest.mark.parametrize(
-    "scheme, lanes, group_lanes, window, tile, heads, kv_heads",
+    "interpreted, scheme, lanes, group_lanes, window, tile, heads, kv_heads",
     [
-        (NoCrossbatch(), 2, 2, 8, 4, 2, 2),
-        (PreviousContext(d=3, w=2), 4, 4, 8, 4, 4, 2),  # two tiles a row, grouped queries
-        (PreviousContext(d=2), 4, 2, 6, 6, 4, 1),  # two crossbatch groups
-        (Packed(pack=3, range=7), 3, 3, 8, 4, 2, 1),
-        (PackedTable(((0, 0), (1, 2), (2, 5), (3, 4))), 3, 3, 4, 2, 2, 2),
+        *((kernels, *each) for kernels in (tpu, gpu) for each in OF_BOTH),
+        (tpu, NoCrossbatch(), 2, 2, 8, 4, 2, 2),
+        (gpu, Packed(pack=3, range=7), 3, 3, 8, 4, 2, 1),
     ],
+    indirect=["interpreted"],
 )
 def test_forward_and_gradients(
     interpreted, scheme, lanes, group_lanes, window, tile, heads, kv_heads
@@ -49,7 +55,11 @@ def test_forward_and_gradients(
     check(scheme, lanes, group_lanes, window, heads, kv_heads, 4, seed=window)
 
 
-@pytest.mark.parametrize("scheme", [PreviousContext(d=5), Packed(pack=4, range=9)])
+@pytest.mark.parametrize(
+    "interpreted, scheme",
+    [(tpu, PreviousContext(d=5)), (gpu, Packed(pack=4, range=9))],
+    indirect=["interpreted"],
+)
 def test_around_a_ring_of_devices(interpreted, scheme):
     interpreted(2)
     check(scheme, 8, 8, 4, 4, 2, 4, seed=1, mesh=mesh_of(1, 2, 2, 2))

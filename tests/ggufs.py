@@ -124,3 +124,18 @@ def symbols(size):
         writer.add_token_types(kinds)
 
     return add
+
+
+def of_bytes(size):
+    """The tokens of a model that reads texts byte by byte; the rest of them are in no text."""
+    tokens = {"<unk>": TokenType.UNKNOWN, **dict.fromkeys(("<s>", "</s>"), TokenType.CONTROL)}
+    tokens |= {f"<0x{i:02X}>": TokenType.BYTE for i in range(256)}
+    tokens |= {f"unused {i}": TokenType.UNUSED for i in range(size - len(tokens))}
+
+    def add(writer):
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list([*tokens])
+        writer.add_token_scores([-float(i) for i in range(size)])
+        writer.add_token_types([*tokens.values()])
+
+    return add
