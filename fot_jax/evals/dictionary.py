@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,6 +43,8 @@ class DictionaryAccuracy:
       rows: of windows that are read side by side.
       lookup: as MemoryConfig.lookup; the paper has k = 32.
       storage: of memory, as MemoryConfig.storage.
+      directory: of this machine, in which memory is in files as long as it is measured, as
+        MemoryConfig.directory has it; None: in RAM.
       seed: of dictionary and questions.
       name: of the plot, and in results.
     """
@@ -49,6 +54,7 @@ class DictionaryAccuracy:
     rows: int = 16
     lookup: Lookup = TopK(32)
     storage: str | None = "float16"
+    directory: str | None = None
     seed: int = 0
     name: str = "dictionary_accuracy"
 
@@ -60,18 +66,31 @@ class DictionaryAccuracy:
         for size in self.sizes:
             check_range("DictionaryAccuracy", 1, 2**30, sizes=size)
             with because_of(f"DictionaryAccuracy.sizes has {size}"):
-                self._memory(size)
+                self._memory(size, self.directory)
         if self.windows % self.rows:
             raise UserError(
                 f"DictionaryAccuracy.windows = {self.windows} is not a multiple of "
                 f"DictionaryAccuracy.rows = {self.rows}: change one of them"
             )
 
-    def _memory(self, size: int) -> MemoryConfig:
-        return MemoryConfig(size, storage=self.storage, lookup=self.lookup, shared=True)
+    def _memory(self, size: int, directory: str | None = None) -> MemoryConfig:
+        return MemoryConfig(
+            *(size, False),
+            storage=self.storage,
+            lookup=self.lookup,
+            shared=True,
+            directory=directory,
+        )
 
     def check(self, model: ModelConfig, source: DocumentSource) -> None:
-        """Raises UserError where the documents are no dictionary lookup, or sizes do not fit."""
+        """Raises UserError where the documents are no dictionary lookup, or sizes do not fit.
+
+        So it does without the directory that memory is to be in.
+        """
+        if self.directory is not None and not os.path.isdir(self.directory):
+            raise UserError(
+                f"DictionaryAccuracy.directory = {self.directory!r} is no directory: make it first"
+            )
         self._dictionary(source, self._sizes(model, source)[-1])
 
     def _sizes(self, model: ModelConfig, source: DocumentSource) -> list[int]:
@@ -121,16 +140,27 @@ class DictionaryAccuracy:
     def _with_memory(self, lm, source, dictionary, sizes) -> Iterator[tuple[int, np.ndarray]]:
         """(size, correct [windows, half]) of each size."""
         state, done = None, 0
-        with bar(sizes[-1], name=self.name) as progress:
+        with self._files() as directory, bar(sizes[-1], name=self.name) as progress:
             for size in sizes:
                 records = slice(*(n // source.half * source.records for n in (done, size)))
                 windows = source.half_document(
                     KEY, _windows(dictionary.of(records), source.records)
                 )
-                memory = {"memory": self._memory(sizes[-1])} if state is None else {"state": state}
+                memory = {"memory": self._memory(sizes[-1], directory)}
+                if state is not None:
+                    memory = {"state": state}
                 state = lm.remember(windows, rows=self.rows, progress=progress, **memory)
                 done = size
                 yield size, self._answers(lm, source, dictionary, size, state)
+
+    @contextlib.contextmanager
+    def _files(self) -> Iterator[str | None]:
+        """A name for a memory in files, which are removed in the end; None: in RAM."""
+        if self.directory is None:
+            yield None
+            return
+        with tempfile.TemporaryDirectory(dir=self.directory, prefix="dictionary-") as name:
+            yield os.path.join(name, "memory")
 
     def _answers(self, lm, source, dictionary, size: int, state: State) -> np.ndarray:
         questions = self._questions(source, dictionary, size)

@@ -13,9 +13,10 @@ from fot_jax.common.errors import UserError
 from fot_jax.data.files import SPLITS
 from fot_jax.data.synthetic import KEY, QUESTION, DictionaryLookup, Passkey
 from fot_jax.evals.dictionary import DictionaryAccuracy
+from fot_jax.inference import segment_files
 from fot_jax.inference.language_model import Scores
 from fot_jax.inference.state import MemoryConfig
-from fot_jax.model.lookup import Dense, TopK
+from fot_jax.model.lookup import Dense, IndexedTopK, TopK
 
 TASK = DictionaryLookup(document_tokens=64, key_length=2, value_length=3)  # 4 records of 7 a half
 SIZES = (32, 100, 640)  # 1, 3 and 20 windows: 4, 12, 80 records
@@ -31,7 +32,7 @@ class Scholar:
     def remember(self, windows, *, rows, progress, memory=None, state=None):
         assert rows == 2 and (memory is None) != (state is None)
         if memory is not None:
-            assert memory == MemoryConfig(640, storage="int8", lookup=TopK(5), shared=True)
+            assert memory == MemoryConfig(640, False, storage="int8", lookup=TopK(5), shared=True)
         state = state or types.SimpleNamespace(known={})
         state.copy = lambda: state
         for window in windows:
@@ -123,6 +124,25 @@ def test_a_model_with_memory_answers_as_if_it_read_the_text():
     assert rows[0]["accuracy"] == pytest.approx(want[0]) and want[0] > 0
 
 
+@pytest.mark.parametrize("in_files", [False, True])
+def test_an_index_that_visits_all_keys_is_exact(tmp_path, monkeypatch, in_files):
+    """Segments are made small, so that there are some; the directory is empty afterwards."""
+    monkeypatch.setattr(segment_files, "TOKENS", 64)
+    lm, given = model((1,), 32), {"sizes": (320, 640), "windows": 40, "storage": None}
+    index = {"lookup": IndexedTopK(5, 640), "directory": str(tmp_path) if in_files else None}
+    indexed = evaluation(**given, **index)
+    indexed.check(lm.config, TASK)
+    want = evaluation(**given).run(lm, TASK)
+    assert indexed.run(lm, TASK) == want and want[-1]["accuracy"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_is_not_there(tmp_path):
+    config = model((1,), 32).config
+    with pytest.raises(UserError, match="missing' is no directory: make it first"):
+        evaluation(directory=str(tmp_path / "missing")).check(config, TASK)
+
+
 def test_a_model_without_memory_has_it_all_in_its_window(monkeypatch):
     monkeypatch.setattr("fot_jax.evals.dictionary.LONGEST_WINDOW", 96)
     lm = model((), 64)
@@ -165,6 +185,7 @@ def test_what_the_rows_become(tmp_path):
         ({"sizes": (20, 32)}, TASK, "DictionaryAccuracy.sizes has 20, less than a window of 32"),
         ({"windows": 5}, TASK, "DictionaryAccuracy.windows = 5 is not a multiple of"),
         ({"seed": -1}, TASK, "DictionaryAccuracy.seed = -1"),
+        ({"directory": "gs://bucket/x"}, TASK, "gs://bucket/x: files in a bucket cannot be"),
         ({}, Passkey(), "asks about a DictionaryLookup, not a Passkey"),
         ({"sizes": (32 * 1000,)}, TASK, "a dictionary of 4000 records, but DictionaryLookup.key_l"),
     ],
