@@ -64,6 +64,6 @@ class Format:
 CHECKPOINT = Format("checkpoint", 1)
 VOCABULARY = Format("vocabulary", 1)
 MEMORY = Format("memory", 1)
-SEGMENTS = Format("memory in segments", 2, oldest=2)  # 1 had no index, and was in no release
+SEGMENTS = Format("memory in segments", 3, oldest=3)  # 1 and 2 were in no release
 # config.json of a converted directory has fields of other programs, too.
 CONVERTED = Format("converted model", 2, field="fot_jax_format")

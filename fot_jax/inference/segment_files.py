@@ -311,9 +311,13 @@ class _Ordered:
 
 
 def _in_ram(x: jax.Array | np.ndarray | _Ordered) -> np.ndarray:
-    if isinstance(x, _Ordered):
-        return np.concatenate(list(x.chunks())).reshape(x.shape)
-    return np.asarray(x)
+    if not isinstance(x, _Ordered):
+        return np.asarray(x)
+    out, start = memories.empty_on_host(x.shape, x.dtype), 0
+    rows = out.reshape(-1, *x.shape[3:])
+    for chunk in x.chunks():
+        rows[start : (start := start + len(chunk))] = chunk
+    return out
 
 
 def _save(file: IO[bytes], x: jax.Array | np.ndarray | _Ordered) -> None:
@@ -352,8 +356,9 @@ def _mapped(path: epath.Path, like: Sequence[LayerMemory], slots: int) -> list[_
         memory = jax.tree.unflatten(jax.tree.structure(layer), arrays)
         K, D = layer.k.x.shape[1], layer.k.dim
         centres = of_file(f"{i}_clusters_centres", np.float32, 1, K, None, D)
+        deviations = of_file(f"{i}_clusters_deviations", np.float32, 1, K, centres.shape[2])
         starts = of_file(f"{i}_clusters_starts", np.int32, 1, K, centres.shape[2] + 1)
-        layers.append(_Layer(memory, Clusters(centres, starts)))
+        layers.append(_Layer(memory, Clusters(centres, deviations, starts)))
     return layers
 
 

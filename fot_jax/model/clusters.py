@@ -7,9 +7,11 @@ keys, and scores these keys exactly (segments.py). When segments are merged, k-m
 the centres of all of them, so that clusters become narrower, not more populous, as memory grows.
 
 Keys are clustered as memory keeps them, decoded: unrotated, and of length 1 where the model
-normalises them. Clusters are ranked by the inner product of query and centre, and not by distance:
-a trained model's queries lie far from all of its keys (in SmolLM2 they are a tenth as long), where
-the distance to a key says little but how long the key is.
+normalises them. Clusters are ranked by the best inner product that a query may have with a key of
+them: that with the centre, and DEVIATIONS times that of the others from it. Without the second part
+those whose keys are all alike come first, and wide ones, which have the best keys as often, late.
+The distance to the centre would not do: a trained model's queries lie far from all of its keys (in
+SmolLM2 they are a tenth as long), where the distance to a key says little but how long the key is.
 
 Where there are very many centres a query does not score all of them: those of each segment are in
 groups around centres of their own, and a query goes to the best groups as it goes to the best
@@ -39,13 +41,14 @@ SLOTS = 128  # of a cluster, on average at most: to score centres costs about 1 
 ROUNDS = 8  # of k-means
 SAMPLE = 32  # keys for each centre that they go over
 BLOCK = 2**12  # keys that are assigned at a time
-ROUNDS_OF_MERGED = 3  # of k-means, which begins with what was found before
+ROUNDS_OF_MERGED = 2  # of k-means, which begins with what was found before
 COMPARED = 2**13  # centres that a key is compared with, at most; and groups, a centre
 COMPARED_GROUPS = 2**9
 NEAR = 8
 FEW = 512  # centres are a multiple of this while segments are merged: few sizes to compile for
 OF_GROUP = 32  # centres, on average
 PRODUCTS = 2**20  # of keys and centres at a time: they stay in the cache of a CPU
+DEVIATIONS = 1.5  # 1 to 2 were about as good for keys of SmolLM2 and of dictionary lookup
 RUN = 64  # centres, among whose products the greatest is sought by itself
 
 
@@ -53,13 +56,15 @@ class Clusters(NamedTuple):
     """The clusters of a segment of one layer; heads with fewer have empty ones at the end."""
 
     centres: Float[AnyArray, "1 K C D"]  # float32
+    # Of keys from their centre, of each element: the root of the mean square. float32
+    deviations: Float[AnyArray, "1 K C"]
     starts: Int[AnyArray, "1 K C+1"]  # int32: cluster c has the slots starts[c] … starts[c + 1] - 1
 
 
 class Level(NamedTuple):
     """Where vectors of all segments of one layer are: in clusters, one segment after another."""
 
-    centres: Stored  # [1, K, as many as there is room for, D] float32
+    reaches: Stored  # [1, K, as many as there is room for, D + 1] float32; see reaches_of
     used: Bool[AnyArray, "1 K room"]  # those with a member
     segment: Int[np.ndarray, " clusters"]
     first: Int[np.ndarray, "K clusters"]  # vector of its segment
@@ -69,16 +74,16 @@ class Level(NamedTuple):
         """Of the segments before one, only."""
         count = np.searchsorted(self.segment, segment)
         used = self.used & (jnp.arange(self.used.shape[2]) < count)
-        return Level(self.centres, used, *(x[..., :count] for x in self[2:]))
+        return Level(self.reaches, used, *(x[..., :count] for x in self[2:]))
 
-    def with_segment(self, number: int, centres, first, size) -> Level:
-        """With that of a number; the array of centres is made twice as long when it is full."""
-        x, used, count, more = self.centres.x, self.used, len(self.segment), centres.shape[2]
+    def with_segment(self, number: int, reaches, first, size) -> Level:
+        """With that of a number; the array of reaches is made twice as long when it is full."""
+        x, used, count, more = self.reaches.x, self.used, len(self.segment), reaches.shape[2]
         while count + more > x.shape[2]:
             x = jnp.pad(x, [(0, 0), (0, 0), (0, x.shape[2]), (0, 0)])
             used = jnp.pad(used, [(0, 0), (0, 0), (0, used.shape[2])])
         return Level(
-            Stored(_put(x, centres, count), None),
+            Stored(_put(x, reaches, count), None),
             _put(used, size[None] > 0, count),
             np.append(self.segment, np.full(more, number)),
             np.append(self.first, first, axis=1),
@@ -91,50 +96,61 @@ class Index(NamedTuple):
 
     Attributes:
       clusters: of keys; those of a segment are in the order of their groups.
-      groups: of centres of clusters.
-      centres: [1, K, clusters, D] of every segment: what is in the groups.
+      groups: of clusters.
+      reaches: [1, K, clusters, D + 1] of those of every segment: what is in the groups.
     """
 
     clusters: Level
     groups: Level
-    centres: tuple[Stored, ...] = ()
+    reaches: tuple[Stored, ...] = ()
 
     def up_to(self, segment: int) -> Index:
         """Of the segments before one, only."""
         levels = self.clusters.up_to(segment), self.groups.up_to(segment)
-        return Index(*levels, self.centres[:segment])
+        return Index(*levels, self.reaches[:segment])
 
     def with_segment(self, clusters: Clusters) -> Index:
         """With one more."""
-        centres, starts = (np.asarray(x)[0] for x in clusters)
-        orders, groups = _grouped(centres, np.diff(starts))
-        centres = np.take_along_axis(centres, orders[..., None], 1)[None]
+        starts, reaches = np.asarray(clusters.starts)[0], reaches_of(clusters)[0]
+        orders, groups = _grouped(reaches, np.diff(starts))
+        reaches = np.take_along_axis(reaches, orders[..., None], 1)[None]
         first, size = (np.take_along_axis(x, orders, 1) for x in (starts[:, :-1], np.diff(starts)))
-        number, of_group = len(self.centres), groups.starts[0]
+        number, of_group = len(self.reaches), groups.starts[0]
         return Index(
-            self.clusters.with_segment(number, centres, first, size),
+            self.clusters.with_segment(number, reaches, first, size),
             self.groups.with_segment(number, groups.centres, of_group[:, :-1], np.diff(of_group)),
-            (*self.centres, Stored(centres, None)),
+            (*self.reaches, Stored(reaches, None)),
         )
+
+
+def reaches_of(clusters: Clusters) -> Float[np.ndarray, "1 K C D+1"]:
+    """What clusters are ranked by: inner products with `to_reaches` of a query, float32."""
+    deviations = DEVIATIONS * np.asarray(clusters.deviations)[..., None]
+    return np.concatenate([np.asarray(clusters.centres), deviations], -1)
+
+
+def to_reaches(q: Float[np.ndarray, "1 K N D"]) -> Float[np.ndarray, "1 K N D+1"]:
+    """A query, and how long it is: by so much it may make of a deviation."""
+    return np.concatenate([q, np.linalg.norm(q, axis=-1, keepdims=True)], -1)
 
 
 def no_index(heads: int, dim: int) -> Index:
     """Of no segment yet."""
     nothing = np.zeros((heads, 0), int)
-    centres = jnp.zeros((1, heads, 512, dim), jnp.float32)
+    reaches = jnp.zeros((1, heads, 512, dim + 1), jnp.float32)
     used = jnp.zeros((1, heads, 512), bool)
-    level = Level(Stored(centres, None), used, nothing[0], nothing, nothing)
+    level = Level(Stored(reaches, None), used, nothing[0], nothing, nothing)
     return Index(level, level)
 
 
 def _grouped(
-    centres: Float[np.ndarray, "K C D"], size: Int[np.ndarray, "K C"]
+    reaches: Float[np.ndarray, "K C D+1"], size: Int[np.ndarray, "K C"]
 ) -> tuple[Int[np.ndarray, "K C"], Clusters]:
     """The order of clusters by their groups, empty clusters last, and the groups."""
     orders, by_head = [], []
-    for x, members in zip(centres, size, strict=True):
+    for x, members in zip(reaches, size, strict=True):
         used = np.flatnonzero(members)
-        order, groups = used[:0], Clusters(x[:0], np.zeros(1, int))
+        order, groups = used[:0], Clusters(x[:0], x[:0, 0], np.zeros(1, int))
         if len(some := x[used]):
             order, groups = _merged_head([Stored(some, None)], some[::OF_GROUP], COMPARED_GROUPS)
         orders.append(np.append(used[order], np.flatnonzero(members == 0)))
@@ -162,25 +178,28 @@ def clustered(layer: LayerMemory, visible: Int[AnyArray, ""]) -> tuple[LayerMemo
 def _of_head(keys: Stored, visible) -> tuple[Int[Array, " M"], Clusters]:
     """The order of the slots of keys [M, D], and their clusters; those that hold nothing come last.
 
-    The clusters of one head: centres [C, D], starts [C + 1].
+    The clusters of one head: centres [C, D], deviations [C], starts [C + 1].
     """
     slots = keys.x.shape[0]
     count = max(1, slots // SLOTS)
     sample = _decoded(keys, _spread(count * min(SAMPLE, SLOTS), visible))
     centres = _k_means(sample, _decoded(keys, _spread(count, visible)))
     block = min(BLOCK, slots & -slots)
-    nearest = lax.map(
+    found = lax.map(
         lambda at: _nearest(_decoded(keys, at), centres), jnp.arange(slots).reshape(-1, block)
-    ).reshape(-1)
+    )
+    nearest, squares = (x.reshape(-1) for x in found)
     cluster = jnp.where(jnp.arange(slots) < visible, nearest, count)
     starts = jnp.searchsorted(jnp.sort(cluster), jnp.arange(count + 1)).astype(jnp.int32)
-    return jnp.argsort(cluster, stable=True), Clusters(centres, starts)
+    total = jnp.zeros(count).at[cluster].add(squares, mode="drop")
+    deviations = jnp.sqrt(total / (keys.dim * jnp.maximum(jnp.diff(starts), 1)))
+    return jnp.argsort(cluster, stable=True), Clusters(centres, deviations, starts)
 
 
 def _k_means(x, centres):
     """The centres of clusters of x [n, D], from some to begin with."""
 
-    return lax.fori_loop(0, ROUNDS, lambda _, c: _means(x, _nearest(x, c), c), centres)
+    return lax.fori_loop(0, ROUNDS, lambda _, c: _means(x, _nearest(x, c)[0], c), centres)
 
 
 def _means(x, nearest, centres):
@@ -193,7 +212,8 @@ def _means(x, nearest, centres):
 def _nearest(x, centres):
     """The centre that each of x [n, D] is closest to, the first of equally close ones.
 
-    To write all products to memory takes a CPU longer than to multiply, as does argmax than max.
+    And the square of the distance. To write all products to memory takes a CPU longer than to
+    multiply, as does argmax than max.
     """
     (n, D), C = x.shape, len(centres)
     rows, run = _power_of_two(n, PRODUCTS // C), _power_of_two(C, RUN)
@@ -202,10 +222,12 @@ def _nearest(x, centres):
     def of_rows(x):
         closeness = (x @ centres.T - half_square).reshape(rows, -1, run)
         best = closeness.max(-1).argmax(1)
-        in_run = jnp.take_along_axis(closeness, best[:, None, None], 1)[:, 0].argmax(1)
-        return best * run + in_run
+        closeness = jnp.take_along_axis(closeness, best[:, None, None], 1)[:, 0]
+        square = jnp.square(x).sum(1) - 2 * closeness.max(1)
+        return best * run + closeness.argmax(1), jnp.maximum(square, 0)
 
-    return lax.map(of_rows, x.reshape(-1, rows, D)).reshape(-1)
+    found = lax.map(of_rows, x.reshape(-1, rows, D))
+    return tuple(x.reshape(-1) for x in found)
 
 
 def _power_of_two(n: int, most: int) -> int:
@@ -259,11 +281,16 @@ def merged(
 
 
 def _of_heads(by_head: Sequence[Clusters]) -> Clusters:
-    """The clusters of heads, [C, D] and [C + 1] each, as those of a layer."""
+    """The clusters of heads, [C, D], [C] and [C + 1] each, as those of a layer."""
     most = max(len(x.centres) for x in by_head)
     centres = [np.pad(x.centres, [(0, most - len(x.centres)), (0, 0)]) for x in by_head]
+    deviations = [np.pad(x.deviations, (0, most - len(x.deviations))) for x in by_head]
     starts = [np.pad(x.starts, (0, most + 1 - len(x.starts)), mode="edge") for x in by_head]
-    return Clusters(np.stack(centres)[None], np.stack(starts)[None].astype(np.int32))
+    return Clusters(
+        np.stack(centres)[None],
+        np.stack(deviations)[None].astype(np.float32),
+        np.stack(starts)[None].astype(np.int32),
+    )
 
 
 def _merged_head(
@@ -276,15 +303,21 @@ def _merged_head(
     at = np.linspace(0, count, min(count, SAMPLE * len(centres)), endpoint=False).astype(int)
     sample = jax.tree.map(lambda *x: taken(x, at), *keys)
     for _ in range(ROUNDS_OF_MERGED):
-        centres = np.asarray(_moved(sample, _assigned([sample], centres, compared), centres))
-    nearest = _assigned(keys, centres, compared)
+        centres = np.asarray(_moved(sample, _assigned([sample], centres, compared)[0], centres))
+    nearest, squares = _assigned(keys, centres, compared)
     order = np.argsort(nearest, kind="stable")
-    used, starts = np.unique(nearest[order], return_index=True)
-    return order, Clusters(centres[used], np.append(starts, count))
+    used, starts, members = np.unique(nearest[order], return_index=True, return_counts=True)
+    total = np.bincount(nearest, squares)[used]
+    deviations = np.sqrt(total / (keys[0].dim * members))
+    return order, Clusters(centres[used], deviations, np.append(starts, count))
 
 
-def _assigned(keys: Sequence[Stored], centres: np.ndarray, compared: int) -> Int[np.ndarray, " n"]:
+def _assigned(
+    keys: Sequence[Stored], centres: np.ndarray, compared: int
+) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """Which of centres [C, D] is closest to each of the keys [n, D] of several arrays.
+
+    And the square of the distance.
 
     Of more than `compared` centres, the closest of those around a cell that the key is in, NEAR
     times as many as a cell has.
@@ -293,29 +326,30 @@ def _assigned(keys: Sequence[Stored], centres: np.ndarray, compared: int) -> Int
         return _nearest_in_blocks(keys, centres)
     count = 1 << len(centres).bit_length() // 2
     cells = np.asarray(_trained(centres, centres[:: len(centres) // count][:count]))
-    cell = _nearest_in_blocks(keys, cells)
+    cell, _ = _nearest_in_blocks(keys, cells)
     order = np.argsort(cell, kind="stable")
     bounds = np.searchsorted(cell[order], np.arange(count + 1))
-    nearest = np.empty(len(order), int)
+    nearest, squares = np.empty(len(order), int), np.empty(len(order), np.float32)
     for i, (start, stop) in enumerate(itertools.pairwise(bounds)):
         if start < stop:
             many = min(len(centres), NEAR * len(centres) // count)
             some = np.asarray(_closest(centres, cells[i], many))
             in_cell = jax.tree.map(lambda *x, at=order[start:stop]: taken(x, at), *keys)
-            nearest[order[start:stop]] = some[_nearest_in_blocks([in_cell], centres[some])]
-    return nearest
+            found, squares[order[start:stop]] = _nearest_in_blocks([in_cell], centres[some])
+            nearest[order[start:stop]] = some[found]
+    return nearest, squares
 
 
-def _nearest_in_blocks(keys: Sequence[Stored], centres: np.ndarray) -> Int[np.ndarray, " n"]:
-    """Which of the centres is closest to each key of several arrays."""
+def _nearest_in_blocks(keys: Sequence[Stored], centres: np.ndarray):
+    """As `_assigned`, of all centres."""
     found = []
     for x in keys:
         for start in range(0, len(x.x), BLOCK):
             block = jax.tree.map(lambda x, at=start: x[at : at + BLOCK], x)
             n = len(block.x)
             block = jax.tree.map(lambda x, n=n: np.resize(x, (BLOCK, *x.shape[1:])), block)
-            found.append(np.asarray(_nearest_of_stored(block, centres))[:n])
-    return np.concatenate(found)
+            found.append([np.asarray(x)[:n] for x in _nearest_of_stored(block, centres)])
+    return tuple(np.concatenate(x) for x in zip(*found, strict=True))
 
 
 _trained = jax.jit(_k_means)

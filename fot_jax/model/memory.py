@@ -13,11 +13,13 @@ Letters: B rows, T tokens, K key/value heads, M slots, D head dim, n shards.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
@@ -291,3 +293,14 @@ def _widened(layer: LayerMemory, more: int, mesh: Mesh | None) -> LayerMemory:
         return wide if mesh is None else lax.with_sharding_constraint(wide, _shardings(mesh)[1])
 
     return jax.tree.map(pad, layer)
+
+
+def empty_on_host(shape: Sequence[int], dtype) -> np.ndarray:
+    """An array to fill that programs of the CPU backend use where it is, at a multiple of 64 bytes.
+
+    Others are copied whenever they are passed to one; most of np.empty's are.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    return room[start : start + size].view(dtype).reshape(shape)

@@ -21,7 +21,6 @@ keys that are visited, V clusters.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -33,6 +32,7 @@ from jax.experimental.multihost_utils import process_allgather
 from jaxtyping import Float, Int
 
 from fot_jax.model import clusters
+from fot_jax.model import memory as memories
 from fot_jax.model.attention import partial_softmax
 from fot_jax.model.attention.partial_softmax import MASKED, AnyArray, Parts
 from fot_jax.model.clusters import Index, Level
@@ -240,7 +240,7 @@ def search(
     visited = max(lookup.k, -(-lookup.visited // closed.processes))
     q, index = _in_one_row(np.asarray(q)), closed.index
     some = 8 + 4 * visited // clusters.SLOTS  # as many as are needed where they are small
-    best = _best_clusters(index, q, some, visited)
+    best = _best_clusters(index, clusters.to_reaches(q), some, visited)
     keys = [segment.layer.k for segment in closed.segments]
     found = _best_in_clusters(index.clusters, best, q, keys, lookup.k, visited)
     return tuple(_in_rows(x, B) for x in found)
@@ -250,10 +250,10 @@ def _best_clusters(index: Index, q, some: int, visited: int):
     """Scores and numbers of the best clusters; of many, of those in the groups that are visited."""
     count, groups = len(index.clusters.segment), len(index.groups.segment)
     if count <= MANY or not groups:  # there are none where all clusters are empty
-        return _best_centres(q, index.clusters.centres, index.clusters.used, some)
-    best = _best_centres(q, index.groups.centres, index.groups.used, some)
+        return _best_reaches(q, index.clusters.reaches, index.clusters.used, some)
+    best = _best_reaches(q, index.groups.reaches, index.groups.used, some)
     some = min(some, visited)
-    return _best_in_clusters(index.groups, best, q, index.centres, some, visited)
+    return _best_in_clusters(index.groups, best, q, index.reaches, some, visited)
 
 
 def _best_in_clusters(level: Level, best, q, vectors: Sequence[Stored], k: int, visited: int):
@@ -266,29 +266,31 @@ def _best_in_clusters(level: Level, best, q, vectors: Sequence[Stored], k: int, 
         many -= 1
     found = []
     for at in range(0, N, many):
-        gathered, slots = _gather(vectors, runs.of_queries(at, at + many), visited)
-        of_queries = 1, K, many, visited
-        gathered = jax.tree.map(lambda x, y=of_queries: x.reshape(*y, *x.shape[1:]), gathered)
-        of_runs = q[:, :, at : at + many], gathered, slots.reshape(of_queries)
-        found.append(_best_gathered(*of_runs, k))
-    return tuple(np.concatenate(x, 2) for x in zip(*found, strict=True))
+        of_queries = slice(at, at + many)
+        gathered = _gather(vectors, runs.of_queries(of_queries), visited)
+        shape = 1, K, many, visited
+        gathered = jax.tree.map(lambda x, shape=shape: x.reshape(*shape, *x.shape[1:]), gathered)
+        there = runs.size[None, :, of_queries].sum(-1)
+        found.append(_best_gathered(q[:, :, of_queries], gathered, there, k))
+    scores, at = (np.concatenate(x, 2) for x in zip(*found, strict=True))
+    return scores, _slots_of(at, runs, vectors)
 
 
 @functools.partial(jax.jit, static_argnames="most")
-def _best_centres(q, centres: Stored, used, most: int):
-    """Scores and numbers of the `most` best centres, or of all; of equal ones the first.
+def _best_reaches(q, reaches: Stored, used, most: int):
+    """Scores and numbers of the `most` best reaches, or of all; of equal ones the first.
 
     Those of empty clusters are left out: they are where another one is that has all the keys.
 
-    Choosing takes longer than the product, so it is done twice: among runs of centres by the best
+    Choosing takes longer than the product, so it is done twice: among runs of them by the best
     of each, then among all of the best runs.
     """
-    _, K, C, _ = centres.x.shape
+    _, K, C, _ = reaches.x.shape
     run = 1 << int(math.log2(max(1, C / most))) // 2  # C is 512 times a power of two
     runs = C // run
 
     def of_queries(args):
-        scores = jnp.where(used[:, :, None], scores_of(args[0], centres.x), MASKED)
+        scores = jnp.where(used[:, :, None], scores_of(args[0], reaches.x), MASKED)
         scores = scores.reshape(*scores.shape[:3], runs, run)
         _, chosen = jax.lax.top_k(scores.max(-1), min(most, runs))
         chosen = jnp.sort(chosen, -1)[..., None]
@@ -308,8 +310,8 @@ class _Runs(NamedTuple):
     first: Int[np.ndarray, "K N V"]  # slot in the segment
     size: Int[np.ndarray, "K N V"]  # slots; 0: none
 
-    def of_queries(self, start: int, stop: int) -> _Runs:
-        return _Runs(*(x[:, start:stop] for x in self))
+    def of_queries(self, some: slice) -> _Runs:
+        return _Runs(*(x[:, some] for x in self))
 
 
 def _clusters_to_visit(level: Level, near, ids, most: int) -> _Runs:
@@ -322,10 +324,33 @@ def _clusters_to_visit(level: Level, near, ids, most: int) -> _Runs:
 
 
 @functools.partial(jax.jit, static_argnames="k")
-def _best_gathered(q, keys: Stored, slots, k: int):
+def _best_gathered(q, keys: Stored, there, k: int):
+    """The k best scores [1, K, N, k] and where they are among keys [1, K, N, room, ...]; -1: none.
+
+    `there` [1, K, N]: how many keys there are, from the first place on.
+    """
     scores = einsum("bknd,bknld->bknl", q, decode(keys, q.dtype))
-    scores, at = jax.lax.top_k(jnp.where(slots >= 0, scores, MASKED), k)
-    return scores, jnp.take_along_axis(slots, at, -1)
+    seen = jnp.arange(scores.shape[-1]) < there[..., None]
+    scores, at = jax.lax.top_k(jnp.where(seen, scores, MASKED), k)
+    return scores, jnp.where(at < there[..., None], at, -1)
+
+
+def _slots_of(at: Int[np.ndarray, "1 K N k"], runs: _Runs, stored: Sequence[Stored]) -> np.ndarray:
+    """Which slots were gathered to places `at`, counted through all segments; int32, -1: none."""
+    room = 1 + runs.size.sum(-1).max()
+    ends = runs.size.cumsum(-1)
+    query = np.arange(at[0, ..., 0].size).reshape(*at.shape[1:3], 1) * room
+    run = np.searchsorted((query + ends).reshape(-1), query + np.maximum(at[0], 0), side="right")
+    run = np.minimum(run, ends.size - 1)  # of a query for which there is nothing
+    segment, first, end, size = (x.reshape(-1)[run] for x in (*runs[:2], ends, runs.size))
+    slots = _starts_of(stored)[segment] + first + at[0] - (end - size)
+    return np.where(at[0] < 0, -1, slots)[None].astype(np.int32)
+
+
+def _starts_of(stored: Sequence[Stored]) -> Int[np.ndarray, " segments"]:
+    """The number of the first slot of each segment, counted through all."""
+    slots = np.array([each.x.shape[2] for each in stored])
+    return np.cumsum(slots) - slots
 
 
 def _attend_values(q, closed: Closed, scores, slots) -> Parts:
@@ -340,8 +365,11 @@ def _values(closed: Closed, scores, slots):
     slots = np.where(here, slots, 0).reshape(len(slots), -1)
 
     def taken(*arrays):
-        of_heads = zip(*(np.asarray(x)[0] for x in arrays), strict=True)
-        return np.stack([clusters.taken(*x) for x in zip(of_heads, slots, strict=True)])[None]
+        arrays = [np.asarray(x)[0] for x in arrays]
+        out = memories.empty_on_host((*slots.shape, *arrays[0].shape[2:]), arrays[0].dtype)
+        for of_head, its_slots, to in zip(zip(*arrays, strict=True), slots, out, strict=True):
+            to[:] = clusters.taken(of_head, its_slots)
+        return out[None]
 
     values = jax.tree.map(taken, *(segment.layer.v for segment in closed.segments))
     return np.where(here, scores, MASKED)[None], values
@@ -355,44 +383,28 @@ def _attend_gathered(dtype, scores, values: Stored, rows: int) -> Parts:
     return jax.tree.map(lambda x: _in_rows(x, rows), parts)
 
 
-def _gather(stored: Sequence[Stored], runs: _Runs, room: int) -> tuple[Stored, np.ndarray]:
+def _gather(stored: Sequence[Stored], runs: _Runs, room: int) -> Stored:
     """The vectors of runs.
 
     Args:
       stored: of every segment, one row.
-      room: for vectors of each query, those of one segment after another.
+      room: for vectors of each query, those of one run after another.
 
     Returns:
-      Stored, but of arrays [K * N * room, ...], and which slots they are of, counted through all
-      segments: int32 [K * N * room], -1 where there is no vector.
+      Stored, but of arrays [K * N * room, ...]; places that no vector is for hold anything.
     """
     K, N, _ = runs.size.shape
-    order = np.argsort(runs.segment, axis=-1, kind="stable")
-    segment, first, size = (np.take_along_axis(x, order, -1) for x in runs)
-    slots_of_each = np.array([each.x.shape[2] for each in stored])
-    query = np.arange(K * N).reshape(K, N, 1)
-    # Of the first vector of each run: its row among those of all heads, where it is put, its slot.
-    at = first + query // N * slots_of_each[segment]
-    to = query * room + np.cumsum(size, -1) - size
-    slot = first + (np.cumsum(slots_of_each) - slots_of_each)[segment]
-    size = size.reshape(-1)
-    steps = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
-    at, to, slot = (np.repeat(x.reshape(-1), size) + steps for x in (at, to, slot))
-    slots = np.full(K * N * room, -1, np.int32)
-    slots[to] = slot
-    # Takes of a query from a segment.
-    part = np.repeat((query * len(stored) + segment).reshape(-1), size)
-    bounds = np.flatnonzero(np.diff(part, prepend=-1, append=-1))
-    takes = [
-        (part[a] % len(stored), at[a:b], slice(to[a], to[a] + b - a))
-        for a, b in itertools.pairwise(bounds)
-    ]
+    to = np.arange(K * N).reshape(K, N, 1) * room + runs.size.cumsum(-1) - runs.size
+    head = np.broadcast_to(np.arange(K)[:, None, None], runs.size.shape)
+    some = runs.size > 0
+    # Runs are long enough for a loop over them to take less than numbers of all their vectors.
+    copies = list(zip(*(x[some].tolist() for x in (head, *runs, to)), strict=True))
 
     def gather(arrays):
-        arrays = [np.asarray(x)[0].reshape(-1, *x.shape[3:]) for x in arrays]
-        out = np.zeros((len(slots), *arrays[0].shape[1:]), arrays[0].dtype)
-        for which, at, to in takes:
-            np.take(arrays[which], at, axis=0, out=out[to], mode="clip")  # else through a buffer
+        arrays = [np.asarray(x)[0] for x in arrays]
+        out = memories.empty_on_host((K * N * room, *arrays[0].shape[2:]), arrays[0].dtype)
+        for head, segment, first, size, to in copies:
+            out[to : to + size] = arrays[segment][head, first : first + size]
         return out
 
-    return jax.tree.map(lambda *arrays: gather(arrays), *stored), slots
+    return jax.tree.map(lambda *arrays: gather(arrays), *stored)

@@ -176,7 +176,7 @@ KILLED = """
     os.fsync = fsync
     model_of("llama").read(random_text(1, 1000), memory=MemoryConfig(directory=path))
 """
-LEFT = {2: 0, 20: 2, 39: 4}  # files when it is killed -> whole segments, of nine files each
+LEFT = {2: 0, 24: 2, 47: 4}  # files when it is killed -> whole segments, of eleven files each
 
 
 @pytest.fixture(scope="module")

@@ -77,8 +77,8 @@ def test_three_processes(tmp_path):
 def test_one_is_killed(tmp_path):
     """While it writes its fourth segment, before which the other one must not merge, and then, when
     it has gone on, while it merges four."""
-    # A segment has nine files; going on, three segments are there.
-    for files, segments in ((30, 3), (12, 4)):
+    # A segment has eleven files; going on, three segments are there.
+    for files, segments in ((36, 3), (14, 4)):
         processes = start(tmp_path, 2, "few", str(files))
         try:
             assert processes[1].wait(timeout=300) == -signal.SIGKILL

@@ -98,8 +98,8 @@ def check_search(storage, counts, visited, rows, in_groups, distinct, seed, slot
     keys = np.stack(
         [np.asarray(memory.decode(s.layer.k, jnp.float32), float)[0] for s in closed.segments]
     )
-    of_clusters, of_groups, centres = closed.index
-    starts = np.cumsum([0] + [x.x.shape[2] for x in centres])  # numbers of clusters
+    of_clusters, of_groups, reaches = closed.index
+    starts = np.cumsum([0] + [x.x.shape[2] for x in reaches])  # numbers of clusters
     some = 8 + 4 * visited // clusters.SLOTS
     for row, head, n in np.ndindex(rows, K, N):
         query = np.asarray(q[row, head, n], np.float64)
@@ -107,7 +107,8 @@ def check_search(storage, counts, visited, rows, in_groups, distinct, seed, slot
         def best(level, among, head=head, query=query):
             """The best `some` of those clusters `among` some of a level that are not empty."""
             among = among[level.size[head, among] > 0]
-            scores = np.asarray(level.centres.x, np.float64)[0, head, among] @ query
+            reaches = np.asarray(level.reaches.x, np.float64)[0, head, among]
+            scores = reaches @ np.append(query, np.linalg.norm(query))
             return among[np.argsort(-scores, kind="stable")][:some]
 
         def visit(level, ids, starts, head=head):
@@ -130,6 +131,32 @@ def check_search(storage, counts, visited, rows, in_groups, distinct, seed, slot
         np.testing.assert_allclose(all_scores[found_slots[row, head, n, found]], want, atol=1e-4)
 
 
+def test_wide_clusters_are_visited_for_the_best_keys_that_they_may_have():
+    """More of these are found than in the clusters with the best centres."""
+    rng = np.random.default_rng(0)
+    places = rng.normal(size=(64, 16))
+    widths = rng.choice([0.1, 0.6], size=(64, 1))
+    at = rng.integers(64, size=8_192)
+    keys = places[at] + widths[at] * rng.normal(size=(8_192, 16))
+    closed = closed_of([segment_of(keys[None, None], keys[None, None], 8_192)], 8_192)
+    q = rng.normal(size=(200, 16)).astype(np.float32)
+    scores, _ = segments.search(IndexedTopK(10, 512), jnp.asarray(q[None, None]), closed)
+    exact = q @ np.asarray(closed.segments[0].layer.k.x)[0, 0].T
+    best = np.sort(exact)[:, -10:]
+    level = closed.index.clusters
+    first, size = level.first[0], level.size[0]
+    centres = np.asarray(level.reaches.x)[0, 0, : len(first), :-1]
+    of_centres = 0
+    for query, scores_of_keys, worst in zip(q, exact, best[:, 0], strict=True):
+        order = np.argsort(-(centres @ query))
+        order = order[size[order] > 0]
+        runs = zip(first[order], size[order], strict=True)
+        visited = np.concatenate([np.arange(a, a + n) for a, n in runs])[:512]
+        of_centres += (scores_of_keys[visited] >= worst - 1e-5).sum()
+    found = (scores[0, 0] >= best[:, :1] - 1e-5).sum()
+    assert best.size - found < 0.8 * (best.size - of_centres)
+
+
 def around_places(rng, shape, dim):
     """Vectors around 400 places, more than there are clusters."""
     return rng.normal(size=(400, dim))[rng.integers(400, size=shape)] + 0.3 * rng.normal(
@@ -137,13 +164,21 @@ def around_places(rng, shape, dim):
     )
 
 
-def check_clusters(keys, centres, starts):
+def check_clusters(keys, centres, deviations, starts):
     """That each key is in the cluster closest to it; the sum of squared distances."""
     assert starts[0] == 0 and starts[-1] == len(keys) and (np.diff(starts) >= 0).all()
     distances = np.square(keys[:, None] - np.asarray(centres, float)).sum(-1)
     own = distances[np.arange(len(keys)), np.repeat(np.arange(len(starts) - 1), np.diff(starts))]
     np.testing.assert_allclose(own, distances.min(-1), atol=1e-4)
+    check_deviations(own / keys.shape[1], deviations, starts)
     return own.sum()
+
+
+def check_deviations(squares, deviations, starts):
+    """Against squared deviations [n] of keys in the order of their clusters."""
+    for deviation, of_cluster in zip(deviations, np.split(squares, starts[1:-1]), strict=True):
+        want = np.sqrt(of_cluster.mean()) if len(of_cluster) else 0
+        np.testing.assert_allclose(deviation, want, rtol=1e-3, atol=1e-3)
 
 
 def tightness(keys, count):
@@ -162,14 +197,14 @@ def test_clusters_hold_every_key_and_are_nearly_as_tight_as_those_of_faiss(token
     if window is not None:
         k[:, :, ::window] = 30 + rng.normal(size=k[:, :, ::window].shape)
     layer, visible = segment_of(k, 2 * k, 4_096)
-    layer, (centres, starts) = clusters.clustered(layer, visible[0])
+    layer, found = clusters.clustered(layer, visible[0])
     got_k, got_v = (np.asarray(x.x)[:, :, :tokens] for x in layer)
     np.testing.assert_array_equal(got_v, 2 * got_k)
     np.testing.assert_array_equal(np.sort(got_k, axis=2), np.sort(k, axis=2).astype(np.float32))
-    for keys, of_head, its in zip(got_k[0], centres[0], np.asarray(starts[0]), strict=True):
-        distance = check_clusters(keys, of_head, its)
+    for keys, *of_head in zip(got_k[0], *(np.asarray(x)[0] for x in found), strict=True):
+        distance = check_clusters(keys, *of_head)
         if tokens > 1_000:
-            assert distance < 1.1 * tightness(keys, len(of_head))
+            assert distance < 1.1 * tightness(keys, len(of_head[0]))
 
 
 @pytest.mark.parametrize("compared", [clusters.COMPARED, 32], ids=["all", "some"])
@@ -189,10 +224,12 @@ def test_clusters_of_merged_segments(compared, monkeypatch):
         )
         assert sorted(order) == list(range(sum(counts)))
         its = np.unique(merged.starts[0, head])
-        centres = merged.centres[0, head, : len(its) - 1]
+        centres, deviations = (x[0, head, : len(its) - 1] for x in merged[:2])
         if compared > 32:
-            distance = check_clusters(together[order], centres, its)
+            distance = check_clusters(together[order], centres, deviations, its)
         else:
             own = np.repeat(centres, np.diff(its), axis=0)
-            distance = np.square(together[order] - own).sum()
+            squares = np.square(together[order] - own)
+            check_deviations(squares.mean(-1), deviations, its)
+            distance = squares.sum()
         assert distance < 1.15 * tightness(together, len(centres))
