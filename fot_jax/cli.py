@@ -355,7 +355,7 @@ def _evaluate(args) -> int:
         value = gin_files.value_of(of_training)  # where experiments say it
         if value is not None and gin_files.value_of(f"evaluate.{ours}") is None:
             gin.bind_parameter(f"evaluate.{ours}", value)
-    with gin_files.gin_errors():
+    with gin_files.gin_errors(), _stopped_without_remains():
         gin.get_configurable("evaluate")(checkpoint=args.checkpoint, output=args.output)
     cluster.finish()
     return 0

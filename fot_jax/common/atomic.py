@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -115,8 +117,25 @@ def _rename_in_bucket(source: epath.Path, target: epath.Path, mark: str) -> None
         files.mv([f"{before}/{name}" for name in batch], [f"{after}/{name}" for name in batch])
 
 
+@contextlib.contextmanager
+def scratch_directory(parent: epath.PathLike) -> Iterator[epath.Path]:
+    """Gives a new directory of this machine, which is removed at the end with all that is in it.
+
+    Raises:
+      OSError: it cannot be made.
+    """
+    path = epath.Path(tempfile.mkdtemp(dir=parent, prefix="scratch-"))
+    _half_written.add(path)
+    try:
+        yield path
+    finally:
+        # Over NFS files that are still mapped stay until they are not: no reason to fail.
+        shutil.rmtree(path, ignore_errors=True)
+        _half_written.discard(path)
+
+
 def remove_half_written() -> None:
-    """Removes what `new_directory` is writing in this process, which is about to exit.
+    """Removes what this process is writing in directories as above, as it is about to exit.
 
     Other threads may still write there until they find their files gone, so it looks repeatedly.
     """

@@ -18,6 +18,10 @@ class UserError(ValueError):
     """
 
 
+class NotHere(UserError):
+    """Something is missing on this machine that may be there on the one that is to run."""
+
+
 @contextlib.contextmanager
 def because_of(cause: str) -> Iterator[None]:
     """Puts a cause ("Owner.field has 3") before the message of a UserError raised in the block."""

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Float, Int
 
-from fot_jax.common.errors import UserError
+from fot_jax.common.errors import NotHere, UserError
 from fot_jax.data.vocabulary import Vocabulary
 
 
@@ -25,7 +25,7 @@ Position = tuple[int, ...]
 START: Position = (0, 0)
 
 
-class NoDocuments(UserError):
+class NoDocuments(NotHere):
     """None of any split are on this machine, or they are not prepared here."""
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from fot_jax.common.atomic import scratch_directory
 from fot_jax.common.configurable import configurable
-from fot_jax.common.errors import LARGEST_SEED, UserError, because_of, check_range
+from fot_jax.common.errors import LARGEST_SEED, NotHere, UserError, because_of, check_range
 from fot_jax.common.progress import bar
 from fot_jax.data.documents import DocumentSource
 from fot_jax.data.synthetic import KEY, QUESTION, DictionaryLookup, Records
@@ -41,10 +41,11 @@ class DictionaryAccuracy:
       sizes: tokens of dictionary, separators among them.
       windows: of questions, at every size; each of as many as a training document has.
       rows: of windows that are read side by side.
-      lookup: as MemoryConfig.lookup; the paper has k = 32.
+      lookup: as MemoryConfig.lookup; the paper has k = 32. With IndexedTopK the last tokens that
+        were read, up to 65,536, are searched exactly all the same.
       storage: of memory, as MemoryConfig.storage.
-      directory: of this machine, in which memory is in files as long as it is measured, as
-        MemoryConfig.directory has it; None: in RAM.
+      directory: of this machine, to keep memory in files in as long as it is measured, which are
+        then removed (see MemoryConfig.directory); None: in RAM.
       seed: of dictionary and questions.
       name: of the plot, and in results.
     """
@@ -63,10 +64,12 @@ class DictionaryAccuracy:
         check_range("DictionaryAccuracy", 0, LARGEST_SEED, seed=self.seed)
         if not self.sizes:
             raise UserError("DictionaryAccuracy.sizes = (): give one size or more")
+        with because_of("DictionaryAccuracy.directory"):
+            MemoryConfig(directory=self.directory, ring=False)
         for size in self.sizes:
             check_range("DictionaryAccuracy", 1, 2**30, sizes=size)
             with because_of(f"DictionaryAccuracy.sizes has {size}"):
-                self._memory(size, self.directory)
+                self._memory(size)
         if self.windows % self.rows:
             raise UserError(
                 f"DictionaryAccuracy.windows = {self.windows} is not a multiple of "
@@ -85,11 +88,12 @@ class DictionaryAccuracy:
     def check(self, model: ModelConfig, source: DocumentSource) -> None:
         """Raises UserError where the documents are no dictionary lookup, or sizes do not fit.
 
-        So it does without the directory that memory is to be in.
+        Raises NotHere where files cannot be written to `directory`.
         """
-        if self.directory is not None and not os.path.isdir(self.directory):
-            raise UserError(
-                f"DictionaryAccuracy.directory = {self.directory!r} is no directory: make it first"
+        if self.directory is not None and not os.access(self.directory, os.W_OK | os.X_OK):
+            raise NotHere(
+                f"DictionaryAccuracy.directory = {self.directory!r} is no directory that can be "
+                "written to: make it first, or name another one"
             )
         self._dictionary(source, self._sizes(model, source)[-1])
 
@@ -139,6 +143,8 @@ class DictionaryAccuracy:
 
     def _with_memory(self, lm, source, dictionary, sizes) -> Iterator[tuple[int, np.ndarray]]:
         """(size, correct [windows, half]) of each size."""
+        if self._memory(sizes[-1], self.directory).in_segments:
+            lm = lm.on_one_device()
         state, done = None, 0
         with self._files() as directory, bar(sizes[-1], name=self.name) as progress:
             for size in sizes:
@@ -155,12 +161,12 @@ class DictionaryAccuracy:
 
     @contextlib.contextmanager
     def _files(self) -> Iterator[str | None]:
-        """A name for a memory in files, which are removed in the end; None: in RAM."""
+        """A name for a memory in files, which are removed at the end; None: in RAM."""
         if self.directory is None:
             yield None
             return
-        with tempfile.TemporaryDirectory(dir=self.directory, prefix="dictionary-") as name:
-            yield os.path.join(name, "memory")
+        with scratch_directory(self.directory) as scratch:
+            yield str(scratch / "memory")
 
     def _answers(self, lm, source, dictionary, size: int, state: State) -> np.ndarray:
         questions = self._questions(source, dictionary, size)

@@ -15,9 +15,9 @@ from etils import epath
 from fot_jax.checkpoints import loading
 from fot_jax.common.atomic import replacing, write_file
 from fot_jax.common.configurable import configurable
-from fot_jax.common.errors import UserError, check_range
+from fot_jax.common.errors import NotHere, UserError, check_range
 from fot_jax.common.paths import absolute, path_of
-from fot_jax.data.documents import DocumentSource, NoDocuments
+from fot_jax.data.documents import DocumentSource
 from fot_jax.data.files import warn_once
 from fot_jax.evals.provenance import provenance
 from fot_jax.inference.language_model import LanguageModel
@@ -115,7 +115,7 @@ class Evaluation:
 
         Args:
           source: documents of training, with the vocabulary of the run.
-          elsewhere: documents may be on another machine: a warning says so.
+          elsewhere: documents and directories may be on another machine: a warning says so.
 
         Raises:
           UserError: one of them does not fit the model, or lacks something here.
@@ -124,10 +124,10 @@ class Evaluation:
         for each in (*self.evals, *self.during):
             try:
                 each.check(model, source)
-            except (NoDocuments, OSError) as error:  # or a bucket that takes a login
+            except (NotHere, OSError) as error:  # or a bucket that takes a login
                 if not elsewhere:
                     raise
-                warn_once(f"whether there are splits to evaluate is not known here: {error}")
+                warn_once(f"whether all is there to evaluate is not known here: {error}")
 
 
 @configurable(flags=("checkpoint", "output"))

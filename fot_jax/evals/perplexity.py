@@ -141,6 +141,8 @@ class PerplexityByContext:
     ) -> dict[str, Any]:
         """The row of a size."""
         window = lm.config.local_context
+        if self._memory(size).in_segments:
+            lm = lm.on_one_device()
         sums = np.zeros(3)
         for batch in batches:
             tokens, mask, weights = self._arrays(batch, size, window)

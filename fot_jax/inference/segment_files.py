@@ -11,8 +11,8 @@ three of each size, and a token is written once for each size.
     segment-000000-000003/
                       the first four that were closed: an .npy file for the keys, the values and, in
                       int8 and int4, the scales of every memory layer, [1, K, slots, ...], and for
-                      centres and starts of its clusters; and segment.json, sealed: how many slots
-                      are in use, and a CRC of every file
+                      centres, deviations and starts of its clusters; and segment.json, sealed: how
+                      many slots are in use, and a CRC of every file
     segment-000004-000004/
                       the next one
     open/             what save_memory writes: the open segment and the window, as a memory of its
@@ -20,8 +20,8 @@ three of each size, and a token is written once for each size.
 
 **Reading.** Files are memory-mapped, and arrays of the CPU backend lie right in the mapped pages:
 what is resident is the page cache's, which the system takes back as it needs. Other devices get a
-copy of one segment after another. With IndexedTopK the centres of all clusters are on the device,
-and the host reads what queries go to (model/segments.py).
+copy of one segment after another. With IndexedTopK centres and deviations of all clusters are on
+the device, and the host reads what queries go to (model/segments.py).
 
 **Being killed.** A segment's directory is written under another name and renamed when whole, and
 those that were merged into it are removed after that: what is there is what was closed, and a kill

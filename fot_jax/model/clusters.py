@@ -1,21 +1,22 @@
-"""An index of a memory in segments: the keys of each in clusters, to which queries go by centres.
+"""An index of a memory in segments: the keys of each in clusters, of which queries visit the best.
 
 When a segment is closed, the keys of every head are clustered, by k-means on a sample of them, and
 its slots are put in the order of their clusters: of no consequence for whoever looks them all up. A
-query scores the centres of all segments, takes the clusters with the best ones up to a number of
-keys, and scores these keys exactly (segments.py). When segments are merged, k-means goes on with
+query ranks the clusters of all segments, takes the best ones up to a number of keys, and scores
+these keys exactly (segments.py). When segments are merged, k-means goes on with
 the centres of all of them, so that clusters become narrower, not more populous, as memory grows.
 
 Keys are clustered as memory keeps them, decoded: unrotated, and of length 1 where the model
-normalises them. Clusters are ranked by the best inner product that a query may have with a key of
-them: that with the centre, and DEVIATIONS times that of the others from it. Without the second part
-those whose keys are all alike come first, and wide ones, which have the best keys as often, late.
-The distance to the centre would not do: a trained model's queries lie far from all of its keys (in
-SmolLM2 they are a tenth as long), where the distance to a key says little but how long the key is.
+normalises them. Clusters are ranked by about the best inner product that a query can expect with
+one of their keys: that with the centre, and DEVIATIONS times the length of the query times how far
+keys are from the centre. By the first part alone, clusters whose keys are all alike would come too
+early, and wide ones, which have the best keys as often, too late. The distance to the centre would
+not do: a trained model's queries lie far from all of its keys (in SmolLM2 they are a tenth as
+long), where the distance to a key says little but how long the key is.
 
-Where there are very many centres a query does not score all of them: those of each segment are in
-groups around centres of their own, and a query goes to the best groups as it goes to the best
-clusters. Groups are in RAM alone, made when a segment is closed or loaded.
+Where there are very many clusters a query does not rank all of them: those of each segment are in
+groups, clusters of what they are ranked by, and a query goes to the best groups as it goes to the
+best clusters. Groups are in RAM alone, made when a segment is closed or loaded.
 
 Letters: K key/value heads, M slots of a segment, D head dim, C clusters of a segment.
 """
@@ -39,6 +40,7 @@ from fot_jax.model.memory import LayerMemory, Stored
 
 SLOTS = 128  # of a cluster, on average at most: to score centres costs about 1 % of all keys
 ROUNDS = 8  # of k-means
+ROUNDS_OF_GROUPS = 3
 SAMPLE = 32  # keys for each centre that they go over
 BLOCK = 2**12  # keys that are assigned at a time
 ROUNDS_OF_MERGED = 2  # of k-means, which begins with what was found before
@@ -64,7 +66,7 @@ class Clusters(NamedTuple):
 class Level(NamedTuple):
     """Where vectors of all segments of one layer are: in clusters, one segment after another."""
 
-    reaches: Stored  # [1, K, as many as there is room for, D + 1] float32; see reaches_of
+    reaches: Stored  # [1, K, as many as there is room for, D + 1 or 2] float32; see reaches_of
     used: Bool[AnyArray, "1 K room"]  # those with a member
     segment: Int[np.ndarray, " clusters"]
     first: Int[np.ndarray, "K clusters"]  # vector of its segment
@@ -95,9 +97,9 @@ class Index(NamedTuple):
     """The clusters of all segments of one layer, and groups of these.
 
     Attributes:
-      clusters: of keys; those of a segment are in the order of their groups.
-      groups: of clusters.
-      reaches: [1, K, clusters, D + 1] of those of every segment: what is in the groups.
+      clusters: of keys, D + 1; those of a segment are in the order of their groups.
+      groups: of the reaches of clusters, D + 2.
+      reaches: [1, K, clusters, D + 1] of every segment: what is in the groups.
     """
 
     clusters: Level
@@ -118,7 +120,9 @@ class Index(NamedTuple):
         number, of_group = len(self.reaches), groups.starts[0]
         return Index(
             self.clusters.with_segment(number, reaches, first, size),
-            self.groups.with_segment(number, groups.centres, of_group[:, :-1], np.diff(of_group)),
+            self.groups.with_segment(
+                number, reaches_of(groups), of_group[:, :-1], np.diff(of_group)
+            ),
             (*self.reaches, Stored(reaches, None)),
         )
 
@@ -130,17 +134,20 @@ def reaches_of(clusters: Clusters) -> Float[np.ndarray, "1 K C D+1"]:
 
 
 def to_reaches(q: Float[np.ndarray, "1 K N D"]) -> Float[np.ndarray, "1 K N D+1"]:
-    """A query, and how long it is: by so much it may make of a deviation."""
+    """A query, and its length, by which deviations are multiplied."""
     return np.concatenate([q, np.linalg.norm(q, axis=-1, keepdims=True)], -1)
 
 
 def no_index(heads: int, dim: int) -> Index:
     """Of no segment yet."""
     nothing = np.zeros((heads, 0), int)
-    reaches = jnp.zeros((1, heads, 512, dim + 1), jnp.float32)
     used = jnp.zeros((1, heads, 512), bool)
-    level = Level(Stored(reaches, None), used, nothing[0], nothing, nothing)
-    return Index(level, level)
+
+    def of_nothing(dim):
+        reaches = Stored(jnp.zeros((*used.shape, dim), jnp.float32), None)
+        return Level(reaches, used, nothing[0], nothing, nothing)
+
+    return Index(of_nothing(dim + 1), of_nothing(dim + 2))
 
 
 def _grouped(
@@ -152,7 +159,8 @@ def _grouped(
         used = np.flatnonzero(members)
         order, groups = used[:0], Clusters(x[:0], x[:0, 0], np.zeros(1, int))
         if len(some := x[used]):
-            order, groups = _merged_head([Stored(some, None)], some[::OF_GROUP], COMPARED_GROUPS)
+            keys, begin = [Stored(some, None)], some[::OF_GROUP]
+            order, groups = _merged_head(keys, begin, COMPARED_GROUPS, ROUNDS_OF_GROUPS)
         orders.append(np.append(used[order], np.flatnonzero(members == 0)))
         by_head.append(groups)
     return np.stack(orders), _of_heads(by_head)
@@ -222,9 +230,9 @@ def _nearest(x, centres):
     def of_rows(x):
         closeness = (x @ centres.T - half_square).reshape(rows, -1, run)
         best = closeness.max(-1).argmax(1)
-        closeness = jnp.take_along_axis(closeness, best[:, None, None], 1)[:, 0]
-        square = jnp.square(x).sum(1) - 2 * closeness.max(1)
-        return best * run + closeness.argmax(1), jnp.maximum(square, 0)
+        in_run = jnp.take_along_axis(closeness, best[:, None, None], 1)[:, 0].argmax(1)
+        nearest = best * run + in_run
+        return nearest, jnp.square(x - centres[nearest]).sum(1)
 
     found = lax.map(of_rows, x.reshape(-1, rows, D))
     return tuple(x.reshape(-1) for x in found)
@@ -274,7 +282,7 @@ def merged(
         ]
         used = [np.diff(np.asarray(x.starts)[0, head]) > 0 for x in each]
         centres = [np.asarray(x.centres)[0, head, u] for x, u in zip(each, used, strict=True)]
-        order, clusters = _merged_head(of_head, np.concatenate(centres), COMPARED)
+        order, clusters = _merged_head(of_head, np.concatenate(centres), COMPARED, ROUNDS_OF_MERGED)
         orders.append(order)
         by_head.append(clusters)
     return orders, _of_heads(by_head)
@@ -294,7 +302,7 @@ def _of_heads(by_head: Sequence[Clusters]) -> Clusters:
 
 
 def _merged_head(
-    keys: Sequence[Stored], centres: np.ndarray, compared: int
+    keys: Sequence[Stored], centres: np.ndarray, compared: int, rounds: int
 ) -> tuple[np.ndarray, Clusters]:
     """Of one head: keys [n, D] of every segment, and the centres [C, D] to begin with."""
     count = sum(len(x.x) for x in keys)
@@ -302,7 +310,7 @@ def _merged_head(
     centres = np.pad(centres, [(0, more), (0, 0)], mode="edge")
     at = np.linspace(0, count, min(count, SAMPLE * len(centres)), endpoint=False).astype(int)
     sample = jax.tree.map(lambda *x: taken(x, at), *keys)
-    for _ in range(ROUNDS_OF_MERGED):
+    for _ in range(rounds):
         centres = np.asarray(_moved(sample, _assigned([sample], centres, compared)[0], centres))
     nearest, squares = _assigned(keys, centres, compared)
     order = np.argsort(nearest, kind="stable")

@@ -3,11 +3,11 @@
 There are few of them, of few sizes, as four of a size are merged (inference/segment_files.py). The
 host calls one compiled program for each.
 
-`Dense` and `TopK` go through all segments. `IndexedTopK` does not touch those that it need not: the
-centres of all clusters are on the device, which finds the best ones; the host gathers the keys of
-these clusters, from RAM or from mapped files; the device finds the best keys, and the host gathers
+`Dense` and `TopK` go through all segments. `IndexedTopK` does not touch those that it need not:
+what clusters are ranked by is on the device, which finds the best ones; the host gathers the keys
+of these clusters, from RAM or from mapped files; the device finds the best keys, and the host gathers
 their values. What travels, is computed and is read from files follows from IndexedTopK.visited and
-k; only centres are one for every 128 keys. Where these are many, the same is done with groups of
+k; only clusters are one for every 128 keys. Where these are many, the same is done with groups of
 them first (clusters.py).
 
 Several processes, each with segments of its own, attend together: each finds its best keys, all
@@ -251,7 +251,8 @@ def _best_clusters(index: Index, q, some: int, visited: int):
     count, groups = len(index.clusters.segment), len(index.groups.segment)
     if count <= MANY or not groups:  # there are none where all clusters are empty
         return _best_reaches(q, index.clusters.reaches, index.clusters.used, some)
-    best = _best_reaches(q, index.groups.reaches, index.groups.used, some)
+    of_groups = clusters.to_reaches(q)
+    best = _best_reaches(of_groups, index.groups.reaches, index.groups.used, some)
     some = min(some, visited)
     return _best_in_clusters(index.groups, best, q, index.reaches, some, visited)
 
@@ -315,7 +316,7 @@ class _Runs(NamedTuple):
 
 
 def _clusters_to_visit(level: Level, near, ids, most: int) -> _Runs:
-    """Of the clusters ids [K, N, V], whose centres have scores `near`, the first with most keys."""
+    """Of the clusters ids [K, N, V], whose reaches have scores `near`, the first with most keys."""
     head = np.arange(len(ids))[:, None, None]
     ids = np.minimum(ids, len(level.segment) - 1)  # where there are fewer than V
     size = np.where(near > MASKED / 2, level.size[head, ids], 0)
@@ -397,7 +398,7 @@ def _gather(stored: Sequence[Stored], runs: _Runs, room: int) -> Stored:
     to = np.arange(K * N).reshape(K, N, 1) * room + runs.size.cumsum(-1) - runs.size
     head = np.broadcast_to(np.arange(K)[:, None, None], runs.size.shape)
     some = runs.size > 0
-    # Runs are long enough for a loop over them to take less than numbers of all their vectors.
+    # A loop over runs, which are long, takes less time than to number all of their vectors.
     copies = list(zip(*(x[some].tolist() for x in (head, *runs, to)), strict=True))
 
     def gather(arrays):

@@ -15,6 +15,7 @@ from fot_jax.data.synthetic import KEY, QUESTION, DictionaryLookup, Passkey
 from fot_jax.evals.dictionary import DictionaryAccuracy
 from fot_jax.inference import segment_files
 from fot_jax.inference.language_model import Scores
+from fot_jax.inference.segment_files import Segments
 from fot_jax.inference.state import MemoryConfig
 from fot_jax.model.lookup import Dense, IndexedTopK, TopK
 
@@ -128,18 +129,28 @@ def test_a_model_with_memory_answers_as_if_it_read_the_text():
 def test_an_index_that_visits_all_keys_is_exact(tmp_path, monkeypatch, in_files):
     """Segments are made small, so that there are some; the directory is empty afterwards."""
     monkeypatch.setattr(segment_files, "TOKENS", 64)
+    with_closed, places = Segments.with_closed, []
+
+    def recorded(self, *args):
+        places.append(self.directory)
+        return with_closed(self, *args)
+
+    monkeypatch.setattr(Segments, "with_closed", recorded)
     lm, given = model((1,), 32), {"sizes": (320, 640), "windows": 40, "storage": None}
     index = {"lookup": IndexedTopK(5, 640), "directory": str(tmp_path) if in_files else None}
     indexed = evaluation(**given, **index)
     indexed.check(lm.config, TASK)
     want = evaluation(**given).run(lm, TASK)
     assert indexed.run(lm, TASK) == want and want[-1]["accuracy"] > 0
+    assert len(places) == 9  # the last 64 tokens are in none
+    for place in places:
+        assert place.is_relative_to(tmp_path) if in_files else place is None
     assert not list(tmp_path.iterdir())
 
 
 def test_a_directory_that_is_not_there(tmp_path):
     config = model((1,), 32).config
-    with pytest.raises(UserError, match="missing' is no directory: make it first"):
+    with pytest.raises(UserError, match="missing' is no directory that can be written"):
         evaluation(directory=str(tmp_path / "missing")).check(config, TASK)
 
 
@@ -185,7 +196,11 @@ def test_what_the_rows_become(tmp_path):
         ({"sizes": (20, 32)}, TASK, "DictionaryAccuracy.sizes has 20, less than a window of 32"),
         ({"windows": 5}, TASK, "DictionaryAccuracy.windows = 5 is not a multiple of"),
         ({"seed": -1}, TASK, "DictionaryAccuracy.seed = -1"),
-        ({"directory": "gs://bucket/x"}, TASK, "gs://bucket/x: files in a bucket cannot be"),
+        (
+            {"directory": "gs://bucket/x"},
+            TASK,
+            "DictionaryAccuracy.directory: gs://bucket/x: files in",
+        ),
         ({}, Passkey(), "asks about a DictionaryLookup, not a Passkey"),
         ({"sizes": (32 * 1000,)}, TASK, "a dictionary of 4000 records, but DictionaryLookup.key_l"),
     ],

@@ -320,7 +320,9 @@ def test_what_an_index_cannot_be_is_refused(read, tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path}/b: has no index, which memories in a direct"):
         lm.load_memory(tmp_path / "b", IndexedTopK())
     lm.save_memory(state, path)
-    content = json.loads((path / "segments.json").read_text())["content"] | {"version": 1}
-    (path / "segments.json").write_text(json.dumps(seal(content)))
-    with pytest.raises(UserError, match=f"{path}: a memory in segments of format version 1, and"):
-        lm.load_memory(path)
+    content = json.loads((path / "segments.json").read_text())["content"]
+    for old in (1, 2):
+        (path / "segments.json").write_text(json.dumps(seal(content | {"version": old})))
+        message = f"{path}: a memory in segments of format version {old}, and"
+        with pytest.raises(UserError, match=message):
+            lm.load_memory(path)

@@ -108,7 +108,9 @@ def check_search(storage, counts, visited, rows, in_groups, distinct, seed, slot
             """The best `some` of those clusters `among` some of a level that are not empty."""
             among = among[level.size[head, among] > 0]
             reaches = np.asarray(level.reaches.x, np.float64)[0, head, among]
-            scores = reaches @ np.append(query, np.linalg.norm(query))
+            while len(query) < reaches.shape[1]:  # once for clusters, twice for groups of them
+                query = np.append(query, np.linalg.norm(query))
+            scores = reaches @ query
             return among[np.argsort(-scores, kind="stable")][:some]
 
         def visit(level, ids, starts, head=head):
