@@ -75,7 +75,7 @@ def run() -> None:
         code = main()
     except Exception as error:
         # Gloo's error in the others when a process has ended, which has said why.
-        if gone := re.search(r"Gloo [\w-]+ failed: .*?([^]:]*)$", str(error).splitlines()[0]):
+        if gone := re.search(r"Gloo [\w-]+ failed: .*?([^]:]*)$", str(error).partition("\n")[0]):
             line = f"fot: error: another process of this run is gone ({gone[1].strip()})"
             print(f"{line}: see what that one said", file=sys.stderr)
         else:

@@ -13,7 +13,6 @@ import functools
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +23,7 @@ from etils import epath
 from fot_jax.checkpoints import loading, stream
 from fot_jax.common.atomic import new_directory
 from fot_jax.common.errors import UserError
-from fot_jax.common.paths import in_bucket, path_of
+from fot_jax.common.paths import check_for_orbax, in_bucket, path_of
 from fot_jax.common.progress import bar
 from fot_jax.data.hugging_face_tokenizer import HuggingFaceTokenizer
 from fot_jax.data.saved_vocabulary import load_vocabulary
@@ -330,8 +329,7 @@ def _checked_output(path: epath.PathLike) -> epath.Path:
         raise UserError(f"{path}: exists and is not empty: give a new directory")
     if os.path.ismount(there) or there == os.path.realpath("."):
         raise UserError(f"{path}: cannot be replaced when all is written: give a new directory")
-    if odd := re.search(r"[][*?\\\udc80-\udcff]", there):  # Orbax takes them for patterns
-        raise UserError(f"{path}: {odd[0]!a} in the path: give one without it")
+    check_for_orbax(path)
     return epath.Path(there)
 
 

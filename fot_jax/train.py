@@ -15,7 +15,7 @@ import optax
 from fot_jax.checkpoints.manager import Checkpointer
 from fot_jax.common.agreement import Agreement
 from fot_jax.common.configurable import configurable
-from fot_jax.common.paths import path_of
+from fot_jax.common.paths import check_for_orbax, path_of
 from fot_jax.common.progress import said_if_slow
 from fot_jax.data.lanes import Lanes
 from fot_jax.data.prefetch import Prefetch
@@ -128,6 +128,7 @@ def train(
 
     # --- State: the workdir's newest whole checkpoint, else initialize_from, else fresh ----------
     workdir = path_of(workdir)
+    check_for_orbax(workdir)
     start.cache_compiled_programs(workdir)
     checkpointer = Checkpointer(
         workdir / "checkpoints", keep_last=checkpoints.keep_last, keep_every=checkpoints.keep_every

@@ -46,6 +46,9 @@ class OfBytes:
     encode, decode = LanguageModel.encode, LanguageModel.decode
     _tokenizer = LanguageModel._tokenizer
 
+    def for_memory(self, memory):
+        return self
+
 
 def random_text(rows, length, seed=0):
     return np.random.default_rng(seed).integers(0, LLAMA.vocab_size, (rows, length), dtype=np.int32)

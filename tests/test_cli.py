@@ -147,6 +147,8 @@ def test_texts_that_are_all_too_short_for_memory(here, capsys):
         "memory layers would never see an earlier part of their own document: set "
         "min_document_length, or a smaller model.local_context"
     )
+    line = refused(capsys, *argv, "--workdir", "run[1]")  # of which Orbax would read nothing
+    assert line.startswith("run[1]: '[' in the path")
     argv += bind("train.scheme = @NoCrossbatch()")
     assert cli.main([*argv, "--workdir", "plain"]) == 0
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -521,7 +522,7 @@ def test_paths_with_odd_characters(two, capsys):
     capsys.readouterr()
     for name in ("x[1]", "what?", "all*", "back\\slash"):
         line = refused(capsys, "from-hf", "a", name)
-        assert line.startswith(f"{name}: ") and line.endswith("in the path: give one without it")
+        assert re.match(f"{re.escape(name)}: .* in the path .*: give one without it", line)
 
 
 def test_outputs_that_cannot_be_replaced_are_refused_at_once(two, capsys, monkeypatch):

@@ -30,7 +30,12 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
         yield path
         return
     partial = path.parent / f"{path.name}.partial"
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
     if partial.exists():
         try:
             os.replace(partial, path)
@@ -102,7 +107,8 @@ def new_directory(directory: epath.PathLike, mark: str) -> Iterator[epath.Path]:
         with contextlib.suppress(OSError):
             half.rmtree(missing_ok=True)
         if isinstance(error, OSError):
-            raise UserError(f"{directory}: cannot be written: {error.strerror}") from error
+            why = error.strerror or error  # NumPy's has no number
+            raise UserError(f"{directory}: cannot be written: {why}") from error
         raise
     finally:
         _half_written.discard(half)

@@ -32,6 +32,17 @@ def path_of(text: epath.PathLike) -> epath.Path:
     return epath.Path(text)
 
 
+def check_for_orbax(path: epath.PathLike) -> None:
+    """Checks that checkpoints can be written there: Orbax looks for files by patterns.
+
+    Raises:
+      UserError: a character of the whole path would be taken for one.
+    """
+    there = str(path) if in_bucket(path) else os.path.realpath(path)
+    if odd := re.search(r"[][*?\\\udc80-\udcff]", there):
+        raise UserError(f"{path}: {odd[0]!a} in the path {there!a}: give one without it")
+
+
 def in_bucket(path: epath.PathLike) -> bool:
     """Whether it is a gs:// path."""
     return str(path).startswith("gs://")

@@ -143,8 +143,7 @@ class DictionaryAccuracy:
 
     def _with_memory(self, lm, source, dictionary, sizes) -> Iterator[tuple[int, np.ndarray]]:
         """(size, correct [windows, half]) of each size."""
-        if self._memory(sizes[-1], self.directory).in_segments:
-            lm = lm.on_one_device()
+        lm = lm.for_memory(self._memory(sizes[-1], self.directory))
         state, done = None, 0
         with self._files() as directory, bar(sizes[-1], name=self.name) as progress:
             for size in sizes:

@@ -20,7 +20,7 @@ from fot_jax.data import corpus
 from fot_jax.data.documents import DocumentSource
 from fot_jax.evals import plots
 from fot_jax.inference.language_model import LanguageModel
-from fot_jax.inference.state import MemoryConfig, State, all_of_a_text, last_context
+from fot_jax.inference.state import MemoryConfig, State, all_of_a_text, check_texts, last_context
 from fot_jax.model.config import ModelConfig
 from fot_jax.model.lookup import Dense, Lookup
 
@@ -85,6 +85,7 @@ class FewShot:
             raise UserError("FewShot.lengths = (): give one length or more")
         for length in self.lengths:
             check_range("FewShot", 1, 2**30, lengths=length)
+        check_texts("FewShot", 1, self.storage, self.lookup)
 
     def check(self, model: ModelConfig, source: DocumentSource) -> None:
         """Raises UserError, whatever the model, where there are no questions or demonstrations."""
@@ -108,6 +109,7 @@ class FewShot:
         demonstrations = self._examples("train")
         questions = self._examples(self.split)[: self.questions]
         memory, rows = all_of_a_text(lm.config, self.storage, self.lookup), []
+        lm = lm.for_memory(memory)
         longest = max(
             len(lm.encode(self._written(question), continues=True)) for question in questions
         )

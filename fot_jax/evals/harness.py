@@ -21,7 +21,7 @@ from fot_jax.evals import plots, ruler
 from fot_jax.evals.harness_adapter import adapter
 from fot_jax.hugging_face import tokenizers
 from fot_jax.inference.language_model import LanguageModel
-from fot_jax.inference.state import all_of_a_text
+from fot_jax.inference.state import all_of_a_text, check_texts
 from fot_jax.model.config import ModelConfig
 from fot_jax.model.lookup import Dense, Lookup
 
@@ -71,6 +71,7 @@ class LmEval:
             raise UserError("LmEval.lengths = (): give one length or more, or None")
         for length in self.lengths or ():
             check_range("LmEval", 1, 2**30, whole=True, lengths=length)
+        check_texts("LmEval", self.rows, self.storage, self.lookup)
 
     def check(self, model: ModelConfig, source: DocumentSource) -> None:
         """Raises UserError, whatever the model, where there is no harness."""
@@ -100,9 +101,10 @@ class LmEval:
                 tokenizers.write(lm.vocabulary, epath.Path(directory))
                 metadata["tokenizer"] = directory
             manager = self._manager(metadata)
+            memory = all_of_a_text(lm.config, self.storage, self.lookup)
             model = adapter(
-                lm,
-                all_of_a_text(lm.config, self.storage, self.lookup),
+                lm.for_memory(memory),
+                memory,
                 rows=self.rows,
                 seed=self.seed,
                 generation_config=_generation_config(lm),

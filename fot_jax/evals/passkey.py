@@ -16,7 +16,7 @@ from fot_jax.data.documents import DocumentSource
 from fot_jax.data.synthetic import Passkey, draw_passkey
 from fot_jax.evals import plots
 from fot_jax.inference.language_model import LanguageModel
-from fot_jax.inference.state import MemoryConfig, all_of_a_text, last_context
+from fot_jax.inference.state import MemoryConfig, all_of_a_text, check_texts, last_context
 from fot_jax.model.config import ModelConfig
 from fot_jax.model.lookup import Dense, Lookup
 
@@ -56,6 +56,7 @@ class PasskeyRetrieval:
             raise UserError("PasskeyRetrieval.lengths = (): give one length or more")
         for length in self.lengths:
             check_range("PasskeyRetrieval", 1, 2**30, lengths=length)
+        check_texts("PasskeyRetrieval", self.rows, self.storage, self.lookup)
 
     def check(self, model: ModelConfig, source: DocumentSource) -> None:
         """Raises UserError where number and question are longer than a length."""
@@ -71,6 +72,7 @@ class PasskeyRetrieval:
           UserError: as of check.
         """
         memory = all_of_a_text(lm.config, self.storage, self.lookup)
+        lm = lm.for_memory(memory)
         rows = []
         cells = [(length, depth) for length in self.lengths for depth in range(self.depths)]
         total = sum(length for length, _ in cells) * self.keys

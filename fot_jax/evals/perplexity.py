@@ -17,9 +17,9 @@ from fot_jax.common.progress import bar
 from fot_jax.data.documents import Document, DocumentSource
 from fot_jax.evals import plots
 from fot_jax.inference.language_model import LanguageModel
-from fot_jax.inference.state import EVERYTHING, MemoryConfig
+from fot_jax.inference.state import EVERYTHING, MemoryConfig, check_texts
 from fot_jax.model.config import ModelConfig
-from fot_jax.model.lookup import Dense, IndexedTopK, Lookup
+from fot_jax.model.lookup import Dense, Lookup
 
 
 @configurable
@@ -69,11 +69,8 @@ class PerplexityByContext:
         for size in self.memory_sizes:
             check_range("PerplexityByContext", 0, 2**31 - 1, memory_sizes=size)
             self._memory(size)
-        if isinstance(self.lookup, IndexedTopK) and self.rows > 1 and not self.multi_doc:
-            raise UserError(
-                f"PerplexityByContext.rows = {self.rows} with {self.lookup}: documents that have a "
-                "memory with an index each are read one by one: set PerplexityByContext.rows = 1"
-            )
+        rows = 1 if self.multi_doc else self.rows
+        check_texts("PerplexityByContext", rows, self.storage, self.lookup)
 
     def _memory(self, size: int) -> MemoryConfig:
         """Of so many tokens when the first ones are scored."""
@@ -141,8 +138,7 @@ class PerplexityByContext:
     ) -> dict[str, Any]:
         """The row of a size."""
         window = lm.config.local_context
-        if self._memory(size).in_segments:
-            lm = lm.on_one_device()
+        lm = lm.for_memory(self._memory(size))
         sums = np.zeros(3)
         for batch in batches:
             tokens, mask, weights = self._arrays(batch, size, window)

@@ -17,9 +17,9 @@ from fot_jax.data.documents import DocumentSource
 from fot_jax.evals import plots
 from fot_jax.evals.queries import queries_of
 from fot_jax.inference.language_model import LanguageModel
-from fot_jax.inference.state import MemoryConfig
+from fot_jax.inference.state import MemoryConfig, check_texts
 from fot_jax.model.config import ModelConfig
-from fot_jax.model.lookup import TopK
+from fot_jax.model.lookup import Dense, TopK
 
 CONTEXT = 12  # tokens shown on either side
 BINS = 100  # of positions, in the plot
@@ -61,6 +61,7 @@ class RetrievalTable:
         check_range("RetrievalTable", 1, **counts)
         check_range("RetrievalTable", 0, around=self.around)
         check_range("RetrievalTable", 0, LARGEST_SEED, seed=self.seed)
+        check_texts("RetrievalTable", 1, self.storage, Dense())
         if self.k > self.memory:
             raise UserError(
                 f"RetrievalTable.k = {self.k} is larger than RetrievalTable.memory = "
@@ -172,7 +173,8 @@ class RetrievalTable:
         extent = (0, self.memory, len(rows) - 0.5, -0.5)
         shown = axes.imshow(lines, extent=extent, aspect="auto", cmap="Blues", vmin=0)
         names = [f"{row['layer']}: {row['text'][1]!r}" for row in rows]
-        axes.set_yticks(range(len(rows)), names, fontsize=min(9, 180 / len(rows)))
+        size = min(9, 180 / len(rows))
+        axes.set_yticks(range(len(rows)), names, fontsize=size, parse_math=False)  # "$" is text
         axes.set_xlabel("position in memory (tokens)")
         axes.set_ylabel("layer: query")
         axes.grid(False)

@@ -41,7 +41,7 @@ class Sample:
     def __post_init__(self):
         check_range("Sample", 1, prompt_tokens=self.prompt_tokens, new_tokens=self.new_tokens)
         check_range("Sample", 0, temperature=self.temperature)
-        check_range("Sample", 0, 2**31 - 1, memory=self.memory)
+        check_range("Sample", 0, 2**30, memory=self.memory)
         check_range("Sample", 0, LARGEST_SEED, seed=self.seed)
 
     def check(self, model: ModelConfig, source: DocumentSource) -> None:

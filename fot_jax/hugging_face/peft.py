@@ -50,5 +50,6 @@ def write(directory: epath.Path, c: ModelConfig, adapters: Mapping[str, Any]) ->
         "bias": "none",
         "inference_mode": True,
     }
-    safetensors.numpy.save_file(arrays, str(directory / WEIGHTS), {"format": "pt"})
+    # Not save_file: of a full disk that raises an error of its own.
+    (directory / WEIGHTS).write_bytes(safetensors.numpy.save(arrays, {"format": "pt"}))
     (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")

@@ -53,7 +53,8 @@ def copy_files(source: epath.PathLike, target: epath.PathLike) -> None:
         names += [name for name in newer if re.fullmatch(r"tokenizer\.[\w.]+\.json", str(name))]
     if (source / _TEMPLATES).is_dir():
         (target / _TEMPLATES).mkdir(exist_ok=True)
-        names += [f"{_TEMPLATES}/{path.name}" for path in (source / _TEMPLATES).glob("*.jinja")]
+        there = [path.name for path in (source / _TEMPLATES).iterdir()]
+        names += [f"{_TEMPLATES}/{name}" for name in there if name.endswith(".jinja")]
     for name in names:
         if (source / name).exists():
             (source / name).copy(target / name, overwrite=True)

@@ -64,6 +64,11 @@ def generate(
         save_memory = config.directory
     elif save_memory is not None:  # before hours of reading
         if memory is None:
+            if config.in_segments:
+                raise UserError(
+                    f"{save_memory}: a memory with an index is saved where it is read into: give "
+                    "--memory_directory in place of --save_memory"
+                )
             memory_files.check_processes(save_memory, None)
         memory_files.check_place(save_memory, memory)
     lm = LanguageModel.load(checkpoint, dtype=dtype, devices=devices)
@@ -78,6 +83,11 @@ def generate(
     if state is not None and save_memory is not None:
         memory_files.check_processes(save_memory, state)
         memory_files.place_of(save_memory, state)
+        if not state.held.any():  # so nothing is known of what was being read
+            raise UserError(
+                f"{memory}: reading was killed after {int(state.stored.max())} tokens: give the "
+                "command that began the memory again, or read on in Python (load_memory)"
+            )
     elif state is not None and state.segments is not None:
         state = state.copy()  # its files stay as they are
     tokens = lm.encode(text, continues=state is not None)

@@ -137,6 +137,10 @@ class LanguageModel:
         here = jax.tree.map(lambda x: x.addressable_data(0), whole)
         return dataclasses.replace(self, params=here, mesh=None)
 
+    def for_memory(self, memory: MemoryConfig) -> LanguageModel:
+        """The same model where it can read such a memory: one in segments is on one device."""
+        return self._alone if memory.in_segments else self
+
     def _reader(self, in_segments: bool) -> LanguageModel:
         """The model that a memory is read by: one in segments by that on one device.
 

@@ -62,7 +62,7 @@ def save(path: epath.PathLike, state: State, fingerprint: Any, mesh: Mesh | None
     if not state.memory.layers:
         raise UserError(f"{path}: the model has no memory layers: there is no memory to save")
     path = place_of(path, state)
-    check_place(path)
+    _check_writable(path)
     appended = np.asarray(state.memory.appended)
     content = {
         **formats.MEMORY.number,
@@ -99,6 +99,7 @@ def place_of(path: epath.PathLike, state: State) -> epath.Path:
     """
     path = _resolved(path)
     if state.segments is None:
+        _check_whole(path)
         return path
     if state.segments.directory is None:
         raise UserError(
@@ -109,6 +110,7 @@ def place_of(path: epath.PathLike, state: State) -> epath.Path:
         raise UserError(f"{path}: the memory is in {state.segments.directory}: save it there")
     if not state.closes:
         raise UserError(f"{path}: of a copy of a state nothing is added to its directory")
+    state.segments.check_alone()
     return state.segments.directory / segment_files.OPEN
 
 
@@ -137,6 +139,13 @@ def check_place(path: epath.PathLike, loaded: epath.PathLike | None = None) -> N
     path = _resolved(path)
     if loaded is not None and path == _resolved(loaded) and segment_files.is_one(path):
         path = segment_files.own(path) / segment_files.OPEN
+    else:
+        _check_whole(path)
+    _check_writable(path)
+
+
+def _check_writable(path: epath.Path) -> None:
+    """As `check_place`, of what is to be a memory by itself or after segments."""
     if path.exists() and not _is_memory(path):
         raise UserError(f"{path}: not a memory, so it is not replaced: give a new name")
     missing = []
@@ -190,6 +199,18 @@ def load(
             f"{path}: has no index, which memories in a directory of segments have: choose the "
             "best keys with TopK, or read the text again with MemoryConfig.directory"
         )
+    _check_whole(path)
+    return _load(path, c, fingerprint, lookup, mesh)
+
+
+def _check_whole(path: epath.Path) -> None:
+    """Checks that a memory, if one is there, is not what was read after segments."""
+    if _is_memory(path) and "after_segments" in _description(path):
+        raise UserError(f"{path}: the end of the memory in {path.parent}: give that")
+
+
+def _load(path: epath.Path, c: ModelConfig, fingerprint, lookup, mesh) -> State:
+    """A memory that is in no segments."""
     content = _description(path)
     _check_same_model(path, content["fingerprint"], json.loads(json.dumps(fingerprint)))
     config = MemoryConfig(**content["config"], lookup=lookup)
@@ -289,7 +310,7 @@ def _load_directory(path: epath.Path, c: ModelConfig, fingerprint, lookup, mesh)
     check_segments(c, mesh, rows, config)
     segments = segment_files.load(path, memories.empty(c, 1, 0, content["storage"]))
     if _is_whole(segments):
-        state = load(segments.directory / segment_files.OPEN, c, fingerprint, Dense(), mesh)
+        state = _load(segments.directory / segment_files.OPEN, c, fingerprint, Dense(), mesh)
         return dataclasses.replace(state, config=config, segments=segments, closes=True)
     logging.warning(
         "%s: has the first %d tokens that were read, and not what was read after them: read on "

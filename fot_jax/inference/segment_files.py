@@ -172,7 +172,7 @@ class Segments:
         ours = len(range(self.process, tokens, self.processes))
         layers = self._clustered(memory.layers, ours)
         if self.directory is not None:
-            self._clear(number)
+            self._clear()
         before = self._compact()  # a kill may have left what was to be merged
         segment = before._written(number, 1, (ours, tokens), before.crc32, layers)
         of_all_processes(True)
@@ -181,17 +181,26 @@ class Segments:
             (self.directory / OPEN).rmtree(missing_ok=True)
         return segments
 
-    def _clear(self, number: int) -> None:
-        """Checks that nobody else wrote the segment of a number; removes what a kill left."""
+    def check_alone(self) -> None:
+        """Checks that nobody else has added a segment.
+
+        Raises:
+          UserError: names it.
+        """
+        stop = self.closed[-1].stop if self.closed else 0
         for name, (first, count) in _names(self.directory).items():
-            if first + count > number and name not in self.torn:
+            if first + count > stop and name not in self.torn:
                 raise UserError(
                     f"{self.directory / name}: written by another process or state: only one adds "
                     "to a memory; load it anew, or ask several things of copies of a state"
                 )
+
+    def _clear(self) -> None:
+        """Checks that nobody else adds segments; removes what a kill left."""
+        self.check_alone()
         kept = {_name(segment.first, segment.count) for segment in self.closed}
-        for path in (*self.directory.glob("segment-*"), *self.directory.glob(f"{OPEN}.*")):
-            if path.name not in kept:
+        for path in self.directory.iterdir():
+            if re.match(rf"segment-|{OPEN}\.", path.name) and path.name not in kept:
                 path.rmtree()
 
     def _clustered(self, layers: Sequence[LayerMemory], tokens: int) -> list[_Layer]:
@@ -375,7 +384,8 @@ def check_processes(path: epath.Path) -> None:
     Raises:
       UserError: says of how many it is.
     """
-    found = (re.fullmatch(r"process-\d+-of-(\d+)", x.name) for x in path.glob("process-*"))
+    names = [x.name for x in path.iterdir()] if path.is_dir() else []
+    found = (re.fullmatch(r"process-\d+-of-(\d+)", name) for name in names)
     counts = {int(x[1]) for x in found if x} | ({1} if (path / DESCRIPTION).exists() else set())
     if wrong := counts - {jax.process_count()}:
         raise UserError(
@@ -500,7 +510,7 @@ def load(path: epath.Path, like: Memory) -> Segments:
                 if _crc32(place / name) != crc32:
                     raise ValueError(f"{name} is not what was written")
             layers = _mapped(place, like.layers, segments.room * count)
-        except (ValueError, OSError) as error:
+        except (ValueError, FileNotFoundError) as error:
             raise UserError(f"{place}: damaged ({error}): {_AGAIN}") from error
         tokens = content["tokens"], content.get("of_all", content["tokens"])
         segment = _Segment(first, count, *tokens, sealed["crc32"], content["after"], layers)
@@ -518,8 +528,11 @@ def _name(first: int, count: int) -> str:
 
 
 def _names(path: epath.Path) -> dict[str, tuple[int, int]]:
-    """The names of segments in a directory: first and count."""
-    found = (re.fullmatch(r"segment-(\d+)-(\d+)", each.name) for each in path.glob("segment-*"))
+    """The names of segments in a directory: first and count.
+
+    A glob would take characters of the directory's own name for a pattern.
+    """
+    found = (re.fullmatch(r"segment-(\d+)-(\d+)", each.name) for each in path.iterdir())
     return {x[0]: (int(x[1]), int(x[2]) - int(x[1]) + 1) for x in found if x}
 
 
@@ -527,7 +540,7 @@ def _unsealed(path: epath.Path) -> dict[str, Any]:
     try:
         sealed = json.loads(path.read_text())
         unseal(sealed)
-    except (ValueError, RecursionError, OSError) as error:
+    except (ValueError, RecursionError, FileNotFoundError) as error:
         raise UserError(f"{path}: damaged: {_AGAIN}") from error
     return sealed
 

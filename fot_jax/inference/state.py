@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, DTypeLike, Float, Int
 
-from fot_jax.common.errors import UserError, check_range
+from fot_jax.common.errors import UserError, because_of, check_range
 from fot_jax.common.paths import in_bucket, path_of
 from fot_jax.inference import forward, segment_files
 from fot_jax.inference.forward import Cache
@@ -98,6 +98,21 @@ SHARED = MemoryConfig(shared=True)
 def all_of_a_text(c: ModelConfig, storage: str | None, lookup: Lookup) -> MemoryConfig:
     """A memory of all that is read; of a model without memory layers, none."""
     return MemoryConfig(storage=storage, lookup=lookup) if c.memory_layers else EVERYTHING
+
+
+def check_texts(owner: str, rows: int, storage: str | None, lookup: Lookup) -> None:
+    """Checks fields of an evaluation that reads texts, so many at a time, each into a memory.
+
+    Raises:
+      UserError: no such storage, or an index, for more than one text at a time.
+    """
+    with because_of(f"{owner}.storage"):
+        MemoryConfig(storage=storage)
+    if isinstance(lookup, IndexedTopK) and rows > 1:
+        raise UserError(
+            f"{owner}.rows = {rows} with {lookup}: documents that have a memory with an index each "
+            f"are read one by one: set {owner}.rows = 1"
+        )
 
 
 def last_context(c: ModelConfig, more: int = 0) -> int:

@@ -5,10 +5,10 @@ host calls one compiled program for each.
 
 `Dense` and `TopK` go through all segments. `IndexedTopK` does not touch those that it need not:
 what clusters are ranked by is on the device, which finds the best ones; the host gathers the keys
-of these clusters, from RAM or from mapped files; the device finds the best keys, and the host gathers
-their values. What travels, is computed and is read from files follows from IndexedTopK.visited and
-k; only clusters are one for every 128 keys. Where these are many, the same is done with groups of
-them first (clusters.py).
+of these clusters, from RAM or from mapped files; the device finds the best keys, and the host
+gathers their values. What travels, is computed and is read from files follows from
+IndexedTopK.visited and k; only clusters are one for every 128 keys. Where these are many, the same
+is done with groups of them first (clusters.py).
 
 Several processes, each with segments of its own, attend together: each finds its best keys, all
 learn which of them are the best of all, and the parts of the softmax are merged. For an index,

@@ -30,6 +30,9 @@ class Scholar:
         self.config = types.SimpleNamespace(memory_layers=memory_layers, local_context=TASK.half)
         self.forgets, self.asked = forgets, []
 
+    def for_memory(self, memory):
+        return self
+
     def remember(self, windows, *, rows, progress, memory=None, state=None):
         assert rows == 2 and (memory is None) != (state is None)
         if memory is not None:

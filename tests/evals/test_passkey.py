@@ -13,7 +13,7 @@ from fot_jax.data.synthetic import FILLER, PASSKEY_QUESTION, TASK, Passkey
 from fot_jax.data.vocabulary import Bytes
 from fot_jax.evals.passkey import PasskeyRetrieval
 from fot_jax.inference.state import EVERYTHING, MemoryConfig, last_context
-from fot_jax.model.lookup import Dense, TopK
+from fot_jax.model.lookup import Dense, IndexedTopK, TopK
 
 SOURCE = types.SimpleNamespace(vocabulary=Bytes())
 STATEMENT = re.compile(r" The pass key is (\d{5})\. Remember it\. \1 is the pass key\. ")
@@ -27,6 +27,9 @@ class Reader:
             memory_layers=memory_layers, local_context=context, last_context_length=None
         )
         self.finds, self.texts, self.options = finds, [], []
+
+    def for_memory(self, memory):
+        return self
 
     def generate(
         self, prompts, max_new_tokens, *, temperature, memory, last_context_length, progress
@@ -170,6 +173,8 @@ def test_what_the_rows_become(tmp_path):
         ),
         ({"depths": 1}, "PasskeyRetrieval.depths = 1"),
         ({"keys": 0}, "PasskeyRetrieval.keys = 0"),
+        ({"storage": "fp16"}, "PasskeyRetrieval.storage: MemoryConfig.storage = 'fp16': choose"),
+        ({"rows": 2, "lookup": IndexedTopK()}, "IndexedTopK(k=128, visited=4096): documents that"),
         ({"seed": -1}, "PasskeyRetrieval.seed = -1"),
     ],
 )

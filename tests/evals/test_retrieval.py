@@ -148,6 +148,8 @@ def test_what_the_rows_become(tmp_path):
     before, token, after = first["text"]
     line = f"{first['share']:8.3f} {first['focus']:8.3f}  {before}[{token}]{after}"
     assert line in lines
+    for row in rows:  # that is no formula
+        row["text"] = before, "$$", after
     each.plot(rows, tmp_path / "x.png")
     assert matplotlib.image.imread(tmp_path / "x.png", format="png").shape[0] > 300
 

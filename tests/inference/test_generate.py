@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 import zlib
@@ -117,7 +118,7 @@ def test_a_prompt_from_a_file_and_a_memory_kept(workdir, capsys, tmp_path):
 def test_a_memory_in_a_directory(workdir, capsys, tmp_path, monkeypatch):
     """Says the same, stays as it is when it is asked, and is added to when that is wanted."""
     monkeypatch.setattr(segment_files, "TOKENS", 64)
-    book, in_ram, kept = (tmp_path / name for name in ("book.txt", "ram", "kept"))
+    book, in_ram, kept = (tmp_path / name for name in ("book.txt", "ram", "kept[1]*"))
     book.write_text("train 5 wäre " * 30)
     read = (capsys, workdir, "--prompt_file", book, "--max_new_tokens", 0)
     assert generate(*read, "--memory_directory", kept) == generate(*read, "--save_memory", in_ram)
@@ -138,6 +139,15 @@ def test_a_memory_in_a_directory(workdir, capsys, tmp_path, monkeypatch):
     assert "give their number, --k, too" in refused(capsys, *argv, "--visited", 1_000)
     other = refused(capsys, *argv, "--save_memory", tmp_path / "other")
     assert f"{tmp_path}/other: the memory is in {kept}: save it there" in other
+    end = refused(capsys, *argv[:-1], kept / "open")
+    assert f"{kept}/open: the end of the memory in {kept}: give that" in end
+    end = refused(capsys, *argv[:-2], "--save_memory", kept / "open")
+    assert f"{kept}/open: the end of the memory in {kept}: give that" in end
+    unread = ("generate", *read[2:], "--checkpoint", workdir, "--k", 5, "--visited", 9)
+    unread = refused(capsys, *unread, "--save_memory", tmp_path / "index")
+    assert f"{tmp_path}/index: a memory with an index is saved where it is read into" in unread
+    shutil.rmtree(kept / "open")  # as after a kill
+    assert f"{kept}: reading was killed after 384" in refused(capsys, *argv, "--save_memory", kept)
 
 
 @given(st.text(max_size=200), st.integers(1, 5))
