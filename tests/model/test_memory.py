@@ -233,3 +233,13 @@ def test_sizes():
     one = B * K * 1024 * (D // 2 + 4)
     assert 2 * one <= memory.empty(LLAMA, B, 1000, "int4").nbytes <= 2 * one + 64
     assert memory.empty(LLAMA, B, 0).slots == 0
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 5, 7), (1_000, 1_000)])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
+def test_arrays_of_the_host_that_programs_use_where_they_are(shape, dtype):
+    """Those at multiples of 64 bytes."""
+    x = memory.empty_on_host(shape, dtype)
+    assert x.shape == shape and x.dtype == dtype and x.ctypes.data % 64 == 0
+    x[...] = 1
+    assert (np.asarray(jax.jit(lambda x: x + 1)(x)) == 2).all()
