@@ -83,7 +83,7 @@ def generate(
     if state is not None and save_memory is not None:
         memory_files.check_processes(save_memory, state)
         memory_files.place_of(save_memory, state)
-        if not state.held.any():  # so nothing is known of what was being read
+        if state.segments is not None and not memory_files.is_whole(state.segments):
             raise UserError(
                 f"{memory}: reading was killed after {int(state.stored.max())} tokens: give the "
                 "command that began the memory again, or read on in Python (load_memory)"

@@ -284,7 +284,7 @@ def begin_segments(state: State, fingerprint: Any, text: np.ndarray | None) -> S
         begun = all(there.get(name) == x for name, x in json.loads(json.dumps(content)).items())
     if segment_files.of_all_processes(begun).all():
         segments = segment_files.load(path, state.memory)
-        if segments.tokens < text.size and not _is_whole(segments):
+        if segments.tokens < text.size and not is_whole(segments):
             logging.warning(
                 "%s: has the first %d of %d tokens: going on from there",
                 *(path, segments.tokens, text.size),
@@ -295,7 +295,7 @@ def begin_segments(state: State, fingerprint: Any, text: np.ndarray | None) -> S
     return dataclasses.replace(state, segments=segments, closes=True)
 
 
-def _is_whole(segments: Segments) -> bool:
+def is_whole(segments: Segments) -> bool:
     """Whether what was read after the segments of a directory is there, too, of all processes."""
     rest = segments.directory / segment_files.OPEN
     whole = rest.exists() and _description(rest).get("after_segments") == segments.crc32
@@ -309,7 +309,7 @@ def _load_directory(path: epath.Path, c: ModelConfig, fingerprint, lookup, mesh)
     rows, dtype = content["rows"], content["fingerprint"]["dtype"]
     check_segments(c, mesh, rows, config)
     segments = segment_files.load(path, memories.empty(c, 1, 0, content["storage"]))
-    if _is_whole(segments):
+    if is_whole(segments):
         state = _load(segments.directory / segment_files.OPEN, c, fingerprint, Dense(), mesh)
         return dataclasses.replace(state, config=config, segments=segments, closes=True)
     logging.warning(
