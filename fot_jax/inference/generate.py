@@ -85,8 +85,8 @@ def generate(
         memory_files.place_of(save_memory, state)
         if state.segments is not None and not memory_files.is_whole(state.segments):
             raise UserError(
-                f"{memory}: reading was killed after {int(state.stored.max())} tokens: give the "
-                "command that began the memory again, or read on in Python (load_memory)"
+                f"{memory}: reading was killed after {int(state.stored.max())} tokens: give its "
+                "command again, or, if that added to a memory, read on in Python (load_memory)"
             )
     elif state is not None and state.segments is not None:
         state = state.copy()  # its files stay as they are
