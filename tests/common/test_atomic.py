@@ -3,7 +3,13 @@
 import pytest
 import runs
 
-from fot_jax.common.atomic import new_directory, replacing, write_file
+from fot_jax.common.atomic import (
+    new_directory,
+    remove_half_written,
+    replacing,
+    scratch_directory,
+    write_file,
+)
 from fot_jax.common.errors import UserError
 
 
@@ -58,3 +64,24 @@ def test_a_directory_that_cannot_be_written(tmp_path):
     with pytest.raises(UserError, match="file/directory: cannot be written: Not a directory"):
         with new_directory(tmp_path / "file" / "directory", "mark"):
             pass
+
+
+def test_a_full_disk_as_numpy_says_it(tmp_path):
+    with pytest.raises(UserError, match="a: cannot be written: 5 requested and 3 written"):
+        with new_directory(tmp_path / "a", "mark"):
+            raise OSError("5 requested and 3 written")
+
+
+def test_what_is_written_for_a_while_goes(tmp_path):
+    """At the end, at an error, and where the process is about to exit."""
+    with scratch_directory(tmp_path) as scratch:
+        (scratch / "file").write_text("")
+        remove_half_written()
+        assert not scratch.exists()
+    with pytest.raises(Stop), scratch_directory(tmp_path) as scratch:
+        (scratch / "file").write_text("")
+        raise Stop
+    with pytest.raises(Stop), replacing(tmp_path / "plot.png") as partial:
+        partial.write_text("")
+        raise Stop
+    assert not list(tmp_path.iterdir())

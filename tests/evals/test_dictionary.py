@@ -13,7 +13,7 @@ from fot_jax.common.errors import UserError
 from fot_jax.data.files import SPLITS
 from fot_jax.data.synthetic import KEY, QUESTION, DictionaryLookup, Passkey
 from fot_jax.evals.dictionary import DictionaryAccuracy
-from fot_jax.inference import segment_files
+from fot_jax.inference import forward, segment_files
 from fot_jax.inference.language_model import Scores
 from fot_jax.inference.segment_files import Segments
 from fot_jax.inference.state import MemoryConfig
@@ -149,6 +149,15 @@ def test_an_index_that_visits_all_keys_is_exact(tmp_path, monkeypatch, in_files)
     for place in places:
         assert place.is_relative_to(tmp_path) if in_files else place is None
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_on_several_devices():
+    """A memory with an index is read on one of them."""
+    lm = model((1,), 32)
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:2]), ("memory",))
+    spread = dataclasses.replace(lm, params=forward.replicate(mesh, lm.params), mesh=mesh)
+    each = evaluation(sizes=(32,), lookup=IndexedTopK(5, 640))
+    assert each.run(spread, TASK) == each.run(lm, TASK)
 
 
 def test_a_directory_that_is_not_there(tmp_path):
