@@ -245,16 +245,19 @@ def _real_model(seed: int) -> list[Run]:
     """SmolLM2 135M as it is, and after as many tokens of each kind of training."""
     first, tokens = f"short_{seed}", "STEPS = 84"  # as many as both trainings of FoT together
     last = (f"train.seed = {seed}", f"Data.seed = {seed + 1}")  # other documents than the first
+    own = "smollm2_135m.memory_scaling = 0.0"  # as published, each of them
     rows = "Data.lanes = 16"  # where a lane gives one window a step
+    recurrent = _transformer_xl("smollm2_135m", 30, 512)
     models = {
-        "base": ("the model as it is", AT_REST),
-        "mt": ("Memorizing Transformer, no gate", (*_memorizing(2_048), rows, tokens)),
-        "xl": ("Transformer-XL", (*_transformer_xl("smollm2_135m", 30, 512), rows, tokens)),
+        "base": ("the model as it is", (*AT_REST, own)),
+        "mt": ("Memorizing Transformer, no gate", (*_memorizing(2_048), own, rows, tokens)),
+        "xl": ("Transformer-XL", (*recurrent, own, rows, tokens)),
         "longer": (
             "plain, windows of four times the length",
             (
                 "train.scheme = @NoCrossbatch()",
                 "smollm2_135m.memory_layers = ()",
+                own,
                 "smollm2_135m.local_context = 2_048",
                 "Data.lanes = 4",
                 tokens,
