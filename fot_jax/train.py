@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import signal
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
@@ -209,15 +208,15 @@ def train(
     profile = Profile(workdir, profile_steps, first_step + 1)
     evaluations = Evaluations(evaluation, source, program.transformer, metrics, workdir)
 
-    with stop_signals() as signals, contextlib.closing(batches), contextlib.closing(metrics):
-        pending, now_d, compiled, stopped = None, history.d, set(), None
+    closing = contextlib.closing
+    with stop_signals() as signals, closing(batches), closing(metrics), checkpointer.finishing():
+        pending, now_d, compiled, owed, stopped = None, history.d, set(), False, None
         if resumed and evaluations.due(first_step) and first_step < steps:
             evaluations.run(evaluation.during, state.params, first_step)  # in case it was cut off
         for step in range(first_step + 1, steps + 1):
             profile.start(step)
             now_d = d_of(step, now_d, reports.history)
-            began, compiles = time.perf_counter(), now_d not in compiled
-            if compiles:
+            if compiles := now_d not in compiled:
                 metrics.say(
                     f"compiling the training step{'' if d is None else f' for d = {now_d}'}"
                 )
@@ -225,28 +224,31 @@ def train(
                     metrics.say(needs.prepare(compiled_of(now_d)()))
                 compiled.add(now_d)
             batch, snapshot = ready.pop() if ready else next(batches)
+            began = metrics.clock()
             state, info = compiled_of(now_d)()(state, batch)  # training/step.py
-            ended = when_ready(info)
+            ended = when_ready(info, metrics.clock)
             if compiles:
                 ended()  # what is timed from here on must not begin before
             if pending is not None:
                 reports.finish(pending)
-            if not compiles:
-                reports.add_seconds(time.perf_counter() - began)
             more = {}
             if positive_mass_every and step % positive_mass_every == 0:
-                more = program.positive_mass(now_d, state.params, batch)
-            pending = Report(step, now_d, info, ended, compiles, more)
+                ended()
+                with metrics.untimed():
+                    more = program.positive_mass(now_d, state.params, batch)
+            pending = Report(step, now_d, info, began, ended, compiles, more)
             profile.stop(step, state)
             stopped = signals.agreed(agreement, step)
             ends = stopped or step == steps
-            saves = retries.due(step) or step % checkpoints.every == 0
             evaluates = evaluations.due(step) and step < steps
-            if evaluates or ends or saves:
+            # Before an evaluation too: it may be longer than what is left after a SIGTERM.
+            owed = owed or retries.due(step) or step % checkpoints.every == 0 or evaluates
+            if owed or ends:
                 reports.finish(pending)
                 pending = None
-                # After skipped updates a save might push out the last good checkpoint.
-                if ends or saves and not reports.history.skipped:
+                sound = not reports.history.skipped
+                if ends or owed and sound:
+                    owed = False
                     meta = {
                         "model": asdict(model),
                         "history": asdict(reports.history),
@@ -254,17 +256,18 @@ def train(
                     }
                     place_in_data = lanes.state_of(snapshot)
                     of_step = (step, state.params, state.beside, place_in_data, meta)
+                    save = functools.partial(checkpointer.save, *of_step, removes_older=sound)
                     with metrics.untimed():
                         metrics.send()
-                        checkpointer.save(*of_step)
+                        save()
                     if ends:
-                        retries.until_saved(functools.partial(checkpointer.save, *of_step))
+                        retries.until_saved(save)
                 if evaluates and not stopped:
                     evaluations.run(evaluation.during, state.params, step)
             if stopped:
                 break
         checkpointer.close()
-        if stopped := stopped or signals.agreed(agreement, steps):
+        if stopped := stopped or signals.at_end():
             metrics.say(f"stopped by {stopped.name} after step {int(state.step)}, which is saved")
             return stopped
         signals.exit_at_once = True  # nothing is left to be saved

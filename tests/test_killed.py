@@ -26,6 +26,7 @@ from tiny import tiny
 
 from fot_jax import train as train_module
 from fot_jax.checkpoints.items import DataHandler
+from fot_jax.common.agreement import AHEAD, Agreement
 from fot_jax.data.synthetic import DictionaryLookup
 from fot_jax.evals.evaluate import Evaluation
 from fot_jax.evals.perplexity import PerplexityByContext
@@ -215,9 +216,19 @@ def fail_saves(monkeypatch, times):
     return left
 
 
-def test_a_signal_while_the_last_step_is_saved_leaves_out_the_evaluation(tmp_path, one_device):
+@pytest.mark.parametrize("step, ahead", [(3, 0), (2, AHEAD), (3, AHEAD)])
+def test_a_signal_in_the_last_steps_leaves_out_the_evaluation(
+    tmp_path, one_device, monkeypatch, step, ahead
+):
+    """Of several processes, which stop only so many steps after it, as of one."""
+
+    def request(self, name, step, value=0):
+        self._alone.setdefault(name, (step + ahead, value))
+
+    monkeypatch.setattr(Agreement, "request", request)
+
     def learning_rate(count):
-        if isinstance(count, int) and count == 2:  # asked for the report of step 3
+        if isinstance(count, int) and count == step - 1:  # asked for the report of the step
             signal.raise_signal(signal.SIGTERM)
         return 0.01
 
@@ -231,6 +242,7 @@ def test_a_signal_while_the_last_step_is_saved_leaves_out_the_evaluation(tmp_pat
             steps=3,
             scheme=PreviousContext(advance=2),
             evaluation=Evaluation(evals=(PerplexityByContext(memory_sizes=(0,)),)),
+            log_every=1,
         )
 
     assert run() == signal.SIGTERM

@@ -352,12 +352,17 @@ def test_documents_to_evaluate_have_the_vocabulary_of_the_run(tmp_path, one_devi
 # --- What is not finite --------------------------------------------------------------------------
 
 
-def test_stops_when_nothing_is_finite_any_more(trained, tmp_path, one_device, capsys):
-    """A learning rate that throws the parameters out of reach at step 13."""
+HUGE = "constant_rate.value = 1e30"  # throws the parameters out of reach at step 13
+
+
+@pytest.mark.parametrize(
+    "every, then",
+    [(2, ""), (1, " (remove those from 13 on, which have the parameters that failed)")],
+)
+def test_stops_when_nothing_is_finite_any_more(trained, tmp_path, one_device, capsys, every, then):
     workdir = trained.copy(tmp_path / "run")
-    often = "Checkpoints.every = 2", "Checkpoints.keep_last = 2", "train.max_skipped = 3"
-    huge = "constant_rate.value = 1e30"
-    assert runs.train(trained.experiment, workdir, huge, *often, "train.steps = 40") == 2
+    often = f"Checkpoints.every = {every}", "Checkpoints.keep_last = 2", "train.max_skipped = 3"
+    assert runs.train(trained.experiment, workdir, HUGE, *often, "train.steps = 40") == 2
     *said, error = capsys.readouterr().err.splitlines()
     skips = [line for line in said if "update skipped" in line]
     assert skips == [
@@ -366,12 +371,28 @@ def test_stops_when_nothing_is_finite_any_more(trained, tmp_path, one_device, ca
     ]
     assert error == (
         "fot: error: step 17: the gradient of embedding is not finite, for more than 3 steps in a "
-        "row: stopped; the last good checkpoint is that of step 12: lower the learning rate or "
-        "look at the data"
+        f"row: stopped; the last good checkpoint is that of step 12{then}: lower the learning rate "
+        "or look at the data"
     )
-    assert steps_saved(workdir)[-1] == 12
+    assert steps_saved(workdir)[-1] == (13 if then else 12)
+    shutil.rmtree(workdir / "checkpoints" / "13", ignore_errors=True)
     runs.assert_same_parameters(workdir, trained.workdir)
     assert [row["skipped"] for row in training_curve(workdir)][12:] == [0, 1, 2, 3]
+
+
+def test_a_run_that_ends_while_updates_are_skipped_keeps_the_good_checkpoint(
+    trained, tmp_path, one_device
+):
+    workdir, seldom = trained.copy(tmp_path / "run"), ("Checkpoints.every = 50",)
+    for steps, kept in ((15, [*range(1, 13), 15]), (16, [*range(1, 13), 15, 16])):
+        settings = HUGE, *seldom, "Checkpoints.keep_last = 1", f"train.steps = {steps}"
+        assert runs.train(trained.experiment, workdir, *settings) == 0
+        assert steps_saved(workdir) == kept
+    for step in (15, 16):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    settings = *seldom, "Checkpoints.keep_last = 1", "train.steps = 13"
+    assert runs.train(trained.experiment, workdir, *settings) == 0
+    assert steps_saved(workdir) == [13]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,16 +414,16 @@ class OneBadDocument(DictionaryLookup):
 def test_a_step_that_is_not_finite_is_skipped_and_named(tmp_path, one_device, capsys, weight, what):
     """Documents 9 … 12 are those of step 3."""
 
-    def run(steps):
+    def run(steps, workdir=tmp_path, every=1):
         return train_module.train(
-            str(tmp_path),
+            str(workdir),
             tiny(vocab_size=64, local_context=16),
             train_module.Data(OneBadDocument(32, 1, 1, weight=weight), lanes=4),
             adamw,
-            constant_rate(0.01),
+            constant_rate(0.01, warmup_steps=100),
             steps,
             scheme=PreviousContext(advance=2),
-            checkpoints=train_module.Checkpoints(every=1, keep_last=9),
+            checkpoints=train_module.Checkpoints(every=every, keep_last=9),
             log_every=1,
         )
 
@@ -411,9 +432,14 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(tmp_path, one_device, ca
     assert skips == [f"step 3: {what} is not finite: update skipped"]
     runs.assert_same_parameters(tmp_path / "checkpoints" / "3", tmp_path / "checkpoints" / "2")
     rows = training_curve(tmp_path)
-    assert [row["skipped"] for row in rows] == [0, 0, 1, 0, 0]
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 1]
     assert rows[2]["loss"] is None and np.isfinite(rows[4]["loss"])
+    # The optimizer counts updates, not steps.
+    rates = [row["learning_rate"] for row in rows]
+    assert rates == pytest.approx([1e-4, 2e-4, 3e-4, 3e-4, 4e-4])
     assert not np.array_equal(*(parameters(tmp_path / "checkpoints" / n)["head"] for n in "35"))
+    assert run(5, tmp_path / "seldom", every=3) is None
+    assert steps_saved(tmp_path / "seldom") == [4, 5]  # what was due at step 3 is saved at 4
 
 
 # --- Meshes --------------------------------------------------------------------------------------

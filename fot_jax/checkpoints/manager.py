@@ -8,6 +8,7 @@ saved; a damaged checkpoint is passed over for the one before it (restore.py).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import shutil
@@ -54,6 +55,7 @@ class Checkpointer:
         self._keep_last, self._keep_every = keep_last, keep_every
         self._damaged: list[int] = []  # steps newer than the one restored
         self._needed = 0  # bytes of the last save
+        self._removal = _Removal()
         self._saving: int | None = None  # the step that is being written
         self.failures = 0  # saves in a row that failed
         self._error: Exception = UserError(f"{self.directory}: another process cannot write here")
@@ -69,7 +71,7 @@ class Checkpointer:
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
         raise_without_printing()
-        keep = [checkpoint_managers.LatestN(self._keep_last)]
+        keep = [self._removal, checkpoint_managers.LatestN(self._keep_last)]
         if self._keep_every is not None:
             keep.append(checkpoint_managers.EveryNSteps(self._keep_every))
         try:
@@ -105,7 +107,13 @@ class Checkpointer:
         return complete_steps(self.directory)
 
     def save(
-        self, step: int, params: Any, opt_state: Any, data: items.LaneGroups, meta: Mapping
+        self,
+        step: int,
+        params: Any,
+        opt_state: Any,
+        data: items.LaneGroups,
+        meta: Mapping,
+        removes_older: bool = True,
     ) -> None:
         """Starts saving a step; the arrays may be donated or changed as soon as this returns.
 
@@ -115,6 +123,7 @@ class Checkpointer:
         Args:
           data: state of the lane groups that this process owns.
           meta: anything JSON can hold; tuples come back as lists.
+          removes_older: else all older ones stay, until the next save that removes some.
 
         Raises:
           UserError: no space left.
@@ -139,7 +148,7 @@ class Checkpointer:
         }
         if arrays["opt_state"]:  # Orbax saves no empty item
             args["opt_state"] = ocp.args.StandardSave(opt_state)
-        self._saving = step
+        self._saving, self._removal.allowed = step, removes_older
         with self._disk_errors():
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
 
@@ -181,6 +190,16 @@ class Checkpointer:
             self._manager.wait_until_finished()
         if self._saving is not None:
             self._saving, self.failures = None, 0
+
+    @contextlib.contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Where the block fails, the save that is going on is finished first."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(Exception):  # the block's error is the one to be told
+                self.wait()
+            raise
 
     def close(self) -> None:
         """Waits for the last save, then ends threads and closes files."""
@@ -258,6 +277,16 @@ class Checkpointer:
             return shutil.disk_usage(self.directory).free
         except OSError:  # not a local disk
             return math.inf
+
+
+@dataclasses.dataclass
+class _Removal(checkpoint_managers.PreservationPolicy):
+    """Preserves all checkpoints while none are to be removed."""
+
+    allowed: bool = True
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        return [not self.allowed] * len(checkpoints)
 
 
 def _bytes_to_save(arrays: list[Any], lane_groups: items.SaveData) -> int:

@@ -55,8 +55,13 @@ def _key(name: str) -> str:
     return f"fot_jax/requests/{name}"
 
 
+def all_values(value: int) -> list[int]:
+    """The value of every process, in their order; they wait for each other here."""
+    if jax.process_count() == 1:
+        return [value]
+    return multihost_utils.process_allgather(np.array(value, np.int32)).tolist()
+
+
 def all_agree(condition: bool) -> bool:
     """Whether a condition holds on all processes, which wait for each other here."""
-    if jax.process_count() == 1:
-        return condition
-    return bool(multihost_utils.process_allgather(np.array(condition)).all())
+    return all(all_values(condition))

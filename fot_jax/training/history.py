@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 
 from fot_jax.training.metrics import Counts
@@ -15,8 +16,9 @@ class History:
     Attributes:
       d: of the last step.
       accuracies: (step, accuracy) of the last two steps.
-      counts: loss, correct, weights since metrics were last written.
+      counts: loss, correct, weights since metrics were last written, of losses that were finite.
       skipped: updates skipped in a row up to now.
+      skipped_in_all: since step 1.
       started: when the run was started for the first time, in seconds since 1970.
       productive: seconds of the steps that led here, compiling not among them.
     """
@@ -25,6 +27,7 @@ class History:
     accuracies: tuple[tuple[int, float], ...] = ()
     counts: tuple[float, float, float] = (0.0, 0.0, 0.0)
     skipped: int = 0
+    skipped_in_all: int = 0
     started: float = dataclasses.field(default_factory=time.time)
     productive: float = 0.0
 
@@ -36,21 +39,26 @@ class History:
         """
         return self.productive / max(time.time() - self.started, 1e-9)
 
-    def after_seconds(self, seconds: float) -> History:
-        """The history with more productive seconds in it."""
-        return dataclasses.replace(self, productive=self.productive + seconds)
-
     def accuracy(self, step: int) -> float:
         """Of a step; 0 before the first."""
         return dict(map(tuple, self.accuracies)).get(step, 0.0)
 
-    def after(self, step: int, d: int | None, counts: Counts, applied: bool) -> History:
-        """The history with one more step in it."""
+    def after(
+        self, step: int, d: int | None, counts: Counts, applied: bool, seconds: float
+    ) -> History:
+        """The history with one more step in it; `seconds` of it were productive."""
         accuracy = counts.correct / counts.weights if counts.weights else 0.0
         accuracies = (*self.accuracies, (step, accuracy))[-2:]
-        total = dataclasses.astuple(Counts(*self.counts) + counts)
-        skipped = 0 if applied else self.skipped + 1
-        return dataclasses.replace(self, d=d, accuracies=accuracies, counts=total, skipped=skipped)
+        total = Counts(*self.counts) + (counts if math.isfinite(counts.loss) else Counts())
+        return dataclasses.replace(
+            self,
+            d=d,
+            accuracies=accuracies,
+            counts=dataclasses.astuple(total),
+            skipped=0 if applied else self.skipped + 1,
+            skipped_in_all=self.skipped_in_all + (not applied),
+            productive=self.productive + seconds,
+        )
 
     def without_counts(self) -> History:
         """The history after metrics were written."""

@@ -94,8 +94,8 @@ def device_rate(dtype: Any) -> float:
     return matmul_rate(dtype)
 
 
-def when_ready(arrays: Any) -> Callable[[], float]:
-    """A function that waits for arrays and says when they were there, by time.perf_counter.
+def when_ready(arrays: Any, clock: Callable[[], float]) -> Callable[[], float]:
+    """A function that waits for arrays and says when they were there, by a clock.
 
     A step may have ended long before its report is fetched: a CPU computes it where it is called.
     """
@@ -106,7 +106,7 @@ def when_ready(arrays: Any) -> Callable[[], float]:
             jax.block_until_ready(arrays)
         except Exception:  # is raised where the arrays are fetched
             pass
-        at.append(time.perf_counter())
+        at.append(clock())
 
     watcher = threading.Thread(target=watch, daemon=True)  # a device that hangs holds up no exit
     watcher.start()
@@ -155,7 +155,8 @@ class Metrics:
           console: where to speak; standard error if None. A bar on a terminal, lines elsewhere.
         """
         self._steps, self._tokens_per_step, self._peak = steps, tokens_per_step, peak_flops
-        self._ends = [(first_step, time.perf_counter())]
+        self._untimed, self._stopped = 0.0, None  # seconds that do not count; since when
+        self._ends = [(first_step, self.clock(), 0.0)]  # step, when it ended, FLOPs up to then
         self._speaks = jax.process_index() == 0
         if not self._speaks:
             return
@@ -175,9 +176,16 @@ class Metrics:
                 total=steps, initial=first_step, file=self._console, unit="step", dynamic_ncols=True
             )
 
-    def timed_from(self, step: int, ended: float) -> None:
-        """Leaves a step that was compiled, and those before it, out of the speed of later ones."""
-        self._ends = [(step, ended)]
+    def clock(self) -> float:
+        """Seconds, without what is `untimed`: this clock stands still meanwhile."""
+        return (self._stopped or time.perf_counter()) - self._untimed
+
+    def timed_from(self, step: int, ended: float, flops: float) -> None:
+        """Leaves a step that was compiled, and those before it, out of the speed of later ones.
+
+        Arguments as of `training`.
+        """
+        self._ends = [(step, ended, flops)]
         if self._speaks and self._bar is not None:
             self._bar.n = self._bar.last_print_n = self._bar.initial = step
             self._bar.unpause()
@@ -197,24 +205,25 @@ class Metrics:
 
         Args:
           step: updates done.
-          ended: when the step ended, by time.perf_counter.
+          ended: when the step ended, by `clock`.
           values: name -> number; loss, perplexity and d are shown where present.
-          flops: model FLOPs of one of the steps since the last call.
+          flops: model FLOPs of all steps from the run's first to this one.
           compiled: whether the step was, meanwhile, so that the time left cannot be told from it.
         """
         # Threads see steps end, and may be late where something else, a profile say, holds Python.
         ended = max(ended, self._ends[-1][1])
         while len(self._ends) > 1 and ended - self._ends[1][1] >= _CLOCK:
             del self._ends[0]
-        last_step, last_time = self._ends[0]
-        self._ends.append((step, ended))
-        seconds = max(ended - last_time, 1e-6) / max(step - last_step, 1)
+        last_step, last_time, last_flops = self._ends[0]
+        self._ends.append((step, ended, flops or 0.0))
+        steps = max(step - last_step, 1)
+        seconds = max(ended - last_time, 1e-6) / steps
         speed = {
             "tokens_per_second": self._tokens_per_step / seconds,
             "seconds_per_step": seconds,
         }
         if flops is not None and self._peak is not None:
-            speed["utilisation"] = utilisation(flops, seconds, self._peak)
+            speed["utilisation"] = utilisation((flops - last_flops) / steps, seconds, self._peak)
         self.write(step, {**values, **speed})
         if self._speaks:
             left = None if compiled else seconds * (self._steps - step)
@@ -278,12 +287,12 @@ class Metrics:
 
         No step is going on meanwhile.
         """
-        start = time.perf_counter()
+        self._stopped = time.perf_counter()
         try:
             yield
         finally:
-            untimed = time.perf_counter() - start
-            self._ends = [(step, ended + untimed) for step, ended in self._ends]
+            self._untimed += time.perf_counter() - self._stopped
+            self._stopped = None
 
     def close(self) -> None:
         if self._speaks:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,7 +28,8 @@ class Report(NamedTuple):
       step: updates done after it.
       d: that the schedule gave, if there is one.
       info: on the devices.
-      ended: waits for the step, and says when it ended by time.perf_counter.
+      began: when the step was given to the devices, by Metrics.clock.
+      ended: waits for the step, and says when it ended, by the same clock.
       compiled: whether it was, before it ran.
       more: further numbers for the metrics.
     """
@@ -34,6 +37,7 @@ class Report(NamedTuple):
     step: int
     d: int | None
     info: StepInfo
+    began: float
     ended: Callable[[], float]
     compiled: bool
     more: dict[str, float]
@@ -66,6 +70,7 @@ class Reports:
         self._learning_rate = learning_rate
         self._log_every, self._steps, self._max_skipped = log_every, steps, max_skipped
         self._gradients = list(leaves_by_path(program.trained))
+        self._ended, self._flops = -math.inf, 0.0  # of the last step; of all so far
 
     def finish(self, report: Report) -> None:
         """Waits for a step, and takes in its report.
@@ -74,38 +79,48 @@ class Reports:
           UserError: more than max_skipped updates in a row were not finite.
         """
         step, d, info = report.step, report.d, jax.device_get(report.info)
-        self.history = self.history.after(step, d, Counts.of(info.sums), bool(info.applied))
+        began, self._ended = max(report.began, self._ended), report.ended()
+        seconds = 0.0 if report.compiled else self._ended - began
+        counts = Counts.of(info.sums)
+        self.history = self.history.after(step, d, counts, bool(info.applied), seconds)
+        self._flops += self._program.flops_of(d)
         if not info.applied:
             self._skipped(step, info)
         if step % self._log_every == 0 or step == self._steps:
             self._write(report, float(info.grad_norm))
         if report.compiled:
-            self._metrics.timed_from(step, report.ended())
-
-    def add_seconds(self, seconds: float) -> None:
-        """Counts the seconds of a step as productive."""
-        self.history = self.history.after_seconds(seconds)
+            self._metrics.timed_from(step, self._ended, self._flops)
 
     def _skipped(self, step: int, info: StepInfo) -> None:
         finite = np.isfinite(info.grad_squares)
         what = "the loss" if finite.all() else f"the gradient of {self._gradients[finite.argmin()]}"
         self._metrics.say(f"step {step}: {what} is not finite: update skipped")
         if self.history.skipped > self._max_skipped:
-            kept = self._checkpointer.steps()
             raise UserError(
                 f"step {step}: {what} is not finite, for more than {self._max_skipped} steps in a "
-                f"row: stopped; the last good checkpoint is "
-                f"{f'that of step {kept[-1]}' if kept else 'none'}: lower the learning rate "
-                "or look at the data"
+                f"row: stopped; {self._good_checkpoint(step - self.history.skipped)}: lower the "
+                "learning rate or look at the data"
             )
+
+    def _good_checkpoint(self, updated: int) -> str:
+        """Says from where a run can go on whose last step that was not skipped is `updated`."""
+        with contextlib.suppress(Exception):  # of which a warning has told, or will
+            self._checkpointer.wait()
+        kept = self._checkpointer.steps()
+        good = [step for step in kept if step < updated]
+        said = f"the last good checkpoint is {f'that of step {good[-1]}' if good else 'none'}"
+        if kept and kept[-1] >= updated:
+            said += f" (remove those from {updated} on, which have the parameters that failed)"
+        return said
 
     def _write(self, report: Report, grad_norm: float) -> None:
         history = self.history
+        updates = report.step - history.skipped_in_all - (not history.skipped)  # before this one
         values = {
             **Counts(*history.counts).means(),
-            "learning_rate": float(self._learning_rate(report.step - 1)),
+            "learning_rate": float(self._learning_rate(updates)),
             "grad_norm": grad_norm,
-            "skipped": history.skipped,
+            "skipped": history.skipped_in_all,
             "goodput": history.goodput(),
             "data_wait_seconds": self._batches.waited - self._waited,
         }
@@ -115,8 +130,8 @@ class Reports:
         self.history = history.without_counts()
         self._metrics.training(
             step=report.step,
-            ended=report.ended(),
+            ended=self._ended,
             values={**values, **report.more},
-            flops=self._program.flops_of(report.d),
+            flops=self._flops,
             compiled=report.compiled,
         )

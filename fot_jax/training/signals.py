@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Iterator
 
-from fot_jax.common.agreement import Agreement
+from fot_jax.common.agreement import Agreement, all_values
 
 
 @dataclasses.dataclass
@@ -29,6 +29,11 @@ class StopSignals:
             agreement.request("stop", step, self.received)
         stopped = agreement.due("stop", step)
         return signal.Signals(stopped) if stopped else None
+
+    def at_end(self) -> signal.Signals | None:
+        """A signal that any process has received by now; all wait for each other here."""
+        received = max(all_values(int(self.received or 0)))
+        return signal.Signals(received) if received else None
 
 
 @contextlib.contextmanager

@@ -348,6 +348,23 @@ def test_what_tensorstore_says_is_cut_to_what_a_person_needs(tmp_path, damage, s
     assert "driver" not in str(error.value) and len(str(error.value)) < 350
 
 
+def test_a_save_is_finished_before_an_error_ends_the_run(tmp_path, monkeypatch):
+    store, go_on = Checkpointer(tmp_path), threading.Event()
+    finalize = items.DataHandler.finalize
+
+    def slow(self, directory):
+        assert go_on.wait(30)
+        finalize(self, directory)
+
+    monkeypatch.setattr(items.DataHandler, "finalize", slow)
+    with pytest.raises(UserError, match="bad row"), store.finishing():
+        params = make_params(1)
+        store.save(1, params, make_opt_state(params), make_data(1), {})
+        threading.Timer(0.5, go_on.set).start()
+        raise UserError("bad row")
+    assert store.steps() == [1]
+
+
 def test_old_checkpoints_go(tmp_path):
     store = Checkpointer(tmp_path, keep_last=2, keep_every=4)
     for step in range(1, 8):

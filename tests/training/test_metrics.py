@@ -53,8 +53,9 @@ def test_matmul_rate_is_in_flop_per_second():
 
 def test_a_step_ends_when_its_arrays_are_there_not_when_they_are_fetched():
     there = threading.Event()
-    first = metrics.when_ready(jnp.ones(()))
-    second = metrics.when_ready(types.SimpleNamespace(block_until_ready=there.wait))
+    first = metrics.when_ready(jnp.ones(()), time.perf_counter)
+    waits = types.SimpleNamespace(block_until_ready=there.wait)
+    second = metrics.when_ready(waits, time.perf_counter)
     first()
     between = time.perf_counter()
     there.set()
@@ -75,7 +76,7 @@ def open_metrics(workdir, first_step=0, console=None, **more):
 def test_lines_hold_step_time_and_numbers(tmp_path):
     before = time.time()
     m = open_metrics(tmp_path / "run", peak_flops=100.0)
-    m.training(2, time.perf_counter(), {"loss": jnp.float32(1.5), "d": 4}, flops=10.0)
+    m.training(2, time.perf_counter(), {"loss": jnp.float32(1.5), "d": 4}, flops=2 * 10.0)
     m.write(2, {"valid/loss": np.float64(2.5), "gradient_norm": math.inf})
     m.close()
     first, second = rows(tmp_path / "run")
@@ -162,7 +163,7 @@ def test_the_time_left_is_that_of_steps_that_were_not_compiled(tmp_path):
     console, start = io.StringIO(), time.perf_counter()
     m = open_metrics(tmp_path, console=console)
     m.training(1, start + 100, {}, compiled=True)
-    m.timed_from(1, start + 100)
+    m.timed_from(1, start + 100, 0.0)
     m.training(2, start + 103, {})
     assert rows(tmp_path)[1]["seconds_per_step"] == pytest.approx(3)
     first, second = console.getvalue().splitlines()
@@ -176,7 +177,7 @@ def test_a_bar_on_a_terminal(tmp_path):
 
     console = Terminal()
     m = open_metrics(tmp_path, first_step=4, console=console)
-    m.timed_from(5, 0.0)
+    m.timed_from(5, 0.0, 0.0)
     m.training(6, 0.0, {"loss": 1.25})
     m.say("a line of its own")
     m.close()
@@ -186,15 +187,24 @@ def test_a_bar_on_a_terminal(tmp_path):
 
 
 def test_evaluation_does_not_count_against_speed(tmp_path, monkeypatch):
-    clock = iter([0.0, 10.0, 70.0])  # opened, evaluation from, to
+    clock = iter([0.0, 10.0, 70.0, 80.0])  # opened, evaluation from, to, end of the step
     monkeypatch.setattr(metrics, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(metrics.time, "time", lambda: 1.0, raising=False)
     m = open_metrics(tmp_path)
     with m.untimed():
-        pass
-    m.training(5, 80.0, {})
+        assert m.clock() == m.clock() == 10.0  # of a step that was seen to end late
+    m.training(5, m.clock(), {})
     assert rows(tmp_path)[0]["seconds_per_step"] == 4.0
     assert rows(tmp_path)[0]["tokens_per_second"] == 25.0
+
+
+def test_utilisation_is_of_all_the_steps_of_a_row(tmp_path):
+    """Of which each may have another d, and so other FLOPs."""
+    m, start = open_metrics(tmp_path, peak_flops=100.0), time.perf_counter() + 100
+    m.timed_from(1, start, 700.0)
+    m.training(4, start + 6, {}, flops=700.0 + 10 + 100 + 190)
+    m.training(5, start + 7, {}, flops=1_000.0 + 50)
+    assert [row["utilisation"] for row in rows(tmp_path)] == pytest.approx([0.5, 0.5])
 
 
 def test_only_process_0_writes_and_speaks(tmp_path, monkeypatch):
