@@ -147,7 +147,7 @@ def test_resumes_from_a_damaged_checkpoint_or_says_why_not(trained, tmp_path, on
 
 
 @pytest.mark.slow
-def test_resuming_as_another_function_is_said(tmp_path, one_device, caplog):
+def test_resuming_as_another_function_is_said(tmp_path, one_device, caplog, capsys):
     experiment = write(tmp_path, runs.DICTIONARY)
     steps = ("train.steps = 2", "Checkpoints.every = 2")
     assert runs.train(experiment, tmp_path / "run", *steps) == 0
@@ -157,6 +157,15 @@ def test_resuming_as_another_function_is_said(tmp_path, one_device, caplog):
     assert runs.train(experiment, tmp_path / "run", *other) == 0
     said = f"{tmp_path / 'run'} was trained with rope_theta = 10000.0, this run has 20000.0"
     assert said in caplog.text
+    caplog.clear()
+    other = ("train.steps = 5", "ModelConfig.memory_scaling = 0.1")
+    assert runs.train(experiment, tmp_path / "run", *other) == 0
+    assert "was trained with memory_scaling = 0.0, this run has 0.1" in caplog.text
+    heads = [f"ModelConfig.{name} = 4" for name in ("num_heads", "num_kv_heads", "head_dim")]
+    capsys.readouterr()
+    assert runs.train(experiment, tmp_path / "run", "train.steps = 6", *heads) == 2
+    wanted = f"{tmp_path / 'run'} has num_heads = 2, this run 4: set the model's num_heads to 2"
+    assert capsys.readouterr().err.endswith(f"{wanted}\n")
 
 
 def test_resumes_with_more_steps(trained, tmp_path, one_device):

@@ -10,8 +10,8 @@ from fot_jax.common.errors import UserError
 from tpu import ship, targets, verbs
 
 _JOB_SET = """\
-# {count} x {topology}, {hosts} workers each. Before: a cluster with JobSet and, for each slice, a
-# node pool with --machine-type={machine_type} --tpu-topology={shape} --num-nodes={hosts}.
+# {topology}, {hosts} workers. Before: a cluster with JobSet and a node pool with
+# --machine-type={machine_type} --tpu-topology={shape} --num-nodes={hosts}.
 # The image has the repository as its working directory, with its dependencies installed
 # (pip install -e '.[tpu]' -c .ci/constraints.txt). Then: kubectl apply -f FILE
 apiVersion: jobset.x-k8s.io/v1alpha2
@@ -25,7 +25,7 @@ spec:
     maxRestarts: 20
   replicatedJobs:
   - name: slice
-    replicas: {count}
+    replicas: 1
     template:
       spec:
         parallelism: {hosts}
@@ -70,8 +70,7 @@ def job_set(args: Namespace) -> str:
     targets.check_name(args.name)
     targets.check_workdir(args.workdir)
     targets.check_environment(args.env)
-    slices = targets.slices_of(args.experiment, args.gin, args.topology)
-    topology = slices.topology
+    topology = targets.one_slice_of(args.experiment, args.gin, args.topology).topology
     if topology.chip.accelerator_label is None:
         raise UserError(f"{topology.name}: clusters have no nodes of it: choose another topology")
     code = ship.pack(args.experiment)
@@ -92,7 +91,6 @@ def job_set(args: Namespace) -> str:
         environment="\n".join(environment),
         topology=topology.name,
         hosts=topology.hosts,
-        count=slices.count,
         chips=chips,
         shape=topology.shape,
         quoted_shape=_quoted(topology.shape),

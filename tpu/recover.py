@@ -62,7 +62,7 @@ def recover(args: Namespace) -> int:
     Returns 0 when it has finished, 1 after --max_failures failures (see _Failures).
     """
     pod = targets.pod_of(args.name, args.zone, args.project)
-    slices = targets.slices_of(args.experiment, args.gin, args.topology)
+    slices = targets.one_slice_of(args.experiment, args.gin, args.topology)
     code = ship.pack(args.experiment)
     create = gcloud.create(pod, slices.topology, slices.count, args.tier)
     start = verbs.start_command(pod, code, args)

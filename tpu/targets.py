@@ -61,6 +61,8 @@ def check_workdir(workdir: str) -> None:
     """
     bucket_or_root = r"(gs://[a-z0-9][-_.a-z0-9]+(/[^\x00-\x1f]*)?|/[^\x00-\x1f]*)"
     _check("--workdir", workdir, bucket_or_root, "gs://BUCKET/DIRECTORY, or a path from the root")
+    if odd := re.search(r"[][*?\\]", workdir):
+        raise UserError(f"--workdir {workdir!r}: {odd[0]!r} in it: give one without")
 
 
 def check_environment(assignments: list[str]) -> None:
@@ -71,6 +73,21 @@ def check_environment(assignments: list[str]) -> None:
     """
     for assignment in assignments:
         _check("--env", assignment, r"(?s)[A-Za-z_][A-Za-z0-9_]*=.*", "NAME=VALUE")
+
+
+def one_slice_of(files: list[str], bindings: list[str], topology: str | None) -> Slices:
+    """The slice that training is started on, by `python -m tpu` itself.
+
+    Raises:
+      UserError: as of slices_of; or there are several.
+    """
+    slices = slices_of(files, bindings, topology)
+    if slices.count > 1:
+        raise UserError(
+            f"Compute.slices = {slices.count}: machines of a slice do not know those of others, so "
+            "training is started by hand: see FOT_WORKERS in tpu/README.md"
+        )
+    return slices
 
 
 def slices_of(files: list[str], bindings: list[str], topology: str | None) -> Slices:

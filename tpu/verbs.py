@@ -44,7 +44,7 @@ def setup(args: Namespace) -> int:
 def run(args: Namespace) -> int:
     """Starts training on every worker, detached."""
     pod = targets.pod_of(args.name, args.zone, args.project)
-    slices = targets.slices_of(args.experiment, args.gin, args.topology)
+    slices = targets.one_slice_of(args.experiment, args.gin, args.topology)
     code = ship.pack(args.experiment)
     command = start_command(pod, code, args)
     if args.dry_run:

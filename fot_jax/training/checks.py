@@ -106,10 +106,27 @@ def _layers_that_train(trains: Mapping[str, Any], path: str) -> str:
     return "all" if trains[path] is None else f"layers {', '.join(map(str, trains[path]))}"
 
 
-def warn_of_other_functions(initialize_from: str, there: ModelConfig, model: ModelConfig) -> None:
-    """Warns where this run computes something else from the parameters of a checkpoint."""
+def check_function(
+    checkpoint: str, there: ModelConfig, model: ModelConfig, resumed: bool = False
+) -> None:
+    """Warns where this run computes something else from the parameters of a checkpoint.
+
+    Args:
+      resumed: the run goes on from there: it is to have the same memory, too.
+
+    Raises:
+      UserError: kernels of the same shapes are cut into other heads.
+    """
     differences = there.differences(model)
+    for name in ("num_heads", "num_kv_heads", "head_dim"):
+        if name in differences:
+            before, now = differences[name]
+            raise UserError(
+                f"{checkpoint} has {name} = {before}, this run {now}: set the model's {name} to "
+                f"{before}"
+            )
     names = ("norm_epsilon", "qk_norm", "rope_theta", "rope_scaling", "norm", "mlp")
+    names += ("memory_layers", "memory_before", "memory_scaling") if resumed else ()
     compared = [(name, *differences[name]) for name in names if name in differences]
     rotated = [
         tuple(i for i in range(c.num_layers) if c.memory_positions or i not in c.memory_layers)
@@ -119,5 +136,5 @@ def warn_of_other_functions(initialize_from: str, there: ModelConfig, model: Mod
     for name, before, now in compared:
         if before != now and jax.process_index() == 0:
             logging.warning(
-                "%s was trained with %s = %s, this run has %s", initialize_from, name, before, now
+                "%s was trained with %s = %s, this run has %s", checkpoint, name, before, now
             )

@@ -15,6 +15,9 @@ import optax
 from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
 
+_LEAST = 1e-30  # where 0 would divide by 0, or leave no gradient
+_LARGEST_DECAY = 0.999999  # of averages, which never change with 1
+
 
 @configurable
 def adamw(
@@ -32,9 +35,9 @@ def adamw(
     norm scales, biases or attention temperatures. The learning rate of these temperatures (of
     models with qk_norm) is `temperature_rate` times that of the rest.
     """
-    check_range("adamw", 0, weight_decay=weight_decay, eps=eps, clip_norm=clip_norm)
-    check_range("adamw", 0, temperature_rate=temperature_rate)
-    check_range("adamw", 0, 1, b1=b1, b2=b2)
+    check_range("adamw", 0, weight_decay=weight_decay, temperature_rate=temperature_rate)
+    check_range("adamw", _LEAST, eps=eps, clip_norm=clip_norm)
+    check_range("adamw", 0, _LARGEST_DECAY, b1=b1, b2=b2)
     update = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=matrices)
     if temperature_rate != 1.0:
         update = optax.chain(update, optax.masked(optax.scale(temperature_rate), _temperatures))
@@ -58,9 +61,10 @@ def adafactor(
     root mean square (at least 1e-3), and averaged with decay b1. All of this is per layer.
     `clip_norm` bounds the norm of the whole gradient; the paper names none.
     """
-    check_range("adafactor", 0, clipping_threshold=clipping_threshold, clip_norm=clip_norm)
+    check_range("adafactor", _LEAST, clipping_threshold=clipping_threshold, clip_norm=clip_norm)
     check_range("adafactor", 1, min_dim_size_to_factor=min_dim_size_to_factor)
-    check_range("adafactor", 0, 1, b1=b1, decay_rate=decay_rate)
+    check_range("adafactor", 0, 1, decay_rate=decay_rate)
+    check_range("adafactor", 0, _LARGEST_DECAY, b1=b1)
     update = optax.adafactor(
         learning_rate,
         min_dim_size_to_factor=min_dim_size_to_factor,

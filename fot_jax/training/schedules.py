@@ -117,6 +117,7 @@ class SwitchAtAccuracy:
     values: tuple[int, int] = (1, 128)
 
     def __post_init__(self):
+        check_range("SwitchAtAccuracy", 0, 1, threshold=self.threshold)
         if len(self.values) != 2:
             raise UserError(
                 f"SwitchAtAccuracy.values = {tuple(self.values)}: give two values of d, "

@@ -18,7 +18,7 @@ from fot_jax.data.documents import DocumentSource
 from fot_jax.data.saved_vocabulary import load_vocabulary
 from fot_jax.model import lora
 from fot_jax.model.config import ModelConfig
-from fot_jax.training.checks import check_part, warn_of_other_functions
+from fot_jax.training.checks import check_function, check_part
 from fot_jax.training.history import History
 from fot_jax.training.program import Program
 from fot_jax.training.step import TrainState
@@ -70,15 +70,15 @@ def resume(
       lane_groups: those whose rows this process reads.
 
     Raises:
-      UserError: no checkpoint can be read, its parameters have other shapes, or others of them
-        trained.
+      UserError: no checkpoint can be read, its parameters have other shapes or heads, or others of
+        them trained.
     """
     template = program.state
     restored = checkpointer.restore_latest(template.params, template.beside, lane_groups)
     if restored is None:
         return None
     there = model_config_of(workdir, restored.meta)
-    warn_of_other_functions(str(workdir), there, program.transformer.config)
+    check_function(str(workdir), there, program.transformer.config, resumed=True)
     check_part(workdir, restored.meta, restored.params, program.part, program.transformer.lora)
     step = jax.device_put(np.int32(restored.step), template.step.sharding)
     return Start(
@@ -97,7 +97,7 @@ def begin(
     """Step 0: parameters drawn from `seed`, or those of a checkpoint.
 
     Raises:
-      UserError: the checkpoint cannot be read, or its parameters have other shapes.
+      UserError: the checkpoint cannot be read, or its parameters have other shapes or heads.
     """
     shardings = jax.tree.map(lambda x: x.sharding, program.state)
     state = jax.jit(program.init, out_shardings=shardings)(jax.random.key(seed))
@@ -105,7 +105,7 @@ def begin(
         wanted, _ = lora.split(program.state.params)
         there, params = loading.load_params(initialize_from, wanted)
         state = state._replace(params=lora.joined(params, lora.split(state.params)[1]))
-        warn_of_other_functions(initialize_from, there, model)
+        check_function(initialize_from, there, model)
     return Start(state, History())
 
 

@@ -9,19 +9,24 @@ from clouds import WORKDIR
 FLAGS = ("--name", "job", *WORKDIR, "--image", "europe-docker.pkg.dev/p/fot/fot:1")
 
 
+SLICES = [
+    *("--topology", "v5e-16", "--gin", "Compute.slices = 2"),
+    *("--gin", "MeshShape.replica = 2", "--gin", "MeshShape.fsdp = 4"),
+]
+
+
 def job_set(cloud, *argv):
     return yaml.safe_load(cloud.works("manifest", *argv, *FLAGS))
 
 
 def test_containers_run_what_workers_run(cloud):
     bindings = ("--gin", "VOCABULARY = \"$(A) 'x' ü: - #\"", "--env", "A=$(B)\ntwo: lines")
-    mesh = ("--gin", "MeshShape.replica = 2", "--gin", "MeshShape.fsdp = 4")
-    more = ("--topology", "v5e-16", "--gin", "Compute.slices = 2", *mesh, "--spot")
+    more = ("--topology", "v5e-16", "--gin", "MeshShape.fsdp = 4", "--spot")
     made = job_set(cloud, "experiments/long_llama_3b.gin", *bindings, *more)
     assert (made["apiVersion"], made["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    (slices,) = made["spec"]["replicatedJobs"]
-    assert slices["replicas"] == 2
-    job = slices["template"]["spec"]
+    (slice_,) = made["spec"]["replicatedJobs"]
+    assert slice_["replicas"] == 1
+    job = slice_["template"]["spec"]
     assert (job["parallelism"], job["completions"], job["backoffLimit"]) == (4, 4, 0)
     pod = job["template"]["spec"]
     assert pod["nodeSelector"] == {
@@ -38,8 +43,6 @@ def test_containers_run_what_workers_run(cloud):
         *("python", "-m", "fot_jax", "train", "experiments/long_llama_3b.gin"),
         "--workdir=gs://bucket/run",
         "--gin=VOCABULARY = \"$(A) 'x' ü: - #\"",
-        "--gin=Compute.slices = 2",
-        "--gin=MeshShape.replica = 2",
         "--gin=MeshShape.fsdp = 4",
     ]
     environment = {each["name"]: each["value"] for each in container["env"]}
@@ -62,6 +65,8 @@ def test_one_host(cloud):
         (("--topology", "v2-8", "--gin", "MeshShape.fsdp = 2"), "clusters have no nodes of it"),
         (("--name", "A b"), "--name 'A b'"),
         (("--workdir", "relative"), "--workdir 'relative'"),
+        (("--workdir", "gs://bucket/run[1]"), "'[' in it: give one without"),
+        (SLICES, "Compute.slices = 2: machines of a slice do not know those of others"),
     ],
 )
 def test_refusals(cloud, more, why):

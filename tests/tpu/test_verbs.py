@@ -193,6 +193,9 @@ def test_several_slices(cloud):
     with_slices = (cloud.experiment, *POD, *gin, "--topology", "v4-8")
     cloud.works("create", *with_slices)
     assert "2 workers are ready" in cloud.works("setup", *with_slices)
+    for verb in ("run", "recover"):
+        code, out, err = cloud.tpu(verb, *with_slices, *WORKDIR)
+        assert (code, out) == (2, "") and "machines of a slice do not know those of" in err
     status = cloud.works("status", *POD)
     assert "pod-0 " in status and "pod-1 " in status
 

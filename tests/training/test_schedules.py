@@ -106,6 +106,10 @@ def test_drawn_each_step():
         (lambda: SwitchAtStep((5,), (1,)), r"SwitchAtStep: steps \(5,\) must ascend and values"),
         (lambda: SwitchAtStep((9, 5), (1, 2, 3)), r"SwitchAtStep: steps \(9, 5\) must ascend"),
         (lambda: SwitchAtAccuracy(0.9, (1, 2, 3)), r"SwitchAtAccuracy\.values = \(1, 2, 3\): give"),
+        (
+            lambda: SwitchAtAccuracy(98.0),
+            r"SwitchAtAccuracy\.threshold = 98\.0: give a number from",
+        ),
         (lambda: DrawnEachStep(()), r"DrawnEachStep\.values is empty"),
     ],
 )
