@@ -138,13 +138,16 @@ def _interrupted_saving(signum, frame) -> None:
 @contextlib.contextmanager
 def _stopped_without_remains() -> Iterator[None]:
     """A signal, or a terminal that is closed, leaves nothing half-written."""
-    signals = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
-        signals.append(signal.SIGHUP)
     with contextlib.ExitStack() as stack:
-        for signum in signals:
+        for signum in _stopping():
             stack.enter_context(_on(signum, _interrupted_saving))
         yield
+
+
+def _stopping() -> list[signal.Signals]:
+    """The signals that stop a command."""
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # as nohup has it
+    return [signal.SIGTERM, signal.SIGINT] + [signal.SIGHUP] * hangs_up
 
 
 def _exit(signum, frame) -> None:
@@ -440,15 +443,21 @@ def _cache(args) -> int:
     gin_files.load(args.experiment, args.gin)
     import gin
 
+    from fot_jax.checkpoints import loading
     from fot_jax.data import tasks
 
     with gin_files.gin_errors():
         source = gin.get_configurable("Data")().source
+        initialize_from = gin_files.value_of("train.initialize_from")
+        if initialize_from is not None and (vocabulary := loading.vocabulary_of(initialize_from)):
+            source = source.with_vocabulary(vocabulary)  # as training does
         if not isinstance(source, tasks.Text):
             raise UserError(
                 f"Data.source is a {type(source).__name__}, only @Text() has a cache: give that"
             )
-        with _on(signal.SIGTERM, _exit), _on(signal.SIGINT, _exit):
+        with contextlib.ExitStack() as stack:
+            for signum in _stopping():
+                stack.enter_context(_on(signum, _exit))
             tasks.cache(source, args.output)
     return 0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections.abc
 import contextlib
+import copy
 import difflib
 import filecmp
 import functools
@@ -146,7 +147,7 @@ def value_of(name: str) -> Any:
     import gin
 
     try:
-        return gin.query_parameter(name)
+        return copy.deepcopy(gin.query_parameter(name))  # gin's way to evaluate %NAME
     except ValueError:
         return None
 

@@ -28,6 +28,7 @@ from fot_jax.training.checks import (
     check_numbers,
     check_positive_mass,
     check_profile,
+    check_same_documents,
     check_vocabulary,
 )
 from fot_jax.training.evaluations import Evaluations
@@ -158,6 +159,7 @@ def train(
         documents_apart=data.documents_apart,
         vocab_size=model.vocab_size,
     )
+    check_same_documents(source, lanes.settings)
     if resumed:
         lanes.restore(lanes_state)
     by_rows = partitioning.rows(program.mesh)

@@ -1,5 +1,6 @@
 """The command line: what it says about bad input, and what it leaves behind."""
 
+import itertools
 import json
 import os
 import re
@@ -19,8 +20,10 @@ from runs import DICTIONARY, EVALUATED, bind, refused, refused_untouched
 from fot_jax import cli
 from fot_jax.common.errors import UserError
 from fot_jax.data import tasks
+from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
 from fot_jax.data.vocabulary import Bytes
 from fot_jax.evals.perplexity import PerplexityByContext
+from fot_jax.training import checks
 
 ROOT = Path(__file__).parents[1]
 
@@ -153,9 +156,35 @@ def test_texts_that_are_all_too_short_for_memory(here, capsys):
     assert cli.main([*argv, "--workdir", "plain"]) == 0
 
 
+@pytest.mark.parametrize("other", [0, 1])
+def test_processes_that_would_read_other_documents(here, capsys, monkeypatch, other):
+    calls = itertools.count()
+    monkeypatch.setattr(checks, "all_values", lambda x: [x, x, x ^ (next(calls) == other)])
+    what = ("tokenizer", "documents")[other]
+    assert refused_untouched(capsys, "train", "experiment.gin", "--workdir", "run") == (
+        f"process 2 has another {what} than process 0: give all machines the same files and "
+        "settings"
+    )
+
+
 def test_what_needs_no_cache(here, capsys):
     line = refused_untouched(capsys, "cache", "experiment.gin", "--output", "cache")
     assert line == "Data.source is a DictionaryLookup, only @Text() has a cache: give that"
+
+
+@pytest.mark.slow
+def test_a_cache_is_of_the_tokenizer_that_training_takes(here, trained):
+    """That of the checkpoint it starts from."""
+    write_split(here, "a short text")
+    shutil.copytree(trained, here / "start")
+    vocabulary = TrainedSentencePiece(280).train(["a short text " * 99])
+    vocabulary.save(here / "start" / "vocabulary")
+    start = "START = 'start'", "train.initialize_from = %START", "Corpus.path = 'texts'"
+    (here / "text.gin").write_text("\n".join((TEXT, *start)))
+    assert cli.main(["cache", "text.gin", "--output", "cache"]) == 0
+    source = tasks.Text([tasks.Corpus("texts")], vocabulary, cache_dir="cache")
+    _, document = next(source.stream(0, 1, 0))
+    assert vocabulary.decode(document.tokens) == "a short text"
 
 
 @pytest.mark.slow
@@ -237,6 +266,8 @@ def test_checkpoints_of_another_experiment(here, trained, capsys):
     assert "/checkpoints/2: optimizer state " in line
     line = refused_untouched(capsys, *argv, *bind("Data.lanes = 5"))
     assert line.startswith("the checkpoint's data was saved with (lanes of a group, ")
+    line = refused_untouched(capsys, *argv, *bind("DictionaryLookup.value_length = 2"))
+    assert "the checkpoint's data was saved with DictionaryLookup.value_length = 1, this" in line
     line = refused_untouched(capsys, *argv, *bind("Data.lane_groups = 2"))
     assert "lane group" in line
     start = bind('train.initialize_from = "run"', "ModelConfig.num_layers = 3")
@@ -450,7 +481,7 @@ def test_interrupted_before_there_is_anything_to_save():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_cache_that_is_stopped_leaves_nothing(here, monkeypatch, signum):
     write_split(here, "a short text")
     (here / "text.gin").write_text(TEXT + 'Corpus.path = "texts"\n')

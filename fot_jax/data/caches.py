@@ -6,6 +6,7 @@ import contextlib
 import json
 import operator
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,15 +15,23 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from fot_jax.common.errors import UserError
 from fot_jax.common.paths import path_of
-from fot_jax.data.corpus import Corpus
+from fot_jax.data.corpus import Corpus, files_there, splits_in
 from fot_jax.data.documents import Document, NoDocuments
 from fot_jax.data.files import SPLITS
 from fot_jax.data.sources import to_shuffle
 from fot_jax.data.tensorflow_imports import import_seqio, import_tensorflow
 
+_ORIGIN = "origin.json"
+
 
 def cache_of(directory: epath.PathLike, task_name: str) -> epath.Path:
-    """The directory of a task in a directory of caches."""
+    """The directory of a task in a directory of caches.
+
+    Raises:
+      UserError: a path that caches cannot be read from.
+    """
+    if odd := re.search(r"[][*?]", str(directory)):  # SeqIO looks for files by patterns
+        raise UserError(f"{directory}: {odd[0]!r} in the path of a cache: give one without it")
     return path_of(directory) / import_seqio().get_task_dir_from_name(task_name)
 
 
@@ -67,6 +76,38 @@ def write_split(
     return stats
 
 
+def write_origin(directory: epath.Path, corpus: Corpus) -> None:
+    """Writes which files a cache is made of."""
+    if not corpus.path.startswith("tfds:"):  # whose versions are never changed
+        origin = {split: files_there(corpus, split) for split in splits_in(corpus)}
+        (directory / _ORIGIN).write_text(json.dumps(origin))
+
+
+def _check_origin(directory: epath.Path, corpus: Corpus) -> None:
+    """The files of the corpus, where they are here, are those that the cache is made of."""
+    file = directory / _ORIGIN
+    if not file.exists():
+        return
+    with _damaged(file):
+        origin = {split: dict(files) for split, files in json.loads(file.read_bytes()).items()}
+    for split, before in origin.items():
+        try:
+            now = files_there(corpus, split)
+        except (OSError, UserError):  # a cache is read without its corpus
+            continue
+        differ = before.keys() ^ now.keys()
+        differ |= {name for name in before.keys() & now.keys() if _unlike(before[name], now[name])}
+        if now and differ:
+            raise UserError(
+                f"{directory}: made of other files of {corpus.path} than are there now "
+                f"({min(differ)}): make the cache again"
+            )
+
+
+def _unlike(before: int | None, now: int | None) -> bool:
+    return before != now and None not in (before, now)
+
+
 def cached_source(cache_dir: epath.PathLike, task_name: str, corpus: Corpus) -> tuple[Any, int]:
     """A source of the rows in the cache of a task, and how many of them to shuffle among.
 
@@ -79,6 +120,7 @@ def cached_source(cache_dir: epath.PathLike, task_name: str, corpus: Corpus) -> 
             f"{cache_dir}: no cache of {corpus.path} for this tokenizer and these settings of the "
             f"corpus: make it with: fot cache EXPERIMENT.gin --output {cache_dir}"
         )
+    _check_origin(directory, corpus)
     files, at_hand = {}, 1
     for split in SPLITS:
         info = epath.Path(seqio.get_cached_info_path(directory, split))

@@ -12,6 +12,7 @@ import itertools
 import json
 import lzma
 import math
+import platform
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from etils import epath
 
 from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
-from fot_jax.common.paths import path_of
+from fot_jax.common.paths import in_bucket, path_of
 from fot_jax.data.documents import NoDocuments
 from fot_jax.data.files import READERS, SPLITS, files_of, splits_of, warn_once
 
@@ -62,6 +63,11 @@ class Corpus:
             raise UserError(f"Corpus.weight = {self.weight} of {self.path}: give more than 0")
         if self.join_by and self.path.startswith("tfds:"):
             raise UserError(f"{self.path}: Corpus.join_by is for JSON Lines: leave it out")
+
+    @property
+    def least_tokens(self) -> int:
+        """Of a document that is not left out: one token alone predicts nothing."""
+        return max(2, self.min_document_length)
 
 
 Part = Callable[[], Iterator[bytes]]  # opens a file of a split, or several: their documents, UTF-8
@@ -118,6 +124,21 @@ def splits_in(corpus: Corpus) -> list[str]:
     if corpus.path == "standard_library":
         return list(SPLITS)
     return splits_of(_directory(corpus))
+
+
+def files_there(corpus: Corpus, split: str) -> dict[str, int | None]:
+    """The files of a split and their bytes (None where a bucket would have to be asked for each).
+
+    Of the standard library its version; nothing of what is not here, or of no files of ours.
+    """
+    if corpus.path == "standard_library":
+        return {platform.python_version(): None}
+    if corpus.path.startswith("tfds:") or not (there := path_of(corpus.path)).is_dir():
+        return {}
+    return {
+        str(file.relative_to(there)): None if in_bucket(file) else file.stat().length
+        for file in files_of(there, split)
+    }
 
 
 def split_parts(corpus: Corpus, split: str) -> list[Part]:

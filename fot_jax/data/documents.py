@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -38,6 +38,12 @@ class DocumentSource(Protocol):
 
     def with_vocabulary(self, vocabulary: Vocabulary) -> DocumentSource:
         """The same documents tokenized with another vocabulary, one read from a checkpoint, say."""
+
+    def settings(self) -> dict[str, Any]:
+        """What the order of `stream` depends on, beside its arguments: name -> what JSON can hold.
+
+        Those whose names end with "files" or "path" may change while a run is stopped.
+        """
 
     def check_split(self, split: str) -> None:
         """Refuses a split that `documents` could not yield; tokenizes nothing.

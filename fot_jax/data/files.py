@@ -98,9 +98,9 @@ def files_of(directory: epath.Path, split: str) -> list[epath.Path]:
     """
     found = sorted(_found(directory), key=lambda file: str(file.path))
     files = [file for file in found if file.split == split and file.is_read]
-    stems = {file.stem for file in files}
+    stems = {(file.path.parent, file.stem) for file in files}
     for file in found:
-        if file.split == split and file.fatal and file.stem not in stems:
+        if file.split == split and file.fatal and (file.path.parent, file.stem) not in stems:
             raise UserError(f"{file.path}: {file.fatal}")
     _check_one_of_each(files)
     _check_numbers(files)
@@ -216,6 +216,11 @@ def _check_no_gap(first: _File, by_number: Mapping[int, _File]) -> None:
         raise UserError(
             f"{first.path}: of {total} such files {count} are missing, {_some(missing, count)}: "
             f"copy them, or take -of-{total} out of the names to read these alone"
+        )
+    if total and (beyond := sorted(by_number.keys() - set(wanted))):
+        raise UserError(
+            f"{by_number[beyond[0]].path}: beyond the {total} files that its name says: remove it, "
+            f"or take -of-{total} out of the names"
         )
     if 0 < count < len(by_number):  # not of dates, say
         warn_once(f"{first.path}: of such files these are not there: {_some(missing, count)}")

@@ -173,6 +173,11 @@ class HuggingFaceTokenizer(StandardMarks):
         except Exception as error:  # the library raises nothing more specific
             raise UserError(f"the text cannot be tokenized: {error}") from error
 
+    def encode_literally(self, text: str) -> list[int]:
+        if self.infilling is None or self.infilling.gap not in text:
+            return self.encode(text)
+        return self._without_gaps.encode(text)
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(i) for i in ids if 0 <= i < self.size])
 
@@ -212,12 +217,24 @@ class HuggingFaceTokenizer(StandardMarks):
         )
 
     @functools.cached_property
+    def _without_gaps(self) -> HuggingFaceTokenizer:
+        content = json.loads(self.tokenizer)
+        content["added_tokens"] = [
+            token for token in content["added_tokens"] if token["content"] != self.infilling.gap
+        ]
+        tokenizer = json.dumps(content).encode()
+        return HuggingFaceTokenizer.of(
+            tokenizer=tokenizer,
+            bos_token=self.bos_token,
+            eos_token=self.eos_token,
+            splits_marks=self.splits_marks,
+        )
+
+    @functools.cached_property
     def _processor(self):
         import tokenizers
 
-        processor = tokenizers.Tokenizer.from_buffer(self.tokenizer)
-        processor.no_truncation()
-        processor.no_padding()
+        processor = _as_it_is(tokenizers.Tokenizer.from_buffer(self.tokenizer))
         processor.encode_special_tokens = self.splits_marks
         return processor
 
@@ -230,10 +247,7 @@ class HuggingFaceTokenizer(StandardMarks):
             "normalizer": json.loads(self.infilling.normalizer),
             "post_processor": json.loads(self.infilling.post_processor),
         }
-        processor = tokenizers.Tokenizer.from_str(json.dumps(content))
-        processor.no_truncation()
-        processor.no_padding()
-        return processor
+        return _as_it_is(tokenizers.Tokenizer.from_str(json.dumps(content)))
 
     @functools.cached_property
     def _unseen(self) -> frozenset[int]:
@@ -249,7 +263,16 @@ class HuggingFaceTokenizer(StandardMarks):
 
     @functools.cached_property
     def _cleans_up(self) -> bool:
-        return CLEAN_UP[0][0] in _replaced(json.loads(self.tokenizer)["decoder"])
+        return CLEAN_UP[0][0] in _replaced(json.loads(self.tokenizer).get("decoder"))
+
+
+def _as_it_is(processor):
+    """The tokenizer, of which a text has all its tokens, and the same ones each time."""
+    processor.no_truncation()
+    processor.no_padding()
+    if getattr(processor.model, "dropout", None):  # of merges, at random
+        processor.model.dropout = None
+    return processor
 
 
 # What `clean_up_tokenization_spaces` of transformers replaces in a text, in this order.

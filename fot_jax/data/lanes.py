@@ -14,10 +14,13 @@ Letters: R rows (lanes * windows), T tokens of a window, W windows, N tokens of 
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from fot_jax.common.errors import UserError
 from fot_jax.data.documents import START, Document, DocumentSource, Position
@@ -171,7 +174,8 @@ class Lanes:
         """Goes on from the state of the owned groups, whoever saved it.
 
         Raises:
-          UserError: it was saved with other lanes, lane groups, windows or scheme.
+          UserError: it was saved with other lanes, lane groups, windows or scheme, or of other
+            documents.
         """
         restored = {}
         for group, snapshot in self._snapshots.items():
@@ -190,6 +194,8 @@ class Lanes:
                     f"of a window, lane groups, seed) = {there}, this experiment has {here}: use "
                     "the same Data, scheme and local_context, or another workdir"
                 )
+            if "settings" in arrays:  # fot_jax 0.1 saved none
+                self._check_settings(json.loads(arrays["settings"].tobytes()))
             ends = np.cumsum(arrays["left"])
             lanes = []
             for i, (end, n) in enumerate(zip(ends, arrays["left"], strict=True)):
@@ -205,6 +211,28 @@ class Lanes:
         self._snapshots, self._streams = restored, {}
         self._drawn = dict.fromkeys(restored, SHORT_DOCUMENTS)  # so many were no reason to stop
 
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """What batches depend on beside the layout: name -> what JSON can hold."""
+        settings = {
+            "Data.documents_apart": self._apart,
+            "windows of a step": self._windows,
+            **self._source.settings(),
+        }
+        return json.loads(json.dumps(settings))
+
+    def _check_settings(self, before: Mapping[str, Any]) -> None:
+        for name, value in before.items():
+            now = self.settings.get(name)
+            if value == now:
+                continue
+            said = (
+                f"the checkpoint's data was saved with {name} = {value}, this experiment has {now}"
+            )
+            if not name.endswith(("path", "files")):
+                raise UserError(f"{said}: use the same, or another workdir")
+            logging.warning("%s: reading goes on at the same place in other documents", said)
+
     def state_of(self, snapshots: Mapping[int, Snapshot]) -> dict[int, dict[str, np.ndarray]]:
         """Arrays of a snapshot of these lanes: what checkpoints hold and `restore` takes."""
         return {group: self._arrays(snapshot) for group, snapshot in snapshots.items()}
@@ -215,6 +243,7 @@ class Lanes:
             "position": np.asarray(position, np.int64),
             "groups": np.asarray(self._groups, np.int64),
             "seed": np.asarray(self._seed, np.int64),
+            "settings": np.frombuffer(json.dumps(self.settings).encode(), np.uint8),
             "left": np.asarray([len(lane.left.tokens) for lane in lanes], np.int64),
             "left_tokens": np.concatenate([lane.left.tokens for lane in lanes]),
             "left_weights": np.concatenate([lane.left.weights for lane in lanes]),

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +56,14 @@ class Mixture:
     def with_vocabulary(self, vocabulary: Vocabulary) -> Mixture:
         sources = [source.with_vocabulary(vocabulary) for source in self.sources]
         return dataclasses.replace(self, sources=sources)
+
+    def settings(self) -> dict[str, Any]:
+        of_each = (
+            (f"source {i}: {name}", value)
+            for i, source in enumerate(self.sources)
+            for name, value in source.settings().items()
+        )
+        return {"Mixture.weights": self.weights, **dict(of_each)}
 
     def check_split(self, split: str) -> None:
         """That each source has it."""

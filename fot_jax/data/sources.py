@@ -177,4 +177,4 @@ class CorpusSource:
     def _tokenized(self, texts: Iterator[bytes]) -> Iterator[np.ndarray]:
         """Tokens of those that are long enough."""
         everything = map(self._tokens_of, texts)
-        return (x for x in everything if len(x) >= self._corpus.min_document_length)
+        return (x for x in everything if len(x) >= self._corpus.least_tokens)

@@ -12,7 +12,7 @@ import functools
 import itertools
 import string
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,6 +35,10 @@ class DrawnSource:
     def document(self, split: str, seed: int, index: int) -> Document:
         """One document."""
         raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        names = {each.name for each in dataclasses.fields(self)} - {"vocabulary", "eval_documents"}
+        return {f"{type(self).__name__}.{name}": getattr(self, name) for name in sorted(names)}
 
     def check_split(self, split: str) -> None:
         """Refuses what is none of the three."""

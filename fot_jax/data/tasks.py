@@ -19,8 +19,8 @@ from fot_jax.common.atomic import new_directory
 from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
 from fot_jax.common.paths import path_of
-from fot_jax.data.caches import cache_of, cached_source, write_split
-from fot_jax.data.corpus import Corpus, splits_in
+from fot_jax.data.caches import cache_of, cached_source, write_origin, write_split
+from fot_jax.data.corpus import Corpus, files_there, splits_in
 from fot_jax.data.documents import START, Document, Position, single_source_position
 from fot_jax.data.files import SPLITS, not_read
 from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
@@ -85,6 +85,18 @@ class Text:
     def with_vocabulary(self, vocabulary: Vocabulary) -> Text:
         return dataclasses.replace(self, tokenizer=vocabulary)
 
+    def settings(self) -> dict[str, Any]:
+        corpora = [dataclasses.asdict(corpus) for corpus in self.corpora]
+        return {
+            "Text.piece_tokens": self.piece_tokens,
+            "Text.cache_dir": "a cache" if self.cache_dir is not None else None,
+            **{f"Corpus.{name}": [each[name] for each in corpora] for name in corpora[0]},
+            "corpus files": [
+                _digest(files_there(corpus, "train")) if self.cache_dir is None else None
+                for corpus in self.corpora
+            ],
+        }
+
     def check_split(self, split: str) -> None:
         """Looks up the split of every corpus, and reads the first row of it."""
         for corpus, (source, _) in zip(self.corpora, self._sources, strict=True):
@@ -117,13 +129,19 @@ class Text:
         it does with caches and TensorFlow Datasets, its end mixes with its beginning). Going on
         from a position means reading up to it: use a cache if tokenizing that again takes too long.
 
-        Files are shared out anew in every epoch; where a shard has got empty ones alone, or too
-        short documents, it goes on to the next epoch.
+        Files are shared out anew in every epoch, but for those of a cache; where a shard has got
+        empty ones alone, or too short documents, it goes on to the next epoch.
 
         Raises:
-          UserError: as `documents`; or the first MAX_EMPTY_PASSES epochs have none for the shard.
+          UserError: as `documents`; or the first MAX_EMPTY_PASSES epochs have none for the shard;
+            or a cache's files cannot be shared out evenly.
         """
         self.check_split("train")
+        if self.cache_dir is not None and shards < CACHE_SHARDS and CACHE_SHARDS % shards:
+            raise UserError(
+                f"Data.lane_groups = {shards}: the files of {self.cache_dir} are dealt out among "
+                f"them, so give 1, 2, 4, … {CACHE_SHARDS}"
+            )
         endless = len(self.corpora) > 1
         epoch, taken = single_source_position(position)
         if endless:
@@ -185,7 +203,7 @@ class Text:
             preprocessors = [seqio.CacheDatasetPlaceholder()]
             if not isinstance(source, CorpusSource):
                 tokenize = _tokenize(self._tokens_of, corpus.text_field, self._failures)
-                preprocessors = [tokenize, _at_least(corpus.min_document_length), *preprocessors]
+                preprocessors = [tokenize, _at_least(corpus.least_tokens), *preprocessors]
         vocabulary = seqio.PassThroughVocabulary(self.vocabulary.size, self.vocabulary.eos)
         seqio.TaskRegistry.remove(name)
         return seqio.TaskRegistry.add(
@@ -236,7 +254,7 @@ class Text:
         except errors.OpError as error:
             if self._failures:
                 raise self._failures.pop() from None
-            if isinstance(error, errors.DataLossError):
+            if isinstance(error, errors.DataLossError | errors.NotFoundError):
                 where = self.cache_dir or ", ".join(corpus.path for corpus in self.corpora)
                 why = error.message.splitlines()[0]
                 raise UserError(f"{where}: damaged data ({why}): make it again") from error
@@ -326,12 +344,13 @@ def cache(text: Text, directory: epath.PathLike, splits: Sequence[str] = SPLITS)
                     if not stats["examples"]:
                         raise _all_too_short(corpus, split)
                     logging.info("cached %s of %s: %s", split, corpus.path, stats)
+            write_origin(half, corpus)
             (half / "COMPLETED").write_text("")
 
 
 def _all_too_short(corpus: Corpus, split: str) -> UserError:
     return UserError(
-        f"{corpus.path}: the {split} split has no document of {corpus.min_document_length} tokens "
+        f"{corpus.path}: the {split} split has no document of {corpus.least_tokens} tokens "
         "or more: lower min_document_length"
     )
 

@@ -59,6 +59,9 @@ class Vocabulary(Protocol):
           UserError: the text cannot be written in this vocabulary.
         """
 
+    def encode_literally(self, text: str) -> list[int]:
+        """The same for a text in which nothing is a request, to fill a gap say, but text."""
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of tokens; marks, and ids outside the vocabulary, give nothing."""
 
@@ -83,12 +86,12 @@ def encode_prompt(vocabulary: Vocabulary, text: str) -> list[int]:
 
 
 def encode_document(vocabulary: Vocabulary, text: str) -> Int[np.ndarray, " N"]:
-    """Tokens of a document that a model is trained on: those of `encode_prompt`, then eos; int32.
+    """Tokens of a document that a model is trained on, marks around them, eos at the end; int32.
 
     Raises:
       UserError: the text cannot be written in this vocabulary.
     """
-    tokens = encode_prompt(vocabulary, text)
+    tokens = [*vocabulary.before, *vocabulary.encode_literally(text), *vocabulary.after]
     if vocabulary.after[-1:] != (vocabulary.eos,):
         tokens.append(vocabulary.eos)
     return np.asarray(tokens, np.int32)
@@ -106,6 +109,9 @@ class StandardMarks:
         return (self.eos if self.bos is None else self.bos,)
 
     after = ()
+
+    def encode_literally(self, text: str) -> list[int]:
+        return self.encode(text)
 
     def settled(self, ids: Sequence[int]) -> bool:
         return not self.decode(ids).endswith("\ufffd")  # half a character

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +14,7 @@ from absl import logging
 from etils import epath
 
 from fot_jax.checkpoints.loading import rows_needed
+from fot_jax.common.agreement import all_values
 from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
 from fot_jax.data.documents import DocumentSource
 from fot_jax.model import schemes
@@ -70,6 +73,27 @@ def check_vocabulary(source: DocumentSource, model: ModelConfig) -> None:
             f"the tokenizer has {size} tokens, the model a vocabulary of "
             f"{model.vocab_size}: raise the model's vocab_size or use a smaller tokenizer"
         )
+
+
+def check_same_documents(source: DocumentSource, settings: Mapping[str, Any]) -> None:
+    """Checks that all processes, which wait for each other here, read the same documents.
+
+    Args:
+      settings: of the lanes.
+
+    Raises:
+      UserError: another process has another tokenizer, other files or settings.
+    """
+    vocabulary = source.vocabulary
+    kind = type(vocabulary).__name__, dataclasses.astuple(vocabulary)
+    for what, value in (("tokenizer", kind), ("documents", sorted(settings.items()))):
+        found = all_values(zlib.crc32(repr(value).encode()) >> 1)
+        others = [i for i, each in enumerate(found) if each != found[0]]
+        if others:
+            raise UserError(
+                f"process {others[0]} has another {what} than process 0: give all machines the "
+                "same files and settings"
+            )
 
 
 def check_part(

@@ -35,7 +35,7 @@ def test_a_cache_has_the_same_documents(tmp_path, monkeypatch):
     assert read(source.documents("valid")) == [
         framed(text) for text in valid if len(framed(text)) >= 30
     ]
-    for shards in (1, 3, 5):
+    for shards in (1, 2, 5):  # of four files
         epochs = [epochs_of(source, shard, shards, 2) for shard in range(shards)]
         for epoch in range(2):
             assert sorted(t for shard in epochs for t in shard[epoch]) == long
@@ -44,6 +44,10 @@ def test_a_cache_has_the_same_documents(tmp_path, monkeypatch):
     assert stream == take(dataclasses.replace(source), 250, 1, 2)
     for i in (0, 17, len(long) // 2, 200):
         assert take(source, 3, 1, 2, position=stream[i][0]) == stream[i + 1 : i + 4]
+    assert message_of(lambda: take(source, 1, 0, 3)) == (
+        f"Data.lane_groups = 3: the files of {source.cache_dir} are dealt out among them, so give "
+        "1, 2, 4, … 4"
+    )
     assert "no test split (there is: train, valid): make it with fot cache" in message_of(
         lambda: source.check_split("test")
     )
@@ -86,6 +90,26 @@ def test_a_cache_that_is_not_finished_is_none(tmp_path):
     (tmp_path / "file").write_text("")
     write(tmp_path / "text" / "train.jsonl", '{"text": "a"}')
     assert "cannot be written" in message_of(lambda: tasks.cache(source, tmp_path / "file"))
+
+
+def test_a_cache_of_what_the_corpus_was(tmp_path):
+    path = write_corpus(tmp_path / "text", 2, train=texts_of(6), valid=texts_of(2))
+    source = cached(text_over(path), tmp_path / "cache")
+    again = dataclasses.replace(source)
+    assert len(take(again, 6)) == 6
+    write_corpus(tmp_path / "text", 1, valid=texts_of(3))
+    message = message_of(lambda: take(dataclasses.replace(source), 1))
+    assert message.endswith(
+        f"made of other files of {path} than are there now (valid.jsonl): make the cache again"
+    )
+    shutil.rmtree(path)
+    assert len(take(dataclasses.replace(source), 6)) == 6
+
+
+def test_a_cache_that_seqio_would_not_find(tmp_path):
+    source = text_over(write_corpus(tmp_path / "text", 1, train=texts_of(3)))
+    message = message_of(lambda: tasks.cache(source, tmp_path / "cache[1]"))
+    assert message == f"{tmp_path}/cache[1]: '[' in the path of a cache: give one without it"
 
 
 def test_a_damaged_cache(tmp_path):

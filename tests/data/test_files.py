@@ -113,6 +113,11 @@ TWO = (
         (["train-0.jsonl.gz", "train-1.jsonl.gz.part"], "train-1.jsonl.gz.part: not wholly there"),
         (["train-0.jsonl", "train-1.jsonl.crdownload"], "train-1.jsonl.crdownload: not wholly"),
         (["train/0.jsonl", "train/1.jsonl_.gstmp"], "1.jsonl_.gstmp: not wholly there: copy it"),
+        (["train/a/0.jsonl", "train/b/0.jsonl.part"], "b/0.jsonl.part: not wholly there: copy it"),
+        (
+            [*of(3, HUB), HUB.format(3, 3)],
+            "train-00003-of-00003.jsonl: beyond the 3 files that its name says: remove it, or take",
+        ),
         (["train-0.jsonl", "train-1.jsonl.zst"], "train-1.jsonl.zst: JSON Lines are read as they"),
         (["train/0.jsonl", "train/1.parquet"], "1.parquet: JSON Lines are read as they are and"),
         ([*of(1, "train-{:05d}-of-{:05d}.parquet")], "no train split (there is: none): a split is"),

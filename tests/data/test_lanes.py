@@ -34,6 +34,9 @@ class Numbered:
     per_epoch: int = 3
     fails_at: int | None = None
 
+    def settings(self):
+        return {"longest": self.longest, "corpus files": [self.per_epoch]}
+
     def document(self, shard, shards, seed, epoch, index) -> Document:
         number = (epoch * self.per_epoch + index) * shards + shard + 1
         rng = np.random.default_rng((seed, number))
@@ -447,9 +450,10 @@ def message_of(call, *args):
 
 
 def test_tokens_that_the_model_has_not():
-    lanes = Lanes(Numbered(), lanes=1, window=4, vocab_size=2001)  # the second has 2001 and more
-    message = message_of(take, lanes, 100)
-    assert message.startswith("a document has token 2") and "a vocabulary of 2001" in message
+    last = int(Numbered().document(0, 1, 0, 0, 0).tokens.max())
+    message = message_of(take, Lanes(Numbered(), lanes=1, window=4, vocab_size=last), 1)
+    assert message.startswith(f"a document has token {last}, and the model a vocabulary of {last}:")
+    take(Lanes(Numbered(), lanes=1, window=1, vocab_size=last + 1), 1)
 
 
 def test_documents_that_all_fit_one_window(monkeypatch):
@@ -488,6 +492,25 @@ def test_a_state_of_another_layout_is_refused(change, here):
     state = saving.state_of(saving.snapshot())
     message = message_of(layout.open(Numbered(), **change).restore, state)
     assert f"= (2, 2, 4, 2, 0), this experiment has {here}" in message
+
+
+def test_a_state_of_other_documents_is_refused(caplog):
+    layout = Layout(windows=3, advance=1, window=4, groups=2, per_group=2, seed=0)
+    saving = layout.open(Numbered())
+    take(saving, 2)
+    state = through_a_file(saving.state_of(saving.snapshot()))
+    for opened, said in (
+        (layout.open(Numbered(longest=21)), "longest = 20, this experiment has 21"),
+        (layout.open(Numbered(), apart=True), "Data.documents_apart = False, this experiment has"),
+        (layout.open(Numbered(), windows=4, advance=2), "windows of a step = 3, this experiment "),
+    ):
+        message = message_of(opened.restore, state)
+        assert f"the checkpoint's data was saved with {said}" in message
+    layout.open(Numbered(per_epoch=4)).restore(state)
+    assert "corpus files = [3], this experiment has [4]: reading goes on" in caplog.text
+    for arrays in state.values():  # fot_jax 0.1 did not save them
+        del arrays["settings"]
+    layout.open(Numbered(longest=21)).restore(state)
 
 
 def test_a_state_without_a_group_is_refused():

@@ -169,6 +169,26 @@ def test_a_tokenizer_that_was_saved_with_padding_and_truncation_does_neither(tmp
     assert len(vocabulary.encode("a")) == 1
 
 
+def test_a_tokenizer_that_was_saved_with_dropout_gives_the_same_tokens_each_time(tmp_path):
+    plain = HuggingFaceTokenizer(write_tokenizer(tmp_path / "plain"))
+
+    def change(tokenizer):
+        tokenizer.model.dropout = 0.5
+
+    other = HuggingFaceTokenizer(write_tokenizer(tmp_path / "other", change=change))
+    assert b'"dropout":0.5' in re.sub(rb"\s", b"", other.tokenizer)
+    assert [other.encode("one two three")] * 20 == [plain.encode("one two three")] * 20
+
+
+def test_a_tokenizer_without_a_decoder(tmp_path):
+    path = write_tokenizer(tmp_path)
+    content = json.loads(path.read_text())
+    del content["decoder"]
+    path.write_text(json.dumps(content))
+    vocabulary = HuggingFaceTokenizer(path)
+    assert vocabulary.settled(vocabulary.encode("one"))
+
+
 def test_the_size_covers_tokens_added_beyond_the_model(tmp_path):
     path = write_tokenizer(tmp_path, change=lambda tokenizer: tokenizer.add_tokens(["extra"]))
     vocabulary = HuggingFaceTokenizer(path)

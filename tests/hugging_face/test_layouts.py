@@ -553,6 +553,9 @@ def test_a_gap_in_a_text(tmp_path):
         assert load_vocabulary(tmp_path / "saved").encode(text) == ours.encode(text)
     with pytest.raises(UserError, match="the text has 2 gaps, <FILL_ME>: leave one of them"):
         ours.encode("a<FILL_ME>b<FILL_ME>")
+    for text in ("a<FILL_ME>b", "a<FILL_ME>", "a<FILL_ME>b<FILL_ME>"):  # no request in training
+        *_, tokens = (ours.before, encode_document(ours, text).tolist()[len(ours.before) : -1])
+        assert ours.decode(tokens) == text
     assert ours.size == len(sentencepiece.SentencePieceProcessor(model_proto=code_llama()))
 
 
