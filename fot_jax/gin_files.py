@@ -16,6 +16,7 @@ import importlib
 import inspect
 import io
 import logging
+import math
 import os
 import pkgutil
 import re
@@ -56,10 +57,10 @@ def load(files: list[str], bindings: list[str]) -> None:
                 )
                 raise UserError(f"{what}: give the path of a .gin file")
             with gin_errors(place=file):
-                gin.parse_config_file(os.path.abspath(file))
+                gin.parse_config_file(_normal(file))
         for binding in bindings:
             with gin_errors(place=f"--gin {binding!r}"):
-                _check_names_are_ours(binding, f"--gin {binding!r}")
+                _check_text(binding, f"--gin {binding!r}")
                 gin.parse_config(binding)
     finally:
         logging.disable(logging.NOTSET)
@@ -76,7 +77,7 @@ def _reader() -> tuple[Callable, Callable]:
 
     def find(name: str) -> str | None:
         starts = [os.getcwd(), *map(os.path.dirname, reversed(reading))]
-        paths = [os.path.normpath(os.path.join(start, name)) for start in starts]
+        paths = [_normal(os.path.join(start, name)) for start in starts]
         if reading and all(map(os.path.isfile, paths[:2])):
             here, beside = paths[:2]
             if not filecmp.cmp(here, beside, shallow=False):
@@ -84,6 +85,7 @@ def _reader() -> tuple[Callable, Callable]:
                     f"{_shown_path(reading[-1])}: include {name!r} may be {here} or {beside}: "
                     "give the whole path"
                 )
+            del paths[0]  # so that what it includes is looked for where the including file is
         return next(filter(os.path.isfile, paths), None)
 
     @contextlib.contextmanager
@@ -93,7 +95,7 @@ def _reader() -> tuple[Callable, Callable]:
             circle = map(_shown_path, [*reading[reading.index(path) :], path])
             raise UserError(f"{' -> '.join(circle)}: these files include each other in a circle")
         text = _text_of(path)
-        _check_names_are_ours(text, _shown_path(path))
+        _check_text(text, _shown_path(path))
         file = io.StringIO(text)
         file.name = path
         reading.append(path)
@@ -127,15 +129,36 @@ def _text_of(path: str) -> str:
     return io.StringIO(text, newline=None).read()
 
 
-def _check_names_are_ours(text: str, place: str) -> None:
-    """Refuses gin's dynamic registration, which T5X uses: names would be those of modules."""
+def _check_text(text: str, place: str) -> None:
+    """Refuses what gin reads as something else than it says.
+
+    Its dynamic registration, which T5X uses: names would be those of modules. A minus before a
+    name, which it leaves out.
+    """
+
+    def at(number: int) -> str:
+        return place if "\n" not in text and place.startswith("--gin") else f"{place}:{number}"
+
     for number, line in enumerate(text.splitlines(), 1):
         if re.match(r"\s*(from|import)\s+__gin__\b", line):
-            at = place if "\n" not in text and place.startswith("--gin") else f"{place}:{number}"
             raise UserError(
-                f"{at}: {line.strip()}: leave that line out, imports of modules too, and write "
-                "names without a module: train.steps = 10"
+                f"{at(number)}: {line.strip()}: leave that line out, imports of modules too, and "
+                "write names without a module: train.steps = 10"
             )
+    before = ""
+    with contextlib.suppress(tokenize.TokenError, SyntaxError):  # gin says where
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if before == "-" and token.string in ("%", "@"):
+                raise UserError(
+                    f"{at(token.start[0])}: -{token.string} is not for gin: give what it names the "
+                    "minus"
+                )
+            before = token.string
+
+
+def _normal(path: str) -> str:
+    """From the root, without "..": a link before one is followed first, as systems do."""
+    return os.path.realpath(path) if ".." in Path(path).parts else os.path.abspath(path)
 
 
 def _shown_path(path: str) -> str:
@@ -360,7 +383,12 @@ def _as_number(value: Any, hint: Any) -> Any:
     """A whole number that is too large for programs as a float, where a float is asked for."""
     options = typing.get_args(hint) or (hint,)
     too_large = type(value) is int and abs(value) > LARGEST_COUNT
-    return float(value) if too_large and float in options and int not in options else value
+    if not (too_large and float in options and int not in options):
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _fits(value: Any, hint: Any) -> bool:

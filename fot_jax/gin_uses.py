@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import difflib
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ from fot_jax.common.errors import UserError
 
 VERBS = ("train", "evaluate", "compile_experiment", "Data")  # what `fot` calls
 MACRO = "gin.macro"
+_UNSET = "%gin.REQUIRED"  # what is left to whoever runs the file
 
 
 def check(bindings: list[str]) -> None:
@@ -18,7 +20,8 @@ def check(bindings: list[str]) -> None:
     """
     import gin
 
-    used, macros, scopes = _used(gin)
+    used, macros, references = _used(gin)
+    scopes = {scope for through in references.values() for each in through for scope in each}
     for binding in bindings:
         for scope, name, parameter in _bound(gin, binding):
             if parameter is None:
@@ -36,6 +39,22 @@ def check(bindings: list[str]) -> None:
             if unknown := [each for each in scope.split("/") if each and each not in scopes]:
                 what = f"nothing in this experiment uses @{unknown[0]}/{name}"
                 raise UserError(f"--gin {binding!r}: {what}{_like(unknown[0], scopes)}")
+            if not scope and (own := _all_with_own(gin, references[selector], selector, parameter)):
+                what = f"overridden by {' and '.join(own)}"
+                raise UserError(f"--gin {binding!r}: {what}: set what overrides it")
+
+
+def _all_with_own(gin, through: set[tuple[str, ...]], selector: str, parameter: str) -> list[str]:
+    """The bindings of a parameter in the scopes that it is reached through; [] if one has none."""
+    found = []
+    for scopes in sorted(through):
+        parts = ["/".join(scopes[:n]) for n in range(len(scopes), 0, -1)]
+        bound = {part: gin.config._CONFIG.get((part, selector), {}) for part in parts}
+        own = [part for part in parts if str(bound[part].get(parameter, _UNSET)) != _UNSET]
+        if not own:
+            return []
+        found.append(f"{own[0]}/{selector.split('.')[-1]}.{parameter}")
+    return found
 
 
 def _like(name: str, names: set[str]) -> str:
@@ -43,11 +62,11 @@ def _like(name: str, names: set[str]) -> str:
     return f": did you mean {close[0]}?" if close else ": correct it, or leave it out"
 
 
-def _used(gin) -> tuple[set[str], set[str], set[str]]:
-    """Selectors and macros that the verbs reach, and scopes that are named on the way."""
+def _used(gin) -> tuple[set[str], set[str], dict[str, set[tuple[str, ...]]]]:
+    """Selectors and macros that the verbs reach; by selector, the scopes it is referred to in."""
     used: set[str] = set()
     macros: set[str] = set()
-    scopes: set[str] = set()
+    references: dict[str, set[tuple[str, ...]]] = collections.defaultdict(set)
     left = [("", f"fot_jax.{verb}") for verb in VERBS]
     while left:
         name, one = left.pop()
@@ -60,8 +79,8 @@ def _used(gin) -> tuple[set[str], set[str], set[str]]:
                 for reference in gin.config.iterate_references(parameters):
                     left.append(reference.config_key)
                     if reference.config_key[1] != MACRO:
-                        scopes.update(reference.scopes)
-    return used, macros, scopes
+                        references[reference.config_key[1]].add(tuple(reference.scopes))
+    return used, macros, references
 
 
 def _bound(gin, binding: str) -> Iterator[tuple[str, str, str | None]]:

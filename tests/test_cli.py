@@ -153,7 +153,9 @@ def test_texts_that_are_all_too_short_for_memory(here, capsys):
     line = refused(capsys, *argv, "--workdir", "run[1]")  # of which Orbax would read nothing
     assert line.startswith("run[1]: '[' in the path")
     argv += bind("train.scheme = @NoCrossbatch()")
+    (here / "plain" / "hugging_face").mkdir(parents=True)  # of a run that was killed at step 0
     assert cli.main([*argv, "--workdir", "plain"]) == 0
+    assert not (here / "plain" / "hugging_face").exists()
 
 
 @pytest.mark.parametrize("other", [0, 1])

@@ -164,6 +164,8 @@ def test_no_experiment_file(here, capsys, verb):
             "Data.lanes = lambda: 4",
             "broken.gin:3: Failed to parse token 'lambda': a value is a number",
         ),
+        ("Data.lanes = -%N", "broken.gin:3: -% is not for gin: give what it names the minus"),
+        ("Data.lanes = (1,\n -@N())", "broken.gin:4: -@ is not for gin: give what it names"),
         (
             "include 'parts'",
             "no file parts to include (broken.gin:3): paths are relative to the",
@@ -225,6 +227,10 @@ UNUSED = "nothing in this experiment uses "
         ("Lora.rank = 4\nLora.alpha = 1.0", f"{UNUSED}@Lora: name it where it belongs"),
         ("shrot/Mixture.sources = ()", f"{UNUSED}@shrot/Mixture: did you mean short?"),
         ("adafactor.b1 = 0.5", f"{UNUSED}@adafactor: name it where it belongs"),
+        (
+            "Mixture.weights = (1, 2)",
+            "overridden by short/Mixture.weights: set what overrides it",
+        ),
     ],
 )
 def test_bindings_that_change_nothing(here, capsys, binding, message):
@@ -232,6 +238,7 @@ def test_bindings_that_change_nothing(here, capsys, binding, message):
     (here / "named.gin").write_text(
         "include 'experiment.gin'\ntrain.steps = %STEPS\nSTEPS = 3\n"
         "Data.source = @short/Mixture()\nUNUSED = 1\nadafactor.b1 = 0.1\n"
+        "short/Mixture.weights = (1, 1)\n"
     )
     line = refused_untouched(capsys, "train", "named.gin", *bind(binding))
     assert line.startswith(f"--gin {binding!r}: {message}")
@@ -335,11 +342,27 @@ def test_files_of_one_name_in_two_directories(here, capsys):
     assert gin_files.value_of("b/train.steps") == 4
     (here / "common.gin").write_text((here / "b" / "common.gin").read_text())
     gin_files.load(["b/mine.gin"], [])
+    for name, steps in (("b", 7), (".", 8)):  # two files alike do not include the same
+        (here / name / "common.gin").write_text("include 'steps.gin'\n")
+        (here / name / "steps.gin").write_text(f"train.steps = {steps}\n")
+    line = refused_untouched(capsys, "train", "experiment.gin", "b/mine.gin")
+    assert line.startswith(f"b/common.gin: include 'steps.gin' may be {here}/steps.gin or {here}/b")
     line = refused_untouched(capsys, "train", "experiment.gin", "a/mine.gin")
     assert line == (
         f"a/mine.gin: include 'common.gin' may be {here}/common.gin or {here}/a/common.gin: give "
         "the whole path"
     )
+
+
+def test_a_link_before_two_dots_is_followed_first(here, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "inner").mkdir()
+    (elsewhere / "mine.gin").write_text("include 'inner/../steps.gin'\n")
+    (elsewhere / "steps.gin").write_text("train.steps = 7\n")
+    (here / "mine.gin").write_text("train.steps = 8\n")
+    (here / "link").symlink_to(elsewhere / "inner")
+    gin_files.load(["link/../mine.gin"], [])
+    assert gin_files.value_of("train.steps") == 7
 
 
 def _as_gin_reads_it(file):

@@ -98,6 +98,10 @@ def test_values_of_the_wrong_type(here, capsys, binding, message):
         ),
         (["constant_rate.value = -1"], "constant_rate.value = -1: give 0 or more"),
         (
+            [f"constant_rate.value = {10**310}"],
+            "constant_rate.value = inf: give 0 or more, at most",
+        ),
+        (
             ["constant_rate.value = 1e999"],
             "constant_rate.value = inf: give 0 or more, at most 3.4e+38",
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
 import logging
@@ -10,6 +11,10 @@ import sys
 
 import jax
 from etils import epath
+
+from fot_jax.common.paths import in_bucket
+
+_NOT_NOW = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
 
 
 @functools.cache
@@ -57,10 +62,15 @@ def cause_of(error: Exception) -> Exception:
     return TimeoutError("another process has not written its part: see what it says")
 
 
-def short_reason(error: Exception) -> str:
-    """What went wrong, without the specifications of arrays that TensorStore's errors list."""
+def of_reading(error: Exception) -> BaseException:
+    """What failed while an array was read: Orbax's own error has all that is known of the array."""
     if str(error).startswith("Encountered error while reading") and error.__cause__ is not None:
-        error = error.__cause__  # Orbax's own has the whole specification of the array
+        return error.__cause__
+    return error
+
+
+def short_reason(error: BaseException) -> str:
+    """What went wrong, without the specifications of arrays that TensorStore's errors list."""
     line = re.split(r" \[[\w ]+(?:\[\d+\])?='", " ".join(str(error).split()))[0]
     files = list(re.finditer(r'local file "([^"]+)"', line))
     if not files:
@@ -70,11 +80,13 @@ def short_reason(error: Exception) -> str:
     return f"{epath.Path(files[-1][1]).name}: {said or missing}"
 
 
-def why_unavailable(error: Exception) -> str | None:
-    """Why a bucket refuses to give files that may be whole; None if the error is another."""
-    if isinstance(error, OSError) and str(error.filename).startswith("gs://"):
-        missing = isinstance(error, FileNotFoundError)
-        return None if missing else f"{error.filename}: cannot be read: {error.strerror}"
+def why_unavailable(error: BaseException) -> str | None:
+    """Why files that may be whole are not given; None if the error is another."""
+    if isinstance(error, OSError):
+        whole = error.errno in _NOT_NOW or (
+            in_bucket(str(error.filename)) and not isinstance(error, FileNotFoundError)
+        )
+        return f"{error.filename}: cannot be read: {error.strerror}" if whole else None
     refused = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
     line = " ".join(str(error).split())[:300]
     return f"cannot be read: {line}" if line.startswith(refused) else None

@@ -21,7 +21,12 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from fot_jax.checkpoints import items
 from fot_jax.checkpoints.array_checksums import array_checksums
-from fot_jax.checkpoints.orbax_errors import raise_without_printing, short_reason, why_unavailable
+from fot_jax.checkpoints.orbax_errors import (
+    of_reading,
+    raise_without_printing,
+    short_reason,
+    why_unavailable,
+)
 from fot_jax.checkpoints.steps import locate
 from fot_jax.common.agreement import all_agree
 from fot_jax.common.errors import UserError
@@ -193,13 +198,13 @@ def _on_all(item: str, read: Callable[[], T]) -> T:
     value, failure, refusal = None, None, None
     try:
         value = read()
-    except MemoryError:
-        raise
     except UserError as error:
         refusal = error
-    except Exception as error:
-        if "RESOURCE_EXHAUSTED" in str(error):  # the device's memory, not the files
-            raise
+    except Exception as raised:
+        error = of_reading(raised)
+        # Memory, of the machine or a device, not the files.
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise error from raised
         if why := why_unavailable(error):
             raise UserError(why) from error
         failure = f"{item}: {short_reason(error)}"

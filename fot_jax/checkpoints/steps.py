@@ -13,6 +13,8 @@ from fot_jax.common.paths import in_bucket, path_of
 
 COMMITTED = "commit_success.txt"  # Orbax's mark: in a bucket, a step without it is no checkpoint
 
+_STEP = re.compile("0|[1-9][0-9]{0,17}")  # as they are named here; a copy may be called "good_12"
+
 
 def locate(path: epath.PathLike) -> tuple[epath.Path, list[int]]:
     """Finds the checkpoints that a path means.
@@ -27,11 +29,12 @@ def locate(path: epath.PathLike) -> tuple[epath.Path, list[int]]:
       UserError: there is none.
     """
     path = path_of(path)
-    if re.fullmatch("[0-9]{1,18}", path.name) and int(path.name) in complete_steps(path.parent):
+    if steps := complete_steps(path / "checkpoints"):
+        return path / "checkpoints", steps
+    if _STEP.fullmatch(path.name) and int(path.name) in complete_steps(path.parent):
         return path.parent, [int(path.name)]
-    for directory in (path / "checkpoints", path):
-        if steps := complete_steps(directory):
-            return directory, steps
+    if steps := complete_steps(path):
+        return path, steps
     if not path.exists():
         raise UserError(f"{path}: does not exist: give a workdir or a step inside its checkpoints")
     raise UserError(f"{path}: no checkpoint here: give a workdir or a step inside its checkpoints")
@@ -40,7 +43,8 @@ def locate(path: epath.PathLike) -> tuple[epath.Path, list[int]]:
 def complete_steps(directory: epath.PathLike) -> list[int]:
     """Steps whose checkpoints were written to the end, ascending."""
     directory = epath.Path(directory)
-    steps = ocp.utils.checkpoint_steps(directory) if directory.is_dir() else []
+    finished = ocp.utils.checkpoint_steps_paths(directory) if directory.is_dir() else []
+    steps = [int(path.name) for path in finished if _STEP.fullmatch(path.name)]
     if 0 not in steps and is_unmarked_copy(directory):
         steps.append(0)
     return sorted(steps)

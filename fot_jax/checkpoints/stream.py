@@ -22,7 +22,7 @@ from etils import epath
 
 from fot_jax.checkpoints import items
 from fot_jax.checkpoints.array_checksums import slice_checksum
-from fot_jax.checkpoints.orbax_errors import raise_without_printing
+from fot_jax.checkpoints.orbax_errors import raise_without_printing, why_unavailable
 from fot_jax.checkpoints.restore import model_config_of
 from fot_jax.checkpoints.steps import COMMITTED, locate
 from fot_jax.common.errors import UserError
@@ -167,7 +167,7 @@ class Reader:
         except UserError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged("meta") from error
+            raise self._damaged("meta", error) from error
         self._recorded, self.meta = meta.params, meta.meta
         self.config = model_config_of(path, meta.meta)
         self.arrays = {
@@ -212,7 +212,7 @@ class Reader:
             x = array if layer is None else array[layer]
             x = np.ascontiguousarray(x if isinstance(x, np.ndarray) else x.read().result())
         except (OSError, ValueError) as error:
-            raise self._damaged(path) from error
+            raise self._damaged(path, error) from error
         sums = self._sums.setdefault(path, [0, 0])
         first = 0 if layer is None else layer * x.size
         if first == sums[1]:
@@ -240,7 +240,9 @@ class Reader:
             raise ValueError("not the array that was saved")
         return array if array.chunk_layout.read_chunk.shape[0] == 1 else array.read().result()
 
-    def _damaged(self, what: str) -> UserError:
+    def _damaged(self, what: str, error: Exception | None = None) -> UserError:
+        if error is not None and (why := why_unavailable(error)):
+            return UserError(why)
         return UserError(
             f"{self._folder}: {what} is damaged: restore the checkpoint from a copy, or give "
             "another step"

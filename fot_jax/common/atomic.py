@@ -23,13 +23,17 @@ from fot_jax.common.paths import in_bucket
 def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
     """Gives the path to write a file to, which takes the place of `path` when it is whole.
 
-    If nothing is written, `path` stays as it was.
+    If nothing is written, `path` stays as it was. Where it is a link, what it leads to is replaced;
+    a file keeps its mode.
     """
     path = epath.Path(path)
     if in_bucket(path):  # where an object appears when all of it has been sent
         yield path
         return
+    path = _led_to(path)
     partial = path.parent / f"{path.name}.partial"
+    with contextlib.suppress(OSError):  # of a process that was killed
+        os.unlink(partial)
     try:
         yield partial
     except BaseException:
@@ -38,10 +42,17 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
         raise
     if partial.exists():
         try:
+            if path.exists():
+                shutil.copymode(path, partial)
             os.replace(partial, path)
         except OSError as error:
             partial.unlink()
             raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _led_to(path: epath.Path) -> epath.Path:
+    """What a link leads to; any other path as it is."""
+    return epath.Path(os.path.realpath(path)) if os.path.islink(path) else path
 
 
 def write_file(path: epath.PathLike, content: str | bytes) -> None:
@@ -78,8 +89,9 @@ _half_written: set[epath.Path] = set()  # by this process, now
 def new_directory(directory: epath.PathLike, mark: str) -> Iterator[epath.Path]:
     """Gives a temporary directory to write into, which takes the place of `directory` at the end.
 
-    If the block raises, what was written is removed and an older directory stays as it was. In a
-    bucket files are renamed one by one, `mark` last.
+    If the block raises, what was written is removed and an older directory stays as it was. Where
+    it is a link, what that leads to is replaced. In a bucket files are renamed one by one, `mark`
+    last.
 
     Args:
       mark: the file by which readers recognise the directory.
@@ -88,6 +100,8 @@ def new_directory(directory: epath.PathLike, mark: str) -> Iterator[epath.Path]:
       UserError: it cannot be written.
     """
     directory = epath.Path(directory)
+    if not in_bucket(directory):
+        directory = _led_to(directory)
     half = directory.parent / f"{directory.name}.half-written-{os.getpid()}-{uuid.uuid4().hex}"
     _half_written.add(half)
     try:
@@ -101,7 +115,12 @@ def new_directory(directory: epath.PathLike, mark: str) -> Iterator[epath.Path]:
         older = half.with_name(half.name.replace(".half-written-", ".replaced-"))
         if directory.exists():
             directory.rename(older)
-        half.rename(directory)
+        try:
+            half.rename(directory)
+        except OSError:
+            if older.exists():
+                older.rename(directory)
+            raise
         older.rmtree(missing_ok=True)
     except BaseException as error:
         with contextlib.suppress(OSError):

@@ -121,6 +121,7 @@ def write_settings(
         return
     write_file(workdir / "config.gin", config_text)
     if not resumed:
+        (workdir / loading.KEPT).rmtree(missing_ok=True)  # of a run that was killed at step 0
         if initialize_from is not None:
             loading.keep_files(initialize_from, workdir)
         source.vocabulary.save(workdir / "vocabulary")

@@ -313,6 +313,45 @@ def test_a_workdir_its_checkpoints_and_a_step_are_found(saved, tmp_path):
             restore_params(nothing)
     with pytest.raises(UserError, match="no checkpoint here"):
         restore_params(tmp_path)
+    for workdir in ("7", "8"):  # named as steps are
+        shutil.copytree(saved, tmp_path / "runs" / workdir / "checkpoints")
+    assert restore_params(tmp_path / "runs" / "7").step == 2
+
+
+def test_checkpoints_that_were_renamed_are_none(saved, tmp_path, warnings):
+    directory = tmp_path / "copy"
+    shutil.copytree(saved, directory)
+    (directory / "2").rename(directory / "diverged_2")
+    for name in ("003", "_4", "5_"):
+        shutil.copytree(saved / "1", directory / name)
+    store = Checkpointer(directory)
+    assert restore(store).step == 1
+    save(store, 2)
+    assert store.steps() == [1, 2] and not warnings
+
+
+@pytest.mark.parametrize(
+    "error, raised",
+    [
+        (PermissionError(13, "Permission denied", "file"), UserError),
+        (OSError(24, "Too many open files", "file"), UserError),
+        (MemoryError("too large"), MemoryError),
+    ],
+)
+def test_what_cannot_be_read_now_is_not_damaged(saved, tmp_path, monkeypatch, error, raised):
+    directory = tmp_path / "copy"
+    shutil.copytree(saved, directory)
+
+    def fails(*_):
+        raise Exception("Encountered error while reading array index: 0") from error
+
+    monkeypatch.setattr(items, "read_data", fails)
+    store = Checkpointer(directory)
+    with pytest.raises(raised, match="cannot be read: |too large"):
+        restore(store)
+    monkeypatch.undo()
+    save(store, 3)
+    assert store.steps() == [2, 3]  # 2 was not set aside
 
 
 def test_a_model_comes_with_its_configuration(tmp_path):

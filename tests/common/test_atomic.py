@@ -2,6 +2,7 @@
 
 import pytest
 import runs
+from etils import epath
 
 from fot_jax.common.atomic import (
     new_directory,
@@ -37,6 +38,53 @@ def test_a_file_that_is_not_written_stays(tmp_path):
     with replacing(tmp_path / "file"), replacing(tmp_path / "none"):
         pass
     assert runs.files(tmp_path) == {"file": b"old"}
+
+
+def test_what_a_link_leads_to_is_replaced(tmp_path):
+    for name, write in (("file", write_file), ("directory", write_directory)):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        write(tmp_path / "there" / name, "old")
+        (tmp_path / name).symlink_to(tmp_path / "there" / name)
+        write(tmp_path / name, "new")
+        assert (tmp_path / name).is_symlink()
+    assert runs.files(tmp_path / "there") == {"file": b"new", "directory/mark": b"new"}
+
+
+def write_directory(directory, content):
+    with new_directory(directory, "mark") as half:
+        (half / "mark").write_text(content)
+
+
+def test_a_file_keeps_its_mode(tmp_path):
+    path = tmp_path / "file"
+    write_file(path, "old")
+    path.chmod(0o600)
+    write_file(path, "new")
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_what_a_killed_process_left_takes_no_place(tmp_path):
+    write_file(tmp_path / "file", "old")
+    (tmp_path / "file.partial").write_text("ha")
+    with replacing(tmp_path / "file"):
+        pass
+    assert runs.files(tmp_path) == {"file": b"old"}
+
+
+def test_an_older_directory_is_put_back(tmp_path, monkeypatch):
+    write_directory(tmp_path / "a", "old")
+    kind = type(epath.Path(tmp_path))
+    rename = kind.rename
+
+    def fails_for_new(self, target):
+        if ".half-written-" in self.name:
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(kind, "rename", fails_for_new)
+    with pytest.raises(UserError, match="a: cannot be written: No space left"):
+        write_directory(tmp_path / "a", "new")
+    assert runs.files(tmp_path) == {"a/mark": b"old"}
 
 
 def test_a_directory_takes_the_place_of_an_older_one_when_it_is_whole(tmp_path):
