@@ -236,14 +236,17 @@ def _write_other_files(content: Reader, output: epath.Path) -> dict[str, Any]:
       The marks of a document, as config.json names them.
     """
     workdir, kept, marks = content.directory, _hugging_face_files(content), {}
+    own = (workdir / "vocabulary").exists()
     if configs.is_directory(kept):
         marks = configs.Fields(kept).marks()
         tokenizers.copy_files(kept, output)
-    elif (workdir / "vocabulary").exists():
+        own = own and tokenizers.vocabulary_of(kept) is None
+    if own:
         vocabulary = load_vocabulary(workdir / "vocabulary")
         tokenizers.write(vocabulary, output)
         ends = vocabulary.ends[0] if len(vocabulary.ends) == 1 else list(vocabulary.ends)
         marks = {"bos_token_id": vocabulary.bos, "eos_token_id": ends}
+        (output / tokenizers.GENERATION).unlink(missing_ok=True)  # of other tokens
     padding = _padding_token(marks, content.config.vocab_size)
     if marks.get("pad_token_id") is not None:
         marks["pad_token_id"] = padding

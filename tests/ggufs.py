@@ -62,6 +62,7 @@ def write(
     tokenizer=None,
     split=0,
     architecture="llama",
+    byte_order=gguf.GGUFEndian.LITTLE,
     **settings,
 ):
     """Writes a LlamaForCausalLM.
@@ -74,7 +75,7 @@ def write(
       settings: of rope.scaling and so on, by name, with __ for dots; None leaves one out.
     """
     c, rng = model.config, np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
+    writer = gguf.GGUFWriter(path, architecture, endianess=byte_order, split_max_tensors=split)
     values = {
         "block_count": c.num_hidden_layers,
         "context_length": c.max_position_embeddings,

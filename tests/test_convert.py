@@ -291,6 +291,11 @@ def test_training_starts_from_either(here, one_device, kind):
     fot("to-hf", "run", "out")
     values = json.loads((here / "out" / "config.json").read_text())
     assert {name: values[name] for name in of_memory} == of_memory
+    # But the marks are of the tokens that the run has, as what it started from has none.
+    vocabulary = LanguageModel.load(here / "out").vocabulary
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((here / "out" / file).read_text())["eos_token_id"] == vocabulary.eos
+    assert vocabulary.ends == LanguageModel.load(here / "run").vocabulary.ends == (3,)
 
 
 def test_training_of_another_function_is_warned_of(here, one_device, caplog):

@@ -18,6 +18,11 @@ from fot_jax.data.hugging_face_tokenizer import HuggingFaceTokenizer, Marks
 from fot_jax.gguf.weights import File
 
 _SPACE = "▁"
+# Marks at which llama.cpp ends a text whatever the file says, as files may name but one of several.
+_ENDS = {
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>"),
+    *("<|eom_id|>", "<EOT>"),
+}
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 _END = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = _CONTRACTIONS + (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*" + _END)
@@ -137,7 +142,8 @@ def vocabulary_of(file: File) -> HuggingFaceTokenizer:
         single=[*map(name, before), "$A", *map(name, after)],
         special_tokens=[(name(i), i) for i in {*before, *after}],
     )
-    ends = dict.fromkeys([eos, *(settings.token(other) for other in ("eot", "eom"))])
+    named = (i for i, each in settings.of(TokenType.CONTROL) if each in _ENDS)
+    ends = dict.fromkeys([eos, *(settings.token(other) for other in ("eot", "eom")), *named])
     marks = Marks(tuple(i for i in ends if i is not None), tuple(before), tuple(after))
     return HuggingFaceTokenizer.of(
         tokenizer=tokenizer.to_str().encode(),
@@ -162,7 +168,10 @@ def _byte_pairs(settings: _Settings) -> tuple[Tokenizer, bool]:
         )
     words, whole, begins = _WORDS[named]
     ids, merges = _ids(settings), []
-    for merge in settings.list_of(str, "merges"):
+    named_merges = settings.list_of(str, "merges")
+    if not named_merges:
+        raise UserError(f"{settings.path}: its tokenizer has no merges: get the file again")
+    for merge in named_merges:
         pair = tuple(merge.split(" ", 1))
         if len(pair) < 2 or not {*pair, "".join(pair)} <= ids.keys():
             raise UserError(
@@ -184,6 +193,10 @@ def _ids(settings: _Settings) -> dict[str, int]:
 
 def _pieces(settings: _Settings) -> Tokenizer:
     """SentencePiece's, of byte pairs: the best whole of two neighbours comes first."""
+    if not settings.list_of(int, "token_type"):  # which of the pieces are bytes
+        raise UserError(
+            f"{settings.path}: its tokenizer has no types of tokens: get the file again"
+        )
     scores = settings.list_of(float, "scores")
     if len(scores) != len(settings.names):
         raise UserError(f"{settings.path}: its tokenizer has no scores: get the file again")

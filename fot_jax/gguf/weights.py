@@ -71,7 +71,14 @@ class File:
             raise UserError(f"{path}: no such file")
         parts = [_opened(each) for each in _parts(self.path)]
         self.settings = parts[0][0]
-        self.tensors = {each.name: each for _, tensors in parts for each in tensors}
+        self.tensors: dict[str, ReaderTensor] = {}
+        for number, (settings, tensors) in enumerate(parts):
+            if settings.get("split.no", number) != number:
+                raise UserError(f"{path}: part {number + 1} of it is another part by its settings")
+            for each in tensors:
+                if each.name in self.tensors:
+                    raise UserError(f"{path}: its parts have two tensors {each.name}: get it again")
+                self.tensors[each.name] = each
         self._check_kind(len(parts))
 
     def setting(self, name: str, kind: type, default: Any = None, many: bool = False) -> Any:
@@ -122,6 +129,12 @@ class File:
                 f"{self.path}: is the first of {count} files, and is named as if there were "
                 f"{parts}: give all of them their own names"
             )
+        tensors = self.setting("split.tensors.count", int)
+        if tensors not in (None, len(self.tensors)):
+            raise UserError(
+                f"{self.path}: its parts have {len(self.tensors)} tensors, {tensors} by its "
+                "settings: get it again"
+            )
         for setting in ("expert_count", "attention.scale", "logit_scale"):
             value = self.setting(f"{_ARCHITECTURE}.{setting}", float)
             if value:
@@ -140,7 +153,7 @@ def _is_of(kind: type, value: Any) -> bool:
 def _parts(path: epath.Path) -> list[epath.Path]:
     """Large models are cut into MODEL-00001-of-00003.gguf and so on."""
     cut = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})\.gguf", path.name)
-    if cut is None:
+    if cut is None or int(cut[3]) == 0:
         return [path]
     if int(cut[2]) != 1:
         first = f"{cut[1]}00001-of-{cut[3]}{SUFFIX}"
@@ -158,7 +171,7 @@ def _opened(path: epath.Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
     try:
         reader = GGUFReader(path)
         fields = {k: field for k, field in reader.fields.items() if not k.startswith("GGUF.")}
-        return {k: field.contents() for k, field in fields.items()}, reader.tensors
+        settings = {k: field.contents() for k, field in fields.items()}
     except Exception as error:  # the library raises many kinds where a file is damaged
         with path.open("rb") as content:
             start = content.read(11)
@@ -167,6 +180,11 @@ def _opened(path: epath.Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
                 f"{path}: a pointer of Git LFS, not the file: run git lfs pull there"
             ) from error
         raise UserError(f"{path}: damaged, or no .gguf file: get it again") from error
+    if reader.byte_order == "S":  # of which the library swaps the bytes of plain numbers alone
+        raise UserError(
+            f"{path}: of a machine with the other byte order: convert it with gguf-convert-endian"
+        )
+    return settings, reader.tensors
 
 
 # --- Settings ------------------------------------------------------------------------------------
@@ -213,11 +231,13 @@ def config_of(file: File) -> dict[str, Any]:
 
 def _rope_scaling(file: File, theta: float, head_dim: int) -> dict[str, Any] | None:
     """rope_scaling as config.json has it; of Llama 3, from the factors that it was made into."""
-    setting = f"{_ARCHITECTURE}.rope.scaling.type"
-    kind = file.setting(setting, str, "none")
-    older = f"{_ARCHITECTURE}.rope.scale_linear"  # of files of 2023
-    if kind == "none" and file.setting(older, float, 1.0) != 1.0:
-        return {"rope_type": "linear", "factor": file.number("rope.scale_linear", kind=float)}
+    setting, factor = f"{_ARCHITECTURE}.rope.scaling.type", "rope.scaling.factor"
+    kind = file.setting(setting, str)
+    if f"{_ARCHITECTURE}.{factor}" not in file.settings:
+        factor = "rope.scale_linear"  # of files of 2023
+    if kind is None:  # then it is linear
+        scaled = file.setting(f"{_ARCHITECTURE}.{factor}", float, 0.0) not in (0.0, 1.0)
+        kind = "linear" if scaled else "none"
     if _ROPE_FACTORS in file.tensors:
         if kind != "none":
             raise UserError(f"{file.path}: {setting} = {kind!r} beside {_ROPE_FACTORS}")
@@ -227,16 +247,17 @@ def _rope_scaling(file: File, theta: float, head_dim: int) -> dict[str, Any] | N
         return None
     if kind not in ("linear", "yarn"):
         raise UserError(f"{file.path}: {setting} = {kind!r} is not supported: have linear, yarn")
-    scaling = {"rope_type": kind, "factor": file.number("rope.scaling.factor", kind=float)}
+    scaling = {"rope_type": kind, "factor": file.number(factor, kind=float)}
     if kind == "yarn":
         name = "rope.scaling.original_context_length"
         scaling["original_max_position_embeddings"] = file.number(name)
         for theirs, ours in (("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")):
             if f"{_ARCHITECTURE}.rope.scaling.{theirs}" in file.settings:
                 scaling[ours] = file.number(f"rope.scaling.{theirs}", kind=float)
-        for other in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor", "yarn_log_multiplier"):
+        neutral = {"attn_factor": 1, "yarn_attn_factor": 1, "yarn_ext_factor": 1}
+        for other, of_none in {**neutral, "yarn_log_multiplier": 0}.items():
             name = f"{_ARCHITECTURE}.rope.scaling.{other}"
-            if (value := file.setting(name, float, 1.0)) != 1.0:
+            if (value := file.setting(name, float, of_none)) != of_none:
                 raise UserError(f"{file.path}: {name} = {value} is not supported")
     return scaling
 

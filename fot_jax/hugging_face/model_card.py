@@ -11,7 +11,7 @@ import huggingface_hub
 from etils import epath
 
 from fot_jax import __version__
-from fot_jax.hugging_face.config import needs_our_code
+from fot_jax.hugging_face.config import is_llama, needs_our_code
 from fot_jax.model.config import ModelConfig
 
 CARD = "README.md"
@@ -105,11 +105,12 @@ def _model(c: ModelConfig, parameters: int) -> str:
     if not c.memory_layers:
         return f"{shape}, without memory."
     layers = ", ".join(map(str, c.memory_layers))
+    without = "; without, it is the model without its memory" if is_llama(c) else ""
     return (
         f"{shape} that reads from a memory of keys and values in layers {layers}: a Focused "
         "Transformer ([arXiv 2307.03170](https://arxiv.org/abs/2307.03170)). With "
         "`trust_remote_code=True` it reads texts of any length, in windows of "
-        f"{c.local_context} tokens; without, it is the model without its memory."
+        f"{c.local_context} tokens{without}."
     )
 
 

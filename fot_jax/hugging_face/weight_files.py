@@ -194,6 +194,11 @@ class Pickles:
                 f"{files[0]}: a pickle, which is read by torch alone: install it "
                 "(pip install 'fot_jax[torch]'), or give safetensors"
             ) from error
+        if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):  # CVE-2025-32434
+            raise UserError(
+                f"{files[0]}: a pickle, which torch {torch.__version__} does not read safely: "
+                "install 2.6 or newer (pip install 'fot_jax[torch]'), or give safetensors"
+            )
         self._torch = torch
         self._held: tuple[Any, dict[str, Any]] = None, {}
         self.entries: dict[str, Entry] = {}

@@ -104,6 +104,14 @@ def byte_pairs(named, theirs, **settings):
     return add
 
 
+def without(name, add):
+    def changed(writer):
+        add(writer)
+        del writer.kv_data[0][f"tokenizer.ggml.{name}"]
+
+    return changed
+
+
 def written(path, add, **config):
     ggufs.write(path, llamas.make(**config), tokenizer=add)
     return File(path)
@@ -208,21 +216,22 @@ def test_there_and_back(tmp_path):
         "smollm",
         trained("smollm"),
         add_bos_token=True,
-        eot_token_id=4,
+        add_eos_token=True,
+        eot_token_id=3,
         chat_template="{{ messages[0]['content'] }}",
     )
     written(tmp_path / "a.gguf", add, vocab_size=640)
     assert main(["convert", "from-hf", str(tmp_path / "a.gguf"), str(tmp_path / "b")]) == 0
     lm = LanguageModel.load(tmp_path / "b")
-    assert lm.vocabulary.ends == (2, 4)
+    assert lm.vocabulary.ends == (2, 3, 4)  # one by its name
     assert main(["convert", "to-hf", str(tmp_path / "b"), str(tmp_path / "c")]) == 0
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "c")
     for text in ("", "a text of 123", "<|im_start|>user\nis ", "日本\n\n"):
-        wanted = [1, *trained("smollm").encode(text).ids]
+        wanted = [1, *trained("smollm").encode(text).ids, 2]
         assert encode_prompt(lm.vocabulary, text) == wanted == theirs(text)["input_ids"]
     assert theirs.chat_template == "{{ messages[0]['content'] }}"
     generation = json.loads((tmp_path / "c" / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == [2, 4]
+    assert generation["eos_token_id"] == [2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -258,8 +267,25 @@ def test_there_and_back(tmp_path):
             "the type of token 899 is 9, which is none: get the file again",
         ),
         (lambda: pieces(piece_model(True), token_types=[1, 2]), "has types of 2 of its 900 tokens"),
+        (lambda: without("token_type", pieces(piece_model(True))), "has no types of tokens"),
+        (
+            lambda: without("merges", byte_pairs("gpt-2", trained("gpt-2"))),
+            "its tokenizer has no merges: get the file again",
+        ),
     ],
-    ids=["words", "kind", "eos", "scores", "spaces", "merges", "no pair", "type", "types"],
+    ids=[
+        "words",
+        "kind",
+        "eos",
+        "scores",
+        "spaces",
+        "merges",
+        "no pair",
+        "type",
+        "types",
+        "no types",
+        "no merges",
+    ],
 )
 def test_what_is_refused(tmp_path, capsys, add, line):
     written(tmp_path / "a.gguf", add())

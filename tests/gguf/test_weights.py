@@ -1,5 +1,8 @@
 """Models in .gguf files against transformers' own reader of them, and what they were made of."""
 
+import shutil
+
+import gguf
 import ggufs
 import llamas
 import numpy as np
@@ -117,6 +120,13 @@ def test_frequencies_of_llama_3(tmp_path_factory, factor, low, ratio, original, 
             {"rope_type": "linear", "factor": 4.0},
         ),
         ({"rope__scale_linear": 2.5}, {"rope_type": "linear", "factor": 2.5}),
+        ({"rope__scaling__factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"rope__scaling__factor": 1.0}, None),
+        ({"rope__scaling__type": "none", "rope__scale_linear": 4.0}, None),
+        (
+            {"rope__scaling__type": "linear", "rope__scale_linear": 4.0},
+            {"rope_type": "linear", "factor": 4.0},
+        ),
         (
             {
                 "rope__scaling__type": "yarn",
@@ -149,6 +159,14 @@ def test_a_model_in_several_files(tmp_path, capsys):
     np.testing.assert_allclose(found, llamas.logits(model, tokens), atol=1e-4)
     line = refused(capsys, "from-hf", second, tmp_path / "c")
     assert line == f"fot: error: {second}: is not the first of its files: give {first.name}"
+    beside = first.with_name("a-00001-of-00000.gguf")
+    shutil.copy(first, beside)
+    assert "is named as if there were 1" in refused(capsys, "from-hf", beside, tmp_path / "c")
+    whole = second.read_bytes()
+    shutil.copy(last, second)
+    line = refused(capsys, "from-hf", first, tmp_path / "c")
+    assert line == f"fot: error: {first}: part 2 of it is another part by its settings"
+    second.write_bytes(whole)
     last.unlink()
     assert f"{last}: missing" in refused(capsys, "from-hf", first, tmp_path / "c")
 
@@ -185,6 +203,24 @@ def with_another(name, shape=(4,)):
         ({"change": with_another("rope_freqs.weight", (8,))}, None),
         ({"change": with_another("token_embd.weight")}, "a.gguf: has no matrix token_embd.weight"),
         ({"kind": "Q2_K"}, "is of type Q2_K: have F32, F16, BF16, Q8_0"),
+        (
+            {"change": with_another("rope_freqs.weight", (8,)), "rope__scale_linear": 4.0},
+            "llama.rope.scaling.type = 'linear' beside rope_freqs.weight",
+        ),
+        (
+            {
+                "rope__scaling__type": "yarn",
+                "rope__scaling__factor": 8.0,
+                "rope__scaling__original_context_length": 4096,
+                "rope__scaling__yarn_log_multiplier": 0.1,
+            },
+            "rope.scaling.yarn_log_multiplier = 0.1",
+        ),
+        ({"logit_scale": 0.5}, "llama.logit_scale = 0.5 is not supported"),
+        (
+            {"byte_order": gguf.GGUFEndian.BIG, "kind": "Q8_0"},
+            "of a machine with the other byte order: convert it with gguf-convert-endian",
+        ),
     ],
 )
 def test_what_is_refused(tmp_path, capsys, how, line):

@@ -115,6 +115,13 @@ def test_a_pickle_where_there_is_no_torch(tmp_path, monkeypatch):
     )
 
 
+def test_a_pickle_where_torch_is_not_safe(tmp_path, monkeypatch):
+    pickled(tmp_path, {})
+    monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
+    message = refused(tmp_path)
+    assert "a pickle, which torch 2.5.1+cpu does not read safely: install 2.6 or newer" in message
+
+
 class Trap:
     def __reduce__(self):
         return exec, ("raise SystemExit('executed')",)

@@ -242,6 +242,20 @@ def test_in_bfloat16(load):
 # --- What transformers does with it --------------------------------------------------------------
 
 
+def test_rows_of_a_cache_are_repeated_and_chosen(load):
+    model, books, more = load("paper"), random_text(2, 75), random_text(3, 9, seed=5)
+    cache = FotCache(model.config)
+    logits(model, books, past_key_values=cache)
+    cache.batch_repeat_interleave(2)  # 0, 0, 1, 1
+    cache.batch_select_indices(torch.tensor([1, 3, 2]))
+    got = logits(model, more, past_key_values=cache)
+    for row, book in enumerate((0, 1, 1)):
+        alone = FotCache(model.config)
+        logits(model, books[[book]], past_key_values=alone)
+        want = logits(model, more[[row]], past_key_values=alone)
+        np.testing.assert_allclose(got[[row]], want, atol=1e-4)
+
+
 def test_a_book_is_read_once_and_asked_many_times(load):
     model = load("llama")
     book, questions = random_text(1, 200), random_text(2, 9, seed=5)
@@ -346,7 +360,10 @@ def test_vectors_of_a_bfloat16_directory_are_computed_with_in_float32(converted,
     half = kind.from_pretrained(tmp_path / "out")
     assert {x.dtype for n, x in half.named_parameters() if "log_scale" not in n} == {torch.bfloat16}
     assert all(x.dtype == torch.float32 for n, x in half.named_parameters() if "log_scale" in n)
-    file = tmp_path / "out" / "model.safetensors"  # as others write it, with all in bfloat16
+    file = tmp_path / "out" / "model.safetensors"
+    kinds = {n: x.dtype for n, x in llamas.load(file).items()}
+    assert all((kind == np.float32) == ("log_scale" in n) for n, kind in kinds.items())
+    # As others write it, with all in bfloat16.
     tensors = {n: x.astype(ml_dtypes.bfloat16) for n, x in llamas.load(file).items()}
     safetensors.numpy.save_file(tensors, file)
     model = kind.from_pretrained(tmp_path / "out", dtype=torch.float32, mem_dtype="float32")
