@@ -324,7 +324,7 @@ def _train(args) -> int:
     with alone, gin_files.gin_errors():
         stopped = gin.get_configurable("train")(
             workdir=workdir,
-            config_text=gin.operative_config_str,
+            config_text=gin_files.settings_text,
             dry_run=args.dry_run,
         )
     if not args.dry_run:

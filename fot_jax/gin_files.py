@@ -175,6 +175,24 @@ def value_of(name: str) -> Any:
         return None
 
 
+def settings_text() -> str:
+    """The settings of all that was called, as a file, each in the scope that it was set in.
+
+    gin itself writes what a scope inherits, defaults too, into the scope, where it would win over
+    what another file, or a command line, sets later.
+    """
+    import gin
+
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for (scope, selector), parameters in gin.config._OPERATIVE_CONFIG.items():
+        inner = scope.split("/") if scope else []
+        scopes = ["/".join(inner[:n]) for n in range(len(inner), 0, -1)]
+        for name, value in parameters.items():
+            of = (each for each in scopes if name in gin.config._CONFIG.get((each, selector), {}))
+            found.setdefault((next(of, ""), selector), {})[name] = value
+    return gin.config._config_str(found)
+
+
 def without_documents() -> None:
     """Puts a stand-in for Data.source: loaded experiment files need no corpus and no tokenizer."""
     import gin

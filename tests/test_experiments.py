@@ -11,7 +11,7 @@ import gin
 import pytest
 import tokenizers
 
-from fot_jax import cli, gin_uses
+from fot_jax import cli, gin_files, gin_uses
 from fot_jax.data import tasks
 from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
 
@@ -245,7 +245,7 @@ def test_numbers(name, tokenizer_files, elsewhere, monkeypatch, capsys):
     """And everything that the file and its parts say is of consequence."""
     monkeypatch.setattr(tasks, "TRAINING_CHARACTERS", 200_000)  # for a tokenizer of no consequence
     out = dry_run(name, tokenizer_files, capsys)
-    used = values(gin.operative_config_str())
+    used = values(gin_files.settings_text())
     got = used | printed(out)
     assert {key: got[key] for key in EXPECTED[name]} == EXPECTED[name]
     assert values(gin.config_str()).keys() <= used.keys()

@@ -1,6 +1,7 @@
 """What is wrong in an experiment file, or in a --gin binding, is said in one line."""
 
 import contextlib
+import dataclasses
 import os
 import random
 import re
@@ -352,6 +353,25 @@ def test_files_of_one_name_in_two_directories(here, capsys):
         f"a/mine.gin: include 'common.gin' may be {here}/common.gin or {here}/a/common.gin: give "
         "the whole path"
     )
+
+
+def test_saved_settings_are_where_they_were_set(here):
+    """What a scope inherits, it inherits from later files and bindings, too."""
+    (here / "mine.gin").write_text(
+        "include 'experiment.gin'\nData.source = @a/b/DictionaryLookup()\nN = 30\n"
+        "a/DictionaryLookup.document_tokens = 48\na/b/DictionaryLookup.key_length = 3\n"
+        "DictionaryLookup.near_symbols = %N\n"
+    )
+    gin_files.load(["mine.gin"], [])
+    made = gin.get_configurable("Data")().source
+    (here / "config.gin").write_text(gin_files.settings_text())
+    gin_files.load(["config.gin"], [])
+    assert gin.get_configurable("Data")().source == made
+    assert gin_files.settings_text() == (here / "config.gin").read_text()
+    for name, value in (("near_symbols", 31), ("value_length", 2)):
+        gin_files.load(["config.gin"], [f"DictionaryLookup.{name} = {value}"])
+        changed = gin.get_configurable("Data")().source
+        assert changed == dataclasses.replace(made, **{name: value})
 
 
 def test_a_link_before_two_dots_is_followed_first(here, tmp_path_factory):

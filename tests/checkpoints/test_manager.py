@@ -226,14 +226,37 @@ def test_each_array_and_group_file_is_needed(saved, tmp_path, warnings):
     assert_same(restored.data, {g: make_data(2)[g] for g in (0, 2)})
 
 
-def test_arrays_exchanged_with_another_steps_are_noticed(saved, tmp_path, warnings):
+@pytest.mark.parametrize(
+    "what, said",
+    [
+        ("params", "embedding is not what was saved"),
+        ("data/group-00001.npz", "group-00001.npz is not what was saved"),
+        ("meta", "meta"),
+        ("", "meta"),
+    ],
+)
+def test_what_is_exchanged_with_another_steps_is_noticed(saved, tmp_path, warnings, what, said):
     """Files that are whole, but not the ones saved."""
     directory = tmp_path / "copy"
     shutil.copytree(saved, directory)
-    shutil.rmtree(directory / "2" / "params")
-    shutil.copytree(directory / "1" / "params", directory / "2" / "params")
+    if (saved / "1" / what).is_dir():
+        shutil.rmtree(directory / "2" / what)
+        shutil.copytree(saved / "1" / what, directory / "2" / what)
+    else:
+        shutil.copy(saved / "1" / what, directory / "2" / what)
     assert restore(Checkpointer(directory)).step == 1
-    assert "embedding is not what was saved" in warnings[0]
+    assert said in warnings[0]
+
+
+def test_no_byte_of_a_group_file_changes_unnoticed(saved, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(saved / "2" / "data", folder / "data")
+    file = folder / "data" / "group-00001.npz"
+    content = file.read_bytes()
+    for place in range(len(content)):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(ValueError, match="group-00001.npz is not what was saved"):
+            items.read_data(folder)
 
 
 def test_training_goes_on_after_damage(saved, tmp_path, warnings):
