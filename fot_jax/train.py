@@ -210,8 +210,12 @@ def train(
     profile = Profile(workdir, profile_steps, first_step + 1)
     evaluations = Evaluations(evaluation, source, program.transformer, metrics, workdir)
 
-    closing = contextlib.closing
-    with stop_signals() as signals, closing(batches), closing(metrics), checkpointer.finishing():
+    with (
+        stop_signals() as signals,
+        contextlib.closing(batches),
+        contextlib.closing(metrics),
+        checkpointer.finishing(),
+    ):
         pending, now_d, compiled, owed, stopped = None, history.d, set(), False, None
         if resumed and evaluations.due(first_step) and first_step < steps:
             evaluations.run(evaluation.during, state.params, first_step)  # in case it was cut off
@@ -244,7 +248,7 @@ def train(
             ends = stopped or step == steps
             evaluates = evaluations.due(step) and step < steps
             # Before an evaluation too: it may be longer than what is left after a SIGTERM.
-            owed = owed or retries.due(step) or step % checkpoints.every == 0 or evaluates
+            owed = retries.due(step) or owed or step % checkpoints.every == 0 or evaluates
             if owed or ends:
                 reports.finish(pending)
                 pending = None

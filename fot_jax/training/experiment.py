@@ -83,7 +83,7 @@ class Checkpoints:
     """When checkpoints are written and which are kept. The last step is always written.
 
     Attributes:
-      every: steps between checkpoints.
+      every: steps between checkpoints; there is one before each evaluation, too.
       keep_last: how many of the newest stay.
       keep_every: steps whose multiples stay forever; None: none do.
     """
