@@ -5,9 +5,10 @@ import shutil
 import subprocess
 
 import pytest
+from hosts import alive, wait_until
 
 from fot_jax.common.topologies import CHIPS, SHAPES, topology_of
-from tpu import gcloud
+from tpu import gcloud, process
 from tpu.gcloud import Pod
 
 POD = Pod("pod", "us-central2-b", "some-project")
@@ -87,3 +88,12 @@ def test_every_topology_can_be_asked_for():
             name = f"{generation}-{chips * CHIPS[generation].cores}"
             argv = gcloud.create(POD, topology_of(name), 1, None)
             assert f"--runtime-version={CHIPS[generation].runtime_version}" in argv
+
+
+def test_a_command_that_hangs_is_ended(tmp_path):
+    """With what it has started."""
+    hangs = f"echo $$ > {tmp_path}/pid; sleep 600"
+    with pytest.raises(process.CallFailed, match="not done after 1 seconds"):
+        process.call(["sh", "-c", f"sh -c '{hangs}'"], limit=1)
+    pid = int((tmp_path / "pid").read_text())
+    wait_until(lambda: not alive(pid), "the end of what it has started")

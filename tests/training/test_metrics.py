@@ -16,6 +16,7 @@ import pytest
 from fot_jax.common import bucket_files
 from fot_jax.common.errors import UserError
 from fot_jax.training import metrics
+from fot_jax.training.history import History
 from fot_jax.training.metrics import Counts, Metrics
 
 
@@ -60,6 +61,13 @@ def test_a_step_ends_when_its_arrays_are_there_not_when_they_are_fetched():
     between = time.perf_counter()
     there.set()
     assert first() < between < second()
+
+
+def test_goodput_is_the_share_that_all_steps_took():
+    history = History(started=time.time() - 100)
+    for step in range(1, 5):
+        history = history.after(step, None, Counts(1.0, 1.0, 1.0), True, seconds=10.0)
+    assert history.goodput() == pytest.approx(0.4, abs=0.01)
 
 
 # --- Files ---------------------------------------------------------------------------------------
