@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import errno
 import importlib
@@ -448,8 +449,8 @@ def _cache(args) -> int:
 
     with gin_files.gin_errors():
         source = gin.get_configurable("Data")().source
-        initialize_from = gin_files.value_of("train.initialize_from")
-        if initialize_from is not None and (vocabulary := loading.vocabulary_of(initialize_from)):
+        start = copy.deepcopy(gin_files.value_of("train.initialize_from"))  # evaluates %NAME
+        if start not in (None, gin.REQUIRED) and (vocabulary := loading.vocabulary_of(start)):
             source = source.with_vocabulary(vocabulary)  # as training does
         if not isinstance(source, tasks.Text):
             raise UserError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections.abc
 import contextlib
-import copy
 import difflib
 import filecmp
 import functools
@@ -170,7 +169,7 @@ def value_of(name: str) -> Any:
     import gin
 
     try:
-        return copy.deepcopy(gin.query_parameter(name))  # gin's way to evaluate %NAME
+        return gin.query_parameter(name)
     except ValueError:
         return None
 

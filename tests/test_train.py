@@ -366,7 +366,7 @@ HUGE = "constant_rate.value = 1e30"  # throws the parameters out of reach at ste
 
 @pytest.mark.parametrize(
     "every, then",
-    [(2, ""), (1, " (remove those from 13 on, which have the parameters that failed)")],
+    [(2, ""), (1, " (remove those from 13 on, which may have parameters that are broken)")],
 )
 def test_stops_when_nothing_is_finite_any_more(trained, tmp_path, one_device, capsys, every, then):
     workdir = trained.copy(tmp_path / "run")

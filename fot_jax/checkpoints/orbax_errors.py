@@ -86,7 +86,8 @@ def why_unavailable(error: BaseException) -> str | None:
         whole = error.errno in _NOT_NOW or (
             in_bucket(str(error.filename)) and not isinstance(error, FileNotFoundError)
         )
-        return f"{error.filename}: cannot be read: {error.strerror}" if whole else None
+        named = "" if error.filename is None else f"{error.filename}: "
+        return f"{named}cannot be read: {error.strerror}" if whole else None
     refused = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
     line = " ".join(str(error).split())[:300]
     return f"cannot be read: {line}" if line.startswith(refused) else None

@@ -206,8 +206,9 @@ def _on_all(item: str, read: Callable[[], T]) -> T:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise error from raised
         if why := why_unavailable(error):
-            raise UserError(why) from error
-        failure = f"{item}: {short_reason(error)}"
+            refusal = UserError(why)
+        else:
+            failure = f"{item}: {short_reason(error)}"
     if not all_agree(failure is None and refusal is None):
         if refusal is not None:
             raise refusal

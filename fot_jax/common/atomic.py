@@ -51,8 +51,10 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
 
 
 def _led_to(path: epath.Path) -> epath.Path:
-    """What a link leads to; any other path as it is."""
-    return epath.Path(os.path.realpath(path)) if os.path.islink(path) else path
+    """What a link leads to; any other path as it is, and a link to where nothing can be."""
+    there = os.path.realpath(path)
+    leads = os.path.islink(path) and os.path.isdir(os.path.dirname(there))
+    return epath.Path(there) if leads else path
 
 
 def write_file(path: epath.PathLike, content: str | bytes) -> None:

@@ -108,6 +108,13 @@ def _unlike(before: int | None, now: int | None) -> bool:
     return before != now and None not in (before, now)
 
 
+def notes_of(cache_dir: epath.PathLike, task_name: str) -> list[str]:
+    """What was noted of a cache as it was made; it differs where its training documents do."""
+    directory = cache_of(cache_dir, task_name)
+    info = epath.Path(import_seqio().get_cached_info_path(directory, "train"))
+    return [file.read_text() for file in (info, directory / _ORIGIN) if file.exists()]
+
+
 def cached_source(cache_dir: epath.PathLike, task_name: str, corpus: Corpus) -> tuple[Any, int]:
     """A source of the rows in the cache of a task, and how many of them to shuffle among.
 

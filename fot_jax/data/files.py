@@ -65,6 +65,7 @@ class _File:
       stem: the name without what says how it is written; "" for a directory with data.
       is_read: as JSON Lines.
       fatal: why its split cannot be read while it is there; None where it is merely not read.
+      torn: it is not wholly there.
     """
 
     path: epath.Path
@@ -73,6 +74,7 @@ class _File:
     stem: str = ""
     is_read: bool = False
     fatal: str | None = None
+    torn: bool = False
 
     @functools.cached_property
     def numbered(self) -> tuple[str, int | None, int | None]:
@@ -98,9 +100,11 @@ def files_of(directory: epath.Path, split: str) -> list[epath.Path]:
     """
     found = sorted(_found(directory), key=lambda file: str(file.path))
     files = [file for file in found if file.split == split and file.is_read]
-    stems = {(file.path.parent, file.stem) for file in files}
+    stems = {file.stem for file in files}  # of the same data in another form, wherever
+    there = {(file.path.parent, file.stem) for file in files}
     for file in found:
-        if file.split == split and file.fatal and (file.path.parent, file.stem) not in stems:
+        known = (file.path.parent, file.stem) in there if file.torn else file.stem in stems
+        if file.split == split and file.fatal and not known:
             raise UserError(f"{file.path}: {file.fatal}")
     _check_one_of_each(files)
     _check_numbers(files)
@@ -147,15 +151,15 @@ def _file(path: epath.Path, split: str | None = None, word: str = "") -> _File |
     is_read = split is not None and bool(_READ.fullmatch(form)) and not rest
     if form == ".json" and not word.endswith("/"):  # or about a split: train_info.json
         is_read = is_read and re.sub(r"[\W_]|\d|of", "", stem).lower() in _SPLIT_WORDS
-    fatal = None
-    if _UNFINISHED.fullmatch(rest):
+    fatal, torn = None, bool(_UNFINISHED.fullmatch(rest))
+    if torn:
         fatal = "not wholly there: copy it again, or remove it"
     elif not rest and not is_read and not note:
         fatal = (
             "JSON Lines are read as they are and in .gz, .bz2 and .xz: convert it "
             "(docs/training.md, Your own text), or remove it"
         )
-    return _File(path, split, word, stem, is_read, fatal)
+    return _File(path, split, word, stem, is_read, fatal, torn)
 
 
 def _split_in(stem: str) -> tuple[str | None, str]:

@@ -219,9 +219,9 @@ class HuggingFaceTokenizer(StandardMarks):
     @functools.cached_property
     def _without_gaps(self) -> HuggingFaceTokenizer:
         content = json.loads(self.tokenizer)
-        content["added_tokens"] = [
-            token for token in content["added_tokens"] if token["content"] != self.infilling.gap
-        ]
+        for token in content["added_tokens"]:  # left out, those after it would have other ids
+            if token["content"] == self.infilling.gap:
+                token["content"] = f"\0{self.infilling.gap}\0"
         tokenizer = json.dumps(content).encode()
         return HuggingFaceTokenizer.of(
             tokenizer=tokenizer,

@@ -194,7 +194,7 @@ class Lanes:
                     f"of a window, lane groups, seed) = {there}, this experiment has {here}: use "
                     "the same Data, scheme and local_context, or another workdir"
                 )
-            if "settings" in arrays:  # fot_jax 0.1 saved none
+            if "settings" in arrays and not restored:  # fot_jax 0.1 saved none
                 self._check_settings(json.loads(arrays["settings"].tobytes()))
             ends = np.cumsum(arrays["left"])
             lanes = []
@@ -219,19 +219,19 @@ class Lanes:
             "windows of a step": self._windows,
             **self._source.settings(),
         }
-        return json.loads(json.dumps(settings))
+        return json.loads(json.dumps(settings, default=repr))
 
     def _check_settings(self, before: Mapping[str, Any]) -> None:
         for name, value in before.items():
             now = self.settings.get(name)
-            if value == now:
+            if json.dumps(value) == json.dumps(now):  # numbers that are none, too
                 continue
             said = (
                 f"the checkpoint's data was saved with {name} = {value}, this experiment has {now}"
             )
             if not name.endswith(("path", "files")):
                 raise UserError(f"{said}: use the same, or another workdir")
-            logging.warning("%s: reading goes on at the same place in other documents", said)
+            logging.warning("%s: reading goes on at the same place in what is there", said)
 
     def state_of(self, snapshots: Mapping[int, Snapshot]) -> dict[int, dict[str, np.ndarray]]:
         """Arrays of a snapshot of these lanes: what checkpoints hold and `restore` takes."""

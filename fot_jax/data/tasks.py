@@ -19,7 +19,7 @@ from fot_jax.common.atomic import new_directory
 from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
 from fot_jax.common.paths import path_of
-from fot_jax.data.caches import cache_of, cached_source, write_origin, write_split
+from fot_jax.data.caches import cache_of, cached_source, notes_of, write_origin, write_split
 from fot_jax.data.corpus import Corpus, files_there, splits_in
 from fot_jax.data.documents import START, Document, Position, single_source_position
 from fot_jax.data.files import SPLITS, not_read
@@ -91,10 +91,7 @@ class Text:
             "Text.piece_tokens": self.piece_tokens,
             "Text.cache_dir": "a cache" if self.cache_dir is not None else None,
             **{f"Corpus.{name}": [each[name] for each in corpora] for name in corpora[0]},
-            "corpus files": [
-                _digest(files_there(corpus, "train")) if self.cache_dir is None else None
-                for corpus in self.corpora
-            ],
+            "corpus files": [self._digest_of_files(corpus) for corpus in self.corpora],
         }
 
     def check_split(self, split: str) -> None:
@@ -137,13 +134,14 @@ class Text:
             or a cache's files cannot be shared out evenly.
         """
         self.check_split("train")
-        if self.cache_dir is not None and shards < CACHE_SHARDS and CACHE_SHARDS % shards:
+        endless = len(self.corpora) > 1
+        epoch, taken = single_source_position(position)
+        uneven = self.cache_dir is not None and shards < CACHE_SHARDS and CACHE_SHARDS % shards
+        if uneven and position == START:  # a run of fot_jax 0.1 goes on as it began
             raise UserError(
                 f"Data.lane_groups = {shards}: the files of {self.cache_dir} are dealt out among "
                 f"them, so give 1, 2, 4, … {CACHE_SHARDS}"
             )
-        endless = len(self.corpora) > 1
-        epoch, taken = single_source_position(position)
         if endless:
             self._check_shards(shard, shards, _seed_of(seed, 0))
         empty, most = 0, max_empty_passes(shards)
@@ -229,6 +227,11 @@ class Text:
             return tfds_source(corpus, self.data_dir)
         splits, several = splits_in(corpus), len(self.corpora) > 1
         return CorpusSource(corpus, splits, self._tokens_of, self._failures, several), None
+
+    def _digest_of_files(self, corpus: Corpus) -> str:
+        if self.cache_dir is None:
+            return _digest(files_there(corpus, "train"))
+        return _digest(notes_of(self.cache_dir, _task_name(corpus, self.vocabulary)))
 
     def _tokens_of(self, text: bytes) -> np.ndarray:
         return encode_document(self.vocabulary, text.decode(errors="replace"))

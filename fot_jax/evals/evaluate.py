@@ -16,7 +16,7 @@ from fot_jax.checkpoints import loading
 from fot_jax.common.atomic import replacing, write_file
 from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import NotHere, UserError, check_range
-from fot_jax.common.paths import absolute, path_of
+from fot_jax.common.paths import absolute, in_bucket, path_of
 from fot_jax.data.documents import DocumentSource
 from fot_jax.data.files import warn_once
 from fot_jax.evals.provenance import provenance
@@ -178,7 +178,9 @@ def _directory_of(output: str) -> epath.Path:
     Raises:
       UserError: no file of that name can be written there.
     """
-    path, partial = path_of(output), epath.Path(f"{output}.partial")
+    path = path_of(output)
+    there = path if in_bucket(path) else os.path.realpath(path)  # where a link leads
+    partial = epath.Path(f"{there}.partial")
     # `is_file` of epath is true for devices and pipes, too.
     if path.is_dir() or os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"{output}: not a file: give the name of one, new or to be replaced")

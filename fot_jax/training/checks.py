@@ -85,7 +85,8 @@ def check_same_documents(source: DocumentSource, settings: Mapping[str, Any]) ->
       UserError: another process has another tokenizer, other files or settings.
     """
     vocabulary = source.vocabulary
-    kind = type(vocabulary).__name__, dataclasses.astuple(vocabulary)
+    fields = dataclasses.astuple(vocabulary) if dataclasses.is_dataclass(vocabulary) else ()
+    kind = type(vocabulary).__name__, vocabulary.size, fields
     for what, value in (("tokenizer", kind), ("documents", sorted(settings.items()))):
         found = all_values(zlib.crc32(repr(value).encode()) >> 1)
         others = [i for i, each in enumerate(found) if each != found[0]]

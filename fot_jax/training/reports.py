@@ -109,8 +109,8 @@ class Reports:
         kept = self._checkpointer.steps()
         good = [step for step in kept if step < updated]
         said = f"the last good checkpoint is {f'that of step {good[-1]}' if good else 'none'}"
-        if kept and kept[-1] >= updated:
-            said += f" (remove those from {updated} on, which have the parameters that failed)"
+        if good and kept[-1] >= updated:
+            said += f" (remove those from {updated} on, which may have parameters that are broken)"
         return said
 
     def _write(self, report: Report, grad_norm: float) -> None:

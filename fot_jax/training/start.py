@@ -14,6 +14,7 @@ from fot_jax.checkpoints.items import LaneGroups
 from fot_jax.checkpoints.manager import Checkpointer
 from fot_jax.checkpoints.restore import model_config_of
 from fot_jax.common.atomic import write_file
+from fot_jax.common.paths import absolute
 from fot_jax.data.documents import DocumentSource
 from fot_jax.data.saved_vocabulary import load_vocabulary
 from fot_jax.model import lora
@@ -121,10 +122,19 @@ def write_settings(
         return
     write_file(workdir / "config.gin", config_text)
     if not resumed:
-        (workdir / loading.KEPT).rmtree(missing_ok=True)  # of a run that was killed at step 0
+        kept = workdir / loading.KEPT
+        if not _is_within(initialize_from, kept):
+            kept.rmtree(missing_ok=True)  # of a run that was killed at step 0
         if initialize_from is not None:
             loading.keep_files(initialize_from, workdir)
         source.vocabulary.save(workdir / "vocabulary")
+
+
+def _is_within(path: epath.PathLike | None, directory: epath.Path) -> bool:
+    if path is None:
+        return False
+    path, directory = (absolute(each).resolve() for each in (path, directory))
+    return path == directory or directory in path.parents
 
 
 def cache_compiled_programs(workdir: epath.Path) -> None:

@@ -48,6 +48,7 @@ def test_a_cache_has_the_same_documents(tmp_path, monkeypatch):
         f"Data.lane_groups = 3: the files of {source.cache_dir} are dealt out among them, so give "
         "1, 2, 4, … 4"
     )
+    assert take(source, 1, 0, 3, position=(0, 1))  # a run that began before it was refused
     assert "no test split (there is: train, valid): make it with fot cache" in message_of(
         lambda: source.check_split("test")
     )
