@@ -106,6 +106,9 @@ def test_from_fot_to_a_memorizing_transformer(experiment, tmp_path, monkeypatch)
     runs.assert_same_parameters(tmp_path / "fot", tmp_path / "mt")
 
 
+CROSSBATCH = "train.scheme = @PreviousContext()", "ModelConfig.memory_gate = False"
+
+
 @pytest.mark.parametrize(
     ("bindings", "message"),
     [
@@ -121,6 +124,14 @@ def test_from_fot_to_a_memorizing_transformer(experiment, tmp_path, monkeypatch)
         (
             ["train.scheme = @PreviousContext()"],
             "model.memory_gate = True needs the scheme CachedContext: PreviousContext has",
+        ),
+        (
+            [*CROSSBATCH, "ModelConfig.memory_before = True"],
+            "model.memory_before puts memory into the window before, of which PreviousContext may",
+        ),
+        (
+            [*CROSSBATCH, "ModelConfig.memory_layers = ()"],
+            "the scheme PreviousContext is for memory layers, and the model has none: name some",
         ),
         (["train.d = @SwitchAtStep()"], "the scheme CachedContext has no d (asked for d=2)"),
     ],

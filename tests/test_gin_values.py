@@ -107,6 +107,14 @@ def test_values_of_the_wrong_type(here, capsys, binding, message):
         ),
         (["adamw.b1 = 1"], "adamw.b1 = 1: give a number from 0 to 0.999999"),
         (["adamw.eps = 0"], "adamw.eps = 0: give 1e-30 or more"),
+        (
+            [
+                "ModelConfig.rope_scaling = @RopeScaling()",
+                *("RopeScaling.factor = 8.0", "RopeScaling.kind = 'yarn'"),
+                *("RopeScaling.original_max_position = 16", "RopeScaling.beta_fast = 0.5"),
+            ],
+            "RopeScaling.beta_fast = 0.5 is below RopeScaling.beta_slow = 1.0: exchange them",
+        ),
         (["Evaluation.every = -1"], "Evaluation.every = -1: give 1 or more"),
         (["PerplexityByContext.memory_sizes = ()"], "PerplexityByContext.memory_sizes = (): give"),
         (["PerplexityByContext.documents = 0"], "PerplexityByContext.documents = 0: give 1 or"),

@@ -243,15 +243,14 @@ AT_REST = (
 
 def _real_model(seed: int) -> list[Run]:
     """SmolLM2 135M as it is, and after as many tokens of each kind of training."""
-    first, tokens = f"short_{seed}", "STEPS = 84"  # as many as both trainings of FoT together
-    last = (f"train.seed = {seed}", f"Data.seed = {seed + 1}")  # other documents than the first
     own = "smollm2_135m.memory_scaling = 0.0"  # as published, each of them
     rows = "Data.lanes = 16"  # where a lane gives one window a step
     recurrent = _transformer_xl("smollm2_135m", 30, 512)
     models = {
         "base": ("the model as it is", (*AT_REST, own)),
-        "mt": ("Memorizing Transformer, no gate", (*_memorizing(2_048), own, rows, tokens)),
-        "xl": ("Transformer-XL", (*recurrent, own, rows, tokens)),
+        "fot": ("FoT", ()),
+        "mt": ("Memorizing Transformer, no gate", (*_memorizing(2_048), own, rows)),
+        "xl": ("Transformer-XL", (*recurrent, own, rows)),
         "longer": (
             "plain, windows of four times the length",
             (
@@ -260,17 +259,10 @@ def _real_model(seed: int) -> list[Run]:
                 own,
                 "smollm2_135m.local_context = 2_048",
                 "Data.lanes = 4",
-                tokens,
             ),
         ),
     }
-    base, *others = _models(seed, "real_model_short.gin", models)
-    return [
-        base,
-        Run(first, "", ("real_model_short.gin",), _seeds(seed)),
-        Run(f"fot_{seed}", "FoT", ("real_model.gin",), last, first),
-        *others,
-    ]
+    return _models(seed, "real_model.gin", models)
 
 
 def _real_model_figure(domain: str) -> Figure:

@@ -68,6 +68,11 @@ class RopeScaling:
         check_range("RopeScaling", 1, factor=self.factor, **longest)
         betas = {"beta_fast": self.beta_fast, "beta_slow": self.beta_slow}
         check_range("RopeScaling", 1e-6, 1e6, **betas, attention_factor=self.attention_factor)
+        if self.kind == "yarn" and self.beta_fast < self.beta_slow:
+            raise UserError(
+                f"RopeScaling.beta_fast = {self.beta_fast} is below RopeScaling.beta_slow = "
+                f"{self.beta_slow}: exchange them"
+            )
         if not 0 < self.low_freq_factor < self.high_freq_factor < math.inf:
             raise UserError(
                 f"RopeScaling.low_freq_factor = {self.low_freq_factor} must be above 0 and below "

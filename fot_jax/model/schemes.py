@@ -76,6 +76,17 @@ class Scheme:
                 f"model.memory_gate = True needs the scheme CachedContext: {type(self).__name__} "
                 "has contexts and window in one softmax"
             )
+        if self.has_contexts and not model.memory_layers:
+            raise UserError(
+                f"the scheme {type(self).__name__} is for memory layers, and the model has none: "
+                "name some in model.memory_layers, or set train.scheme = @NoCrossbatch()"
+            )
+        if self.has_contexts and model.memory_before:
+            raise UserError(
+                "model.memory_before puts memory into the window before, of which "
+                f"{type(self).__name__} may show several at once: use CachedContext, or set it to "
+                "False"
+            )
 
 
 @configurable

@@ -234,12 +234,14 @@ def scaled_for_memory(
     """Queries of a memory layer, as ModelConfig.memory_scaling says.
 
     Args:
-      tokens: of memory, or of additional contexts, that each row sees.
+      tokens: of memory, or of the contexts that the scheme gives each row (in training, with those
+        that are hidden, as another document's or as padding).
     """
     if not c.memory_scaling:
         return q
     factor = 1 + c.memory_scaling * jnp.log1p(jnp.asarray(tokens, jnp.float32) / c.local_context)
-    return q * factor[:, None, None, None].astype(q.dtype)
+    # In float32: the same few bits would be wrong in all queries.
+    return (q.astype(jnp.float32) * factor[:, None, None, None]).astype(q.dtype)
 
 
 def memory_keys(c: ModelConfig, k: Float[Array, "R T K D"]) -> Float[Array, "R T K D"]:

@@ -339,7 +339,7 @@ class Attention(nn.Module):
         plain = k
         memory = cache.memory if self.remembers else 0
         if memory and self.scaling:
-            q = q * self._longer(cache.visible, memory, q)
+            q = (q.float() * self._longer(cache.visible, memory, q)).to(q.dtype)
         if self.rotates:
             q, k = rotate(q, rope), rotate(k, rope)
         layer = cache.layers[self.layer]
@@ -356,7 +356,7 @@ class Attention(nn.Module):
         tokens = torch.tensor(memory, device=q.device)
         if visible is not None:
             tokens = visible[:, :memory].sum(1).to(q.device).view(-1, 1, 1, 1)
-        return (1 + self.scaling * torch.log1p(tokens.float() / self.window)).to(q.dtype)
+        return 1 + self.scaling * torch.log1p(tokens.float() / self.window)
 
 
 class Layer(nn.Module):
