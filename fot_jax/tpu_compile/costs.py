@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from jax.interpreters.partial_eval import dce_jaxpr
+
 from fot_jax.model.attention.partial_softmax import LOOP_SCOPE
 
 # --- Products, from the traced program -----------------------------------------------------------
@@ -23,9 +25,17 @@ _LOOP_SCOPE = re.compile(LOOP_SCOPE.format(r"(\d+)"))
 def product_flops(jaxpr: Any, devices: int = 1) -> int:
     """FLOPs of all matrix products of a jaxpr, over all devices, recomputation included.
 
+    Products that no output needs, such as gradients of what does not train, are not counted: the
+    compiler leaves them out.
+
     Args:
       devices: what runs inside of a shard_map runs on each of them.
     """
+    needed, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+    return _product_flops(needed, devices)
+
+
+def _product_flops(jaxpr: Any, devices: int) -> int:
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -34,7 +44,7 @@ def product_flops(jaxpr: Any, devices: int = 1) -> int:
         if eqn.primitive.name == "pallas_call":
             total += eqn.params["cost_estimate"].flops
             continue
-        inner = [product_flops(each, devices) for each in _jaxprs_in(eqn.params)]
+        inner = [_product_flops(each, devices) for each in _jaxprs_in(eqn.params)]
         if eqn.primitive.name == "cond":
             total += max(inner)
         elif eqn.primitive.name == "scan":

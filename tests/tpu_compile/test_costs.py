@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny import LLAMA, shapes_of
 
-from fot_jax.model import crossbatch, schemes
+from fot_jax.model import crossbatch, schemes, trained
 from fot_jax.model.attention.partial_softmax import LOOP_SCOPE
 from fot_jax.model.transformer import Transformer
 from fot_jax.tpu_compile import costs
@@ -69,20 +69,33 @@ def test_products_of_every_device(mesh):
     assert flops(product, np.ones((6, 5)), B, devices=8) == 8 * ONCE
 
 
-def test_kept_attention_is_not_computed_again():
-    """remat "dots" keeps all products and attention; "full" computes a whole forward pass again."""
+def step_flops(remat="none", trains=None):
+    """Of a step of 4 rows of 8 tokens, every second of which leaves after the memory layer."""
     scheme, params = schemes.PreviousContext(d=2), shapes_of(LLAMA)
     plan = crossbatch.make_plan(scheme, 4, heads=LLAMA.num_heads, window=8)
     optimizer = optimizers.adamw(0.1)
-    state = TrainState(jnp.int32(0), params, jax.eval_shape(optimizer.init, params))
+    part = trains and trained.select(params, LLAMA, trains)
+    model = Transformer(LLAMA, remat=remat, trained=part)
+    moments = jax.eval_shape(optimizer.init, jax.eval_shape(part.take, params) if part else params)
+    state = TrainState(jnp.int32(0), params, moments)
     names = dict(inputs=jnp.int32, targets=jnp.int32, segment_ids=jnp.int32, weights=jnp.float32)
     batch = {name: jax.ShapeDtypeStruct((4, 8), dtype) for name, dtype in names.items()}
+    step = make_train_step(model, optimizer, scheme, plan)
+    return costs.product_flops(step.trace(state, batch).jaxpr.jaxpr)
 
-    def of(remat):
-        step = make_train_step(Transformer(LLAMA, remat=remat), optimizer, scheme, plan)
-        return costs.product_flops(step.trace(state, batch).jaxpr.jaxpr)
 
-    assert of("dots") == of("none") < of("full") < 4 / 3 * of("none")
+def test_kept_attention_is_not_computed_again():
+    """remat "dots" keeps all products and attention; "full" computes a whole forward pass again."""
+    none, dots, full = map(step_flops, ("none", "dots", "full"))
+    assert dots == none < full < 4 / 3 * none
+
+
+def test_kernels_that_do_not_train_have_no_gradients():
+    c = LLAMA
+    layer = c.hidden_size * (2 * (c.num_heads + c.num_kv_heads) * c.head_dim + 3 * c.mlp_dim)
+    head = c.hidden_size * c.vocab_size
+    gradients = 2 * 4 * 8 * 2 * layer + 2 * 2 * 8 * (layer + head)  # 2 of 3 layers have all rows
+    assert step_flops() - step_flops(trains=["*norm*"]) == gradients
 
 
 # --- Traffic -------------------------------------------------------------------------------------
