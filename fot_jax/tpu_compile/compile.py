@@ -313,9 +313,9 @@ def suggestions(
         if rest % (fsdp * tensor) == 0
     ]
     # The file's own, if it leaves a device for a row: the slice may be another one than it is for.
-    own = compute.mesh.fsdp * compute.mesh.tensor
-    if rest >= own:
-        meshes.insert(0, dataclasses.replace(compute.mesh, data=rest // own))
+    own = compute.mesh.replica * compute.mesh.fsdp * compute.mesh.tensor
+    if devices >= own:
+        meshes.insert(0, dataclasses.replace(compute.mesh, data=devices // own))
     refused, tried = None, False
     for mesh in dict.fromkeys(meshes):
         microbatches = sorted({1, 2, 4, compute.accumulation})

@@ -179,6 +179,19 @@ def test_a_slice_that_the_file_has_no_mesh_for(mesh):
     assert got
 
 
+@pytest.mark.parametrize("slices, replicas", [(1, 1), (1, 2), (2, 2), (2, 4)])
+def test_the_files_own_mesh_comes_first(slices, replicas):
+    own = MeshShape(-1, fsdp=2, replica=replicas)
+
+    def of(compute):
+        data = compute.mesh.sizes(16, slices=slices)[1]
+        assert data == compute.mesh.data
+        return dataclasses.replace(SOME, mesh=compute.mesh)
+
+    first = next(compile.suggestions(Compute(mesh=own, slices=slices), 16, of))
+    assert first.mesh == dataclasses.replace(own, data=16 // (2 * replicas))
+
+
 def _paragraphs(text):
     paragraphs = text.strip().split("\n\n")
     return [paragraphs[0], *paragraphs]
