@@ -25,6 +25,7 @@ from jax.experimental import topologies
 from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError
 from fot_jax.common.topologies import Topology, topology_of
+from fot_jax.common.trees import leaves_by_path
 from fot_jax.common.units import bytes_of
 from fot_jax.model import schemes
 from fot_jax.model.config import ModelConfig
@@ -53,8 +54,9 @@ class Report:
         again in the backward pass.
       memory_traffic: bytes a device reads from and writes to its memory in a step.
       messages, collectives: bytes a device sends in a step, and how many, by kind of collective.
-      least_messages: bytes that it must send: parameters gathered once and their gradients reduced
-        once over the axis fsdp, keys and values of memory layers passed on as far as they are seen.
+      least_messages: bytes that it must send: parameters gathered once and the gradients of those
+        that train reduced once over the axis fsdp, keys and values of memory layers passed on as
+        far as they are seen.
       compute_seconds, memory_seconds, message_seconds: what these take at the chip's published
         rates.
       compile_seconds: on this machine.
@@ -270,16 +272,18 @@ def _least_messages(program: Program, plan: Plan, compute: Compute) -> int:
     """What Report.least_messages says."""
     fsdp, tensor = (program.mesh.shape[axis] for axis in ("fsdp", "tensor"))
     item = jnp.dtype(compute.dtype).itemsize
-    gathered = sum(
-        x.size // (tensor if "tensor" in x.sharding.spec else 1)
-        for x in jax.tree.leaves(program.state.params)
+    # Of each parameter: its elements, and those of its layers that train.
+    trained = {path: x.size for path, x in leaves_by_path(program.trained).items()}
+    sharded = sum(
+        (x.size + trained.get(path, 0)) // (tensor if "tensor" in x.sharding.spec else 1)
+        for path, x in leaves_by_path(program.state.params).items()
         if "fsdp" in x.sharding.spec
     )
     c = program.transformer.config
     keys = c.local_context * c.num_kv_heads // tensor * c.head_dim
     hops = 0 if plan.contexts.ring is None else jax.tree.leaves(plan.contexts.ring)[0].shape[1]
     passed_on = 2 * keys * len(plan.contexts.sent) * hops * len(c.memory_layers)
-    return item * (2 * gathered * (fsdp - 1) // fsdp + passed_on * compute.accumulation)
+    return item * (sharded * (fsdp - 1) // fsdp + passed_on * compute.accumulation)
 
 
 def _out_of_memory(error: Exception) -> tuple[int, int]:

@@ -109,6 +109,17 @@ def test_what_fits(experiment, capsys, topology, memory):
     assert got["step_seconds"] == max(got[f"{x}_seconds"] for x in ("compute", "memory", "message"))
 
 
+def test_gradients_of_what_trains_alone_are_sent(experiment, capsys):
+    """And computed: of one layer of two the MLP trains."""
+    mesh = bindings("Compute.mesh = @MeshShape()", "MeshShape.fsdp = 2")
+    _, whole = report(capsys, experiment, *mesh)
+    _, part = report(capsys, experiment, *mesh, *bindings('train.trainable = ("layers/1/mlp/*",)'))
+    E, F, HD, V = 256, 32, 2 * 128, 64
+    frozen = 2 * 4 * E * HD + 3 * E * F + 2 * V * E
+    assert whole["least_messages"] - part["least_messages"] == 2 * frozen // 2
+    assert part["flops"] < whole["flops"] and part["messages"] != whole["messages"]
+
+
 @pytest.mark.parametrize("generation", topologies.CHIPS)
 def test_what_a_program_may_take_is_what_the_compiler_says(generation):
     """Of one that takes 2 TiB, which it writes with other letters."""
