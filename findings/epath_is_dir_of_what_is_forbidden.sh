@@ -2,8 +2,8 @@
 # etils.epath through gcsfs: of a directory in a bucket that the caller may not list (403), exists()
 # and iterdir() raise an OSError, but is_dir() says False, as of a directory that is not there. Code
 # that asks is_dir() before it looks for what is in a directory takes a missing right for an empty
-# start. And the OSErrors have no errno, so they are no PermissionError. (fot_jax/common/buckets.py has an
-# is_dir() that raises, and errors with numbers.)
+# start. And the OSErrors have no errno, so they are no PermissionError. (Those of
+# fot_jax/common/bucket_filesystem.py have numbers.)
 #
 # etils 1.15.0, gcsfs 2026.10.1, fsspec 2026.9.0
 # Seen: exists: OSError, errno None; is_dir: False; iterdir: OSError, errno None

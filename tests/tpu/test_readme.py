@@ -9,12 +9,18 @@ import pytest
 from clouds import REPOSITORY, Cloud, copy_repository
 from test_gcloud import said_by_gcloud
 
+import tpu.__main__
 from fot_jax import cli
 from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
 
 PAGE = pages.text("tpu/README.md")
 COMMANDS = [shlex.join(argv) for argv in pages.commands(*pages.PAGES)]
-OURS = [line for line in COMMANDS if line.startswith("python -m tpu ") and " local " not in line]
+HERE = ("local", "worker")  # verbs that start processes on this machine
+OURS = [
+    line
+    for line in COMMANDS
+    if line.startswith("python -m tpu ") and shlex.split(line)[3] not in HERE
+]
 OF_GCLOUD = [line for line in COMMANDS if line.startswith("gcloud ")]
 OF_AN_ACCOUNT = "do not currently have an active account"
 SAID = {  # by commands that need none
@@ -43,6 +49,14 @@ def test_in_dry_run(cloud, line):
     printed = cloud.works(*argv, "--dry_run")
     assert "gcloud compute tpus" in printed or "kind: JobSet" in printed
     assert not cloud.calls()
+
+
+@pytest.mark.parametrize("verb", HERE)
+def test_what_is_started_here_is_understood(verb):
+    lines = [shlex.split(line)[3:] for line in COMMANDS if line.startswith(f"python -m tpu {verb}")]
+    assert lines
+    for argv in lines:
+        assert callable(tpu.__main__._parser(argv).parse_args(argv).run)
 
 
 @pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud is not installed")
