@@ -76,10 +76,16 @@ def write_split(
     return stats
 
 
-def write_origin(directory: epath.Path, corpus: Corpus) -> None:
+def origin_of(corpus: Corpus) -> dict[str, dict[str, int | None]] | None:
+    """The files of each split; None of TFDS, whose versions are never changed."""
+    if corpus.path.startswith("tfds:"):
+        return None
+    return {split: files_there(corpus, split) for split in splits_in(corpus)}
+
+
+def write_origin(directory: epath.Path, origin: dict[str, Any] | None) -> None:
     """Writes which files a cache is made of."""
-    if not corpus.path.startswith("tfds:"):  # whose versions are never changed
-        origin = {split: files_there(corpus, split) for split in splits_in(corpus)}
+    if origin is not None:
         (directory / _ORIGIN).write_text(json.dumps(origin))
 
 
@@ -112,7 +118,12 @@ def notes_of(cache_dir: epath.PathLike, task_name: str) -> list[str]:
     """What was noted of a cache as it was made; it differs where its training documents do."""
     directory = cache_of(cache_dir, task_name)
     info = epath.Path(import_seqio().get_cached_info_path(directory, "train"))
-    return [file.read_text() for file in (info, directory / _ORIGIN) if file.exists()]
+    notes = []
+    for file in (info, directory / _ORIGIN):
+        if file.exists():
+            with _damaged(file):
+                notes.append(file.read_text())
+    return notes
 
 
 def cached_source(cache_dir: epath.PathLike, task_name: str, corpus: Corpus) -> tuple[Any, int]:
@@ -156,7 +167,7 @@ def _damaged(file: epath.Path) -> Iterator[None]:
     """Of what `write_split` wrote beside the records: it is read inside."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: damaged: copy the cache again, or make it again") from error
 
 

@@ -100,11 +100,11 @@ def files_of(directory: epath.Path, split: str) -> list[epath.Path]:
     """
     found = sorted(_found(directory), key=lambda file: str(file.path))
     files = [file for file in found if file.split == split and file.is_read]
-    stems = {file.stem for file in files}  # of the same data in another form, wherever
-    there = {(file.path.parent, file.stem) for file in files}
+    there = collections.defaultdict(list)
+    for file in files:
+        there[file.stem].append(file.path.parent)
     for file in found:
-        known = (file.path.parent, file.stem) in there if file.torn else file.stem in stems
-        if file.split == split and file.fatal and not known:
+        if file.split == split and file.fatal and not _is_read_too(file, there[file.stem]):
             raise UserError(f"{file.path}: {file.fatal}")
     _check_one_of_each(files)
     _check_numbers(files)
@@ -113,10 +113,24 @@ def files_of(directory: epath.Path, split: str) -> list[epath.Path]:
     return [file.path for file in files]
 
 
+def _is_read_too(file: _File, directories: Sequence[epath.Path]) -> bool:
+    """Whether the same data is read in another form; of what is torn, whole beside it.
+
+    Args:
+      directories: of the files of its name that are read. One beside it may have other shards.
+    """
+    own = file.path.parent
+    if file.torn:  # aria2 leaves a note of its own beside what it has not finished
+        return own in directories and file.path.suffix.lower() != ".aria2"
+    return any(own == each or own in each.parents or each in own.parents for each in directories)
+
+
 def not_read(directory: epath.Path) -> str:
     """Names of what looks like data and is of no split or not read; empty where nothing is."""
     others = [file for file in _found(directory) if not file.is_read]
-    names = sorted(file.path.name + ("" if file.stem else "/") for file in others)
+    names = sorted(
+        str(file.path.relative_to(directory)) + ("" if file.stem else "/") for file in others
+    )
     return _some(names, len(names))
 
 

@@ -224,7 +224,7 @@ class Lanes:
     def _check_settings(self, before: Mapping[str, Any]) -> None:
         for name, value in before.items():
             now = self.settings.get(name)
-            if json.dumps(value) == json.dumps(now):  # numbers that are none, too
+            if value == now or json.dumps(value) == json.dumps(now):  # the second for NaN
                 continue
             said = (
                 f"the checkpoint's data was saved with {name} = {value}, this experiment has {now}"

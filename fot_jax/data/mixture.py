@@ -60,7 +60,7 @@ class Mixture:
     def settings(self) -> dict[str, Any]:
         of_each = (
             (f"source {i}: {name}", value)
-            for i, source in enumerate(self.sources)
+            for i, source in enumerate(self._of_one_vocabulary())
             for name, value in source.settings().items()
         )
         return {"Mixture.weights": self.weights, **dict(of_each)}

@@ -19,7 +19,14 @@ from fot_jax.common.atomic import new_directory
 from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
 from fot_jax.common.paths import path_of
-from fot_jax.data.caches import cache_of, cached_source, notes_of, write_origin, write_split
+from fot_jax.data.caches import (
+    cache_of,
+    cached_source,
+    notes_of,
+    origin_of,
+    write_origin,
+    write_split,
+)
 from fot_jax.data.corpus import Corpus, files_there, splits_in
 from fot_jax.data.documents import START, Document, Position, single_source_position
 from fot_jax.data.files import SPLITS, not_read
@@ -337,17 +344,24 @@ def cache(text: Text, directory: epath.PathLike, splits: Sequence[str] = SPLITS)
       UserError: as `Text.documents`; or the directory cannot be written.
     """
     text = dataclasses.replace(text, tokenizer=text.vocabulary, cache_dir=None)
+    chosen = []
     for corpus, task in zip(text.corpora, text._tasks, strict=True):
+        found = [split for split in splits if split in task.source.splits]
+        origin = origin_of(corpus)  # what comes while they are read is not of it
+        if isinstance(task.source, CorpusSource):
+            for split in found:  # now, not after hours of another's
+                task.source.parts(split)
+        chosen.append((corpus, task, found, origin))
+    for corpus, task, found, origin in chosen:
         with new_directory(cache_of(directory, task.name), "COMPLETED") as half:
-            for split in splits:
-                if split in task.source.splits:
-                    train = split == "train"
-                    documents = text._read(task, split=split, shuffle=train, seed=0, num_epochs=1)
-                    stats = write_split(half, split, CACHE_SHARDS if train else 1, documents)
-                    if not stats["examples"]:
-                        raise _all_too_short(corpus, split)
-                    logging.info("cached %s of %s: %s", split, corpus.path, stats)
-            write_origin(half, corpus)
+            for split in found:
+                train = split == "train"
+                documents = text._read(task, split=split, shuffle=train, seed=0, num_epochs=1)
+                stats = write_split(half, split, CACHE_SHARDS if train else 1, documents)
+                if not stats["examples"]:
+                    raise _all_too_short(corpus, split)
+                logging.info("cached %s of %s: %s", split, corpus.path, stats)
+            write_origin(half, origin)
             (half / "COMPLETED").write_text("")
 
 

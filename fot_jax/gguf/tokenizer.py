@@ -18,10 +18,12 @@ from fot_jax.data.hugging_face_tokenizer import HuggingFaceTokenizer, Marks
 from fot_jax.gguf.weights import File
 
 _SPACE = "▁"
-# Marks at which llama.cpp ends a text whatever the file says, as files may name but one of several.
+# Marks at which llama.cpp ends a text whatever the file says of them (src/llama-vocab.cpp): files
+# name but one of several, or call them ordinary texts.
 _ENDS = {
-    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>"),
-    *("<|eom_id|>", "<EOT>"),
+    *("<|eot_id|>", "<|eom_id|>", "<|end|>", "<|im_end|>", "<|endoftext|>", "<|end_of_text|>"),
+    *("<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<|tool_response>", "<turn|>"),
+    *("</s>", "<eos>", "[EOS]", "[EOT]", "<EOT>", "_<EOT>", "<end_of_turn>", "<end_of_utterance>"),
 }
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 _END = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -91,7 +93,10 @@ class _Settings:
                     f"{self.path}: the type of token {token} is {kind}, which is none: get the "
                     "file again"
                 )
-        self.types = [TokenType(kind) for kind in types]
+        self.types = [
+            TokenType.CONTROL if name in _ENDS else TokenType(kind)
+            for name, kind in zip(self.names, types, strict=True)
+        ]
 
     def get(self, name: str, kind: type, default: Any = None) -> Any:
         return self._file.setting(f"tokenizer.ggml.{name}", kind, default)
@@ -142,8 +147,9 @@ def vocabulary_of(file: File) -> HuggingFaceTokenizer:
         single=[*map(name, before), "$A", *map(name, after)],
         special_tokens=[(name(i), i) for i in {*before, *after}],
     )
-    named = (i for i, each in settings.of(TokenType.CONTROL) if each in _ENDS)
-    ends = dict.fromkeys([eos, *(settings.token(other) for other in ("eot", "eom")), *named])
+    named = (i for i, each in enumerate(settings.names) if each in _ENDS)
+    others = map(settings.token, ("eot", "eom", "fim_pad", "fim_rep", "fim_sep"))
+    ends = dict.fromkeys([eos, *others, *named])
     marks = Marks(tuple(i for i in ends if i is not None), tuple(before), tuple(after))
     return HuggingFaceTokenizer.of(
         tokenizer=tokenizer.to_str().encode(),

@@ -222,8 +222,14 @@ def _with_marks(vocabulary: HuggingFaceTokenizer) -> bytes:
     """A tokenizer.json that puts the marks around a text which the vocabulary has for it."""
     tokenizer = Tokenizer.from_buffer(vocabulary.tokenizer)
     before, after = vocabulary.before, vocabulary.after
-    if _marks(tokenizer, vocabulary.ends) == Marks(vocabulary.ends, before, after):
+    same = _marks(tokenizer, vocabulary.ends) == Marks(vocabulary.ends, before, after)
+    dropout = getattr(tokenizer.model, "dropout", None)  # of merges at random, which is not ours
+    if same and not dropout:
         return vocabulary.tokenizer
+    if dropout:
+        tokenizer.model.dropout = None
+    if same:
+        return tokenizer.to_str().encode()
     names = {i: tokenizer.id_to_token(i) for i in (*before, *after)}
     tokenizer.post_processor = TemplateProcessing(
         single=[*map(names.get, before), "$A", *map(names.get, after)],

@@ -93,6 +93,15 @@ def test_a_cache_that_is_not_finished_is_none(tmp_path):
     assert "cannot be written" in message_of(lambda: tasks.cache(source, tmp_path / "file"))
 
 
+def test_all_is_looked_at_before_the_first_is_tokenized(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "write_split", None)
+    good = write_corpus(tmp_path / "good", 1, train=texts_of(3))
+    bad = write_corpus(tmp_path / "bad", 1, train=texts_of(3), valid=[])
+    for corpora in ((bad,), (good, bad)):
+        message = message_of(lambda c=corpora: tasks.cache(text_over(*c), tmp_path / "cache"))
+        assert message == f"{bad}: the valid split is empty: give it some rows"
+
+
 def test_a_cache_of_what_the_corpus_was(tmp_path):
     path = write_corpus(tmp_path / "text", 2, train=texts_of(6), valid=texts_of(2))
     source = cached(text_over(path), tmp_path / "cache")
@@ -134,12 +143,15 @@ def test_a_damaged_cache(tmp_path):
     assert message().startswith(f"{file}: missing: copy the cache again")
     file.rmdir()
     file.write_bytes(content)
-    for name, text in itertools.product(("info", "stats"), ("", "[]", "{}", '{"bytes": "x"}')):
-        (notes,) = (tmp_path / "cache").rglob(f"{name}.train.json")
-        whole = notes.read_text()
-        notes.write_text(text)
+    names = ("info.train.json", "stats.train.json", "origin.json")
+    for name, text in itertools.product(names, ("", "[]", "7", '{"bytes": "x"}', "\xff")):
+        (notes,) = (tmp_path / "cache").rglob(name)
+        whole = notes.read_bytes()
+        notes.write_bytes(text.encode("latin-1"))
         assert message() == f"{notes}: damaged: copy the cache again, or make it again"
-        notes.write_text(whole)
+        if text == "\xff" and name != "stats.train.json":
+            assert message_of(dataclasses.replace(source).settings) == message()
+        notes.write_bytes(whole)
     assert len(take(dataclasses.replace(source), 3)) == 3
 
 

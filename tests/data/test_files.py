@@ -119,6 +119,11 @@ TWO = (
             "train-00003-of-00003.jsonl: beyond the 3 files that its name says: remove it, or take",
         ),
         (["train-0.jsonl", "train-1.jsonl.zst"], "train-1.jsonl.zst: JSON Lines are read as they"),
+        (  # shards of one name in several directories, of which one is unpacked
+            ["train/1/a.jsonl", "train/1/a.jsonl.zst", "train/2/a.jsonl.zst"],
+            "train/2/a.jsonl.zst: JSON Lines are read as they",
+        ),
+        (["train-0.jsonl", "train-0.jsonl.aria2"], "train-0.jsonl.aria2: not wholly there: copy"),
         (["train/0.jsonl", "train/1.parquet"], "1.parquet: JSON Lines are read as they are and"),
         ([*of(1, "train-{:05d}-of-{:05d}.parquet")], "no train split (there is: none): a split is"),
         (
@@ -156,6 +161,7 @@ def test_a_split_of_two_names(tmp_path, names):
     [
         (["arxiv_0001.jsonl", "web.json.gz"], "{}: not read: arxiv_0001.jsonl, web.json.gz"),
         (["train-0.jsonl.zst"], "{}: not read: train-0.jsonl.zst"),  # the same rows, perhaps
+        (["packed/train-0.jsonl.zst"], "{}: not read: packed/"),
         (["train-0.jsonl.bak", "train.txt"], "{}: not read: train-0.jsonl.bak, train.txt"),
         (["train_info.json"], "{}: not read: train_info.json"),
         (["more/0.jsonl"], "{}: not read: more/"),

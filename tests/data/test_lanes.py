@@ -40,7 +40,7 @@ class Numbered:
     def document(self, shard, shards, seed, epoch, index) -> Document:
         number = (epoch * self.per_epoch + index) * shards + shard + 1
         rng = np.random.default_rng((seed, number))
-        tokens = 1000 * number + 1 + np.arange(rng.integers(self.shortest, self.longest + 1))
+        tokens = 1000 * number + 1 + np.arange(rng.integers(self.shortest, int(self.longest) + 1))
         weights = rng.choice([0.0, 0.25, 1.0], len(tokens))
         return Document(tokens.astype(np.int32), weights.astype(np.float32))
 
@@ -506,6 +506,7 @@ def test_a_state_of_other_documents_is_refused(caplog):
     ):
         message = message_of(opened.restore, state)
         assert f"the checkpoint's data was saved with {said}" in message
+    layout.open(Numbered(longest=20.0)).restore(state)  # the same number
     layout.open(Numbered(per_epoch=4)).restore(state)
     assert caplog.text.count("corpus files = [3], this experiment has [4]: reading goes on") == 1
     for arrays in state.values():  # fot_jax 0.1 did not save them

@@ -1,7 +1,9 @@
 """Mixtures: proportions, and every source's documents in its own order, resumed or not."""
 
+import dataclasses
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -14,8 +16,9 @@ from fot_jax.data.corpus import Corpus
 from fot_jax.data.documents import single_source_position
 from fot_jax.data.lanes import Lanes
 from fot_jax.data.mixture import Mixture
+from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
 from fot_jax.data.synthetic import DictionaryLookup, Passkey
-from fot_jax.data.tasks import Text
+from fot_jax.data.tasks import Text, cache
 from fot_jax.data.vocabulary import Bytes
 
 SHORT = Passkey(document_tokens=300, eval_documents=3)
@@ -115,6 +118,17 @@ def test_lanes_go_on_after_epochs_of_text(text):
             assert all((again[name] == batch[name]).all() for name in batch)
     position = state[0]["position"]
     assert len(position) == 6 and position[4] > 0  # epochs of text
+
+
+def test_settings_are_of_what_is_read(text, tmp_path):
+    """A cache is of the mixture's vocabulary, and all of the source that there is."""
+    cache(text, tmp_path / "cache")
+    shutil.rmtree(tmp_path / "texts")
+    own = dataclasses.replace(text, tokenizer=TrainedSentencePiece(), cache_dir=tmp_path / "cache")
+    source = Mixture((SHORT, own), (1, 1))
+    settings = source.settings()
+    assert len(take(source, 9)) == 9
+    assert settings == source.with_vocabulary(source.vocabulary).settings()
 
 
 def test_a_source_without_documents_says_so_before_the_first(text):

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 from tiny import PAPER
+from tokenizers import ByteLevelBPETokenizer
 
 from fot_jax.common.errors import UserError
 from fot_jax.data.hugging_face_tokenizer import HuggingFaceTokenizer
@@ -235,6 +236,19 @@ def test_a_tokenizer_json_stays_as_it_is(tmp_path, both):
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
     assert again("a b").input_ids == theirs("a b").input_ids
     assert again.decode(again("a b").input_ids, skip_special_tokens=True) == "a b"
+
+
+def test_a_tokenizer_json_with_dropout_is_written_without(tmp_path):
+    """As ours leaves it out, so that a text has the same tokens each time."""
+    bpe = ByteLevelBPETokenizer(dropout=0.5)
+    bpe.train_from_iterator([TEXT], 400, special_tokens=["</s>"])
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    ours = HuggingFaceTokenizer(tmp_path / "tokenizer.json")
+    tokenizers.write(ours, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for _ in range(9):
+        encoded = theirs(TEXT[:200], add_special_tokens=False).input_ids
+        assert encoded == ours.encode(TEXT[:200])
 
 
 def test_the_vocabulary_of_a_directory(tmp_path):
