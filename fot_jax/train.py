@@ -178,7 +178,7 @@ def train(
     # Read before anything is written, so that bad data leaves no trace in the workdir.
     with said_if_slow("reading documents, up to those of the first step"):
         ready = [(place(next(lanes)), lanes.snapshot())] if first_step < steps else []
-    checkpointer.open()
+    checkpointer.open((state.params, state.opt_state))
     start.write_settings(
         workdir, config_text(), source=source, initialize_from=initialize_from, resumed=resumed
     )

@@ -153,7 +153,11 @@ def test_texts_that_are_all_too_short_for_memory(here, capsys):
     line = refused(capsys, *argv, "--workdir", "run[1]")  # of which Orbax would read nothing
     assert line.startswith("run[1]: '[' in the path")
     argv += bind("train.scheme = @NoCrossbatch()")
-    (here / "plain" / "hugging_face").mkdir(parents=True)  # of a run that was killed at step 0
+    (here / "plain" / "hugging_face" / "a").mkdir(parents=True)
+    message = "files are kept there of the model that a run begins with, and these are of no run"
+    assert message in refused(capsys, *argv, "--workdir", "plain")
+    assert (here / "plain" / "hugging_face" / "a").exists()
+    (here / "plain" / "config.gin").write_text("")  # of a run that was killed at step 0
     assert cli.main([*argv, "--workdir", "plain"]) == 0
     assert not (here / "plain" / "hugging_face").exists()
 

@@ -286,10 +286,11 @@ def test_training_starts_from_either(here, one_device, kind):
     binding = f'train.initialize_from = "{start}"'
     assert runs.train("experiment.gin", "run", binding, "train.steps = 1", *bindings) == 0
     runs.assert_same_parameters("run", "b")
-    if kind == "hugging face":  # kept where it would be copied to
-        shutil.copytree("a", "other/hugging_face/a")
-        binding = 'train.initialize_from = "other/hugging_face/a"'
-        assert runs.train("experiment.gin", "other", binding, "train.steps = 1", *bindings) == 0
+    if kind == "hugging face":  # kept where it would be copied to, or within
+        for workdir, kept in ("c", "c/hugging_face"), ("d", "d/hugging_face/a"):
+            shutil.copytree("a", kept)
+            binding = f'train.initialize_from = "{kept}"'
+            assert runs.train("experiment.gin", workdir, binding, "train.steps = 1", *bindings) == 0
     # What came with the model is there for to-hf.
     assert runs.files("run/hugging_face") == runs.files("b/hugging_face")
     fot("to-hf", "run", "out")

@@ -88,7 +88,8 @@ def files_of(path: epath.PathLike) -> epath.Path | None:
 
 def keep_files(path: epath.PathLike, workdir: epath.Path) -> None:
     """Copies the files of `files_of` into a workdir, for `fot convert to-hf` to copy back."""
-    if (source := files_of(path)) is not None:
+    source = files_of(path)
+    if source is not None and source.resolve() != (workdir / KEPT).resolve():
         (workdir / KEPT).mkdir(exist_ok=True)
         tokenizers.copy_files(source, workdir / KEPT)
         for name in (model_card.CARD, *model_card.LICENSES):

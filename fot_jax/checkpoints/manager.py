@@ -12,6 +12,8 @@ import dataclasses
 import functools
 import math
 import shutil
+import threading
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -26,12 +28,13 @@ from fot_jax.checkpoints import items
 from fot_jax.checkpoints.orbax_errors import cause_of, raise_without_printing
 from fot_jax.checkpoints.restore import Restored, newest_readable, read_step
 from fot_jax.checkpoints.steps import COMMITTED, complete_steps, is_unmarked_copy
-from fot_jax.common.agreement import all_agree
+from fot_jax.common.agreement import all_agree, all_values
 from fot_jax.common.errors import UserError
 from fot_jax.common.paths import absolute, google_errors, in_bucket
 from fot_jax.common.units import in_bytes
 
-BARRIER_SECONDS = 300  # from when the first process has written its part until the last one has
+BARRIER_SECONDS = 300  # of a save, beside what writing takes at SLOWEST; then it has failed
+SLOWEST = 10 * 2**20  # bytes that a process writes in a second, at least
 MAX_FAILURES = 5  # saves in a row that may fail before the run ends
 
 
@@ -57,15 +60,27 @@ class Checkpointer:
         self._needed = 0  # bytes of the last save
         self._removal = _Removal()
         self._saving: int | None = None  # the step that is being written
+        self._waiting = threading.Thread()  # until it is written, or has failed
+        self._seconds = 0  # that writing may take
         self.failures = 0  # saves in a row that failed
         self._error: Exception = UserError(f"{self.directory}: another process cannot write here")
 
-    def open(self) -> None:
+    def open(self, arrays: Any = ()) -> None:
         """Makes the directory and removes unfinished saves, which else the first save does.
+
+        Args:
+          arrays: what saves will write: the time that they may take grows with it.
 
         Raises:
           UserError: the directory cannot be made or written to.
         """
+        here = sum(
+            shard.data.nbytes
+            for x in jax.tree.leaves(arrays)
+            for shard in x.addressable_shards
+            if shard.replica_id == 0
+        )
+        self._seconds = max(all_values(here // SLOWEST))
         self._manager  # noqa: B018
 
     @functools.cached_property
@@ -93,7 +108,9 @@ class Checkpointer:
                     options=ocp.CheckpointManagerOptions(
                         preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
                         cleanup_tmp_directories=True,
-                        async_options=ocp.options.AsyncOptions(timeout_secs=BARRIER_SECONDS),
+                        async_options=ocp.options.AsyncOptions(
+                            timeout_secs=BARRIER_SECONDS + self._seconds
+                        ),
                     ),
                 )
         except OSError as error:
@@ -129,7 +146,7 @@ class Checkpointer:
           UserError: no space left.
           Exception: the last MAX_FAILURES saves have failed; the last one's error.
         """
-        self._ended_well()
+        self.ended_well()
         if not all_agree(self.failures < MAX_FAILURES):
             raise self._error
         self._set_damaged_aside()
@@ -151,21 +168,29 @@ class Checkpointer:
         self._saving, self._removal.allowed = step, removes_older
         with self._disk_errors():
             self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+        # Orbax's is_saving_in_progress() stays True where one of several processes has failed.
+        self._waiting = threading.Thread(target=self._wait_aside, daemon=True)
+        self._waiting.start()
+
+    def _wait_aside(self) -> None:
+        with contextlib.suppress(Exception):  # Orbax raises it in each thread that waits
+            self._manager.wait_until_finished()
 
     def failed(self) -> bool:
         """Whether the last save has ended and failed, of which a warning tells (once)."""
-        if self._saving is None or self._manager.is_saving_in_progress():
+        if self._saving is None or self._waiting.is_alive():
             return False
-        return not self._ended_well()
+        return not self.ended_well()
 
     def saved(self) -> bool:
         """Waits for the last save: whether all processes have it. If not, it can be tried again."""
-        if all_agree(self._ended_well()):
+        if all_agree(self.ended_well()):
             return True
         self._manager.reload()  # forgets the step, which other processes have not
         return False
 
-    def _ended_well(self) -> bool:
+    def ended_well(self) -> bool:
+        """Waits for the last save of this process: whether it is there; else a warning says so."""
         try:
             self.wait()
         except Exception as error:
@@ -198,7 +223,7 @@ class Checkpointer:
             yield
         except BaseException:
             with contextlib.suppress(Exception):  # the block's error is the one to be told
-                self.wait()
+                self.ended_well()  # or a warning says that it has not
             raise
 
     def close(self) -> None:
@@ -219,9 +244,15 @@ class Checkpointer:
           groups: the lane groups wanted, whichever process saved them; None for all.
 
         Raises:
-          UserError: no checkpoint can be read, or one has arrays of other shapes or a newer format.
+          UserError: no checkpoint can be read, or one has arrays of other shapes or a newer format;
+            or processes see different ones.
         """
         steps = self.steps()
+        if len(set(all_values(zlib.crc32(repr(steps).encode()) >> 1))) > 1:
+            raise UserError(
+                f"{self.directory}: not all processes see the same checkpoints there: give all "
+                "machines one workdir, and start again"
+            )
         if not steps:
             return None
         groups = None if groups is None else tuple(groups)

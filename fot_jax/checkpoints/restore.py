@@ -28,7 +28,7 @@ from fot_jax.checkpoints.orbax_errors import (
     why_unavailable,
 )
 from fot_jax.checkpoints.steps import locate
-from fot_jax.common.agreement import all_agree
+from fot_jax.common.agreement import all_values
 from fot_jax.common.errors import UserError
 from fot_jax.common.paths import absolute
 from fot_jax.common.trees import leaves_by_path
@@ -194,7 +194,7 @@ def _read_meta(directory: epath.Path, step: int) -> items.Meta:
 
 
 def _on_all(item: str, read: Callable[[], T]) -> T:
-    """What `read` returns, if it succeeds on all processes; else the same error on all of them."""
+    """What `read` returns, if it succeeds on all processes; else an error of one kind on all."""
     value, failure, refusal = None, None, None
     try:
         value = read()
@@ -204,15 +204,16 @@ def _on_all(item: str, read: Callable[[], T]) -> T:
         error = of_reading(raised)
         # Memory, of the machine or a device, not the files.
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            raise error from raised
-        if why := why_unavailable(error):
+            refusal = error
+        elif why := why_unavailable(error):
             refusal = UserError(why)
         else:
             failure = f"{item}: {short_reason(error)}"
-    if not all_agree(failure is None and refusal is None):
-        if refusal is not None:
-            raise refusal
-        raise DamagedCheckpoint(failure or f"{item}: another process cannot read it")
+    worst = max(all_values(2 if refusal is not None else 1 if failure is not None else 0))
+    if worst == 2:  # here or elsewhere, which says nothing of the files
+        raise refusal or UserError(f"{item}: another process cannot read it now: see what it says")
+    if worst == 1:
+        raise DamagedCheckpoint(failure or f"{item}: another process finds it damaged")
     return value
 
 

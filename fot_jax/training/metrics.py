@@ -297,8 +297,11 @@ class Metrics:
     def close(self) -> None:
         if self._speaks:
             for file in (self._lines, self._events):
-                with self._kept_if_in_bucket():
-                    file.close()
+                try:
+                    with self._kept_if_in_bucket():
+                        file.close()
+                except OSError as error:  # maybe while another is raised, of the same full disk
+                    logging.warning("%s: the last metrics may be missing: %s", self._workdir, error)
             if self._bar is not None:
                 self._bar.close()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -104,8 +103,7 @@ class Reports:
 
     def _good_checkpoint(self, updated: int) -> str:
         """Says from where a run can go on whose last step that was not skipped is `updated`."""
-        with contextlib.suppress(Exception):  # of which a warning has told, or will
-            self._checkpointer.wait()
+        self._checkpointer.ended_well()
         kept = self._checkpointer.steps()
         good = [step for step in kept if step < updated]
         said = f"the last good checkpoint is {f'that of step {good[-1]}' if good else 'none'}"

@@ -14,6 +14,7 @@ from fot_jax.checkpoints.items import LaneGroups
 from fot_jax.checkpoints.manager import Checkpointer
 from fot_jax.checkpoints.restore import model_config_of
 from fot_jax.common.atomic import write_file
+from fot_jax.common.errors import UserError
 from fot_jax.common.paths import absolute
 from fot_jax.data.documents import DocumentSource
 from fot_jax.data.saved_vocabulary import load_vocabulary
@@ -117,14 +118,23 @@ def write_settings(
     initialize_from: str | None,
     resumed: bool,
 ) -> None:
-    """Writes the configuration, and at step 0 what else stays: the vocabulary, kept files."""
+    """Writes the configuration, and at step 0 what else stays: the vocabulary, kept files.
+
+    Raises:
+      UserError: files are where a run keeps some, and are of no run.
+    """
     if jax.process_index() != 0:
         return
+    kept = workdir / loading.KEPT
+    if not resumed and kept.exists() and not _is_within(initialize_from, kept):
+        if not (workdir / "config.gin").exists():
+            raise UserError(
+                f"{kept}: files are kept there of the model that a run begins with, and these are "
+                "of no run: move them, or choose another workdir"
+            )
+        kept.rmtree()  # of a run that was killed at step 0
     write_file(workdir / "config.gin", config_text)
     if not resumed:
-        kept = workdir / loading.KEPT
-        if not _is_within(initialize_from, kept):
-            kept.rmtree(missing_ok=True)  # of a run that was killed at step 0
         if initialize_from is not None:
             loading.keep_files(initialize_from, workdir)
         source.vocabulary.save(workdir / "vocabulary")

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tiny import tiny
 
 from fot_jax.checkpoints import items, manager
+from fot_jax.checkpoints import restore as restore_
 from fot_jax.checkpoints.manager import Checkpointer
 from fot_jax.checkpoints.restore import restore_model, restore_params
 from fot_jax.common.errors import UserError
@@ -427,6 +429,37 @@ def test_a_save_is_finished_before_an_error_ends_the_run(tmp_path, monkeypatch):
     assert store.steps() == [1]
 
 
+def test_a_save_that_fails_as_an_error_ends_the_run_is_told_of(tmp_path, monkeypatch, warnings):
+    def fails(self, directory):
+        raise RuntimeError("the disk sang")
+
+    monkeypatch.setattr(items.DataHandler, "finalize", fails)
+    store, params = Checkpointer(tmp_path), make_params(1)
+    with pytest.raises(UserError, match="bad row"), store.finishing():
+        store.save(1, params, {}, make_data(1), {})
+        raise UserError("bad row")
+    assert "the checkpoint of step 1 was not written: the disk sang" in warnings
+
+
+def test_a_save_may_take_as_long_as_writing_takes(tmp_path, monkeypatch):
+    """Whatever waits for it: 2 s more of what a slow disk writes in a second."""
+    finalize = items.DataHandler.finalize
+
+    def slow(self, directory):
+        time.sleep(1.5)
+        finalize(self, directory)
+
+    monkeypatch.setattr(items.DataHandler, "finalize", slow)
+    monkeypatch.setattr(manager, "BARRIER_SECONDS", 1)
+    params = make_params(1)
+    monkeypatch.setattr(manager, "SLOWEST", sum(x.nbytes for x in jax.tree.leaves(params)) // 4)
+    store = Checkpointer(tmp_path)
+    store.open(params)
+    store.save(1, params, {}, make_data(1), {})
+    store.close()
+    assert store.steps() == [1]
+
+
 def test_old_checkpoints_go(tmp_path):
     store = Checkpointer(tmp_path, keep_last=2, keep_every=4)
     for step in range(1, 8):
@@ -547,6 +580,22 @@ def test_object_arrays_are_never_pickled(tmp_path):
     data = {0: {"left": np.array([{"not": "plain"}], object)}}
     with pytest.raises(ValueError, match="[Oo]bject"):
         store.save(1, make_params(1), {}, data, {})
+
+
+def test_what_another_process_cannot_read_now_is_not_damaged(saved, monkeypatch):
+    monkeypatch.setattr(restore_, "all_values", lambda x: [x, 2])
+    with pytest.raises(UserError, match="another process cannot read it now: see what it says"):
+        restore(Checkpointer(saved))
+    monkeypatch.setattr(restore_, "all_values", lambda x: [x, 1])
+    with pytest.raises(UserError, match="none can be read"):
+        restore(Checkpointer(saved))
+
+
+def test_processes_that_see_other_checkpoints_are_refused(saved, monkeypatch):
+    """As of a directory on the disk of each machine, or one that is cached."""
+    monkeypatch.setattr(manager, "all_values", lambda x: [x, x + 1])
+    with pytest.raises(UserError, match="not all processes see the same checkpoints there: give"):
+        restore(Checkpointer(saved))
 
 
 # --- Several processes ---------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import types
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +145,7 @@ def test_tensorboard_reads_the_events(tmp_path, monkeypatch):
 def test_a_full_disk_is_one_line(tmp_path):
     m = open_metrics(tmp_path)
     m._lines = open("/dev/full", "wb")
-    with pytest.raises(UserError, match="metrics of step 3 .*No space left"):
+    with pytest.raises(UserError, match="metrics of step 3 .*No space left"), closing(m):
         m.write(3, {"loss": 1.0})
 
 
