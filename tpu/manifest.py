@@ -83,6 +83,8 @@ def job_set(args: Namespace) -> str:
         environment.append(f"              - name: {_quoted(name)}")
         environment.append(f"                value: {_literal(value)}")
     chips = topology.chips // topology.hosts
+    kind = topology.chip.machine_type, topology.chip.accelerator_label
+    machine_type, label = topology.hosts == 1 and topology.chip.one_host or kind
     spot = " " * 14 + 'cloud.google.com/gke-spot: "true"\n'
     return _JOB_SET.format(
         name=_quoted(args.name),
@@ -94,15 +96,20 @@ def job_set(args: Namespace) -> str:
         chips=chips,
         shape=topology.shape,
         quoted_shape=_quoted(topology.shape),
-        accelerator=_quoted(topology.chip.accelerator_label),
-        machine_type=re.sub(r"\d+t$", f"{chips}t", topology.chip.machine_type),
+        accelerator=_quoted(label),
+        machine_type=re.sub(r"\d+t$", f"{chips}t", machine_type),
         spot=spot if args.tier == "spot" else "",
     )
 
 
 def _quoted(text: str) -> str:
-    """As YAML: JSON's strings are YAML's too, and nothing in them is taken for anything else."""
-    return json.dumps(text).replace("\x7f", "\\u007f")
+    """As YAML: JSON's strings are YAML's too, and nothing in them is taken for anything else.
+
+    But for characters beyond 16 bits, which JSON writes as two.
+    """
+    parts = re.split(r"([\U00010000-\U0010ffff])", text)
+    inner = (f"\\U{ord(x):08x}" if i % 2 else json.dumps(x)[1:-1] for i, x in enumerate(parts))
+    return '"' + "".join(inner).replace("\x7f", "\\u007f") + '"'
 
 
 def _literal(text: str) -> str:

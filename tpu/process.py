@@ -34,8 +34,11 @@ class CallFailed(UserError):
         self.text = text
 
 
-def call(argv: Argv, limit: float = LIMIT) -> str:
+def call(argv: Argv, limit: float = LIMIT, everywhere: bool = False) -> str:
     """Runs a command to its end and returns what it printed.
+
+    Args:
+      everywhere: it has failed where gcloud, with a warning and 0, leaves out nodes.
 
     Raises:
       CallFailed: it ended with another code than 0, or not within `limit` seconds.
@@ -54,13 +57,15 @@ def call(argv: Argv, limit: float = LIMIT) -> str:
             raise
     if code is None:
         raise CallFailed(f"{_verb(argv)}: not done after {limit:.0f} seconds", DROPPED, out, text)
+    if everywhere and not code and "Could not prepare all" in text:
+        code = DROPPED
     if code:
         line = f"{_verb(argv)}: {_last_error(text) or f'exit code {code}'}"
         raise CallFailed(line, code, out, text)
     return out
 
 
-def call_with_retries(argv: Argv, limit: float = LIMIT) -> str:
+def call_with_retries(argv: Argv, limit: float = LIMIT, everywhere: bool = False) -> str:
     """The same, for commands that may be repeated: tries again after a dropped connection.
 
     Raises:
@@ -68,12 +73,12 @@ def call_with_retries(argv: Argv, limit: float = LIMIT) -> str:
     """
     for _ in range(TRIES - 1):
         try:
-            return call(argv, limit)
+            return call(argv, limit, everywhere)
         except CallFailed as error:
             if error.code != DROPPED:
                 raise
             time.sleep(PAUSE)
-    return call(argv, limit)
+    return call(argv, limit, everywhere)
 
 
 def show(argv: Argv) -> int:
@@ -120,9 +125,17 @@ def _verb(argv: Argv) -> str:
     return " ".join(word for word in words[:5] if word not in ("compute", "tpus"))
 
 
+# What gcloud says of its own doings on several workers, before and after what they say.
+_CHATTER = re.compile(
+    "#####|SSH: Attempting|Using (ssh|scp) batch size|Preparing (SSH|SCP) command|"
+    "Finished preparing|Completed execution"
+)
+
+
 def _last_error(text: str) -> str:
-    """gcloud's own error with what follows it, or the last lines of whatever it wrote."""
+    """gcloud's own error with what follows it, or the last lines of whatever else it wrote."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line for line in lines if not _CHATTER.match(line)]
     errors = [number for number, line in enumerate(lines) if line.startswith("ERROR:")]
     last = lines[errors[-1] :][:4] if errors else lines[-2:]
     return re.sub(r"^ERROR: (\(gcloud[^)]*\) )?", "", " ".join(last))

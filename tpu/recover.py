@@ -262,7 +262,8 @@ class _Failures:
     def of_the_run(self, what: str) -> bool:
         """Says what failed, counts it, and whether to give up."""
         _say(self.pod, what)
-        self.runs = 1 if self._progress() else self.runs + 1
+        self._forget_if_progress()
+        self.runs += 1
         if self.runs >= self.most:
             _say(self.pod, f"given up after {self.runs} failures without a new checkpoint")
         return self.runs >= self.most
@@ -274,7 +275,8 @@ class _Failures:
           counts: False for preemption and the like.
         """
         if not counts:
-            self.lost = 0 if self._progress() else self.lost + 1
+            if not self._forget_if_progress():
+                self.lost += 1
             return False
         self.requests += 1
         if self.requests >= self.most:
@@ -291,11 +293,13 @@ class _Failures:
         """How many times --poll to wait before the next pod."""
         return min(2 ** max(self.requests, self.lost), _MOST_PATIENCE)
 
-    def _progress(self) -> bool:
-        """Whether there is a newer checkpoint than when last asked."""
-        before = self.checkpoint
-        self.checkpoint = max(before, _newest_checkpoint(self.pod, self.workdir))
-        return self.checkpoint > before
+    def _forget_if_progress(self) -> bool:
+        """Whether there is a newer checkpoint than when last asked: then counting begins anew."""
+        newest = _newest_checkpoint(self.pod, self.workdir)
+        if newest <= self.checkpoint:
+            return False
+        self.checkpoint, self.runs, self.lost = newest, 0, 0
+        return True
 
 
 def _newest_checkpoint(pod: Pod, workdir: str) -> int:

@@ -37,7 +37,7 @@ class Code:
       digest: of names, modes and contents; not of times.
       archive: a tar.gz of it.
       experiments: where in it the experiment files are.
-      settings: a digest of all that is in experiments/.
+      settings: a digest of all that is in experiments/, of experiment files and what they include.
     """
 
     digest: str
@@ -69,19 +69,19 @@ def pack(experiments: list[str]) -> Code:
         that it includes cannot be packed beside it.
     """
     files = {name: REPOSITORY / name for name in _names()}
+    chosen: list[str] = []
     places = []
     for experiment in experiments:
         path = Path(experiment).resolve()
-        if path.is_relative_to(REPOSITORY):
-            name = path.relative_to(REPOSITORY).as_posix()
-            files[name] = path
-        else:
-            name = _add_from_elsewhere(files, path, path.name)
+        name = _in_repository(path) or f"experiments/{path.name}"
+        _add(files, chosen, [(path, name)])
         places.append(name)
     content = {
         name: (_mode(path), path.read_bytes()) for name, path in files.items() if path.is_file()
     }
-    settings = {name: x for name, x in content.items() if name.startswith("experiments/")}
+    settings = {
+        name: x for name, x in content.items() if name.startswith("experiments/") or name in chosen
+    }
     return Code(_digest(content), _archive(content), tuple(places), _digest(settings))
 
 
@@ -101,24 +101,46 @@ def _names() -> list[str]:
     return [name for name in names if not re.search(r"__pycache__|\.egg-info|\.\w+_cache", name)]
 
 
-def _add_from_elsewhere(files: dict[str, Path], path: Path, relative: str) -> str:
-    """Adds an experiment file, and what it includes, under experiments/; returns its name there."""
-    name = f"experiments/{relative}"
+def _in_repository(path: Path) -> str | None:
+    """Its name there, which it has in the archive, too; None of a file from elsewhere."""
+    return path.relative_to(REPOSITORY).as_posix() if path.is_relative_to(REPOSITORY) else None
+
+
+def _add(files: dict[str, Path], chosen: list[str], reading: list[tuple[Path, str]]) -> None:
+    """Adds an experiment file, and what it includes.
+
+    Args:
+      chosen: names of those that have been added.
+      reading: the file and its name in the archive, after the one that includes it, and so on.
+    """
+    path, name = reading[-1]
+    if name in chosen and files[name] == path:
+        return
     there = files.get(name)
     if there not in (None, path) and there.read_bytes() != path.read_bytes():
         raise UserError(f"{path}: there is another {name} in the repository: rename one of them")
-    if there == path:
-        return name
     files[name] = path
+    chosen.append(name)
     for included in re.findall(r"^include\s+['\"](.+?)['\"]", path.read_text(), re.MULTILINE):
-        beside = (path.parent / included).resolve()
-        if not beside.is_file() or beside.is_relative_to(REPOSITORY):
-            continue  # found from the repository's root, there as here
-        relative_there = os.path.normpath(Path(relative).parent / included)
-        if relative_there.startswith(("..", "/")):
-            raise UserError(f"{path}: includes {included}: put it beside it, or below")
-        _add_from_elsewhere(files, beside, relative_there)
-    return name
+        _add(files, chosen, [*reading, _included(included, reading)])
+
+
+def _included(included: str, reading: list[tuple[Path, str]]) -> tuple[Path, str]:
+    """What an include finds there, where the repository is the current directory, and its name."""
+    path, _ = reading[-1]
+    in_root = (REPOSITORY / included).resolve()
+    if in_root.is_file() and (name := _in_repository(in_root)):
+        return in_root, name
+    for including, name in reversed(reading):
+        found = (including.parent / included).resolve()
+        if found.is_file():
+            relative = os.path.normpath(Path(name).parent / included)
+            if _in_repository(found) not in (None, relative) or relative.startswith(("..", "/")):
+                break
+            if not _in_repository(found) and not relative.startswith("experiments/"):
+                break
+            return found, relative
+    raise UserError(f"{path}: includes {included}: put it beside it, or below")
 
 
 def _mode(path: Path) -> int:

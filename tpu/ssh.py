@@ -69,7 +69,7 @@ def set_up(pod: Pod, code: Code, expected: int) -> None:
     make_directory, copy, make_environment = setup_commands(pod, code)
     code.save()
     process.call_with_retries(make_directory, process.SHORT)
-    process.call_with_retries(copy, process.SHORT)
+    process.call_with_retries(copy, process.SHORT, everywhere=True)
     _all(ask(make_environment, expected), expected)
 
 

@@ -120,10 +120,15 @@ def status(args: Namespace) -> int:
         rows.append(("node", node_id(node), node.get("state", ""), more))
     if state_of(found) == "ACTIVE":
         expected = sum(len(node.get("networkEndpoints", ())) for node in nodes)
-        answers = ssh.ask(ssh.status_command(pod), expected, process.SHORT)
+        answers, why = [], "did not answer"
+        try:
+            answers = ssh.ask(ssh.status_command(pod), expected, process.SHORT)
+        except process.CallFailed as error:  # the rest is the more worth knowing
+            why = str(error)
         rows += [_row(answer) for answer in answers]
         silent = expected - len(answers)
-        rows += [("workers", f"{silent} more", "silent", "did not answer")] if silent > 0 else []
+        more = f"{silent} more" if answers else str(silent)
+        rows += [("workers", more, "silent", why)] if silent > 0 else []
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]

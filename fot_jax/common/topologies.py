@@ -26,6 +26,7 @@ class Chip:
       accelerator: how gcloud spells the chip in an accelerator type.
       runtime_version: the TPU software of its virtual machines.
       machine_type, accelerator_label: of its nodes in a GKE cluster; None: no such nodes.
+      one_host: the two of a slice that is one machine, where they are others.
     """
 
     cores: int
@@ -38,6 +39,7 @@ class Chip:
     runtime_version: str
     machine_type: str | None
     accelerator_label: str | None
+    one_host: tuple[str, str] | None = None
 
 
 _BASE = "tpu-ubuntu2204-base"
@@ -74,6 +76,7 @@ CHIPS = {
         runtime_version=_BASE,
         machine_type="ct3p-hightpu-4t",
         accelerator_label="tpu-v3-slice",
+        one_host=("ct3-hightpu-4t", "tpu-v3-device"),
     ),
     "v4": Chip(
         cores=2,

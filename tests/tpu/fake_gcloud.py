@@ -8,7 +8,7 @@ FAKE_GCLOUD is the directory. `plan.json` in it says what is going to happen:
   workers: of a slice.
   drops: what happens to the next calls of ssh and scp, one word each: "before" or "after" the
     command has run the connection is lost; "silent": the last worker is not reached, with a warning
-    only; "fine".
+    only; "nobody": none of them is; "fine".
   create: errors of creating, one after the other; the last one stays.
   failure: why a queued resource is FAILED.
 
@@ -190,6 +190,10 @@ def reached(name, verb, worker):
     if what == "before":
         print("ssh: connect to host 10.0.0.1 port 22: Connection refused", file=sys.stderr)
         sys.exit(255)
+    if what == "nobody":
+        print("The SSH key is not in the agent. Please run ssh-add.", file=sys.stderr)
+        print("WARNING: Could not prepare all 1 nodes", file=sys.stderr)
+        everywhere = []
     if what == "silent":
         print("WARNING: Could not prepare all 2 nodes", file=sys.stderr)
         everywhere.pop()
@@ -208,6 +212,11 @@ def ssh(args):
         if args.batch_size == "1":
             running[-1].wait()
     codes = [process.wait() for process in running]
+    if len(to) > 1:
+        for (index, _), code in zip(to, codes, strict=True):
+            if code:
+                said = f"Command execution on worker {index} failed with exit status {code}."
+                print(f"##### {said} Continuing.", file=sys.stderr)
     return 255 if what == "after" else max(codes)
 
 

@@ -20,7 +20,7 @@ def job_set(cloud, *argv):
 
 
 def test_containers_run_what_workers_run(cloud):
-    bindings = ("--gin", "VOCABULARY = \"$(A) 'x' ü: - #\"", "--env", "A=$(B)\ntwo: lines")
+    bindings = ("--gin", "VOCABULARY = \"$(A) 'x' ü: - #😀\"", "--env", "A=$(B)\ntwo: lines")
     more = ("--topology", "v5e-16", "--gin", "MeshShape.fsdp = 4", "--spot")
     made = job_set(cloud, "experiments/long_llama_3b.gin", *bindings, *more)
     assert (made["apiVersion"], made["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
@@ -42,7 +42,7 @@ def test_containers_run_what_workers_run(cloud):
     assert command[7:] == [
         *("python", "-m", "fot_jax", "train", "experiments/long_llama_3b.gin"),
         "--workdir=gs://bucket/run",
-        "--gin=VOCABULARY = \"$(A) 'x' ü: - #\"",
+        "--gin=VOCABULARY = \"$(A) 'x' ü: - #😀\"",
         "--gin=MeshShape.fsdp = 4",
     ]
     environment = {each["name"]: each["value"] for each in container["env"]}
@@ -57,6 +57,15 @@ def test_one_host(cloud):
     pod = job["template"]["spec"]
     assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 8}
     assert "cloud.google.com/gke-spot" not in pod["nodeSelector"]
+
+
+def test_one_host_of_v3_is_of_another_kind_than_many(cloud):
+    """ct3-hightpu-4t, which is labelled as a device, and ct3p-hightpu-4t, as a slice."""
+    for name, fsdp, label in (("v3-8", 2, "tpu-v3-device"), ("v3-32", 8, "tpu-v3-slice")):
+        more = ("--topology", name, "--gin", f"MeshShape.fsdp = {fsdp}")
+        made = job_set(cloud, "experiments/long_llama_3b.gin", *more)
+        pod = made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+        assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == label
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """`recover` against a fake cloud that delays, preempts, loses workers; and its decisions alone."""
 
+import itertools
+
 import pytest
 from clouds import POD, WORKDIR
 
@@ -168,6 +170,20 @@ def test_pods_are_asked_for_ever_more_seldom_without_progress(monkeypatch):
     for wanted in (2, 1, 2):  # nothing new, a checkpoint, nothing new
         failures.of_requests("preempted", False)
         assert failures.patience() == wanted
+
+
+def test_a_new_checkpoint_counts_for_failures_and_preemptions(monkeypatch):
+    """Whichever of them comes first after it."""
+    saved = (f"gs://b/run/checkpoints/{step}/commit_success.txt" for step in itertools.count())
+    newest = ["gs://b/run/checkpoints/0/commit_success.txt"]
+    monkeypatch.setattr(recover.process, "call", lambda *_: newest[0])
+    failures = recover._Failures(Pod("pod", "zone"), "gs://b/run", 3, 0)
+    for _ in range(9):
+        assert not failures.of_the_run("failed")
+        newest[0] = next(saved)
+        assert not failures.of_requests("preempted", False)
+        newest[0] = next(saved)
+    assert [failures.of_the_run("failed") for _ in range(3)] == [False, False, True]
 
 
 STATES = {

@@ -103,6 +103,24 @@ def test_experiments_from_elsewhere_come_with_what_they_include(copy, tmp_path, 
         assert f"experiments/{name}" in names
 
 
+def test_files_of_the_repository_come_with_what_they_include(copy, monkeypatch):
+    """Wherever in it: from its root, beside them, or beside what includes them."""
+    (copy / "mine" / "parts").mkdir(parents=True)
+    (copy / "mine" / "a.gin").write_text("include 'mine/b.gin'\ninclude 'parts/c.gin'\n")
+    (copy / "mine" / "b.gin").write_text("include 'experiments/quickstart.gin'\n")
+    (copy / "mine" / "parts" / "c.gin").write_text("include 'd.gin'\n")
+    (copy / "mine" / "d.gin").write_text("Y = 1\n")
+    code = packed(monkeypatch, copy, copy / "mine" / "a.gin")
+    assert code.experiments == ("mine/a.gin",)
+    names = {each.name for each in members(code)}
+    assert names >= {f"mine/{name}.gin" for name in ("a", "b", "parts/c", "d")}
+    (copy / "mine" / "d.gin").write_text("Y = 2\n")  # another run than the one before
+    assert packed(monkeypatch, copy, copy / "mine" / "a.gin").settings != code.settings
+    (copy / "mine" / "d.gin").unlink()
+    with pytest.raises(UserError, match="c.gin: includes d.gin: put it beside it, or below"):
+        packed(monkeypatch, copy, copy / "mine" / "a.gin")
+
+
 def test_names_that_clash_are_refused(copy, tmp_path, monkeypatch):
     (tmp_path / "quickstart.gin").write_text("X = 1\n")
     with pytest.raises(UserError, match="another experiments/quickstart.gin in the repository"):

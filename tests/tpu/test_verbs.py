@@ -122,6 +122,15 @@ def test_dropped_connections_are_tried_again(cloud):
     code, _, err = cloud.tpu("setup", cloud.experiment, *POD)
     assert (code, err.count("\n")) == (2, 1)
     assert "gcloud queued-resources ssh: ssh: connect to host" in err
+    cloud.plan(drops=["before"] * 10)
+    table = cloud.works("status", *POD)
+    assert "ACTIVE" in table and "READY" in table
+    assert re.search(r"^workers +2 +silent +gcloud .*ssh: connect to host", table, re.M)
+    cloud.plan(drops=["fine", "nobody"])  # reached by the copy, which gcloud is content with
+    cloud.works("setup", cloud.experiment, *POD)
+    cloud.plan(drops=["fine", *["nobody"] * 10])
+    code, _, err = cloud.tpu("setup", cloud.experiment, *POD)
+    assert (code, err.count("\n")) == (2, 1) and "Please run ssh-add" in err
     cloud.plan(drops=["silent"] * 10)
     code, _, err = cloud.tpu("run", cloud.experiment, *POD, *WORKDIR)
     assert (code, err.count("\n")) == (2, 1)
