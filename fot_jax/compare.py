@@ -101,10 +101,10 @@ def _check_tensors(ours: Reader, theirs: Reader) -> tuple[bool, str]:
             x, y = (r.read(each.path, each.layer) for r in (ours, theirs))
             found = largest_difference(x.T, y.T) if each.transposed else largest_difference(x, y)
             compared, identical = compared + 1, identical + (found.size == 0)
-            narrower = min(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize)
             if found.size and x.dtype != y.dtype:
-                types.add(narrower.name)
-                rounded += largest_difference(x.astype(narrower), y.astype(narrower)).size == 0
+                name = _rounded_to(x, y)
+                types.add(name or min(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize).name)
+                rounded += name is not None
             if found.size > worst.size:
                 worst, worst_of = found, each.name
     for each in there.values():
@@ -121,6 +121,14 @@ def _check_tensors(ours: Reader, theirs: Reader) -> tuple[bool, str]:
     tolerance = f"rounding to {', '.join(sorted(types))}" if types else "none"
     apart = f"{others}largest difference of tensors {worst.size:.3g}, tolerance {tolerance}"
     return same and identical + rounded == compared, apart
+
+
+def _rounded_to(x: np.ndarray, y: np.ndarray) -> str | None:
+    """The type of the one of two arrays that is the other one, rounded to it; None: neither is."""
+    for one, other in ((x, y), (y, x)):
+        if largest_difference(one.astype(other.dtype), other).size == 0:
+            return other.dtype.name
+    return None
 
 
 def _check_logits(a: epath.PathLike, b: epath.PathLike, c: ModelConfig, plain: bool) -> None:

@@ -152,7 +152,8 @@ def _check_text(text: str, place: str) -> None:
                     f"{at(token.start[0])}: -{token.string} is not for gin: give what it names the "
                     "minus"
                 )
-            before = token.string
+            if token.type not in (tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT):
+                before = token.string
 
 
 def _normal(path: str) -> str:
@@ -206,12 +207,14 @@ def copy_bindings(source: str, target: str) -> None:
     """Binds parameters of one function to what experiment files bind those of another to.
 
     Args:
-      source, target: names of functions; parameters that both have are copied.
+      source, target: names of functions; parameters that both have are copied, but for those that
+        are bound for the target itself.
     """
     import gin
 
     for parameter in set(_parameters_of(source)) & set(_parameters_of(target)):
-        if (value := value_of(f"{source}.{parameter}")) is not None:
+        value = value_of(f"{source}.{parameter}")
+        if value is not None and value_of(f"{target}.{parameter}") is None:
             gin.bind_parameter(f"{target}.{parameter}", value)
 
 
@@ -374,21 +377,32 @@ def _checked(thing: Callable) -> Callable:
     """The same, but arguments that do not fit the annotations are a UserError that names them."""
     signature = inspect.signature(thing)
     hints = _hints(thing)
+    kinds = {each.kind: name for name, each in signature.parameters.items()}
+    overrides = kinds.get(inspect.Parameter.VAR_KEYWORD)  # fields of what it gives
+    if overrides is not None:
+        hints = _hints(hints["return"]) | hints
+
+    def checked(parameter: str, value: Any) -> Any:
+        import gin
+
+        name = f"{thing.__name__}.{parameter}"
+        if value is gin.REQUIRED:
+            scope = gin.config.current_scope_str()
+            name = f"{scope}/{name}" if scope else name
+            raise UserError(f"{name} is not set: add --gin '{name} = ...', or set it in a file")
+        if parameter in hints and not _fits(value, hints[parameter]):
+            raise UserError(f"{name} = {_shown(value)}: give {_wanted(hints[parameter])}")
+        return _as_number(value, hints.get(parameter))
 
     @functools.wraps(thing, updated=())  # not with the members of a class
     def call(*args, **kwargs):
-        import gin
-
         given = signature.bind_partial(*args, **kwargs)
-        for parameter, value in given.arguments.items():
-            name = f"{thing.__name__}.{parameter}"
-            if value is gin.REQUIRED:
-                scope = gin.config.current_scope_str()
-                name = f"{scope}/{name}" if scope else name
-                raise UserError(f"{name} is not set: add --gin '{name} = ...', or set it in a file")
-            if parameter in hints and not _fits(value, hints[parameter]):
-                raise UserError(f"{name} = {_shown(value)}: give {_wanted(hints[parameter])}")
-            given.arguments[parameter] = _as_number(value, hints.get(parameter))
+        given.arguments |= {
+            name: {each: checked(each, x) for each, x in value.items()}
+            if name == overrides
+            else checked(name, value)
+            for name, value in given.arguments.items()
+        }
         return thing(*given.args, **given.kwargs)
 
     call.__signature__ = signature

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import difflib
 from collections.abc import Iterator
+from typing import Any
 
 from fot_jax.common.errors import UserError
 
@@ -14,14 +15,16 @@ _UNSET = "%gin.REQUIRED"  # what is left to whoever runs the file
 
 
 def check(bindings: list[str]) -> None:
-    """Raises UserError for the first of some bindings, all loaded, that no verb of `fot` uses.
+    """Raises UserError for the first of some bindings, all loaded, that changes nothing.
 
-    Of files this is not asked: one that others include may well hold what only some of them use.
+    As no verb of `fot` uses what it is of, or as other scopes have the last word. Of files this is
+    not asked: one that others include may well hold what only some of them use.
     """
     import gin
 
-    used, macros, references = _used(gin)
-    scopes = {scope for through in references.values() for each in through for scope in each}
+    reached = _reached(gin)
+    macros = {"/".join(scope) for scope in reached[MACRO]}
+    scopes = {part for each in reached.values() for scope in each for part in scope} - macros
     for binding in bindings:
         for scope, name, parameter in _bound(gin, binding):
             if parameter is None:
@@ -31,56 +34,55 @@ def check(bindings: list[str]) -> None:
                 continue
             selector = gin.config._REGISTRY.get_match(name).selector
             what = f"nothing in this experiment uses @{name}"
-            if selector not in used:
+            if not reached[selector]:
                 raise UserError(
                     f"--gin {binding!r}: {what}: name it where it belongs, in another --gin, or "
                     "leave this one out"
                 )
-            if unknown := [each for each in scope.split("/") if each and each not in scopes]:
-                what = f"nothing in this experiment uses @{unknown[0]}/{name}"
-                raise UserError(f"--gin {binding!r}: {what}{_like(unknown[0], scopes)}")
-            if not scope and (own := _all_with_own(gin, references[selector], selector, parameter)):
+            parts = tuple(scope.split("/")) if scope else ()
+            through = [each for each in reached[selector] if each[: len(parts)] == parts]
+            if not through:
+                what = f"nothing in this experiment uses @{scope}/{name}"
+                raise UserError(f"--gin {binding!r}: {what}{_like(parts[-1], scopes)}")
+            last = {_settings(gin, each, selector)[parameter][0] for each in through}
+            given = gin.config._CONFIG[scope, selector][parameter]
+            if scope not in last and str(given) != _UNSET:
+                own = (f"{each}/{selector.split('.')[-1]}.{parameter}" for each in sorted(last))
                 what = f"overridden by {' and '.join(own)}"
                 raise UserError(f"--gin {binding!r}: {what}: set what overrides it")
 
 
-def _all_with_own(gin, through: set[tuple[str, ...]], selector: str, parameter: str) -> list[str]:
-    """The bindings of a parameter in the scopes that it is reached through; [] if one has none."""
-    found = []
-    for scopes in sorted(through):
-        parts = ["/".join(scopes[:n]) for n in range(len(scopes), 0, -1)]
-        bound = {part: gin.config._CONFIG.get((part, selector), {}) for part in parts}
-        own = [part for part in parts if str(bound[part].get(parameter, _UNSET)) != _UNSET]
-        if not own:
-            return []
-        found.append(f"{own[0]}/{selector.split('.')[-1]}.{parameter}")
-    return found
-
-
 def _like(name: str, names: set[str]) -> str:
-    close = difflib.get_close_matches(name, sorted(names), 1)
+    close = difflib.get_close_matches(name, sorted(names - {name}), 1)
     return f": did you mean {close[0]}?" if close else ": correct it, or leave it out"
 
 
-def _used(gin) -> tuple[set[str], set[str], dict[str, set[tuple[str, ...]]]]:
-    """Selectors and macros that the verbs reach; by selector, the scopes it is referred to in."""
-    used: set[str] = set()
-    macros: set[str] = set()
-    references: dict[str, set[tuple[str, ...]]] = collections.defaultdict(set)
-    left = [("", f"fot_jax.{verb}") for verb in VERBS]
+def _reached(gin) -> dict[str, set[tuple[str, ...]]]:
+    """What the verbs reach: by selector, the scopes in which it is called."""
+    reached: dict[str, set[tuple[str, ...]]] = collections.defaultdict(set)
+    left: list[tuple[tuple[str, ...], str]] = [((), f"fot_jax.{verb}") for verb in VERBS]
     while left:
-        name, one = left.pop()
-        known, key = (macros, name) if one == MACRO else (used, one)
-        if key in known:
+        scope, selector = left.pop()
+        if scope in reached[selector]:
             continue
-        known.add(key)
-        for (scope, selector), parameters in gin.config._CONFIG.items():
-            if selector == one and (one != MACRO or scope == name):
-                for reference in gin.config.iterate_references(parameters):
-                    left.append(reference.config_key)
-                    if reference.config_key[1] != MACRO:
-                        references[reference.config_key[1]].add(tuple(reference.scopes))
-    return used, macros, references
+        reached[selector].add(scope)
+        for _, value in _settings(gin, scope, selector).values():
+            for reference in gin.config.iterate_references(value):
+                # A scope of its own takes the place of the one that it is called in.
+                own, other = reference.config_key
+                left.append((tuple(own.split("/")) if own else scope, other))
+    return reached
+
+
+def _settings(gin, scope: tuple[str, ...], selector: str) -> dict[str, tuple[str, Any]]:
+    """Parameter -> the scope whose setting of it holds in `scope`, and the setting."""
+    found: dict[str, tuple[str, Any]] = {}
+    for n in range(len(scope) + 1):
+        outer = "/".join(scope[:n])
+        for parameter, value in gin.config._CONFIG.get((outer, selector), {}).items():
+            if parameter not in found or str(value) != _UNSET:
+                found[parameter] = outer, value
+    return found
 
 
 def _bound(gin, binding: str) -> Iterator[tuple[str, str, str | None]]:

@@ -22,6 +22,8 @@ from fot_jax.common.errors import UserError
 from fot_jax.data import tasks
 from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
 from fot_jax.data.vocabulary import Bytes
+from fot_jax.evals import evaluate as evaluate_
+from fot_jax.evals import provenance
 from fot_jax.evals.perplexity import PerplexityByContext
 from fot_jax.training import checks
 
@@ -307,6 +309,18 @@ def test_evaluates_what_the_experiment_evaluates(here, trained, capsys):
     assert json.loads((here / "again.json").read_text())["perplexity_by_context"] == rows
     assert cli.main(evaluate(trained)) == 0  # only prints
     assert len(list(here.iterdir())) == 4
+
+
+def test_results_name_the_code_that_was_there_at_the_start(here, trained, monkeypatch):
+    """Which others may be committed after, while it runs."""
+
+    def takes_long(*arguments):
+        monkeypatch.setattr(provenance, "_commit", lambda: "later")
+        return {}
+
+    monkeypatch.setattr(evaluate_, "run_evals", takes_long)
+    assert cli.main(evaluate(trained, "--output", "all.json")) == 0
+    assert json.loads((here / "all.json").read_text())["made"]["commit"] != "later"
 
 
 def test_checkpoints_that_cannot_be_evaluated(here, trained, capsys):

@@ -119,6 +119,20 @@ def test_checking_what_was_rounded(two, capsys, dtype, pair):
     assert "rope_theta: 10000.0 in b, 7.0 in c" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("one", "other"), [("float16", "bfloat16"), ("bfloat16", "float16")])
+def test_checking_what_was_rounded_from_one_half_to_the_other(two, capsys, one, other):
+    """In either order; float16 has fewer exponents, bfloat16 fewer digits."""
+    fot("to-hf", "b", "c", "--dtype", one)
+    content = llamas.load(two / "c" / "model.safetensors")
+    content["model.norm.weight"][3] = 3e-7
+    save_file(content, two / "c" / "model.safetensors")
+    fot("to-hf", "c", "d", "--dtype", other)
+    for pair in ("cd", "dc"):
+        capsys.readouterr()
+        assert fot("check", *pair) == 0
+        assert f", tolerance rounding to {other}" in capsys.readouterr().out
+
+
 def test_checking_what_differs(two, capsys):
     fot("to-hf", "b", "c")
     path = two / "c" / "model.safetensors"

@@ -346,6 +346,7 @@ def test_a_directory_of_longllama(tmp_path):
         mem_dtype="bfloat16",
         mem_attention_grouping=None,
         last_context_length=8,
+        mem_topk=32,
         torch_attention=False,
     )
     lm = LanguageModel.load(tmp_path / "old")
@@ -356,6 +357,7 @@ def test_a_directory_of_longllama(tmp_path):
     values = json.loads((tmp_path / "new" / "config.json").read_text())
     assert values["model_type"] == "llama" and values["mem_layers"] == [1]
     assert values["last_context_length"] == 8 and values["mem_dtype"] == "bfloat16"
+    assert values["mem_topk"] == 32
 
 
 # --- Memory, signals -----------------------------------------------------------------------------

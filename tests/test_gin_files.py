@@ -167,6 +167,7 @@ def test_no_experiment_file(here, capsys, verb):
         ),
         ("Data.lanes = -%N", "broken.gin:3: -% is not for gin: give what it names the minus"),
         ("Data.lanes = (1,\n -@N())", "broken.gin:4: -@ is not for gin: give what it names"),
+        ("X = (1, - # less\n %N)", "broken.gin:4: -% is not for gin: give what it names the m"),
         (
             "include 'parts'",
             "no file parts to include (broken.gin:3): paths are relative to the",
@@ -232,6 +233,12 @@ UNUSED = "nothing in this experiment uses "
             "Mixture.weights = (1, 2)",
             "overridden by short/Mixture.weights: set what overrides it",
         ),
+        # Another one is used in that scope; one that inherits it; one that an inner one overrides.
+        ("a/TopK.k = 3", f"{UNUSED}@a/TopK: correct it"),
+        ("Dense = 1", f"{UNUSED}the name Dense: correct it"),
+        ("ApproximateTopK.k = 9", "overridden by b/ApproximateTopK.k: set what overrides it"),
+        ("b/c/PerplexityByContext.rows = 1", f"{UNUSED}@b/c/PerplexityByContext: correct it"),
+        ("c/PerplexityByContext.rows = 1", "overridden by c/d/PerplexityByContext.rows: set what"),
     ],
 )
 def test_bindings_that_change_nothing(here, capsys, binding, message):
@@ -240,6 +247,10 @@ def test_bindings_that_change_nothing(here, capsys, binding, message):
         "include 'experiment.gin'\ntrain.steps = %STEPS\nSTEPS = 3\n"
         "Data.source = @short/Mixture()\nUNUSED = 1\nadafactor.b1 = 0.1\n"
         "short/Mixture.weights = (1, 1)\n"
+        "a/PerplexityByContext.lookup = @own/TopK()\nown/TopK.k = 2\n"
+        "b/PerplexityByContext.lookup = @ApproximateTopK()\nb/ApproximateTopK.k = 8\n"
+        "c/d/PerplexityByContext.rows = 2\nEvaluation.evals = (@a/PerplexityByContext(), "
+        "@b/PerplexityByContext(), @c/d/PerplexityByContext())\n"
     )
     line = refused_untouched(capsys, "train", "named.gin", *bind(binding))
     assert line.startswith(f"--gin {binding!r}: {message}")

@@ -69,6 +69,11 @@ MODELS = ", ".join(["@ModelConfig()", *SIZES[:-1]]) + f" or {SIZES[-1]}"
 def test_values_of_the_wrong_type(here, capsys, binding, message):
     line = refused_untouched(capsys, "train", "experiment.gin", *bind(binding))
     assert line == f"{binding.split(' ')[0]} = {message}"
+    if binding.startswith("ModelConfig."):  # of a model with a name, too
+        binding = binding.replace("ModelConfig", "fot_37m")
+        more = bind("train.model = @fot_37m()", binding)
+        line = refused_untouched(capsys, "train", "experiment.gin", *more)
+        assert line == f"{binding.split(' ')[0]} = {message}"
 
 
 @pytest.mark.parametrize(

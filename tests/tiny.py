@@ -90,10 +90,10 @@ def lane_segments(lanes, windows, window, seed=0):
     return segments.reshape(lanes * windows, window).astype(np.int32)
 
 
-def untrained(config, vocabulary=None, change=lambda params: params):
+def untrained(config, vocabulary=None, change=lambda params: params, dtype=jnp.float32):
     """A LanguageModel with the parameters that training begins with, changed."""
     params = jax.tree.map(lambda x: x, _initial(config))  # a tree of its own, to change
-    return LanguageModel.of(Transformer(config), change(params), vocabulary)
+    return LanguageModel.of(Transformer(config, dtype=dtype), change(params), vocabulary)
 
 
 @functools.cache

@@ -126,8 +126,18 @@ def _faiss_rows(keys, q, best, recalls: Sequence[float]) -> list[dict[str, Any]]
         ivf.add(keys)
         seconds, ivf.nprobe = time.perf_counter() - began, 1
         for wanted in recalls:
-            while (recall := _recall_of(ivf, keys, q, best)) < wanted and ivf.nprobe < count:
-                ivf.nprobe = min(2 * ivf.nprobe, count)
+            too_few = 0
+            while _recall_of(ivf, keys, q, best) < wanted and ivf.nprobe < count:
+                too_few, ivf.nprobe = ivf.nprobe, min(2 * ivf.nprobe, count)
+            enough = ivf.nprobe
+            while enough - too_few > 1:
+                ivf.nprobe = (enough + too_few) // 2
+                if _recall_of(ivf, keys, q, best) < wanted:
+                    too_few = ivf.nprobe
+                else:
+                    enough = ivf.nprobe
+            ivf.nprobe = enough
+            recall = _recall_of(ivf, keys, q, best)
             row = {"keys": len(keys), "search": f"FAISS {name}, {ivf.nprobe} visited"}
             row |= {"recall": recall, "index_s": seconds}
             rows.append(row | _times(lambda q, ivf=ivf: ivf.search(q, K), q))

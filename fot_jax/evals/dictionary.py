@@ -110,7 +110,14 @@ class DictionaryAccuracy:
                 f"DictionaryAccuracy.sizes has {min(self.sizes)}, less than a window of "
                 f"{source.half} tokens (half of DictionaryLookup.document_tokens): leave it out"
             )
-        if not model.memory_layers:
+        if model.memory_before:  # which is all that it sees
+            sizes = [size for size in sizes if size <= model.local_context]
+            if not sizes:
+                raise UserError(
+                    "DictionaryAccuracy.sizes are all more than the window before, of "
+                    f"{model.local_context} tokens, that the model sees (memory_before): add one"
+                )
+        elif not model.memory_layers:
             sizes = [size for size in sizes if size <= LONGEST_WINDOW]
             if not sizes:
                 raise UserError(

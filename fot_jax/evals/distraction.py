@@ -85,9 +85,7 @@ class PositiveMass:
         rows = []
         with bar(len(ds) * len(batches), "measurement", name=self.name) as progress:
             for d in ds:
-                plan = crossbatch.make_plan(
-                    PreviousContext(d), 2 * ds[-1], heads=c.num_heads, window=c.local_context
-                )
+                plan = _plan(d, 2 * ds[-1], c.num_heads, c.local_context)
                 masses = []
                 for tokens in batches:
                     masses.append(np.asarray(_measure(model, plan, params, tokens)))
@@ -146,6 +144,11 @@ class PositiveMass:
         axes.set_ylabel("attention to the own document")
         axes.legend(fontsize=10)
         plots.save(figure, path)
+
+
+@functools.cache  # of equal plans two are not the same to jit, which would compile anew
+def _plan(d: int, rows: int, heads: int, window: int) -> crossbatch.Plan:
+    return crossbatch.make_plan(PreviousContext(d), rows, heads=heads, window=window)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -163,12 +163,13 @@ def evaluate(
         each.check(config, source)
     writes = output is not None and jax.process_index() == 0
     plots = _directory_of(output) if writes else None
+    made = provenance()  # now: code and commit may be others when it is done
     lm = LanguageModel.load(checkpoint, dtype=dtype, devices=devices)
     if vocabulary is None:
         lm = dataclasses.replace(lm, vocabulary=source.vocabulary)
     results = run_evals(lm, evaluation.evals, source, plots)
     if writes:
-        content = {"checkpoint": checkpoint, "made": provenance(), **results}
+        content = {"checkpoint": checkpoint, "made": made, **results}
         write_file(output, json.dumps(content, indent=1) + "\n")
 
 

@@ -18,6 +18,7 @@ from fot_jax.common.paths import path_of
 from fot_jax.common.progress import bar
 from fot_jax.data import corpus
 from fot_jax.data.documents import DocumentSource
+from fot_jax.data.vocabulary import Vocabulary
 from fot_jax.evals import plots
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.state import MemoryConfig, State, all_of_a_text, check_texts, last_context
@@ -88,7 +89,11 @@ class FewShot:
         check_texts("FewShot", 1, self.storage, self.lookup)
 
     def check(self, model: ModelConfig, source: DocumentSource) -> None:
-        """Raises UserError, whatever the model, where there are no questions or demonstrations."""
+        """Raises UserError where there are no questions or demonstrations, or lengths too short."""
+        self._check_path()
+        self._check_lengths(source.vocabulary, self._longest(source.vocabulary))
+
+    def _check_path(self) -> None:
         if not self.path or not path_of(self.path).is_dir():
             raise UserError(
                 f"FewShot.path = {self.path!r}: no such directory: give one with train.jsonl and "
@@ -105,14 +110,13 @@ class FewShot:
         Raises:
           UserError: no rows, or rows of another form; a length without room for a question.
         """
-        self.check(lm.config, source)
+        self._check_path()
         demonstrations = self._examples("train")
-        questions = self._examples(self.split)[: self.questions]
+        questions = self._questions()
         memory, rows = all_of_a_text(lm.config, self.storage, self.lookup), []
         lm = lm.for_memory(memory)
-        longest = max(
-            len(lm.encode(self._written(question), continues=True)) for question in questions
-        )
+        longest = self._longest(lm.vocabulary)
+        self._check_lengths(lm.vocabulary, longest)
         last = last_context(lm.config, longest + self.answer_tokens)  # these have room beside it
         total = len(self.lengths) * self.draws * len(questions)
         with bar(total, "question", name=self.name) as progress:
@@ -145,6 +149,21 @@ class FewShot:
                 )
         return rows
 
+    def _questions(self) -> list[Example]:
+        return self._examples(self.split)[: self.questions]
+
+    def _longest(self, vocabulary: Vocabulary) -> int:
+        """Tokens of the longest question."""
+        return max(len(vocabulary.encode(self._written(each))) for each in self._questions())
+
+    def _check_lengths(self, vocabulary: Vocabulary, longest: int) -> None:
+        least = len(vocabulary.before) + longest + self.answer_tokens
+        if min(self.lengths) < least:
+            raise UserError(
+                f"FewShot.lengths has {min(self.lengths)}, too short for a question of {longest} "
+                f"tokens and an answer of {self.answer_tokens}: leave it out"
+            )
+
     def _examples(self, split: str) -> list[Example]:
         question, answer, _ = FORMS[self.form]
         found = []
@@ -173,11 +192,6 @@ class FewShot:
         """Tokens of as many demonstrations as fit with any question, and how many these are."""
         tokens, count = list(lm.vocabulary.before), 0  # a text begins, and does not end
         room = length - longest - self.answer_tokens
-        if room < len(tokens):
-            raise UserError(
-                f"FewShot.lengths has {length}, too short for a question of {longest} tokens and "
-                f"an answer of {self.answer_tokens}: leave it out"
-            )
         for example in order:
             more = lm.encode(self._written(example, example.answers[0]), continues=True)
             if len(tokens) + len(more) > room:

@@ -9,7 +9,7 @@ import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -93,14 +93,15 @@ class LmEval:
             cannot be had of this model, or here.
         """
         self.check(lm.config, source)
-        for length in self.lengths or ():
-            ruler.check(self.tasks, length, functools.partial(lm.encode, continues=True))
         with self._templates(lm) as templates, tempfile.TemporaryDirectory() as directory:
             metadata: dict[str, Any] = {}
             if self.lengths:
                 tokenizers.write(lm.vocabulary, epath.Path(directory))
                 metadata["tokenizer"] = directory
             manager = self._manager(metadata)
+            for length in self.lengths or ():
+                encode = functools.partial(lm.encode, continues=True)
+                ruler.check(_tasks_in(self.tasks, manager.task_index), length, encode)
             memory = all_of_a_text(lm.config, self.storage, self.lookup)
             model = adapter(
                 lm.for_memory(memory),
@@ -257,7 +258,7 @@ class LmEval:
             return
         figure, axes = plots.new()
         if self.lengths:
-            metrics = {row["metric"].partition(",")[0] for row in shares}
+            metrics = {_metric(row) for row in shares}
             alone = len(metrics) == 1
             of_curve: dict[str, list[dict[str, Any]]] = {}
             for row in sorted(shares, key=lambda row: row["length"]):
@@ -286,7 +287,29 @@ def _length(row: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _curve(row: dict[str, Any]) -> str:
-    return f"{row['task']}: {row['metric'].partition(',')[0]}"
+    return f"{row['task']}: {_metric(row)}"
+
+
+def _metric(row: dict[str, Any]) -> str:
+    """With how answers were found in what was written, where a task has several ways."""
+    name, _, way = row["metric"].partition(",")
+    return name if way in ("", "none") else f"{name}, {way}"
+
+
+def _tasks_in(names: Iterable[str], index: Mapping[str, Any]) -> set[str]:
+    """The tasks themselves, of names that may be of tags and groups in the harness's index."""
+    found = set()
+    for name in names:
+        entry = index.get(name)
+        within = (entry.cfg or {}).get("task") if entry and entry.kind.name == "GROUP" else None
+        if entry and entry.kind.name == "TAG":
+            found |= _tasks_in(entry.tags, index)
+        elif isinstance(within, list):
+            each = (x if isinstance(x, str) else x.get("task") or x.get("group") for x in within)
+            found |= _tasks_in((x for x in each if isinstance(x, str)), index)
+        else:
+            found.add(name)
+    return found
 
 
 def _percent(rows: list[dict[str, Any]]) -> tuple[list[float], list[float]]:

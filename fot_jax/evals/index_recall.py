@@ -125,7 +125,7 @@ class IndexRecall:
         rows = []
         for i, q in enumerate(queries_of(lm, asks, state, Dense())):
             q = q[which, :, :, places].swapaxes(0, 1)  # [K, queries, G, D]
-            q = q.reshape(1, len(q), -1, q.shape[-1])
+            q = q.reshape(1, len(q), -1, q.shape[-1]).astype(np.float32)  # as keys are read
             keys = memories.decode(state.memory.layers[i].k, jnp.float32)[0, :, : texts.size]
             measured = _measured(q, np.asarray(keys), closed[i], self.k, self.visited)
             rows += [{"layer": lm.config.memory_layers[i], **row} for row in measured]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -26,10 +26,13 @@ def queries_of(
       state: that is read on from; changed, but nothing is added to memory.
       lookup: that layers attend to memory with, as later ones see what earlier ones found.
     """
-    c, calls = lm.config, []
-    state.config = dataclasses.replace(state.config, lookup=_Recorded(lookup, calls.append))
+    c, recorded = lm.config, _recorded(lookup)
+    recorded.calls.clear()
+    state.config = dataclasses.replace(state.config, lookup=recorded)
     lm.read(windows, state=state, last_context_length=c.local_context)
     jax.effects_barrier()
+    calls = recorded.calls.copy()
+    recorded.calls.clear()
 
     def by_rows(q):  # [B, K, G * t, D]; of a memory that rows share [1, K, B * G * t, D]
         of_tile = c.num_heads // c.num_kv_heads, -1, c.head_dim
@@ -43,16 +46,21 @@ def queries_of(
     return [np.concatenate(tiles, 3)[:, :, :, : windows.shape[1]] for tiles in of_layers]
 
 
+@functools.cache  # one for all evaluations of a run, which would compile anew for another
+def _recorded(lookup: Lookup) -> _Recorded:
+    return _Recorded(lookup)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Recorded:
     """A lookup whose queries are recorded."""
 
     lookup: Lookup
-    record: Callable[[Any], None]
+    calls: list[Any] = dataclasses.field(default_factory=list, compare=False)
 
     def check(self, slots: int) -> None:
         self.lookup.check(slots)
 
     def attend(self, q, layer, visible, shards: int):
-        io_callback(self.record, None, q, ordered=True)
+        io_callback(self.calls.append, None, q, ordered=True)
         return self.lookup.attend(q, layer, visible, shards)

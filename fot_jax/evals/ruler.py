@@ -18,7 +18,7 @@ def check(tasks: Sequence[str], length: int, encode: Callable[[str], Sequence[in
     """Checks that questions of some tasks fit.
 
     Args:
-      tasks: of the harness; those that make no questions are passed over.
+      tasks: of the harness, without tags and groups; those of other kinds are passed over.
       length: tokens of question and answer.
       encode: the tokens of a text.
 
@@ -30,7 +30,7 @@ def check(tasks: Sequence[str], length: int, encode: Callable[[str], Sequence[in
         "ruler_fwe": lambda: _frequent_words(encode),
         "ruler_vt": lambda: _variables(encode),
     }
-    for task in needed if "ruler" in tasks else needed.keys() & set(tasks):
+    for task in sorted(needed.keys() & set(tasks)):
         least = needed[task]()
         if least > length:
             raise UserError(

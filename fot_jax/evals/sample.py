@@ -66,7 +66,8 @@ class Sample:
             self.new_tokens,
             temperature=self.temperature,
             seed=self.seed,
-            last_context_length=lm.config.local_context,
+            # A whole window goes to memory with the first new token; without memory it is lost.
+            last_context_length=lm.config.local_context if lm.config.memory_layers else None,
             memory=MemoryConfig(size),
         )
         return [{"prompt": lm.decode(prompt[-64:]), "continuation": lm.decode(new)}]

@@ -140,7 +140,9 @@ class Fields:
             named = self.only("mem_dtype", spelled, "bfloat16")
             found["memory_dtype"] = named.removeprefix("torch.")
             if (k := self.values.get("mem_topk")) is not None:
-                logging.warning("%s: mem_topk = %s is for PyTorch: here give --k", self.path, k)
+                logging.warning(
+                    "%s: mem_topk = %s holds in PyTorch: fot generate takes --k", self.path, k
+                )
             if self.values.get("mem_scaling"):
                 found["memory_scaling"] = self.number("mem_scaling", kind=float)
         return found

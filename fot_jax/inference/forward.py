@@ -379,13 +379,14 @@ def evict(
     for i in c.memory_layers:
         k, v, k_memory = layers[i]
         windows.append((k if k_memory is None else k_memory, v))
-    if c.memory_before and memory.rows == len(rows):
+    if c.memory_before:
         # Keys are at places of a whole window. Where this one is shorter, they move up to the next;
         # what memory has is then not of the window before.
         tables = rope_table(c, c.local_context + 1)
         up = tuple(x[c.local_context - length][:, None] for x in tables)
         windows = [(rotate(k, up), v) for k, v in windows]
-        memory = memory._replace(appended=jnp.where(rows, 0, memory.appended))
+        gone = rows if memory.rows == len(rows) else rows.all()  # of a shared one others' stay
+        memory = memory._replace(appended=jnp.where(gone, 0, memory.appended))
     memory = memories.append(memory, windows, valid & rows[:, None], mesh)
     return valid & ~rows[:, None], jnp.where(rows, 0, length), memory
 

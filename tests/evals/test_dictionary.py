@@ -27,7 +27,9 @@ class Scholar:
     """Remembers definitions, but for some; answers questions value by value."""
 
     def __init__(self, forgets=lambda key: False, memory_layers=(1,)):
-        self.config = types.SimpleNamespace(memory_layers=memory_layers, local_context=TASK.half)
+        self.config = types.SimpleNamespace(
+            memory_layers=memory_layers, memory_before=False, local_context=TASK.half
+        )
         self.forgets, self.asked = forgets, []
 
     def for_memory(self, memory):
@@ -174,6 +176,14 @@ def test_a_model_without_memory_has_it_all_in_its_window(monkeypatch):
     wide = dataclasses.replace(lm, config=dataclasses.replace(lm.config, local_context=128))
     want = shares(wide, documents(0, (32, 96), 40), 40, last_context_length=128)
     assert [row["accuracy"] for row in rows] == pytest.approx(want.tolist())
+
+
+def test_a_model_that_sees_the_window_before_is_asked_about_that():
+    lm = model((1,), 32)
+    config = dataclasses.replace(lm.config, memory_before=True, memory_positions=True)
+    assert evaluation()._sizes(config, TASK) == [32]
+    with pytest.raises(UserError, match="sizes are all more than the window before, of 32 tokens"):
+        evaluation(sizes=(96, 640)).check(config, TASK)
 
 
 def test_a_model_without_memory_and_dictionaries_that_are_all_too_large(monkeypatch):

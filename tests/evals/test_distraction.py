@@ -112,6 +112,14 @@ def test_every_memory_layer(tmp_path):
     assert matplotlib.image.imread(tmp_path / "x.png", format="png").shape[0] > 300
 
 
+def test_evaluations_of_a_run_compile_once():
+    for _ in range(2):
+        PositiveMass(ds=(2,), batches=1).run(lm_of(), Documents([30] * 2))
+        compiled = distraction._measure._cache_size()
+        PositiveMass(ds=(2,), batches=1).run(lm_of(), Documents([30] * 2))
+        assert distraction._measure._cache_size() == compiled
+
+
 def test_a_model_on_several_devices(monkeypatch):
     """Measured on one of them: kernels are not for parameters that are spread over several."""
     measure = distraction._measure

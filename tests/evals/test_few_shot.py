@@ -204,7 +204,7 @@ def test_what_the_rows_become(directory, tmp_path):
         ({"form": "boolq"}, "FewShot.form = 'boolq': choose one of trec, webqs"),
         ({"form": "webqs"}, "train.jsonl:1: no field 'answers' in the row"),
         ({"lengths": ()}, "FewShot.lengths = ()"),
-        ({"lengths": (40,)}, "FewShot.lengths has 40, too short for a question of"),
+        ({"lengths": (600, 40)}, "FewShot.lengths has 40, too short for a question of"),
         ({"split": "valid"}, "no rows in the valid split"),
         ({"draws": 0}, "FewShot.draws = 0"),
         (
@@ -214,6 +214,7 @@ def test_what_the_rows_become(directory, tmp_path):
     ],
 )
 def test_what_does_not_fit_is_named(directory, changes, message):
-    with pytest.raises(UserError) as raised:
-        evaluation(directory, **changes).run(Copier(), None)
-    assert message in str(raised.value)
+    for ask in ("run", "check"):
+        with pytest.raises(UserError) as raised:
+            getattr(evaluation(directory, **changes), ask)(Copier(), Copier())
+        assert message in str(raised.value)

@@ -13,6 +13,7 @@ from readers import OfBytes
 from fot_jax.common.errors import UserError
 from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
 from fot_jax.data.vocabulary import Bytes
+from fot_jax.evals import harness
 from fot_jax.evals.harness import LmEval
 from fot_jax.inference.language_model import Scores
 from fot_jax.inference.state import EVERYTHING, MemoryConfig
@@ -274,12 +275,31 @@ def test_ruler_by_length(english, tmp_path):
     assert matplotlib.image.imread(tmp_path / "x.png", format="png").shape[0] > 300
 
 
+def test_ways_to_find_an_answer_are_told_apart(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(harness.plots, "save", lambda figure, path: drawn.append(figure))
+    rows = [
+        {"task": task, "metric": metric, "value": 0.5, "stderr": None}
+        for task, metric in (
+            ("gsm8k", "exact_match,strict-match"),
+            ("gsm8k", "exact_match,flexible-extract"),
+            ("arc", "acc,none"),
+        )
+    ]
+    LmEval(("gsm8k", "arc")).plot(rows, tmp_path / "x.png")
+    (axes,) = drawn[0].axes
+    assert len({bar.get_y() for bar in axes.patches}) == 3
+    assert [label.get_text() for label in axes.get_yticklabels()][2] == "arc: acc"
+
+
 @pytest.mark.parametrize(
     ("task", "length", "message"),
     [
         ("ruler_vt", 9_999, "the demonstration of ruler_vt takes "),  # bytes are too many
         ("ruler_cwe", 1_500, "LmEval.lengths: 1500: a question of ruler_cwe takes "),
         ("ruler_fwe", 300, "LmEval.lengths: 300: a question of ruler_fwe takes "),
+        ("longcxt", 300, "LmEval.lengths: 300: a question of ruler_cwe takes "),  # tag of it
+        ("ruler", 300, "LmEval.lengths: 300: a question of ruler_cwe takes "),
         (
             "niah_single_1",
             300,

@@ -97,6 +97,13 @@ def test_mass_is_that_of_the_softmax_and_more_is_found_where_more_is_visited():
     assert rows[3]["mass"] == pytest.approx(counted.mean(), rel=1e-5)
 
 
+def test_keys_that_are_stored_in_few_bits_are_found_as_they_are_read():
+    """By a model in bfloat16, in which keys of int8 are other numbers than in float32."""
+    lm = untrained(CONFIG, Bytes(), dtype="bfloat16")
+    each = IndexRecall(**(GIVEN | {"visited": (0.999,)}), storage="int8")
+    assert [row["recall"] for row in each.run(lm, Documents())] == [1, 1, 1, 1]
+
+
 def test_queries_are_of_tokens_that_count():
     """One of each text: number 84 is predicted by the fourth of a window."""
     lm = lm_of()

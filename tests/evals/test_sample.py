@@ -66,6 +66,19 @@ def test_a_model_that_sees_the_window_before_has_a_memory_of_one_window():
     assert lm.called[2]["memory"] == MemoryConfig(16)
 
 
+def test_a_model_without_memory_keeps_the_prompt_in_its_window():
+    """Which would be emptied of a whole one, with the first token that is written."""
+
+    class Plain(Recorder):
+        class config(Recorder.config):  # noqa: N801
+            memory_layers = ()
+
+    lm = Plain()
+    Sample(split="test").run(lm, Text(b"abc"))
+    assert lm.called[2]["last_context_length"] is None
+    assert lm.called[2]["memory"] == MemoryConfig(0)
+
+
 def test_an_empty_split_is_refused():
     with pytest.raises(UserError, match="the test split has no document to sample from"):
         Sample(split="test").run(Recorder(), Text())

@@ -228,7 +228,7 @@ def test_best_keys_alone_are_asked_for_when_reading(tmp_path, caplog):
     assert read(tmp_path, configs.content(c, "bfloat16", {})).memory_layers == (1,)
     assert not caplog.text
     read(tmp_path, configs.content(c, "bfloat16", {}) | {"mem_topk": 32})
-    assert "config.json: mem_topk = 32 is for PyTorch: here give --k" in caplog.text
+    assert "config.json: mem_topk = 32 holds in PyTorch: fot generate takes --k" in caplog.text
 
 
 @pytest.mark.parametrize("stored", ["int8", "int4"])

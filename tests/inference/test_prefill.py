@@ -309,6 +309,11 @@ def test_a_short_window_stands_right_before_the_next():
     text = random_text(2, C + 20)
     want = wide.logits(text, last_context_length=2 * C)
     np.testing.assert_allclose(lm.logits(text, last_context_length=C), want, atol=1e-4)
+    # And so in a memory that rows share, of which the second is padding here.
+    mask, shared = np.ones_like(text), MemoryConfig(shared=True)
+    mask[1] = 0
+    got = lm.logits(text, mask=mask, last_context_length=C, memory=shared)
+    np.testing.assert_allclose(got[0], want[0], atol=1e-4)
     # After a whole window, too, the short one alone is the window before: 20 tokens and 20 more.
     state = lm.read(text, last_context_length=20)
     lm.read(text, state=state, last_context_length=C)
