@@ -363,3 +363,30 @@ def test_the_commit_is_that_of_the_code(monkeypatch, tmp_path):
         file.write_text("")
     (tmp_path / "notes.txt").write_text("")
     assert commit() == git("rev-parse", "HEAD")
+
+
+# --- Numbers of the page -------------------------------------------------------------------------
+
+
+def perplexities(file, model=None):
+    """Of a file of results, as the page writes them, by size of the memory."""
+    content = json.loads((REPRODUCE / "results" / f"{file}.json").read_text())
+    rows = content.get("rows") or content[file.rsplit("_", 1)[-1]]
+    of_model = (row for row in rows if row.get("model") == model)
+    return [f"{row['perplexity']:.2f}" for row in of_model]
+
+
+@pytest.mark.parametrize("domain", ["Isabelle", "LaTeX", "code", "books"])
+def test_numbers_of_the_page_are_those_of_its_files(domain):
+    page = (REPRODUCE / "README.md").read_text().replace("*", "")
+    written = re.findall(rf"^\| {domain}, (.+?) \|(.*)$", page, re.M)
+    found = [(what, re.findall(r"(?<=\| )[\d.]+(?= \|)", f"|{cells}")) for what, cells in written]
+    name, base = domain.lower(), "the model as it is"
+    alone = perplexities(f"real_model_unscaled_{name}", base)
+    long = alone if domain == "books" else perplexities(f"real_model_long_base_{name}")
+    assert found == [
+        ("as it is", long),
+        ("FoT", perplexities(f"real_model_long_fot_{name}")),
+        ("as it is", alone),
+        ("without scaling", perplexities(f"real_model_unscaled_{name}", "FoT")),
+    ]
