@@ -57,6 +57,7 @@ def load(files: list[str], bindings: list[str]) -> None:
                 raise UserError(f"{what}: give the path of a .gin file")
             with gin_errors(place=file):
                 gin.parse_config_file(_normal(file))
+        reached = gin_uses.reached_now()
         for binding in bindings:
             with gin_errors(place=f"--gin {binding!r}"):
                 _check_text(binding, f"--gin {binding!r}")
@@ -64,7 +65,7 @@ def load(files: list[str], bindings: list[str]) -> None:
     finally:
         logging.disable(logging.NOTSET)
     if files:
-        gin_uses.check(bindings)
+        gin_uses.check(bindings, reached)
 
 
 def _reader() -> tuple[Callable, Callable]:

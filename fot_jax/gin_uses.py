@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import difflib
 from collections.abc import Iterator
 from typing import Any
@@ -14,16 +13,25 @@ MACRO = "gin.macro"
 _UNSET = "%gin.REQUIRED"  # what is left to whoever runs the file
 
 
-def check(bindings: list[str]) -> None:
+Reached = dict[str, set[tuple[str, ...]]]  # by selector, the scopes in which it is called
+
+
+def check(bindings: list[str], before: Reached) -> None:
     """Raises UserError for the first of some bindings, all loaded, that changes nothing.
 
     As no verb of `fot` uses what it is of, or as other scopes have the last word. Of files this is
     not asked: one that others include may well hold what only some of them use.
+
+    Args:
+      before: what verbs reached before the bindings were loaded: settings of what one of them
+        leaves out, evaluations, say, are for the experiment nevertheless.
     """
     import gin
 
-    reached = _reached(gin)
-    macros = {"/".join(scope) for scope in reached[MACRO]}
+    reached = before | reached_now()
+    for selector, scopes in before.items():
+        reached[selector] = reached[selector] | scopes
+    macros = {"/".join(scope) for scope in reached.get(MACRO, ())}
     scopes = {part for each in reached.values() for scope in each for part in scope} - macros
     for binding in bindings:
         for scope, name, parameter in _bound(gin, binding):
@@ -34,7 +42,7 @@ def check(bindings: list[str]) -> None:
                 continue
             selector = gin.config._REGISTRY.get_match(name).selector
             what = f"nothing in this experiment uses @{name}"
-            if not reached[selector]:
+            if selector not in reached:
                 raise UserError(
                     f"--gin {binding!r}: {what}: name it where it belongs, in another --gin, or "
                     "leave this one out"
@@ -57,13 +65,15 @@ def _like(name: str, names: set[str]) -> str:
     return f": did you mean {close[0]}?" if close else ": correct it, or leave it out"
 
 
-def _reached(gin) -> dict[str, set[tuple[str, ...]]]:
-    """What the verbs reach: by selector, the scopes in which it is called."""
-    reached: dict[str, set[tuple[str, ...]]] = collections.defaultdict(set)
+def reached_now() -> Reached:
+    """What the verbs reach in what is loaded."""
+    import gin
+
+    reached: Reached = {}
     left: list[tuple[tuple[str, ...], str]] = [((), f"fot_jax.{verb}") for verb in VERBS]
     while left:
         scope, selector = left.pop()
-        if scope in reached[selector]:
+        if scope in reached.setdefault(selector, set()):
             continue
         reached[selector].add(scope)
         for _, value in _settings(gin, scope, selector).values():

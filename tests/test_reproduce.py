@@ -14,7 +14,7 @@ import matplotlib.image
 import pytest
 import runs
 
-from fot_jax import cli
+from fot_jax import cli, gin_files
 from fot_jax.evals import provenance
 from fot_jax.model import sizes
 from fot_jax.training.program import Program
@@ -190,6 +190,20 @@ def test_signals_are_passed_on(tmp_path, monkeypatch, how, passed_on):
     assert signal.getsignal(stop) == before
 
 
+@pytest.mark.usefixtures("reproduce")
+def test_a_hangup_that_is_ignored_stops_nothing(tmp_path, monkeypatch):
+    """As nohup has it."""
+    record, program = sys.modules["record"], tmp_path / "program"
+    program.write_text("#!/bin/sh\nsleep 0.2; kill -HUP $PPID; sleep 0.2; exit 7\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert record.fot([]) == 7
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_ranges_are_over_seeds_and_not_over_what_one_seed_has_several_of():
     """Depths of a pass key, say."""
     sys.path.insert(0, str(REPRODUCE))
@@ -285,12 +299,16 @@ def test_every_run_traces(family, run, traced, shown, capsys, monkeypatch):
     if family == "real_model":
         domains = ("ISABELLE", "LATEX", "CODE", "BOOKS")
         bindings += [f'{domain} = "{domain}"' for domain in domains]
-    argv = ["train", *(str(REPRODUCE / file) for file in run.files), "--dry_run"]
-    code = cli.main([*argv, *runs.bind(*bindings)])
+    files = [str(REPRODUCE / file) for file in run.files]
+    code = cli.main(["train", *files, "--dry_run", *runs.bind(*bindings)])
     said = capsys.readouterr()
     assert code == 0 and "nothing written" in said.out, said.err
-    if shown:
-        assert shown <= {each.name for each in gin.get_configurable("Evaluation")().evals}
+    evals = gin.get_configurable("Evaluation")().evals if shown else ()
+    assert shown <= {each.name for each in evals}
+    if any("memory_before = True" in binding for binding in bindings):  # and sees no more
+        window = gin_files.value_of("CachedContext.tokens")
+        assert any(window in getattr(each, "memory_sizes", ()) for each in evals)
+    gin_files.load(files, [*bindings, "Evaluation.evals = ()"])  # as its training does
 
 
 def test_dry_run():
@@ -344,11 +362,13 @@ def test_the_commit_is_that_of_the_code(monkeypatch, tmp_path):
     def commit():
         return provenance.provenance()["commit"]
 
-    files = package, experiment = tmp_path / "fot_jax" / "here.py", tmp_path / "runs" / "a.gin"
+    package, experiment = tmp_path / "fot_jax", tmp_path / "runs" / "a.gin"
+    itself, other = package / "evals" / "provenance.py", package / "model" / "x.py"
+    files = itself, other, experiment
     for file in files:
-        file.parent.mkdir()
+        file.parent.mkdir(parents=True)
         file.write_text("")
-    monkeypatch.setattr(provenance, "__file__", str(package))
+    monkeypatch.setattr(provenance, "__file__", str(itself))
     assert commit().startswith("version ")  # no repository
     git("init")
     git("add", experiment)

@@ -30,6 +30,7 @@ HERE = Path(__file__).parent
 def main(argv: list[str] | None = None) -> int:
     """Makes one figure; the exit code is that of the first command that fails."""
     args = _parser().parse_args(argv)
+    made = provenance()  # now: the commit may be another one when all is done
     figure = FIGURES[args.figure]
     runs = [
         dataclasses.replace(run, bindings=(*run.bindings, *args.gin))
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     for run in runs:
         if code := _carry_out(run, records[run.name], workdirs):
             return code
-    _report(args.figure, figure, runs, records, workdirs, results)
+    _report(args.figure, figure, runs, records, workdirs, results, made)
     return 0
 
 
@@ -170,6 +171,7 @@ def _report(
     records: dict[str, Record],
     workdirs: Path,
     results: Path,
+    made: dict[str, str],
 ) -> None:
     """Prints the table, and writes it with all numbers to NAME.json, and NAME.png."""
     found: dict[str, list] = {}
@@ -187,7 +189,7 @@ def _report(
     content = {
         "figure": figure.title,
         "paper": figure.paper,
-        "made": provenance(),
+        "made": made,
         "evaluations": _different(
             {name: each["made"][name] for name in ("commit", "jax", "device")} for each in of_runs
         ),

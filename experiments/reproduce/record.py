@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -24,12 +26,14 @@ class Record:
     Attributes:
       file: in its workdir.
       settings: files, bindings and start that it was made with.
+      contents: a digest of the files and of what they include, without comments.
       done: verbs of `fot`.
       seconds: spent, those of commands that were stopped among them (of killed ones they are lost).
     """
 
     file: Path
     settings: dict[str, Any]
+    contents: str
     done: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
 
@@ -38,18 +42,21 @@ class Record:
         """What the workdir says, or nothing yet; ends the program if it may be another run."""
         file = workdir / "progress.json"
         settings = {"files": [*run.files], "bindings": [*run.bindings], "start": run.start}
-        anew = f"to make it anew, remove {workdir}"
+        anew, contents = f"to make it anew, remove {workdir}", _digest_of(run.files)
         if not file.exists():
             if (workdir / "checkpoints").exists():
                 sys.exit(f"{workdir}: no {file.name} says what it was made with: {anew}")
-            return cls(file, settings)
+            return cls(file, settings, contents)
         content = read_object(file, anew, settings=dict, done=list, seconds=(int, float))
         if content["settings"] != settings:
             sys.exit(
                 f"{workdir} was made with other settings ({file}): give the same --gin, or other "
                 f"--workdirs; {anew}"
             )
-        return cls(file, settings, content["done"], content["seconds"])
+        made_of = content.get("contents", contents)  # older records do not say it
+        if made_of != contents:
+            print(f"{workdir}: experiment files were others when it was made: {anew}", flush=True)
+        return cls(file, settings, made_of, content["done"], content["seconds"])
 
     def carry_out(self, verb: str, command: Sequence[str]) -> int:
         """Runs a command of `fot`; its exit code."""
@@ -66,8 +73,19 @@ class Record:
         return code
 
     def _save(self) -> None:
-        content = {name: getattr(self, name) for name in ("settings", "done", "seconds")}
+        names = ("settings", "contents", "done", "seconds")
+        content = {name: getattr(self, name) for name in names}
         write_file(self.file, json.dumps(content, indent=1) + "\n")
+
+
+def _digest_of(files: Sequence[str]) -> str:
+    total, left = hashlib.sha256(), [Path(__file__).parent / file for file in files]
+    while left:
+        file = left.pop()
+        text = re.sub(r"^\s*(#.*)?\n", "", file.read_text(), flags=re.MULTILINE)
+        total.update(text.encode())
+        left += [file.parent / name for name in re.findall(r"^include ['\"](.+)['\"]", text, re.M)]
+    return total.hexdigest()
 
 
 def read_object(file: Path, anew: str, **fields: type | tuple[type, ...]) -> dict[str, Any]:
@@ -96,6 +114,7 @@ def fot(command: Sequence[str]) -> int:
             process.send_signal(signum if signum == signal.SIGINT else signal.SIGTERM)
 
     stops = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
+    stops = [each for each in stops if signal.getsignal(each) is not signal.SIG_IGN]  # as of nohup
     before = {each: signal.signal(each, pass_on) for each in stops}
     try:
         # In a session of its own: a ^C reaches this program alone, and `fot` once.

@@ -40,12 +40,12 @@ def _commit() -> str:
     """
 
     def git(*words: str) -> str:
-        here = Path(__file__).parent
+        here = Path(__file__).parents[1]  # the package
         done = subprocess.run(["git", "-C", here, *words], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
-        if git("ls-files", "--", Path(__file__).name):
+        if git("ls-files", "--", "evals/provenance.py"):
             changed = git("status", "--porcelain", "-uno", "--", ".", ":(top)*.gin")
             return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except OSError:  # there is no git

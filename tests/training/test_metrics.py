@@ -99,7 +99,8 @@ def test_lines_hold_step_time_and_numbers(tmp_path):
 def test_steps_that_were_seen_to_end_late(tmp_path):
     """The first was; then there are short ones, all but one seen as the last of them ends."""
     m = open_metrics(tmp_path)
-    start = time.perf_counter()
+    start = m.clock()
+    m.timed_from(0, start, 0.0)
     for step, ended in enumerate((2, 1, 5, 5.01, 5.3, 5.3, 5.3, 6), 1):
         m.training(step, start + ended, {})
     m.close()
