@@ -33,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     ^C; 143 after SIGTERM; 141 where nobody reads what it prints any more.
     """
     args = _parser().parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a model writes what it likes, and so do tables
     try:
         with _on(signal.SIGINT, _interrupted):
             return args.run(args)
@@ -370,8 +372,6 @@ def _generate(args) -> int:
     from fot_jax.inference.generate import generate
     from fot_jax.inference.state import MemoryConfig
 
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a model writes what it likes
     with _stopped_without_remains():
         generate(
             checkpoint=args.checkpoint,

@@ -29,6 +29,7 @@ from typing import Any
 from fot_jax import gin_uses
 from fot_jax.common.configurable import configurables_of
 from fot_jax.common.errors import LARGEST_COUNT, UserError
+from fot_jax.common.paths import in_bucket
 
 ROOMS = ("training", "data", "evals", "model", "tpu_compile")  # folders with what files may name
 
@@ -48,6 +49,11 @@ def load(files: list[str], bindings: list[str]) -> None:
     logging.disable(logging.ERROR)  # gin logs every place where it looks for an include in vain
     try:
         for file in files:
+            if in_bucket(file):
+                raise UserError(
+                    f"{file}: experiment files are read on this machine: get a copy with gcloud "
+                    f"storage cp {file} ., and give that"
+                )
             if not Path(file).is_file():
                 what = (
                     f"{file} is a directory"
@@ -213,9 +219,9 @@ def copy_bindings(source: str, target: str) -> None:
     """
     import gin
 
-    for parameter in set(_parameters_of(source)) & set(_parameters_of(target)):
-        value = value_of(f"{source}.{parameter}")
-        if value is not None and value_of(f"{target}.{parameter}") is None:
+    bound = gin.config._CONFIG.get(("", f"fot_jax.{target}"), {})
+    for parameter in set(_parameters_of(source)) & set(_parameters_of(target)) - bound.keys():
+        if (value := value_of(f"{source}.{parameter}")) is not None:
             gin.bind_parameter(f"{target}.{parameter}", value)
 
 

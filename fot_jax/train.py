@@ -129,6 +129,7 @@ def train(
     # --- State: the workdir's newest whole checkpoint, else initialize_from, else fresh ----------
     workdir = path_of(workdir)
     check_for_orbax(workdir)
+    start.check_workdir(workdir)
     start.cache_compiled_programs(workdir)
     checkpointer = Checkpointer(
         workdir / "checkpoints", keep_last=checkpoints.keep_last, keep_every=checkpoints.keep_every
@@ -143,6 +144,8 @@ def train(
         program, checkpointer, workdir, owned
     ) or start.begin(program, model, initialize_from, seed)
     resumed = lanes_state is not None
+    if not resumed:
+        start.check_kept_files(workdir, initialize_from)
     first_step = int(state.step)
     check_first_step(first_step, steps, workdir)
 
@@ -178,7 +181,7 @@ def train(
     # Read before anything is written, so that bad data leaves no trace in the workdir.
     with said_if_slow("reading documents, up to those of the first step"):
         ready = [(place(next(lanes)), lanes.snapshot())] if first_step < steps else []
-    checkpointer.open((state.params, state.opt_state))
+    checkpointer.open((state.params, state.beside))
     start.write_settings(
         workdir, config_text(), source=source, initialize_from=initialize_from, resumed=resumed
     )

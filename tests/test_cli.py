@@ -157,7 +157,7 @@ def test_texts_that_are_all_too_short_for_memory(here, capsys):
     argv += bind("train.scheme = @NoCrossbatch()")
     (here / "plain" / "hugging_face" / "a").mkdir(parents=True)
     message = "files are kept there of the model that a run begins with, and these are of no run"
-    assert message in refused(capsys, *argv, "--workdir", "plain")
+    assert message in refused_untouched(capsys, *argv, "--workdir", "plain")
     assert (here / "plain" / "hugging_face" / "a").exists()
     (here / "plain" / "config.gin").write_text("")  # of a run that was killed at step 0
     assert cli.main([*argv, "--workdir", "plain"]) == 0
@@ -309,6 +309,24 @@ def test_evaluates_what_the_experiment_evaluates(here, trained, capsys):
     assert json.loads((here / "again.json").read_text())["perplexity_by_context"] == rows
     assert cli.main(evaluate(trained)) == 0  # only prints
     assert len(list(here.iterdir())) == 4
+
+
+def test_tables_of_characters_that_the_terminal_has_not(here, trained):
+    """Of a sample, say; nothing that was measured is lost."""
+    samples = bind("Evaluation.evals = (@Sample(),)", "Sample.new_tokens = 4")
+    argv = [sys.executable, "-m", "fot_jax", *evaluate(trained, "--output", "x.json"), *samples]
+    ascii_ = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ran = subprocess.run(argv, env=ascii_, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads((here / "x.json").read_text())["sample"]
+
+
+def test_a_workdir_that_is_something_else(here, trained, capsys):
+    """Of which the weights would be read afterwards, or that has no state of an optimizer."""
+    (here / "hf").mkdir()
+    (here / "hf" / "config.json").write_text("{}")
+    line = refused_untouched(capsys, "train", "experiment.gin", "--workdir", "hf")
+    assert line.startswith("hf: a Hugging Face directory, whose weights would be read in place of")
 
 
 def test_results_name_the_code_that_was_there_at_the_start(here, trained, monkeypatch):

@@ -71,14 +71,9 @@ def dry_run(name, tokenizers, capsys, *more):
     said = capsys.readouterr()
     assert code == 0, said.err
     # What was used is what a command line may bind.
-    used = gin.config._OPERATIVE_CONFIG
-    gin_uses.check(
-        [
-            f"{scope} = 1" if name == "gin.macro" else f"{scope and scope + '/'}{name}.{one} = 1"
-            for (scope, name), parameters in used.items()
-            for one in parameters
-        ]
-    )
+    reached = gin_uses.reached_now()
+    for scope, selector in gin.config._OPERATIVE_CONFIG:
+        assert (tuple(scope.split("/")) if scope else ()) in reached[selector], (scope, selector)
     return said.out
 
 

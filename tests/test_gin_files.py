@@ -191,6 +191,8 @@ def test_files_that_gin_cannot_read(here, capsys, line, message):
 def test_a_directory_in_place_of_an_experiment_file(here, capsys):
     line = refused_untouched(capsys, "train", str(here))
     assert line == f"{here} is a directory: give the path of a .gin file"
+    line = refused_untouched(capsys, "train", "gs://bucket/run/config.gin")
+    assert line.startswith("gs://bucket/run/config.gin: experiment files are read on this machine")
 
 
 def test_bindings_that_gin_cannot_read(here, capsys):

@@ -128,8 +128,12 @@ def _add(files: dict[str, Path], chosen: list[str], reading: list[tuple[Path, st
 def _included(included: str, reading: list[tuple[Path, str]]) -> tuple[Path, str]:
     """What an include finds there, where the repository is the current directory, and its name."""
     path, _ = reading[-1]
-    in_root = (REPOSITORY / included).resolve()
+    in_root, beside = ((each / included).resolve() for each in (REPOSITORY, path.parent))
     if in_root.is_file() and (name := _in_repository(in_root)):
+        if beside.is_file() and beside.read_bytes() != in_root.read_bytes():
+            raise UserError(
+                f"{path}: include {included!r} may be {in_root} or {beside}: rename one of them"
+            )
         return in_root, name
     for including, name in reversed(reading):
         found = (including.parent / included).resolve()

@@ -13,6 +13,7 @@ from etils import epath
 from fot_jax.checkpoints import restore
 from fot_jax.checkpoints.steps import locate
 from fot_jax.common.errors import UserError
+from fot_jax.common.paths import real_path
 from fot_jax.common.trees import leaves_by_path, tree_of_leaves
 from fot_jax.data.hugging_face_tokenizer import HuggingFaceTokenizer
 from fot_jax.data.saved_vocabulary import load_vocabulary
@@ -89,7 +90,7 @@ def files_of(path: epath.PathLike) -> epath.Path | None:
 def keep_files(path: epath.PathLike, workdir: epath.Path) -> None:
     """Copies the files of `files_of` into a workdir, for `fot convert to-hf` to copy back."""
     source = files_of(path)
-    if source is not None and source.resolve() != (workdir / KEPT).resolve():
+    if source is not None and real_path(source) != real_path(workdir / KEPT):
         (workdir / KEPT).mkdir(exist_ok=True)
         tokenizers.copy_files(source, workdir / KEPT)
         for name in (model_card.CARD, *model_card.LICENSES):

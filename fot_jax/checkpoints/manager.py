@@ -61,6 +61,7 @@ class Checkpointer:
         self._removal = _Removal()
         self._saving: int | None = None  # the step that is being written
         self._waiting = threading.Thread()  # until it is written, or has failed
+        self._raised: OSError | None = None  # where its bucket did not answer from the start
         self._seconds = 0  # that writing may take
         self.failures = 0  # saves in a row that failed
         self._error: Exception = UserError(f"{self.directory}: another process cannot write here")
@@ -166,8 +167,13 @@ class Checkpointer:
         if arrays["opt_state"]:  # Orbax saves no empty item
             args["opt_state"] = ocp.args.StandardSave(opt_state)
         self._saving, self._removal.allowed = step, removes_older
-        with self._disk_errors():
-            self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+        try:
+            with self._disk_errors():
+                self._manager.save(step, args=ocp.args.Composite(**args), force=True)
+        except OSError as error:
+            if not in_bucket(self.directory):
+                raise
+            self._raised = error  # as if in the background: it is tried again
         # Orbax's is_saving_in_progress() stays True where one of several processes has failed.
         self._waiting = threading.Thread(target=self._wait_aside, daemon=True)
         self._waiting.start()
@@ -186,7 +192,7 @@ class Checkpointer:
         """Waits for the last save: whether all processes have it. If not, it can be tried again."""
         if all_agree(self.ended_well()):
             return True
-        self._manager.reload()  # forgets the step, which other processes have not
+        self._forget()  # the step, which other processes have not
         return False
 
     def ended_well(self) -> bool:
@@ -211,6 +217,9 @@ class Checkpointer:
         Raises:
           UserError: no space, or no permission.
         """
+        raised, self._raised = self._raised, None
+        if raised is not None:
+            raise raised
         with self._disk_errors():
             self._manager.wait_until_finished()
         if self._saving is not None:
@@ -284,18 +293,25 @@ class Checkpointer:
             yield
         except Exception as raised:
             error = cause_of(raised)
-            self._manager.reload()  # forgets the step that failed
+            self._forget()
             if jax.process_index() == 0:  # its files would take the space of the next try
                 with contextlib.suppress(OSError):
                     for temporary in ocp.utils.tmp_checkpoints(self.directory):
                         temporary.get().rmtree(missing_ok=True)
             if any(sign in str(error) for sign in ("No space left", "ENOSPC", "quota exceeded")):
                 raise UserError(self._no_space("a checkpoint")) from error
+            if isinstance(error, PermissionError) and in_bucket(self.directory):
+                raise UserError(f"{self.directory}: {error.strerror or error}") from error
             if isinstance(error, PermissionError):
                 raise UserError(
                     f"{self.directory}: not allowed to write a checkpoint: choose another workdir"
                 ) from error
             raise error from error.__cause__
+
+    def _forget(self) -> None:
+        """The steps that Orbax knows are those that are there, and not the one that failed."""
+        with contextlib.suppress(OSError):  # of a bucket that does not answer, as it may be here
+            self._manager.reload()
 
     def _no_space(self, what: str) -> str:
         return (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import inspect
 import logging
@@ -11,10 +10,6 @@ import sys
 
 import jax
 from etils import epath
-
-from fot_jax.common.paths import in_bucket
-
-_NOT_NOW = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
 
 
 @functools.cache
@@ -78,16 +73,3 @@ def short_reason(error: BaseException) -> str:
     said = line[files[-1].end() :].strip(": ")[:150]
     missing = "is missing" if "NOT_FOUND" in line else "cannot be read"
     return f"{epath.Path(files[-1][1]).name}: {said or missing}"
-
-
-def why_unavailable(error: BaseException) -> str | None:
-    """Why files that may be whole are not given; None if the error is another."""
-    if isinstance(error, OSError):
-        whole = error.errno in _NOT_NOW or (
-            in_bucket(str(error.filename)) and not isinstance(error, FileNotFoundError)
-        )
-        named = "" if error.filename is None else f"{error.filename}: "
-        return f"{named}cannot be read: {error.strerror}" if whole else None
-    refused = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
-    line = " ".join(str(error).split())[:300]
-    return f"cannot be read: {line}" if line.startswith(refused) else None

@@ -25,12 +25,11 @@ from fot_jax.checkpoints.orbax_errors import (
     of_reading,
     raise_without_printing,
     short_reason,
-    why_unavailable,
 )
 from fot_jax.checkpoints.steps import locate
 from fot_jax.common.agreement import all_values
 from fot_jax.common.errors import UserError
-from fot_jax.common.paths import absolute
+from fot_jax.common.paths import absolute, why_unavailable
 from fot_jax.common.trees import leaves_by_path
 from fot_jax.model import lora
 from fot_jax.model.config import ModelConfig, RopeScaling
@@ -179,6 +178,11 @@ def read_step(
         if merge:
             params = lora.joined(params, _on_all_devices_of(params, adapters))
         check_shapes(folder, "parameter", saved.params, params)
+    if opt_state is not None and not saved.opt_state and jax.tree.leaves(opt_state):
+        raise UserError(
+            f"{directory.parent}: a converted model, no run: set train.initialize_from = "
+            f"'{directory.parent}', and choose another workdir"
+        )
     if opt_state is not None:
         check_shapes(folder, "optimizer state", saved.opt_state, opt_state)
     data = _on_all("data", lambda: items.read_data(folder, groups))

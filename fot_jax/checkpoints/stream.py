@@ -22,11 +22,11 @@ from etils import epath
 
 from fot_jax.checkpoints import items
 from fot_jax.checkpoints.array_checksums import slice_checksum
-from fot_jax.checkpoints.orbax_errors import raise_without_printing, why_unavailable
+from fot_jax.checkpoints.orbax_errors import raise_without_printing
 from fot_jax.checkpoints.restore import model_config_of
 from fot_jax.checkpoints.steps import COMMITTED, locate
 from fot_jax.common.errors import UserError
-from fot_jax.common.paths import absolute, kvstore
+from fot_jax.common.paths import absolute, kvstore, why_unavailable
 from fot_jax.common.trees import tree_of_leaves
 from fot_jax.model import lora
 from fot_jax.model.config import ModelConfig

@@ -93,7 +93,7 @@ def new_directory(directory: epath.PathLike, mark: str) -> Iterator[epath.Path]:
 
     If the block raises, what was written is removed and an older directory stays as it was. Where
     it is a link, what that leads to is replaced. In a bucket files are renamed one by one, `mark`
-    last.
+    last; once an older directory is removed, what was written stays whatever happens.
 
     Args:
       mark: the file by which readers recognise the directory.
@@ -106,10 +106,13 @@ def new_directory(directory: epath.PathLike, mark: str) -> Iterator[epath.Path]:
         directory = _led_to(directory)
     half = directory.parent / f"{directory.name}.half-written-{os.getpid()}-{uuid.uuid4().hex}"
     _half_written.add(half)
+    only_copy = False
     try:
         half.mkdir(parents=True)
         yield half
         if in_bucket(directory):
+            only_copy = True
+            _half_written.discard(half)
             (directory / mark).unlink(missing_ok=True)
             directory.rmtree(missing_ok=True)
             _rename_in_bucket(half, directory, mark)
@@ -125,11 +128,13 @@ def new_directory(directory: epath.PathLike, mark: str) -> Iterator[epath.Path]:
             raise
         older.rmtree(missing_ok=True)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            half.rmtree(missing_ok=True)
+        if not only_copy:
+            with contextlib.suppress(OSError):
+                half.rmtree(missing_ok=True)
         if isinstance(error, OSError):
             why = error.strerror or error  # NumPy's has no number
-            raise UserError(f"{directory}: cannot be written: {why}") from error
+            rest = f": what is not there yet is in {half}: move it there" if only_copy else ""
+            raise UserError(f"{directory}: cannot be written: {why}{rest}") from error
         raise
     finally:
         _half_written.discard(half)

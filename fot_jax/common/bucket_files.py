@@ -39,6 +39,8 @@ class AppendableFile:
         self._new: list[bytes] = []
         # Of the object there: a request repeated because its answer was lost then does nothing.
         self._generation = self._size = 0
+        # Appended, if an answer has been lost: so many of _new, to so many bytes in all.
+        self._unsure: tuple[int, int] | None = None
         if epath.Path(path).exists():
             self._stat()
 
@@ -64,20 +66,32 @@ class AppendableFile:
         if not self._new:
             return
         self._next = time.monotonic() + 6 * self._seconds  # if it fails
-        content = b"".join(self._new)
-        if self._size:
-            self._append(content)
-        else:
-            self._files.pipe_file(self._path, content)
-        self._stat()
-        self._new.clear()
+        if self._unsure is not None:
+            self._look()
+        if self._size and self._new:
+            self._append(b"".join(self._new))
+        elif self._new:
+            self._files.pipe_file(self._path, b"".join(self._new))
+            self._stat()
+            self._new.clear()
         self._next = time.monotonic() + self._seconds
+
+    def _look(self) -> None:
+        """Takes in what has become of appending, whose answer may have been lost."""
+        before, (count, size) = self._size, self._unsure
+        self._stat()
+        self._unsure = None
+        if self._size == size:
+            del self._new[:count]
+        elif self._size != before:
+            raise OSError(errno.EBUSY, "another process writes it", self._path)
 
     def _append(self, content: bytes) -> None:
         bucket, name = self._path.removeprefix("gs://").split("/", 1)
         appended = f"{os.path.dirname(name)}/appending"  # no name that TensorBoard looks for
         self._files.pipe_file(f"gs://{bucket}/{appended}", content)
-        try:
+        self._unsure = len(self._new), self._size + len(content)
+        with contextlib.suppress(FileExistsError):  # another generation: ours, if it was repeated
             self._files.call(
                 "POST",
                 "b/{}/o/{}/compose",
@@ -86,12 +100,9 @@ class AppendableFile:
                 ifGenerationMatch=str(self._generation),
                 json={"sourceObjects": [{"name": name}, {"name": appended}]},
             )
-        except FileExistsError:  # another generation
-            before = self._size
-            self._stat()
-            if self._size != before + len(content):
-                raise OSError(errno.EBUSY, "another process writes it", self._path) from None
-        self._files.rm_file(f"gs://{bucket}/{appended}")
+        self._look()
+        with contextlib.suppress(OSError):  # the next one replaces it
+            self._files.rm_file(f"gs://{bucket}/{appended}")
 
     def close(self) -> None:
         self.send()

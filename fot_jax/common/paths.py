@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -72,9 +73,39 @@ def is_file(path: epath.PathLike) -> bool:
     return os.path.isfile(path)
 
 
+def size_of(path: epath.PathLike) -> int:
+    """Bytes of a file.
+
+    Of this machine without `epath`, which looks up the names of its owner and group and fails where
+    they have none, as in containers.
+    """
+    return epath.Path(path).stat().length if in_bucket(path) else os.path.getsize(path)
+
+
+_NOT_NOW = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE}
+
+
+def why_unavailable(error: BaseException) -> str | None:
+    """Why files that may be whole are not given; None if the error is another."""
+    if isinstance(error, OSError):
+        whole = error.errno in _NOT_NOW or (
+            in_bucket(str(error.filename)) and not isinstance(error, FileNotFoundError)
+        )
+        named = "" if error.filename is None else f"{error.filename}: "
+        return f"{named}cannot be read: {error.strerror}" if whole else None
+    refused = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+    line = " ".join(str(error).split())[:300]
+    return f"cannot be read: {line}" if line.startswith(refused) else None
+
+
 def absolute(path: epath.PathLike) -> epath.Path:
     """The path from the root. (Path.absolute takes gs:// for a directory here.)"""
     return epath.Path(path) if in_bucket(path) else epath.Path(path).absolute()
+
+
+def real_path(path: epath.PathLike) -> epath.Path:
+    """The path that links lead to. (epath's resolve() follows none.)"""
+    return epath.Path(path if in_bucket(path) else os.path.realpath(path))
 
 
 def kvstore(path: epath.PathLike) -> dict[str, str]:

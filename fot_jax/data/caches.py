@@ -14,7 +14,7 @@ from etils import epath
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from fot_jax.common.errors import UserError
-from fot_jax.common.paths import path_of
+from fot_jax.common.paths import path_of, size_of
 from fot_jax.data.corpus import Corpus, files_there, splits_in
 from fot_jax.data.documents import Document, NoDocuments
 from fot_jax.data.files import SPLITS
@@ -64,7 +64,7 @@ def write_split(
         "num_shards": shards,
         "features": {"targets": {"shape": [None], "dtype": "int32"}},
         "seqio_version": seqio.__version__,
-        "bytes": [epath.Path(file).stat().length for file in files],
+        "bytes": [size_of(file) for file in files],
     }
     stats = {
         "examples": len(lengths),
@@ -173,7 +173,7 @@ def _damaged(file: epath.Path) -> Iterator[None]:
 
 def _check_whole(file: epath.Path, size: int) -> None:
     """What is lost at the end of a file may be whole documents, which reading would not miss."""
-    there = file.stat().length if file.is_file() else None
+    there = size_of(file) if file.is_file() else None
     if there != size:
         what = "missing" if there is None else f"damaged: it has {there} of {size} bytes"
         raise UserError(f"{file}: {what}: copy the cache again, or make it again")

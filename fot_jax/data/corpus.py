@@ -24,7 +24,7 @@ from etils import epath
 
 from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError, check_range
-from fot_jax.common.paths import in_bucket, path_of
+from fot_jax.common.paths import in_bucket, path_of, size_of, why_unavailable
 from fot_jax.data.documents import NoDocuments
 from fot_jax.data.files import READERS, SPLITS, files_of, splits_of, warn_once
 
@@ -136,7 +136,7 @@ def files_there(corpus: Corpus, split: str) -> dict[str, int | None]:
     if corpus.path.startswith("tfds:") or not (there := path_of(corpus.path)).is_dir():
         return {}
     return {
-        str(file.relative_to(there)): None if in_bucket(file) else file.stat().length
+        str(file.relative_to(there)): None if in_bucket(file) else size_of(file)
         for file in files_of(there, split)
     }
 
@@ -220,6 +220,8 @@ def _rows_of(file: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if number == 0:
             warn_once(f"{file}: empty")
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        if why := why_unavailable(error):
+            raise UserError(f"{file}:{number + 1}: {why}") from error
         raise UserError(
             f"{file}:{number + 1}: cannot be read ({error}): restore the file from a copy"
         ) from error

@@ -115,6 +115,7 @@ class FewShot:
         questions = self._questions()
         memory, rows = all_of_a_text(lm.config, self.storage, self.lookup), []
         lm = lm.for_memory(memory)
+        lm.encode("")  # or it says that there is no tokenizer
         longest = self._longest(lm.vocabulary)
         self._check_lengths(lm.vocabulary, longest)
         last = last_context(lm.config, longest + self.answer_tokens)  # these have room beside it

@@ -58,6 +58,7 @@ class Sample:
         if document is None:
             raise UserError(f"the {self.split} split has no document to sample from")
         prompt = document.tokens[: self.prompt_tokens].tolist()
+        window, half = lm.config.local_context, lm.config.local_context // 2
         size = self.memory if lm.config.memory_layers else 0
         if lm.config.memory_before:
             size = min(size, lm.config.local_context)  # it sees no more
@@ -67,7 +68,7 @@ class Sample:
             temperature=self.temperature,
             seed=self.seed,
             # A whole window goes to memory with the first new token; without memory it is lost.
-            last_context_length=lm.config.local_context if lm.config.memory_layers else None,
+            last_context_length=window if size else max(1, window - min(self.new_tokens, half)),
             memory=MemoryConfig(size),
         )
         return [{"prompt": lm.decode(prompt[-64:]), "continuation": lm.decode(new)}]

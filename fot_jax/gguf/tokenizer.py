@@ -24,6 +24,13 @@ _ENDS = {
     *("<|eot_id|>", "<|eom_id|>", "<|end|>", "<|im_end|>", "<|endoftext|>", "<|end_of_text|>"),
     *("<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<|tool_response>", "<turn|>"),
     *("</s>", "<eos>", "[EOS]", "[EOT]", "<EOT>", "_<EOT>", "<end_of_turn>", "<end_of_utterance>"),
+    *("<｜end▁of▁sentence｜>", "[e~["),
+}
+# And those of a role that the file does not name.
+_ENDS_BY_ROLE = {
+    "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    "fim_sep": ("<|file_sep|>",),
 }
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
 _END = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -93,8 +100,12 @@ class _Settings:
                     f"{self.path}: the type of token {token} is {kind}, which is none: get the "
                     "file again"
                 )
+        self.ends = set(_ENDS)  # by name
+        for role, names in _ENDS_BY_ROLE.items():
+            if self.token(role) is None:
+                self.ends.update(names)
         self.types = [
-            TokenType.CONTROL if name in _ENDS else TokenType(kind)
+            TokenType.CONTROL if name in self.ends else TokenType(kind)
             for name, kind in zip(self.names, types, strict=True)
         ]
 
@@ -147,8 +158,8 @@ def vocabulary_of(file: File) -> HuggingFaceTokenizer:
         single=[*map(name, before), "$A", *map(name, after)],
         special_tokens=[(name(i), i) for i in {*before, *after}],
     )
-    named = (i for i, each in enumerate(settings.names) if each in _ENDS)
-    others = map(settings.token, ("eot", "eom", "fim_pad", "fim_rep", "fim_sep"))
+    named = (i for i, each in enumerate(settings.names) if each in settings.ends)
+    others = map(settings.token, ("eot", "eom", *_ENDS_BY_ROLE))
     ends = dict.fromkeys([eos, *others, *named])
     marks = Marks(tuple(i for i in ends if i is not None), tuple(before), tuple(after))
     return HuggingFaceTokenizer.of(

@@ -354,7 +354,7 @@ def _attend_memory(lookup: Lookup, q, layer: LayerMemory, visible, mesh):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("c", "mesh"), donate_argnames=("memory", "valid", "length")
+    jax.jit, static_argnames=("c", "mesh", "apart"), donate_argnames=("memory", "valid", "length")
 )
 def evict(
     c: ModelConfig,
@@ -364,6 +364,7 @@ def evict(
     length,
     memory: Memory,
     rows: Bool[Array, " B"],
+    apart: bool = False,
 ) -> tuple[Bool[Array, "B W"], Int[Array, " B"], Memory]:
     """Empties the window of some rows: memory layers append it to their memory.
 
@@ -371,6 +372,7 @@ def evict(
       layers, valid, length: of the cache; the last two are used up.
       memory: used up.
       rows: which.
+      apart: whether windows are no text together, of which memory_before would forget the older.
 
     Returns:
       The cache's valid and length, and the memory.
@@ -385,8 +387,9 @@ def evict(
         tables = rope_table(c, c.local_context + 1)
         up = tuple(x[c.local_context - length][:, None] for x in tables)
         windows = [(rotate(k, up), v) for k, v in windows]
-        gone = rows if memory.rows == len(rows) else rows.all()  # of a shared one others' stay
-        memory = memory._replace(appended=jnp.where(gone, 0, memory.appended))
+        if not apart:
+            gone = rows if memory.rows == len(rows) else rows.all()  # of a shared one others' stay
+            memory = memory._replace(appended=jnp.where(gone, 0, memory.appended))
     memory = memories.append(memory, windows, valid & rows[:, None], mesh)
     return valid & ~rows[:, None], jnp.where(rows, 0, length), memory
 

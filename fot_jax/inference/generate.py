@@ -140,7 +140,7 @@ def _prompt(prompt: str | None, prompt_file: str | None) -> str:
     ):
         raise UserError(f"{prompt_file}: a device, which has no end: give a file")
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{prompt_file}: not UTF-8 text (byte {error.start}): give a text file"

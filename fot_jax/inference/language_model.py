@@ -24,7 +24,7 @@ from etils import epath
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
-from fot_jax.common.errors import UserError, check_range
+from fot_jax.common.errors import LARGEST_COUNT, UserError, check_range
 from fot_jax.data.vocabulary import Vocabulary, encode_prompt
 from fot_jax.inference import forward, inputs, sampling
 from fot_jax.inference.decode import decode
@@ -397,7 +397,7 @@ class LanguageModel:
           UserError: as of `logits`; or a number out of range.
         """
         padded, lengths = inputs.side_by_side(prompts, mask)
-        check_range("generate", 0, whole=True, max_new_tokens=max_new_tokens)
+        check_range("generate", 0, LARGEST_COUNT, whole=True, max_new_tokens=max_new_tokens)
         sampler = sampling.sampler(
             temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, rows=len(prompts)
         )
@@ -422,7 +422,7 @@ class LanguageModel:
             prompt,
             sampler,
             max_new_tokens=int(max_new_tokens),
-            stop=frozenset(stop),
+            stop=frozenset(map(int, stop)),
             until=until,
             when_read=when_read,
         )
@@ -438,11 +438,12 @@ class LanguageModel:
 
         Raises:
           UserError: something else is there, or it cannot be written; or the memory is in another
-            directory, or a copy of the state.
+            directory, or a copy of the state, or another model's.
         """
         from fot_jax.inference import memory_files
 
         lm = self._reader(state.segments is not None)
+        lm._check_own(state)
         memory_files.save(path, state, lm._fingerprint, lm.mesh)
 
     def load_memory(self, path: epath.PathLike, lookup: Lookup = EVERYTHING.lookup) -> State:
@@ -461,7 +462,8 @@ class LanguageModel:
         from fot_jax.inference import memory_files
 
         lm = self._reader(memory_files.in_segments(path))
-        return memory_files.load(path, lm.config, lm._fingerprint, lookup, lm.mesh)
+        state = memory_files.load(path, lm.config, lm._fingerprint, lookup, lm.mesh)
+        return dataclasses.replace(state, reader=lm)
 
     @functools.cached_property
     def _fingerprint(self) -> dict[str, Any]:
@@ -472,6 +474,16 @@ class LanguageModel:
         leaves = jax.tree.leaves(self.params)
         dtype = self.params["embedding"].dtype.name
         return {"model": config, "dtype": dtype, "parameters": array_checksums(leaves)}
+
+    def _check_own(self, state: State) -> None:
+        """Raises UserError for a state of another model, or with other parameters."""
+        same = (state.model, state.mesh) == (self.config, self.mesh)
+        if same and state.reader is not None and state.reader.params is not self.params:
+            of_both = (each._fingerprint for each in (state.reader, self))
+            parameters, others = (each["parameters"] for each in of_both)
+            same = parameters == others
+        if not same:
+            raise UserError("a state of another model, or on other devices: read the text again")
 
     # --- What calls begin with ---------------------------------------------------------------
 
@@ -487,6 +499,8 @@ class LanguageModel:
         text: Int[np.ndarray, "1 N"] | None = None,
     ) -> State:
         """The state to read on from; where a directory has a part of the text, what it has."""
+        if state is not None:
+            self._check_own(state)
         dtype = self.params["embedding"].dtype
         begun = begin(self.config, dtype, self.mesh, rows=rows, config=memory, state=state)
         if state is None and memory.in_segments:
@@ -494,7 +508,8 @@ class LanguageModel:
 
             in_files = memory.directory is not None
             fingerprint = self._fingerprint if in_files else None
-            return memory_files.begin_segments(begun, fingerprint, text)
+            begun = memory_files.begin_segments(begun, fingerprint, text)
+        begun.reader = self
         return begun
 
     def _begin_reading(self, tokens, valid, memory: MemoryConfig, state: State | None, progress):

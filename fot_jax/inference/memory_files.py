@@ -32,7 +32,7 @@ from fot_jax.common import formats
 from fot_jax.common.atomic import new_directory
 from fot_jax.common.checksums import seal, unseal
 from fot_jax.common.errors import UserError
-from fot_jax.common.paths import in_bucket, kvstore, path_of
+from fot_jax.common.paths import in_bucket, kvstore, path_of, why_unavailable
 from fot_jax.common.trees import leaves_by_path
 from fot_jax.inference import forward, segment_files
 from fot_jax.inference.forward import Cache
@@ -226,6 +226,8 @@ def _load(path: epath.Path, c: ModelConfig, fingerprint, lookup, mesh) -> State:
         memory = memory._replace(appended=jnp.asarray(appended, jnp.int32, device=where))
         cache = _read_window(path, cache, content["arrays"], places)
     except ValueError as error:  # TensorStore's
+        if why := why_unavailable(error):
+            raise UserError(f"{path}: {why}") from error
         raise UserError(f"{path}: damaged ({_first_line(error)}): read the text again") from error
     stored, held = (np.asarray(content[name]) for name in ("stored", "held"))
     return State(

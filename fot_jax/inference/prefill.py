@@ -179,7 +179,7 @@ def remember(
         )
         state.places += length
         state.held += length
-        state.evict(length > 0)
+        state.evict(length > 0, apart=True)
         if progress is not None:
             progress(int(length.sum()))
 

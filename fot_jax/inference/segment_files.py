@@ -415,7 +415,7 @@ def create(directory: epath.PathLike, like: Memory, window: int, **content: Any)
     for place in (whole, path):
         names = [x.name for x in place.iterdir()] if place.is_dir() else []
         if place.exists() and not (place.is_dir() and all(re.fullmatch(ours, x) for x in names)):
-            what = "holds a memory already: go on from it with load_memory, or"
+            what = "holds a memory already: go on from it with --memory (load_memory), or"
             raise UserError(
                 f"{place}: {what if is_one(place) else 'something else is there:'} give a new name"
             )

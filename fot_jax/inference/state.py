@@ -58,6 +58,8 @@ class MemoryConfig:
 
     def __post_init__(self):
         check_range("MemoryConfig", 0, 2**30, whole=True, size=self.size)
+        if self.size is not None:  # of NumPy, say, which JSON does not know
+            object.__setattr__(self, "size", int(self.size))
         if self.storage not in (None, *memories.STORAGE):
             raise UserError(
                 f"MemoryConfig.storage = {self.storage!r}: choose one of "
@@ -142,6 +144,7 @@ class State:
       borrowed: whether another state has the same memory, which then must not be used up.
       segments: that come before `memory`, where it is kept in segments.
       closes: whether this state writes more of them.
+      reader: the LanguageModel.
     """
 
     model: ModelConfig
@@ -156,6 +159,7 @@ class State:
     borrowed: bool = False
     segments: Segments | None = None
     closes: bool = False
+    reader: Any = dataclasses.field(default=None, repr=False)
 
     @property
     def rows(self) -> int:
@@ -234,8 +238,12 @@ class State:
         self.places += rows
         self.held += rows
 
-    def evict(self, rows: Bool[np.ndarray, " B"]) -> None:
-        """Empties the windows of some rows; memory layers append them to their memory."""
+    def evict(self, rows: Bool[np.ndarray, " B"], apart: bool = False) -> None:
+        """Empties the windows of some rows; memory layers append them to their memory.
+
+        Args:
+          apart: whether they are no text together: as of forward.evict.
+        """
         if not rows.any():
             return
         moved = np.where(rows, self.held, 0)
@@ -257,6 +265,7 @@ class State:
             length=self.cache.length,
             memory=self.memory,
             rows=rows,
+            apart=apart,
         )
         self.cache = Cache(self.cache.layers, valid, length)
         self.places[rows] = self.held[rows] = 0
@@ -308,14 +317,12 @@ def begin(
       state: what was read before.
 
     Raises:
-      UserError: the state is of another model or number of rows, or has a memory of its own; or a
-        memory for a model without memory layers.
+      UserError: the state is of another number of rows, or has a memory of its own; or a memory
+        for a model without memory layers.
     """
     if state is not None:
         if state.rows != rows:
             raise UserError(f"{rows} documents for a state of {state.rows}: give as many")
-        if (state.model, state.mesh) != (c, mesh):
-            raise UserError("a state of another model, or on other devices: read the text again")
         if config != EVERYTHING:
             raise UserError(
                 "a state has a memory of its own, which cannot be changed: give a state or how "

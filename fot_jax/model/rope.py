@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from fot_jax.model.attention.partial_softmax import AnyArray
 from fot_jax.model.config import ModelConfig, RopeScaling
 
 
@@ -56,7 +57,15 @@ def positioned(c: ModelConfig, q: Float[Array, "R T H D"], k: Float[Array, "R T 
     what YaRN multiplies both with is therefore in the queries.
     """
     q, k = rotate(q, rope), rotate(k, rope)
-    return (q if c.rope_scaling is None else q * c.rope_scaling.score_factor), k
+    return (q if c.rope_scaling is None else times(q, c.rope_scaling.score_factor)), k
+
+
+def times(x: Float[AnyArray, ...], factor) -> Float[Array, ...]:
+    """An array times a factor of float32, computed in it, in the array's type.
+
+    In the type itself the factor would be rounded, and all of the array be wrong alike.
+    """
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def rotate(x: Float[Array, "R T H D"], rope) -> Float[Array, "R T H D"]:

@@ -31,7 +31,7 @@ from fot_jax.model.cached_context import Cached
 from fot_jax.model.config import ModelConfig
 from fot_jax.model.linear import adapted_linear, linear
 from fot_jax.model.parameters import init_kernel, init_layers, init_norm
-from fot_jax.model.rope import positioned, rope_table, rotate
+from fot_jax.model.rope import positioned, rope_table, rotate, times
 from fot_jax.model.trained import Trained
 
 
@@ -240,8 +240,7 @@ def scaled_for_memory(
     if not c.memory_scaling:
         return q
     factor = 1 + c.memory_scaling * jnp.log1p(jnp.asarray(tokens, jnp.float32) / c.local_context)
-    # In float32: the same few bits would be wrong in all queries.
-    return (q.astype(jnp.float32) * factor[:, None, None, None]).astype(q.dtype)
+    return times(q, factor[:, None, None, None])
 
 
 def memory_keys(c: ModelConfig, k: Float[Array, "R T K D"]) -> Float[Array, "R T K D"]:
@@ -265,9 +264,9 @@ def queries_keys_values(
     v = _kernel(params, "value", h, shardings).reshape(R, T, c.num_kv_heads, c.head_dim)
     if c.qk_norm:
         # scores = <q, k> / tau with 1 / tau = exp(log_scale): the exponential lets it move fast.
-        q = _unit(q) * jnp.exp(params["attention"]["log_scale"])[:, None].astype(x.dtype)
-        return q, _unit(k), v
-    return q * c.head_dim**-0.5, k, v
+        log_scale = params["attention"]["log_scale"].astype(jnp.float32)
+        return times(_unit(q), jnp.exp(log_scale)[:, None]), _unit(k), v
+    return times(q, c.head_dim**-0.5), k, v
 
 
 def add_outputs(

@@ -334,7 +334,7 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
         if self.log_scale is not None:
-            q = _unit(q) * self.log_scale.float().exp()[:, None, None].to(q.dtype)
+            q = (_unit(q).float() * self.log_scale.float().exp()[:, None, None]).to(q.dtype)
             k = _unit(k)
         plain = k
         memory = cache.memory if self.remembers else 0
@@ -531,6 +531,8 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
         visible = self._visible(attention_mask, cache, T)
         window = self.config.local_context
         last = last_context_length
+        if last is None and not self.config.mem_layers:  # what leaves the window is lost
+            last = window
         if last is None:
             last = min(window, self.config.last_context_length)
         if not 1 <= last <= window:
@@ -605,6 +607,8 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
                     "read and at least one token more, or what is new with attention_mask of all"
                 )
             inputs = {"input_ids": input_ids[:, -new:]}
+        if not self.config.mem_layers:  # room for what is written
+            inputs["last_context_length"] = -(-self.config.local_context // 2)
         for name in ("use_cache", "logits_to_keep", "last_context_length"):
             if name in kwargs:
                 inputs[name] = kwargs[name]

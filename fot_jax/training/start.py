@@ -15,9 +15,10 @@ from fot_jax.checkpoints.manager import Checkpointer
 from fot_jax.checkpoints.restore import model_config_of
 from fot_jax.common.atomic import write_file
 from fot_jax.common.errors import UserError
-from fot_jax.common.paths import absolute
+from fot_jax.common.paths import real_path
 from fot_jax.data.documents import DocumentSource
 from fot_jax.data.saved_vocabulary import load_vocabulary
+from fot_jax.hugging_face import config as configs
 from fot_jax.model import lora
 from fot_jax.model.config import ModelConfig
 from fot_jax.training.checks import check_function, check_part
@@ -111,6 +112,34 @@ def begin(
     return Start(state, History())
 
 
+def check_workdir(workdir: epath.Path) -> None:
+    """Checks that what a run saves there would be what is read from there.
+
+    Raises:
+      UserError: it is a Hugging Face directory.
+    """
+    if configs.is_directory(workdir):
+        raise UserError(
+            f"{workdir}: a Hugging Face directory, whose weights would be read in place of what is "
+            "trained: choose another workdir"
+        )
+
+
+def check_kept_files(workdir: epath.Path, initialize_from: str | None) -> None:
+    """Checks that a new run would not take the place of files that are of no run.
+
+    Raises:
+      UserError: they are where a run keeps those of the model that it begins with.
+    """
+    kept = workdir / loading.KEPT
+    of_a_run = (workdir / "config.gin").exists() or _is_within(initialize_from, kept)
+    if not of_a_run and kept.exists():
+        raise UserError(
+            f"{kept}: files are kept there of the model that a run begins with, and these are of "
+            "no run: move them, or choose another workdir"
+        )
+
+
 def write_settings(
     workdir: epath.Path,
     config_text: str,
@@ -118,21 +147,12 @@ def write_settings(
     initialize_from: str | None,
     resumed: bool,
 ) -> None:
-    """Writes the configuration, and at step 0 what else stays: the vocabulary, kept files.
-
-    Raises:
-      UserError: files are where a run keeps some, and are of no run.
-    """
+    """Writes the configuration, and at step 0 what else stays: the vocabulary, kept files."""
     if jax.process_index() != 0:
         return
     kept = workdir / loading.KEPT
-    if not resumed and kept.exists() and not _is_within(initialize_from, kept):
-        if not (workdir / "config.gin").exists():
-            raise UserError(
-                f"{kept}: files are kept there of the model that a run begins with, and these are "
-                "of no run: move them, or choose another workdir"
-            )
-        kept.rmtree()  # of a run that was killed at step 0
+    if not resumed and not _is_within(initialize_from, kept):
+        kept.rmtree(missing_ok=True)  # of a run that was killed at step 0
     write_file(workdir / "config.gin", config_text)
     if not resumed:
         if initialize_from is not None:
@@ -143,7 +163,7 @@ def write_settings(
 def _is_within(path: epath.PathLike | None, directory: epath.Path) -> bool:
     if path is None:
         return False
-    path, directory = (absolute(each).resolve() for each in (path, directory))
+    path, directory = map(real_path, (path, directory))
     return path == directory or directory in path.parents
 
 

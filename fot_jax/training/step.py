@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from fot_jax.model import cached_context, crossbatch, layout, schemes
 from fot_jax.model.cached_context import Cached
+from fot_jax.model.rope import times
 from fot_jax.model.transformer import Transformer
 from fot_jax.model.transformer import logits as logits_of
 from fot_jax.training.partitioning import shardings
@@ -139,7 +140,7 @@ def _over_chunks_forward(of_chunk, mesh, head, hidden, targets, weights):
 
 def _over_chunks_backward(of_chunk, mesh, gradients, cotangents):
     scale, _ = cotangents
-    d_head, d_hidden = jax.tree.map(lambda x: x * scale.astype(x.dtype), gradients)
+    d_head, d_hidden = jax.tree.map(lambda x: times(x, scale), gradients)
     return d_head, d_hidden, None, None
 
 

@@ -199,7 +199,7 @@ def _make(directory: str) -> list[str]:
 def _locked(workdir: str, path: str) -> int:
     """A descriptor of the file, which is locked and has its name still."""
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # less what the umask takes
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The one that held it may have removed it in between, and another made a new one.

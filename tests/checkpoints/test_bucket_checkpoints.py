@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import jax.numpy as jnp
 import llamas
 import numpy as np
 import pytest
@@ -104,6 +105,48 @@ def test_a_damaged_step_is_set_aside_there(trained, bucket, one_device, caplog):
     assert bucket.get("run/checkpoints/damaged-12/meta/metadata") == b"{}"
     assert locate(f"{bucket.url}/run")[1][-1] == 12
     runs.assert_same_parameters(f"{bucket.url}/run", trained.workdir)
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Requests that fail are repeated without a pause."""
+
+    async def sleep(seconds):
+        pass
+
+    monkeypatch.setattr("gcsfs.retry.asyncio.sleep", sleep)
+
+
+def test_a_save_in_an_outage_is_tried_again(bucket, cloud, at_once):
+    store, params = Checkpointer(f"{bucket.url}/checkpoints"), {"w": jnp.ones(3)}
+    store.save(1, params, {}, {}, {})
+    store.wait()
+    cloud.broken = True
+    store.save(2, params, {}, {}, {})
+    assert store.failed() and store.failures == 1
+    store.save(2, params, {}, {}, {})
+    assert not store.saved() and store.failures == 2
+    cloud.broken = False
+    store.save(2, params, {}, {}, {})
+    assert store.saved() and store.steps() == [1, 2]
+    store.close()
+
+
+def test_a_directory_that_cannot_take_anothers_place_is_not_lost(bucket, cloud):
+    with new_directory(f"{bucket.url}/memory", "mark") as half:
+        (half / "mark").write_text("old")
+
+    def renames(method, path):
+        if "/rewriteTo/" in path or "/copyTo/" in path or "/moveTo/" in path:
+            cloud.forbidden.add("storage.objects.create")
+
+    cloud.before = renames
+    with pytest.raises(UserError, match="what is not there yet is in gs://.*half-written") as error:
+        with new_directory(f"{bucket.url}/memory", "mark") as half:
+            (half / "mark").write_text("new")
+            (half / "x").write_text("x")
+    there = {name.rsplit("/", 1)[1]: content for name, content in bucket.files().items()}
+    assert there == {"mark": b"new", "x": b"x"} and str(half) in str(error.value)
 
 
 # --- Hugging Face directories --------------------------------------------------------------------

@@ -93,6 +93,18 @@ def test_a_cache_that_is_not_finished_is_none(tmp_path):
     assert "cannot be written" in message_of(lambda: tasks.cache(source, tmp_path / "file"))
 
 
+def test_files_of_users_without_a_name(tmp_path, monkeypatch):
+    """As in containers, and over NFS."""
+
+    def nobody(number):
+        raise KeyError(f"uid not found: {number}")
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    source = text_over(write_corpus(tmp_path / "text", 1, train=texts_of(3)))
+    assert source.settings() and len(take(source, 3)) == 3
+    assert len(take(cached(source, tmp_path / "cache"), 3)) == 3
+
+
 def test_all_is_looked_at_before_the_first_is_tokenized(tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "write_split", None)
     good = write_corpus(tmp_path / "good", 1, train=texts_of(3))

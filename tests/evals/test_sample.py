@@ -1,5 +1,7 @@
 """A sample: the prompt that is read, and what the model writes after it."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from readers import OfBytes
@@ -73,10 +75,10 @@ def test_a_model_without_memory_keeps_the_prompt_in_its_window():
         class config(Recorder.config):  # noqa: N801
             memory_layers = ()
 
-    lm = Plain()
-    Sample(split="test").run(lm, Text(b"abc"))
-    assert lm.called[2]["last_context_length"] is None
-    assert lm.called[2]["memory"] == MemoryConfig(0)
+    for lm, each in ((Plain(), Sample(new_tokens=5)), (Recorder(), Sample(memory=0, new_tokens=5))):
+        dataclasses.replace(each, split="test").run(lm, Text(b"abc"))
+        assert lm.called[2]["last_context_length"] == 16 - 5
+        assert lm.called[2]["memory"] == MemoryConfig(0)
 
 
 def test_an_empty_split_is_refused():

@@ -210,10 +210,13 @@ def test_what_is_added_to_it(tmp_path):
 
 def test_an_end_that_the_file_calls_an_ordinary_text(tmp_path):
     """As chat models made from others have it: llama.cpp ends a text there all the same."""
-    add = pieces(piece_model(True), ("<|im_end|>", "<tool>"))
+    names = ("<|im_end|>", "<tool>", "<reponame>", "<|file_sep|>")  # the last two by their roles
+    add = pieces(piece_model(True), names)
     ours = tokenizer.vocabulary_of(written(tmp_path / "a.gguf", add))
-    assert ours.ends == (2, 900)
+    assert ours.ends == (2, 900, 902, 903)
     assert ours.decode([900]) == "" and ours.decode([901]) == "<tool>"
+    add = pieces(piece_model(True), names, fim_rep_token_id=901)
+    assert tokenizer.vocabulary_of(written(tmp_path / "b.gguf", add)).ends == (2, 901, 900, 903)
 
 
 # --- Whole files ---------------------------------------------------------------------------------

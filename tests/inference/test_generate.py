@@ -86,7 +86,8 @@ def cli_lookup(k):
 def test_a_prompt_from_a_file_and_a_memory_kept(workdir, capsys, tmp_path):
     """Read once, asked twice: as if the question stood in the text."""
     book, question = tmp_path / "book.txt", "train 5"
-    book.write_text("train 5 wäre " * 30)
+    text = ("train 5 wäre " * 30).encode()
+    book.write_bytes("\ufeff".encode() + text)  # as some editors save it
     kept = tmp_path / "book.memory"
     out = generate(
         *(capsys, workdir, "--prompt_file", book, "--save_memory", kept, "--max_new_tokens", 0)
@@ -100,7 +101,7 @@ def test_a_prompt_from_a_file_and_a_memory_kept(workdir, capsys, tmp_path):
     )
     assert first == second and runs.files(kept) == before
     lm = LanguageModel.load(workdir)
-    state = lm.read([Bytes.bos, *book.read_bytes()])
+    state = lm.read([Bytes.bos, *text])
     new = lm.generate(list(question.encode()), 30, temperature=0, stop=[257], state=state)
     assert first == "".join(as_text(Bytes(), new)) + "\n"
     more = tmp_path / "more.memory"
@@ -108,7 +109,7 @@ def test_a_prompt_from_a_file_and_a_memory_kept(workdir, capsys, tmp_path):
         *(capsys, workdir, "--memory", kept, "--prompt", question, "--save_memory", more),
         *("--max_new_tokens", 3),
     )
-    state = lm.read([Bytes.bos, *book.read_bytes()])
+    state = lm.read([Bytes.bos, *text])
     state = lm.read(list(question.encode()), state=state)
     loaded = lm.load_memory(more)
     assert loaded.places.tolist() == state.places.tolist()
@@ -270,7 +271,11 @@ def test_bad_input_is_one_line(workdir, capsys, tmp_path, monkeypatch):
         (("--prompt", "a", "--top_p", 2), "generate.top_p = 2.0: give a number from 0 to 1"),
         (("--prompt", "a", "--temperature", "nan"), "generate.temperature = nan: give 0 or more"),
         (("--prompt", "a", "--seed", -1), "generate.seed = -1: give a number from 0"),
-        (("--prompt", "a", "--max_new_tokens", -1), "generate.max_new_tokens = -1: give 0 or more"),
+        (("--prompt", "a", "--max_new_tokens", -1), "generate.max_new_tokens = -1: give a numbe"),
+        (
+            ("--prompt", "a", "--max_new_tokens", 2**63),
+            f"generate.max_new_tokens = {2**63}: give a",
+        ),
         (("--prompt", "a", "--last_context_length", 17), "last_context_length = 17: give a whole"),
         (("--prompt", "a", "--devices", 99), "devices = 99, but this machine has 8"),
         (("--prompt", "a", "--devices", 0), "LanguageModel.devices = 0: give 1 or more"),

@@ -382,5 +382,5 @@ def test_bad_numbers():
     ):
         with pytest.raises(UserError, match=message):
             lm.generate([1], 1, **options)
-    with pytest.raises(UserError, match="generate.max_new_tokens = -1: give 0 or more"):
+    with pytest.raises(UserError, match="generate.max_new_tokens = -1: give a number from 0"):
         lm.generate([1], -1)

@@ -318,6 +318,9 @@ def test_a_short_window_stands_right_before_the_next():
     state = lm.read(text, last_context_length=20)
     lm.read(text, state=state, last_context_length=C)
     assert state.memory.visible.tolist() == [40, 40]
+    for rows in (1, 2, 3):  # but those that are no text together stay, however many at a time
+        state = lm.remember(text[:1, :C].reshape(4, -1), rows=rows, memory=shared)
+        assert state.memory.visible.tolist() == [C]
 
 
 # --- Numbers and devices -------------------------------------------------------------------------
@@ -426,6 +429,7 @@ def test_bad_memory():
         MemoryConfig(storage="int2")
     with pytest.raises(UserError, match="MemoryConfig.size = -1: give a number from 0"):
         MemoryConfig(-1)
+    assert type(MemoryConfig(np.int64(32)).size) is int  # which memory.json has to hold
     for size in (1.5, 1e6, float("inf")):
         with pytest.raises(UserError, match="MemoryConfig.size = .*: give a whole number"):
             MemoryConfig(size)
@@ -450,5 +454,20 @@ def test_bad_memory():
             another.read(text, state=lm.read(text))
         with pytest.raises(UserError, match="a state of another model, or on other devices: read"):
             another.remember(text[:, :5], state=lm.remember(text[:, :C]))
+    params = jax.tree.map(lambda x: x + 1, lm.params)
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:2]), ("memory",))
+    on_two = dataclasses.replace(
+        lm,
+        mesh=mesh,
+        params=jax.device_put(lm.params, jax.NamedSharding(mesh, jax.sharding.PartitionSpec())),
+    )
+    for another in (dataclasses.replace(lm, params=params), on_two):  # of the same configuration
+        state = another.read(text[:, :C])
+        with pytest.raises(UserError, match="a state of another model, or on other devices"):
+            lm.read(text, state=state)
+        with pytest.raises(UserError, match="a state of another model, or on other devices"):
+            lm.save_memory(state, "x")
+    same = dataclasses.replace(lm, params=jax.tree.map(jnp.copy, lm.params))
+    lm.read(text, state=same.read(text[:, :C]))
     with pytest.raises(UserError, match="2 documents for a state of 1: give as many"):
         lm.read(random_text(2, 5), state=lm.read(text))

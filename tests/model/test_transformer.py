@@ -17,6 +17,7 @@ from tiny import (
     random_params,
     random_tokens,
     shapes_of,
+    tiny,
 )
 
 from fot_jax.common.errors import UserError
@@ -25,7 +26,7 @@ from fot_jax.inference.language_model import LanguageModel
 from fot_jax.model import crossbatch
 from fot_jax.model.config import ModelConfig, RopeScaling
 from fot_jax.model.schemes import NoCrossbatch, Packed, PackedTable, PreviousContext
-from fot_jax.model.transformer import Transformer
+from fot_jax.model.transformer import Transformer, queries_keys_values
 
 FAMILIES = pytest.mark.parametrize("family", [LLAMA, PAPER], ids=["llama", "paper"])
 
@@ -410,6 +411,24 @@ def test_bfloat16_is_close_and_parameters_stay_float32(family):
     assert {x.dtype for x in jax.tree.leaves((shapes, grads))} == {np.dtype(np.float32)}
     for got, want in zip(jax.tree.leaves(grads), jax.tree.leaves(wanted), strict=True):
         assert np.linalg.norm(got - want) < 0.1 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_factors_of_all_queries_are_not_rounded_to_bfloat16(qk_norm):
+    """1 / sqrt(100), temperatures: all scores would be wrong alike, where others' errors cancel."""
+    config = tiny(head_dim=100, qk_norm=qk_norm)
+    rng = np.random.default_rng(0)
+    layer = jax.tree.map(lambda x: jnp.bfloat16(x[0]), random_params(config)["layers"])
+    if qk_norm:
+        temperatures = jnp.log(jnp.linspace(3.1, 5.3, config.num_heads))
+        layer["attention"]["log_scale"] = temperatures.astype(jnp.float32)
+    x = jnp.bfloat16(rng.normal(size=(8, 64, config.hidden_size)))
+    got, want = (
+        np.float64(queries_keys_values(config, layer, x.astype(dtype))[0])
+        for dtype in (jnp.bfloat16, jnp.float32)
+    )
+    of_heads = (got * want).sum((0, 1, 3)) / (want * want).sum((0, 1, 3))
+    np.testing.assert_allclose(of_heads, 1, atol=4e-4)
 
 
 # --- Bad input -----------------------------------------------------------------------------------

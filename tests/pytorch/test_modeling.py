@@ -76,22 +76,24 @@ def converted(tmp_path_factory):
 
     @functools.cache
     def of(name):
-        directory = tmp_path_factory.mktemp("converted")
-        values = leaves_by_path(random_params(config_of(name)))
-        arrays = {
-            path: stream.StreamedArray(
-                shape=x.shape,
-                dtype=x.dtype,
-                sliced=path.startswith("layers/"),
-                read=lambda i, x=x: x if i is None else x[i],
-            )
-            for path, x in values.items()
-        }
-        stream.save(directory / "run", config_of(name), arrays)
-        convert.to_hugging_face(directory / "run", directory / "out")
-        return directory / "out"
+        return convert_to(tmp_path_factory.mktemp("converted"), config_of(name))
 
     return of
+
+
+def convert_to(directory, config):
+    arrays = {
+        path: stream.StreamedArray(
+            shape=x.shape,
+            dtype=x.dtype,
+            sliced=path.startswith("layers/"),
+            read=lambda i, x=x: x if i is None else x[i],
+        )
+        for path, x in leaves_by_path(random_params(config)).items()
+    }
+    stream.save(directory / "run", config, arrays)
+    convert.to_hugging_face(directory / "run", directory / "out")
+    return directory / "out"
 
 
 @pytest.fixture(scope="module")
@@ -307,6 +309,15 @@ def test_sampling_streaming_and_beams(load):
         return scores.gather(-1, tokens[:, 70:, None]).sum().item()
 
     assert best.shape == (1, 110) and likelihood(best) >= likelihood(greedy)
+
+
+def test_a_model_without_memory_reads_a_whole_window(tmp_path):
+    """Of more than the 1,024 tokens that are left of a text where there is a memory."""
+    config = dataclasses.replace(PAPER, memory_layers=(), local_context=1_200)
+    lm = LanguageModel.of(Transformer(config), random_params(config))
+    model = FotForCausalLM.from_pretrained(convert_to(tmp_path, config))
+    text = random_text(1, 1_150)
+    np.testing.assert_allclose(logits(model, text), lm.logits(text), atol=1e-4)
 
 
 def test_few_logits_are_kept(load):

@@ -121,6 +121,16 @@ def test_files_of_the_repository_come_with_what_they_include(copy, monkeypatch):
         packed(monkeypatch, copy, copy / "mine" / "a.gin")
 
 
+def test_an_include_that_may_be_another_there_is_refused(copy, tmp_path, monkeypatch):
+    """From where the experiment is, its own part is read; on the pod that of the repository."""
+    part = tmp_path / "mine" / "experiments" / "quickstart.gin"
+    part.parent.mkdir(parents=True)
+    part.write_text("X = 1\n")
+    (tmp_path / "mine" / "a.gin").write_text("include 'experiments/quickstart.gin'\n")
+    with pytest.raises(UserError, match="include 'experiments/quickstart.gin' may be .* or .*mine"):
+        packed(monkeypatch, copy, tmp_path / "mine" / "a.gin")
+
+
 def test_names_that_clash_are_refused(copy, tmp_path, monkeypatch):
     (tmp_path / "quickstart.gin").write_text("X = 1\n")
     with pytest.raises(UserError, match="another experiments/quickstart.gin in the repository"):

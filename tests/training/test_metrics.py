@@ -317,3 +317,43 @@ def test_an_answer_that_is_lost_doubles_nothing(bucket, cloud):
     file.write(b"three")
     file.close()
     assert lost and bucket.files() == {"run/file": b"onetwothree"}
+
+
+def test_a_removal_whose_answer_is_lost_doubles_nothing(bucket, cloud):
+    file = bucket_files.AppendableFile(f"{bucket.url}/run/file")
+    file.write(b"one")
+    file.send()
+
+    def lose(method, path):
+        if method == "DELETE" or path.startswith("/batch/"):
+            cloud.before = None
+            bucket.remove("run/appending")
+
+    cloud.before = lose
+    for content in (b"two", b"three", b"four"):
+        file.write(content)
+        file.send()
+    file.close()
+    assert cloud.before is None and bucket.files() == {"run/file": b"onetwothreefour"}
+
+
+def test_an_outage_after_appending_doubles_nothing(bucket, cloud, monkeypatch):
+    async def at_once(seconds):
+        pass
+
+    monkeypatch.setattr("gcsfs.retry.asyncio.sleep", at_once)
+    file = bucket_files.AppendableFile(f"{bucket.url}/run/file")
+    file.write(b"one")
+    file.send()
+
+    def appended(method, path):
+        cloud.broken = "two" in str(bucket.get("run/file"))
+
+    cloud.before = appended
+    file.write(b"two")
+    with pytest.raises(OSError):
+        file.send()
+    cloud.before, cloud.broken = None, False
+    file.write(b"three")
+    file.close()
+    assert bucket.get("run/file") == b"onetwothree"
