@@ -119,15 +119,16 @@ def at_once(monkeypatch):
 
 def test_a_save_in_an_outage_is_tried_again(bucket, cloud, at_once):
     store, params = Checkpointer(f"{bucket.url}/checkpoints"), {"w": jnp.ones(3)}
-    store.save(1, params, {}, {}, {})
+    data = {0: {"place": np.array(7)}}
+    store.save(1, params, {}, data, {})
     store.wait()
     cloud.broken = True
-    store.save(2, params, {}, {}, {})
+    store.save(2, params, {}, data, {})
     assert store.failed() and store.failures == 1
-    store.save(2, params, {}, {}, {})
+    store.save(2, params, {}, data, {})
     assert not store.saved() and store.failures == 2
     cloud.broken = False
-    store.save(2, params, {}, {}, {})
+    store.save(2, params, {}, data, {})
     assert store.saved() and store.steps() == [1, 2]
     store.close()
 

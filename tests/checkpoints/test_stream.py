@@ -67,6 +67,21 @@ def saved(directory, values):
     store.close()
 
 
+def test_no_run_goes_on_from_what_is_converted(tmp_path):
+    """It has no state of an optimizer; its parameters are for another run to begin with."""
+    values = parameters()
+    stream.save(tmp_path / "run", CONFIG, streams(values))
+    params = tree_of_leaves(
+        {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in values.items()}
+    )
+    with pytest.raises(UserError) as error:
+        Checkpointer(tmp_path / "run" / "checkpoints").restore_latest(params, {"mu": params})
+    assert str(error.value) == (
+        f"{tmp_path}/run: a converted model, no run: set train.initialize_from = '{tmp_path}/run', "
+        "and choose another workdir"
+    )
+
+
 @pytest.mark.parametrize("how", ["streamed", "saved"])
 def test_slices_are_read_back(tmp_path, how):
     values = parameters()

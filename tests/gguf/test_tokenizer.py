@@ -171,7 +171,7 @@ def pieces(model, user_defined=(), **settings):
         writer.add_token_types(types + [TokenType.USER_DEFINED] * len(user_defined))
         writer.add_add_space_prefix(proto.normalizer_spec.add_dummy_prefix)
         for name, value in settings.items():
-            getattr(writer, f"add_{name}")(value)
+            getattr(writer, f"add_{name}")(*value if isinstance(value, tuple) else (value,))
 
     return add
 
@@ -215,7 +215,7 @@ def test_an_end_that_the_file_calls_an_ordinary_text(tmp_path):
     ours = tokenizer.vocabulary_of(written(tmp_path / "a.gguf", add))
     assert ours.ends == (2, 900, 902, 903)
     assert ours.decode([900]) == "" and ours.decode([901]) == "<tool>"
-    add = pieces(piece_model(True), names, fim_rep_token_id=901)
+    add = pieces(piece_model(True), names, uint32=("tokenizer.ggml.fim_rep_token_id", 901))
     assert tokenizer.vocabulary_of(written(tmp_path / "b.gguf", add)).ends == (2, 901, 900, 903)
 
 
