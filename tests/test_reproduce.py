@@ -410,3 +410,11 @@ def test_numbers_of_the_page_are_those_of_its_files(domain):
         ("as it is", alone),
         ("without scaling", perplexities(f"real_model_unscaled_{name}", "FoT")),
     ]
+
+
+def test_answers_on_the_page_are_those_of_their_file():
+    page = (REPRODUCE / "README.md").read_text().replace("*", "")
+    content = json.loads((REPRODUCE / "results" / "real_model_long_fot.json").read_text())
+    for name, task in (("trec", "TREC"), ("webqs", "WebQS")):
+        cells = (f"{100 * x['accuracy']:.1f} ± {100 * x['interval']:.1f} %" for x in content[name])
+        assert f"| {task} | {' | '.join(cells)} |" in page
