@@ -61,7 +61,8 @@ class Checkpointer:
         self._removal = _Removal()
         self._saving: int | None = None  # the step that is being written
         self._waiting = threading.Thread()  # until it is written, or has failed
-        self._raised: OSError | None = None  # where its bucket did not answer from the start
+        self._raised: Exception | None = None  # where its bucket did not answer from the start
+        self._stale = False  # whether Orbax may know steps that are not there
         self._seconds = 0  # that writing may take
         self.failures = 0  # saves in a row that failed
         self._error: Exception = UserError(f"{self.directory}: another process cannot write here")
@@ -151,6 +152,8 @@ class Checkpointer:
         if not all_agree(self.failures < MAX_FAILURES):
             raise self._error
         self._set_damaged_aside()
+        if self._stale:
+            self._forget()
         if step in self._manager.all_steps():
             return
         lane_groups = items.SaveData.of(data)
@@ -170,8 +173,9 @@ class Checkpointer:
         try:
             with self._disk_errors():
                 self._manager.save(step, args=ocp.args.Composite(**args), force=True)
-        except OSError as error:
-            if not in_bucket(self.directory):
+        except (OSError, UserError) as error:
+            # Of several processes the first one alone asks the bucket before it goes on.
+            if not in_bucket(self.directory) or jax.process_count() > 1:
                 raise
             self._raised = error  # as if in the background: it is tried again
         # Orbax's is_saving_in_progress() stays True where one of several processes has failed.
@@ -310,8 +314,12 @@ class Checkpointer:
 
     def _forget(self) -> None:
         """The steps that Orbax knows are those that are there, and not the one that failed."""
-        with contextlib.suppress(OSError):  # of a bucket that does not answer, as it may be here
+        self._stale = True
+        alone = jax.process_count() == 1
+        # A bucket may not answer now; it is asked again before the next save.
+        with contextlib.suppress(*[OSError] * alone), google_errors(self.directory):
             self._manager.reload()
+            self._stale = False
 
     def _no_space(self, what: str) -> str:
         return (

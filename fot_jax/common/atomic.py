@@ -106,7 +106,7 @@ def new_directory(directory: epath.PathLike, mark: str) -> Iterator[epath.Path]:
         directory = _led_to(directory)
     half = directory.parent / f"{directory.name}.half-written-{os.getpid()}-{uuid.uuid4().hex}"
     _half_written.add(half)
-    only_copy = False
+    only_copy = begun = False  # of what is written; whether it takes the other's place
     try:
         half.mkdir(parents=True)
         yield half
@@ -114,6 +114,7 @@ def new_directory(directory: epath.PathLike, mark: str) -> Iterator[epath.Path]:
             only_copy = True
             _half_written.discard(half)
             (directory / mark).unlink(missing_ok=True)
+            begun = True
             directory.rmtree(missing_ok=True)
             _rename_in_bucket(half, directory, mark)
             return
@@ -133,7 +134,9 @@ def new_directory(directory: epath.PathLike, mark: str) -> Iterator[epath.Path]:
                 half.rmtree(missing_ok=True)
         if isinstance(error, OSError):
             why = error.strerror or error  # NumPy's has no number
-            rest = f": what is not there yet is in {half}: move it there" if only_copy else ""
+            rest = f": what is not there yet is in {half}: move it there" if begun else ""
+            if only_copy and not begun:
+                rest = f": an older one is as it was; the new one is whole in {half}"
             raise UserError(f"{directory}: cannot be written: {why}{rest}") from error
         raise
     finally:

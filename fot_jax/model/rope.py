@@ -60,7 +60,7 @@ def positioned(c: ModelConfig, q: Float[Array, "R T H D"], k: Float[Array, "R T 
     return (q if c.rope_scaling is None else times(q, c.rope_scaling.score_factor)), k
 
 
-def times(x: Float[AnyArray, ...], factor) -> Float[Array, ...]:
+def times(x: Float[AnyArray, " ..."], factor) -> Float[Array, " ..."]:
     """An array times a factor of float32, computed in it, in the array's type.
 
     In the type itself the factor would be rounded, and all of the array be wrong alike.

@@ -511,7 +511,7 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
           past_key_values: a FotCache, which changes.
           labels: [B, T], -100 where there is none, for the loss.
           last_context_length: tokens that stay in the window at the end, at most the local
-            window; None: as in the configuration.
+            window; None: as in the configuration, or all that fit of a model without memory.
           logits_to_keep: logits of the last so many tokens are wanted; 0: of all.
         """
         if self.training:
@@ -562,6 +562,20 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
         out = CausalLMOutputWithPast(loss, logits, cache if use_cache else None)
         return out.to_tuple() if return_dict is False else out
 
+    def generate(self, inputs=None, generation_config=None, **kwargs):
+        """As of transformers. Of a model without memory the window has room for what is written."""
+        if not self.config.mem_layers and kwargs.get("last_context_length") is None:
+            window, how = self.config.local_context, generation_config or self.generation_config
+            given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+            prompt = next((x.shape[1] for x in given if x is not None), 1)
+            new, longest = (
+                kwargs.get(name, getattr(how, name)) for name in ("max_new_tokens", "max_length")
+            )
+            if new is None:
+                new = window if longest is None else longest - prompt
+            kwargs["last_context_length"] = max(1, window - min(max(new, 0), window // 2))
+        return super().generate(inputs, generation_config=generation_config, **kwargs)
+
     def _cache(self, cache):
         if cache is None:
             return FotCache(self.config)
@@ -607,8 +621,6 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
                     "read and at least one token more, or what is new with attention_mask of all"
                 )
             inputs = {"input_ids": input_ids[:, -new:]}
-        if not self.config.mem_layers:  # room for what is written
-            inputs["last_context_length"] = -(-self.config.local_context // 2)
         for name in ("use_cache", "logits_to_keep", "last_context_length"):
             if name in kwargs:
                 inputs[name] = kwargs[name]

@@ -119,9 +119,11 @@ def check_workdir(workdir: epath.Path) -> None:
       UserError: it is a Hugging Face directory.
     """
     if configs.is_directory(workdir):
+        begun = (workdir / "checkpoints").exists()
+        remedy = "move config.json and the weights beside it" if begun else "choose another workdir"
         raise UserError(
             f"{workdir}: a Hugging Face directory, whose weights would be read in place of what is "
-            "trained: choose another workdir"
+            f"trained: {remedy}"
         )
 
 

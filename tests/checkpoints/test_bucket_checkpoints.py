@@ -117,17 +117,18 @@ def at_once(monkeypatch):
     monkeypatch.setattr("gcsfs.retry.asyncio.sleep", sleep)
 
 
-def test_a_save_in_an_outage_is_tried_again(bucket, cloud, at_once):
+@pytest.mark.parametrize("outage", ["broken", "anonymous"])
+def test_a_save_in_an_outage_is_tried_again(bucket, cloud, at_once, outage):
     store, params = Checkpointer(f"{bucket.url}/checkpoints"), {"w": jnp.ones(3)}
     data = {0: {"place": np.array(7)}}
     store.save(1, params, {}, data, {})
     store.wait()
-    cloud.broken = True
+    setattr(cloud, outage, True)
     store.save(2, params, {}, data, {})
     assert store.failed() and store.failures == 1
     store.save(2, params, {}, data, {})
     assert not store.saved() and store.failures == 2
-    cloud.broken = False
+    setattr(cloud, outage, False)
     store.save(2, params, {}, data, {})
     assert store.saved() and store.steps() == [1, 2]
     store.close()

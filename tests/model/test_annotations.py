@@ -21,6 +21,7 @@ CALLS = [
     lambda: parameters.init_norm(None, LLAMA, [1]),
     lambda: partial_softmax.no_parts(X.tolist()),
     lambda: rope.rotate(X[:, :, 0], rope.rope_table(LLAMA, 4)),
+    lambda: rope.times(SEGMENTS, 0.5),
     lambda: transformer.memory_keys(LLAMA, X[0]),
 ]
 

@@ -318,6 +318,11 @@ def test_a_model_without_memory_reads_a_whole_window(tmp_path):
     model = FotForCausalLM.from_pretrained(convert_to(tmp_path, config))
     text = random_text(1, 1_150)
     np.testing.assert_allclose(logits(model, text), lm.logits(text), atol=1e-4)
+    for length, new in ((620, 9), (1_195, 5), (1_199, 20)):  # has room, just so, not
+        text = random_text(1, length, seed=new)
+        how = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": V}
+        got = model.generate(torch.tensor(text), attention_mask=torch.ones(1, length), **how)
+        assert got[0, length:].tolist() == lm.generate(text[0], new, temperature=0)
 
 
 def test_few_logits_are_kept(load):
