@@ -113,8 +113,9 @@ def fot(command: Sequence[str]) -> int:
         if process is not None:
             process.send_signal(signum if signum == signal.SIGINT else signal.SIGTERM)
 
-    stops = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
-    stops = [each for each in stops if signal.getsignal(each) is not signal.SIG_IGN]  # as of nohup
+    stops = [signal.SIGINT, signal.SIGTERM, signal.SIGQUIT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        stops.append(signal.SIGHUP)
     before = {each: signal.signal(each, pass_on) for each in stops}
     try:
         # In a session of its own: a ^C reaches this program alone, and `fot` once.
