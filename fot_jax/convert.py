@@ -140,9 +140,9 @@ def to_hugging_face(
             # Less or more than factor x original: a promise of its own, that positions ignore.
             longest = "max_position_embeddings"
             values[longest] = configs.Fields(kept).number(longest, values[longest])
-        if base is not None and c.memory_layers:  # what `--k` is here, of PyTorch's own
-            of_torch = configs.Fields(kept).values
-            values |= {name: of_torch[name] for name in ("mem_topk",) if name in of_torch}
+        k = None if base is None else configs.Fields(kept).values.get("mem_topk")
+        if k is not None and c.memory_layers:  # of PyTorch alone; here `--k`
+            values["mem_topk"] = k
         (half / configs.CONFIG).write_text(_json_text(values))
         tensors.write(
             half, c, dtype_of, functools.partial(_read_as_written, content, dtype_of), progress
