@@ -14,6 +14,7 @@ from fot_jax.common.errors import UserError
 from fot_jax.data.documents import Document
 from fot_jax.data.vocabulary import Bytes
 from fot_jax.evals.index_recall import IndexRecall
+from fot_jax.inference import forward
 from fot_jax.model import clusters
 from fot_jax.training import partitioning
 from fot_jax.training.partitioning import MeshShape
@@ -102,6 +103,13 @@ def test_keys_that_are_stored_in_few_bits_are_found_as_they_are_read():
     lm = untrained(CONFIG, Bytes(), dtype="bfloat16")
     each = IndexRecall(**(GIVEN | {"visited": (0.999,)}), storage="int8")
     assert [row["recall"] for row in each.run(lm, Documents())] == [1, 1, 1, 1]
+
+
+def test_evaluations_of_a_run_compile_once():
+    lm, each = lm_of(), IndexRecall(**GIVEN)
+    first = each.run(lm, Documents())
+    compiled = forward.run._cache_size()
+    assert each.run(lm, Documents()) == first and forward.run._cache_size() == compiled
 
 
 def test_queries_are_of_tokens_that_count():
