@@ -46,6 +46,10 @@ def permission_of(method: str, path: str, body: bytes) -> str | None:
     return f"storage.objects.{of.get(method, 'create')}"
 
 
+class Outage(Exception):
+    """The request is to fail as all do in an outage."""
+
+
 class _Gate(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize, disable_nagle_algorithm = -1, True  # an answer is one packet
@@ -57,14 +61,15 @@ class _Gate(http.server.BaseHTTPRequestHandler):
         asked = unquote(self.path)
         if "/upload/" in asked and (name := re.search(rb'"name": ?"([^"]+)"', body[:2000])):
             asked += f"&name={name[1].decode()}"
-        if cloud.before is not None:
-            cloud.before(self.command, asked)
+        try:
+            if (before := cloud.before) is not None:
+                before(self.command, asked)
+        except Outage:
+            return self._refuse(503, "We encountered an internal error. Please try again.")
         if cloud.anonymous:
             return self._refuse(401, f"Anonymous caller does not have {permission} access.")
         if permission in cloud.forbidden:
             return self._refuse(403, f"robot@cloud does not have {permission} access.")
-        if cloud.broken:
-            return self._refuse(503, "We encountered an internal error. Please try again.")
         if re.search(r"/compose\?.*ifGenerationMatch=", self.path) and not self._matches():
             return self._refuse(412, "At least one of the pre-conditions did not hold.")
         path, kind = self.path, self.headers.get("Content-Type") or "application/octet-stream"
@@ -146,15 +151,14 @@ class Cloud:
       environment: for processes that shall find them.
       forbidden: permissions, "storage.objects.list" say, that nobody has.
       anonymous: whether nobody is logged in.
-      broken: whether all requests fail as they do in an outage.
       before: called with the method and path of each request, before it is answered; an upload's
-        path has the name of the object in it.
+        path has the name of the object in it. It may raise Outage.
       requests: (method, path, bytes sent, bytes received), of those that went through.
     """
 
     def __init__(self):
         self.forbidden: set[str] = set()
-        self.anonymous = self.broken = False
+        self.anonymous = False
         self.before = None
         self.requests: list[tuple[str, str, int, int]] = []
         self.server_port = free_port()

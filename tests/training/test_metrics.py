@@ -9,6 +9,7 @@ import time
 import types
 from contextlib import closing
 
+import buckets
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -347,13 +348,14 @@ def test_an_outage_after_appending_doubles_nothing(bucket, cloud, monkeypatch):
     file.send()
 
     def appended(method, path):
-        cloud.broken = "two" in str(bucket.get("run/file"))
+        if b"two" in bucket.get("run/file"):
+            raise buckets.Outage
 
     cloud.before = appended
     file.write(b"two")
     with pytest.raises(OSError):
         file.send()
-    cloud.before, cloud.broken = None, False
+    cloud.before = None
     file.write(b"three")
     file.close()
     assert bucket.get("run/file") == b"onetwothree"
