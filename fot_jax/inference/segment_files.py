@@ -44,7 +44,9 @@ as all of them have: none is merged, and no older one removed, before all have c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import os
@@ -75,6 +77,10 @@ DESCRIPTION = "segments.json"
 OF_SEGMENT = "segment.json"
 OPEN = "open"
 _AGAIN = "remove the memory, or give a new name, and read the text again"
+_ONE_ADDS = (
+    "written by another process or state: only one adds to a memory; load it anew, or ask several "
+    "things of copies of a state"
+)
 TOKENS = 2**16  # of a segment that was not merged
 MERGED = 4  # segments of a size into one
 CHUNK = 2**16  # vectors of a merged segment that are written at a time
@@ -171,15 +177,36 @@ class Segments:
         number = self.closed[-1].stop if self.closed else 0
         ours = len(range(self.process, tokens, self.processes))
         layers = self._clustered(memory.layers, ours)
-        if self.directory is not None:
-            self._clear()
-        before = self._compact()  # a kill may have left what was to be merged
-        segment = before._written(number, 1, (ours, tokens), before.crc32, layers)
-        of_all_processes(True)
-        segments = dataclasses.replace(before._with(segment), torn=())._compact()
-        if self.directory is not None:
-            (self.directory / OPEN).rmtree(missing_ok=True)
+        with self._locked():
+            if self.directory is not None:
+                self._clear()
+            before = self._compact()  # a kill may have left what was to be merged
+            segment = before._written(number, 1, (ours, tokens), before.crc32, layers)
+            of_all_processes(True)
+            segments = dataclasses.replace(before._with(segment), torn=())._compact()
+            if self.directory is not None:
+                (self.directory / OPEN).rmtree(missing_ok=True)
         return segments
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Nobody else adds a segment meanwhile, nor takes what is half written for a kill's.
+
+        Raises:
+          UserError: somebody does.
+        """
+        if self.directory is None:
+            yield
+            return
+        with open(self.directory / DESCRIPTION, "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                # Not waited for: several processes would wait for each other, each with one lock.
+                raise UserError(f"{self.directory}: {_ONE_ADDS}") from error
+            except OSError:  # a file system without locks: what others have closed is seen still
+                pass
+            yield
 
     def check_alone(self) -> None:
         """Checks that nobody else has added a segment.
@@ -190,10 +217,7 @@ class Segments:
         stop = self.closed[-1].stop if self.closed else 0
         for name, (first, count) in _names(self.directory).items():
             if first + count > stop and name not in self.torn:
-                raise UserError(
-                    f"{self.directory / name}: written by another process or state: only one adds "
-                    "to a memory; load it anew, or ask several things of copies of a state"
-                )
+                raise UserError(f"{self.directory / name}: {_ONE_ADDS}")
 
     def _clear(self) -> None:
         """Checks that nobody else adds segments; removes what a kill left."""

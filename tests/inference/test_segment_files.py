@@ -155,6 +155,26 @@ def test_two_states_do_not_add_to_one_directory(read):
         lm.read(random_text(1, 2 * SEGMENT), state=other)
 
 
+def test_nor_at_the_same_time(read, monkeypatch):
+    lm, state, path = read
+    other, refused, fsync = lm.load_memory(path), [], os.fsync
+
+    def meanwhile(file):
+        if not refused:
+            with pytest.raises(UserError, match=f"{path}: written by another") as error:
+                refused.append(lm.read(random_text(1, 2 * SEGMENT), state=other))
+            refused.append(error)
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    lm.read(random_text(1, 2 * SEGMENT), state=state)
+    assert len(refused) == 1 and not [x for x in path.rglob("*") if "half-written" in x.name]
+    lm.save_memory(state, path)
+    more = random_text(1, 30, seed=1)
+    got = lm.logits(more, state=lm.load_memory(path).copy())
+    np.testing.assert_array_equal(got, lm.logits(more, state=state.copy()))
+
+
 # --- Kills and damage ----------------------------------------------------------------------------
 
 KILLED = """
