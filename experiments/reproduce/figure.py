@@ -44,6 +44,7 @@ class Figure:
       x, y: of its rows.
       labels: of the axes.
       percent: whether y is a share, shown as percent.
+      times_even: label of the axis if y, a share of x, is drawn as a multiple of 1 / x.
     """
 
     title: str
@@ -55,6 +56,7 @@ class Figure:
     y: str
     labels: tuple[str, str]
     percent: bool = False
+    times_even: str = ""
 
     def rows(self, results: Mapping[str, Sequence[dict]]) -> Rows:
         """A row for each model and x: mean, least and most of y over seeds.
@@ -100,20 +102,22 @@ class Figure:
     def draw(self, rows: Rows, path: Path) -> None:
         """The rows as a PNG: a line for each model, and the range over seeds."""
         figure, axes = plots.new()
-        factor = 100 if self.percent else 1
+        percent = self.percent and not self.times_even
         for model in dict.fromkeys(row["model"] for row in rows):
             of_model = [row for row in rows if row["model"] == model]
             x = [row[self.x] for row in of_model]
             y, least, most = (
-                [factor * row[name] for row in of_model] for name in (self.y, "least", "most")
+                [row[name] * (row[self.x] if self.times_even else 100**percent) for row in of_model]
+                for name in (self.y, "least", "most")
             )
             (line,) = axes.plot(x, y, "o-", label=model)
             axes.fill_between(x, least, most, color=line.get_color(), alpha=0.25, linewidth=0)
         sizes = sorted({row[self.x] for row in rows})
         plots.sizes_along(axes, sizes, linear_to=min((size for size in sizes if size), default=1))
-        if self.percent:
-            axes.set_ylim(-3, 103)
+        if percent:  # from 0, unless all lines would lie on each other at the top
+            lowest = 100 * min(row["least"] for row in rows)
+            axes.set_ylim(*((-3, 103) if lowest < 80 else (lowest - 1, 100.5)))
         axes.set_xlabel(self.labels[0])
-        axes.set_ylabel(self.labels[1])
+        axes.set_ylabel(self.times_even or self.labels[1])
         axes.legend(fontsize=10)
         plots.save(figure, path)

@@ -146,6 +146,7 @@ _DISTRACTION = Figure(
     y="mass",
     labels=("previous contexts", "attention to the own document (%)"),
     percent=True,
+    times_even="attention to the own document (times 1 / d)",
 )
 _MULTI_DOC = Figure(
     title="Multi-doc: perplexity with a memory that documents share, by its size",

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.special
 from etils import epath
 
 from fot_jax.common.configurable import configurable
@@ -137,13 +138,12 @@ class FewShot:
                         progress(len(batch))
                     found.append(right / len(questions))
                     shown.append(count)
-                spread = statistics.stdev(found) if self.draws > 1 else 0.0
                 rows.append(
                     {
                         "length": length,
                         "demonstrations": statistics.mean(shown),
                         "accuracy": statistics.mean(found),
-                        "interval": 1.96 * spread / self.draws**0.5,
+                        "interval": _interval(found),
                         "questions": len(questions),
                         "draws": self.draws,
                     }
@@ -246,6 +246,14 @@ class FewShot:
         axes.set_xlabel("demonstrations and question (tokens)")
         axes.set_ylabel("answers right (%)")
         plots.save(figure, path)
+
+
+def _interval(found: Sequence[float]) -> float:
+    """Half of the 95 % interval of the mean, by Student's distribution; 0 of one number."""
+    if len(found) == 1:
+        return 0.0
+    quantile = scipy.special.stdtrit(len(found) - 1, 0.975)
+    return float(quantile * statistics.stdev(found) / len(found) ** 0.5)
 
 
 def _plain(text: str) -> str:

@@ -8,6 +8,7 @@ import types
 import matplotlib.image
 import numpy as np
 import pytest
+import scipy.stats
 from readers import OfBytes
 
 from fot_jax.common.errors import UserError
@@ -73,7 +74,8 @@ def test_a_model_that_copies_scores_what_it_was_shown(directory):
     for row, contexts in zip(rows, (copier.contexts[:4], copier.contexts[4:]), strict=True):
         shares = [len(shown) / 40 for _, shown in contexts]
         assert row["accuracy"] == pytest.approx(np.mean(shares)) and row["accuracy"] > 0
-        assert row["interval"] == pytest.approx(1.96 * np.std(shares, ddof=1) / 2)
+        student = scipy.stats.t.ppf(0.975, 3)
+        assert row["interval"] == pytest.approx(student * np.std(shares, ddof=1) / 2)
         assert row["demonstrations"] == pytest.approx(40 * np.mean(shares))
         assert (row["questions"], row["draws"]) == (40, 4)
     assert rows[1]["accuracy"] > 2 * rows[0]["accuracy"]
