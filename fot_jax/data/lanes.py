@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -68,6 +69,7 @@ class Lanes:
         owned: Iterable[int] | None = None,
         seed: int = 0,
         documents_apart: bool = False,
+        negatives: bool = False,
         vocab_size: int | None = None,
     ):
         """Opens no file yet.
@@ -82,11 +84,14 @@ class Lanes:
           seed: of the order of documents.
           documents_apart: documents begin where new windows of a step do; what a document leaves of
             them is padding.
+          negatives: whether lanes see each other's windows: of a document that two of them read at
+            once one would see what it is to predict, which is warned of.
           vocab_size: of the model, whose tokens documents have; None: any.
         """
         self._source, self._window, self._seed = source, window, seed
         self._windows, self._advance, self._groups = windows, advance, groups
         self._apart, self._vocab_size = documents_apart, vocab_size
+        self._lanes, self._watched = lanes, negatives and lanes > 1
         owned = range(groups) if owned is None else sorted(owned)
         shape = (windows - advance, window)
         lane = _Lane(
@@ -99,6 +104,7 @@ class Lanes:
         self._streams: dict[int, Iterator[tuple[Position, Document]]] = {}
         self._longest = dict.fromkeys(owned, 0)
         self._drawn = dict.fromkeys(owned, 0)
+        self._held: dict[tuple[int, int], int] = {}  # lane of a group -> CRC of its document
 
     def __iter__(self) -> Lanes:
         return self
@@ -107,15 +113,15 @@ class Lanes:
         blocks = []
         for group in self._snapshots:
             lanes = []
-            for lane in self._snapshots[group].lanes:
-                lane, block = self._advance_lane(group, lane)
+            for i, lane in enumerate(self._snapshots[group].lanes):
+                lane, block = self._advance_lane(group, i, lane)
                 lanes.append(lane)
                 blocks.append(block)
             self._snapshots[group] = self._snapshots[group]._replace(lanes=tuple(lanes))
         return {name: np.concatenate([block[name] for block in blocks]) for name in FIELDS}
 
-    def _advance_lane(self, group: int, lane: _Lane) -> tuple[_Lane, dict[str, np.ndarray]]:
-        """The lane after a step, and what it shows in this one: each [windows, T]."""
+    def _advance_lane(self, group: int, i: int, lane: _Lane) -> tuple[_Lane, dict[str, np.ndarray]]:
+        """Lane i of a group after a step, and what it shows in this one: each [windows, T]."""
         new = {name: np.zeros(self._advance * self._window, t) for name, t in FIELDS.items()}
         (tokens, weights), number = lane.left, lane.number
         at = 0
@@ -123,7 +129,8 @@ class Lanes:
             if len(tokens) < 2:  # the last token of a document is only ever a target
                 if self._apart and at > 0:
                     break
-                tokens, weights = self._next_document(group)
+                document = tokens, weights = self._next_document(group)
+                self._watch(group, i, document)
                 number += 1
             n = min(len(tokens) - 1, self._advance * self._window - at)
             new["inputs"][at : at + n] = tokens[:n]
@@ -163,6 +170,26 @@ class Lanes:
                 "smaller model.local_context"
             )
         return document
+
+    def _watch(self, group: int, i: int, document: Document) -> None:
+        """Warns once if another lane has the document that lane i begins.
+
+        Here, that is: other hosts' lanes are not looked at.
+        """
+        if not self._watched:
+            return
+        held = zlib.crc32(np.ascontiguousarray(document.tokens))
+        others = [crc for lane, crc in self._held.items() if lane != (group, i)]
+        self._held[group, i] = held
+        if held in others:
+            self._watched = False
+            logging.warning(
+                "two lanes read the same document of %d tokens at once: each sees in the other, as "
+                "a negative, what it is to predict. There are few training documents, or some are "
+                "there twice: lower Data.lanes (%d), set Text.piece_tokens, or remove repetitions",
+                len(document.tokens),
+                self._lanes,
+            )
 
     # --- State -----------------------------------------------------------------------------------
 

@@ -128,9 +128,10 @@ class Text:
     ) -> Iterator[tuple[Position, Document]]:
         """Training documents of a shard (see DocumentSource).
 
-        Each epoch of a single corpus is shuffled anew. A mixture is one endless epoch, in which a
-        corpus begins again, in another order, whenever it has been read (where SeqIO shuffles, as
-        it does with caches and TensorFlow Datasets, its end mixes with its beginning). Going on
+        Each epoch of a single corpus is shuffled anew. A mixture is one endless epoch, in which
+        every shard draws corpora by itself, and a corpus begins again, in another order, whenever
+        it has been read (where SeqIO shuffles, as it does with caches and TensorFlow Datasets, its
+        end mixes with its beginning). Going on
         from a position means reading up to it: use a cache if tokenizing that again takes too long.
 
         Files are shared out anew in every epoch, but for those of a cache; where a shard has got
@@ -143,6 +144,8 @@ class Text:
         self.check_split("train")
         endless = len(self.corpora) > 1
         epoch, taken = single_source_position(position)
+        if endless and position == START:
+            epoch = 1  # 0: of an earlier fot_jax, which goes on as it began (see _mixture_of)
         uneven = self.cache_dir is not None and shards < CACHE_SHARDS and CACHE_SHARDS % shards
         if uneven and position == START:  # a run of fot_jax 0.1 goes on as it began
             raise UserError(
@@ -150,7 +153,7 @@ class Text:
                 f"them, so give 1, 2, 4, … {CACHE_SHARDS}"
             )
         if endless:
-            self._check_shards(shard, shards, _seed_of(seed, 0))
+            self._check_shards(shard, shards, _seed_of(seed, epoch))
         empty, most = 0, max_empty_passes(shards)
         if position == START:
             most = min(MAX_EMPTY_PASSES, most)
@@ -163,7 +166,8 @@ class Text:
                 seed=_seed_of(seed, epoch),
                 shard_info=import_seqio().ShardInfo(shard, shards),
             )
-            documents = read(self.provider, num_epochs=None if endless else 1, skip=taken)
+            provider = self._mixture_of(shard) if endless and epoch else self.provider
+            documents = read(provider, num_epochs=None if endless else 1, skip=taken)
             for document in documents:
                 taken += 1
                 yield (epoch, taken), document
@@ -193,6 +197,22 @@ class Text:
         name = f"fot.mixture.{_digest(rates)}"
         registry.remove(name)
         return registry.add(name, rates)
+
+    def _mixture_of(self, shard: int) -> Any:
+        """The mixture as a shard draws from it.
+
+        SeqIO seeds the draws of corpora as it seeds the order of files, which has to be one for all
+        shards: all lane groups would read the same corpora at the same time.
+        """
+
+        def draw(datasets: Sequence[Any], rates: Sequence[float], seed: int) -> Any:
+            data = import_tensorflow().data.Dataset
+            return data.sample_from_datasets(
+                datasets, rates, seed=_seed_of(seed, shard), stop_on_empty_dataset=True
+            )
+
+        pairs = [(task, c.weight) for task, c in zip(self._tasks, self.corpora, strict=True)]
+        return import_seqio().Mixture(self.provider.name, pairs, sample_fn=draw)
 
     @functools.cached_property
     def _tasks(self) -> list[Any]:

@@ -232,7 +232,7 @@ def test_mixture(tmp_path):
     source = text_over(Corpus(paths[0], weight=3.0), Corpus(paths[1], weight=1.0))
     assert read(source.documents("valid")) == [framed(text) for text in few + many]
     stream = take(source, 600)
-    assert [position for position, _ in stream] == [(0, i + 1) for i in range(600)]
+    assert [position for position, _ in stream] == [(1, i + 1) for i in range(600)]
     of_few = [t for _, t in stream if t in set(map(framed, few))]
     of_many = [t for _, t in stream if t not in set(of_few)]
     assert abs(len(of_few) / 600 - 0.75) < 0.06
@@ -240,8 +240,11 @@ def test_mixture(tmp_path):
     assert all(sorted(r) == sorted(map(framed, few)) for r in rounds)
     assert len(set(map(tuple, rounds))) > len(rounds) // 2
     assert sorted(of_many[:50]) == sorted(map(framed, many))
-    assert take(source, 5, position=(0, 321)) == stream[321:326]
-    shards = [{t for _, t in take(source, 200, shard, 2)} for shard in range(2)]
+    assert take(source, 5, position=(1, 321)) == stream[321:326]
+    streams = [[t for _, t in take(source, 200, shard, 2)] for shard in range(2)]
+    drawn = [[t in of_few for t in stream] for stream in streams]
+    assert 50 < sum(a != b for a, b in zip(*drawn, strict=True)) < 100  # of 75: independent draws
+    shards = list(map(set, streams))
     assert not shards[0] & shards[1]
     assert shards[0] | shards[1] >= set(map(framed, few))
 
