@@ -41,7 +41,9 @@ class Corpus:
         (train-00000.jsonl.gz; data/files.py); or "tfds:NAME" or "tfds:NAME/CONFIG", a data set
         prepared with TensorFlow Datasets; or "standard_library": Python's own source files, a
         package a document.
-      weight: share of this corpus among the documents of a mixture; any scale.
+      weight: share of this corpus among the documents of a mixture, whole ones, also where they are
+        cut into pieces afterwards: of two with equal weights, that of longer documents has more
+        pieces. Any scale.
       min_document_length: tokens, marks included; shorter documents are left out.
       text_field: where in a row the text is.
       join_by: a field; the texts of consecutive rows of a file that are equal in it are joined, by

@@ -89,9 +89,9 @@ class DictionaryLookup(DrawnSource):
     say, half of `document_tokens` exactly, and the next document starts with the next window.
 
     Hard negatives, which the paper leaves open: with `near_documents`, so many documents in a row,
-    those of a crossbatch group, say, have keys of the same few symbols. A key then has neighbours,
-    that differ in one symbol, in nearly every group; with all 60 symbols one key in thirty has one
-    among 64 documents of 512 tokens.
+    those of a crossbatch group, say, have keys of the same few symbols, and none twice. A key then
+    has neighbours, that differ in one symbol, in nearly every group; with all 60 symbols one key in
+    thirty has one among 64 documents of 512 tokens.
 
     Attributes:
       document_tokens: inputs of a document; it has one token more.
@@ -123,12 +123,14 @@ class DictionaryLookup(DrawnSource):
                 f"definition and a question: give {2 * self.record_tokens} or more"
             )
         symbols = SYMBOLS if self.near_documents is None else self.near_symbols
-        if self.records > symbols**self.key_length:
+        documents = self.near_documents or 1
+        if documents * self.records > symbols**self.key_length:
             raise UserError(
                 f"DictionaryLookup.key_length = {self.key_length} makes "
                 f"{symbols**self.key_length} keys of {symbols} symbols, document_tokens = "
-                f"{self.document_tokens} has room for {self.records}: raise key_length or shorten "
-                "documents"
+                f"{self.document_tokens} has room for {self.records}"
+                + (f" in each of {documents} documents" if self.near_documents else "")
+                + ": raise key_length or shorten documents"
             )
 
     @property
@@ -161,14 +163,12 @@ class DictionaryLookup(DrawnSource):
         return self
 
     def document(self, split: str, seed: int, index: int) -> Document:
-        symbols = None
-        if split == "train" and self.near_documents is not None:
-            near = np.random.default_rng((0, seed, index // self.near_documents, 1))
-            symbols = near.permutation(SYMBOLS)[: self.near_symbols]
+        near = split == "train" and self.near_documents is not None
         rng = generator_of(split, seed, index)
         tokens = np.full(self.document_tokens + 1, SEPARATOR, np.int32)
         weights = np.zeros(len(tokens), np.float32)
-        dictionary = self.dictionary(rng, self.records, symbols)
+        keys = self._near_keys(seed, index) if near else None
+        dictionary = self.dictionary(rng, self.records, keys)
         order = rng.permutation(self.records)
         tokens[: self.half] = self.half_document(KEY, dictionary)
         questions = slice(self.half, 2 * self.half)
@@ -176,24 +176,37 @@ class DictionaryLookup(DrawnSource):
         weights[questions] = self.weights_of_questions()
         return Document(tokens, weights)
 
+    def _near_keys(self, seed: int, index: int) -> np.ndarray:
+        """Keys of a document with hard negatives."""
+        block, place = divmod(index, self.near_documents)
+        rng = np.random.default_rng((0, seed, block, 1))
+        symbols = rng.permutation(SYMBOLS)[: self.near_symbols]
+        # One document after another: a key with a value here and another there has no answer.
+        of_block = self._keys(rng, self.near_documents * self.records, symbols)
+        return of_block[place * self.records : (place + 1) * self.records]
+
+    def _keys(self, rng: np.random.Generator, count: int, symbols: np.ndarray) -> np.ndarray:
+        """Keys that differ, of some symbols, as ids: [count, key_length]."""
+        numbers = rng.choice(len(symbols) ** self.key_length, count, replace=False)
+        places = numbers[:, None] // len(symbols) ** np.arange(self.key_length) % len(symbols)
+        return FIRST_SYMBOL + symbols[places]
+
     def dictionary(
-        self, rng: np.random.Generator, records: int, symbols: np.ndarray | None = None
+        self, rng: np.random.Generator, records: int, keys: np.ndarray | None = None
     ) -> Records:
-        """So many records whose keys differ, made of some symbols; None: of all.
+        """So many records with these keys; None: with keys that differ.
 
         Raises:
           UserError: there are fewer keys.
         """
-        symbols = np.arange(SYMBOLS) if symbols is None else symbols
-        possible = len(symbols) ** self.key_length
+        possible = SYMBOLS**self.key_length
         if records > possible:
             raise UserError(
                 f"a dictionary of {records} records, but DictionaryLookup.key_length = "
                 f"{self.key_length} makes {possible} keys: raise it, or ask for fewer"
             )
-        keys = rng.choice(possible, records, replace=False)
-        places = keys[:, None] // len(symbols) ** np.arange(self.key_length) % len(symbols)
-        keys = FIRST_SYMBOL + symbols[places]
+        if keys is None:
+            keys = self._keys(rng, records, np.arange(SYMBOLS))
         values = rng.integers(FIRST_SYMBOL, FIRST_SYMBOL + SYMBOLS, (records, self.value_length))
         return Records(keys, values)
 

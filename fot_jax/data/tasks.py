@@ -60,8 +60,8 @@ class Text:
       data_dir: of TensorFlow Datasets; None: its own default.
       piece_tokens: training documents are cut into pieces of so many tokens, which come in random
         order as documents of their own, so that one long document does not fill many steps on end;
-        what is left over at the end of a document, or is shorter, is not used. None: whole
-        documents.
+        what is left over at the end of a document, or is shorter, is not used. A piece fills one
+        place less, as its last token is only ever a target. None: whole documents.
     """
 
     corpora: Sequence[Corpus] = (Corpus(),)

@@ -172,7 +172,7 @@ def test_few_keys_are_all_used():
 
 
 def test_hard_negatives():
-    """Keys of four documents in a row, over all shards, are of the same 12 symbols."""
+    """Keys of four documents in a row, over all shards, are of the same 12 symbols, none twice."""
     plain, near = DictionaryLookup(), DictionaryLookup(near_documents=4)
     shards = [take(near, 8, shard, shards=2) for shard in range(2)]
     documents = [document for pair in zip(*shards, strict=True) for _, document in pair]
@@ -182,7 +182,7 @@ def test_hard_negatives():
             d.tokens[:250].reshape(25, 10)[:, 1:5] for d in documents[4 * block : 4 * block + 4]
         ]
         symbols = set(np.concatenate(keys).reshape(-1).tolist())
-        assert len(symbols) == 12 and len({tuple(key) for key in keys[0]}) == 25
+        assert len(symbols) == 12 and len({tuple(key) for key in np.concatenate(keys)}) == 100
         of_block.append(frozenset(symbols))
     assert len(set(of_block)) == 4
     values = {x for d in documents for x in d.tokens[:250].reshape(25, 10)[:, 6:].flat}
@@ -323,6 +323,7 @@ def test_passkeys_in_another_vocabulary():
         ({"key_length": 11}, "key_length = 11: give a number from 1 to 10"),
         ({"key_length": 1, "document_tokens": 854}, "key_length = 1 makes 60 keys.*room for 61"),
         ({"key_length": 1, "near_documents": 1}, "key_length = 1 makes 12 keys of 12.*room for 36"),
+        ({"key_length": 2, "near_documents": 5}, ".*144 keys of 12.*room for 32 in each of 5"),
         ({"near_documents": 0}, "near_documents = 0: give 1 or more"),
         ({"near_symbols": 61}, "near_symbols = 61: give a number from 1 to 60"),
     ],
