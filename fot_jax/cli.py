@@ -446,20 +446,26 @@ def _cache(args) -> int:
 
     from fot_jax.checkpoints import loading
     from fot_jax.data import tasks
+    from fot_jax.data.mixture import Mixture
 
     with gin_files.gin_errors():
         source = gin.get_configurable("Data")().source
         start = copy.deepcopy(gin_files.value_of("train.initialize_from"))  # evaluates %NAME
         if start not in (None, gin.REQUIRED) and (vocabulary := loading.vocabulary_of(start)):
             source = source.with_vocabulary(vocabulary)  # as training does
-        if not isinstance(source, tasks.Text):
+        sources = [source]
+        if isinstance(source, Mixture):  # which has all of them tokenized as the first is
+            sources = source.with_vocabulary(source.vocabulary).sources
+        texts = [each for each in sources if isinstance(each, tasks.Text)]
+        if not texts:
             raise UserError(
                 f"Data.source is a {type(source).__name__}, only @Text() has a cache: give that"
             )
         with contextlib.ExitStack() as stack:
             for signum in _stopping():
                 stack.enter_context(_on(signum, _exit))
-            tasks.cache(source, args.output)
+            for text in texts:
+                tasks.cache(text, args.output)
     return 0
 
 

@@ -193,6 +193,14 @@ def test_a_cache_is_of_the_tokenizer_that_training_takes(here, trained):
     source = tasks.Text([tasks.Corpus("texts")], vocabulary, cache_dir="cache")
     _, document = next(source.stream(0, 1, 0))
     assert vocabulary.decode(document.tokens) == "a short text"
+    mixture = (
+        *("Data.source = @Mixture()", "Mixture.weights = (1, 1, 1)"),
+        "Mixture.sources = (@Passkey(), @Text(), @other/Text())",
+        *("other/Text.corpora = (@other/Corpus(),)", "other/Corpus.min_document_length = 3"),
+    )
+    assert cli.main(["cache", "text.gin", "--output", "both", *bind(*mixture)]) == 0
+    for corpus in (tasks.Corpus("texts"), tasks.Corpus("texts", min_document_length=3)):
+        next(tasks.Text([corpus], vocabulary, cache_dir="both").stream(0, 1, 0))
 
 
 @pytest.mark.slow
