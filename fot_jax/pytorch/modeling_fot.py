@@ -155,6 +155,7 @@ class FotCache(Cache):
     # What `generate` asks of a cache.
 
     is_compileable = False
+    is_croppable = False
     is_initialized = True
     is_sliding = [False]
 

@@ -420,6 +420,10 @@ def test_a_cache_of_another_kind_and_training_are_refused(load):
         model(text[:, :0])
     with pytest.raises(NotImplementedError, match="cannot be taken back"):
         FotCache(model.config).crop(3)
+    # On Apple's GPUs, transformers asks whether it may write a token too many and take it back.
+    deferred = transformers.generation.utils.DeferredStopCheck
+    for returned in (False, True):
+        assert deferred.is_supported(torch.device("mps"), cache, returned, False) != returned
     with pytest.raises(ValueError, match="this model only reads and writes: call eval"):
         copy.deepcopy(model).train()(text)
 
