@@ -4,6 +4,8 @@ A LLaMA with memory layers has model_type "llama" and a LLaMA's own fields, so t
 the same directory and passes the fields for memory over. Names of these are LongLLaMA's.
 """
 
+import inspect
+
 from transformers import PretrainedConfig
 
 
@@ -82,19 +84,9 @@ class FotConfig(PretrainedConfig):
             original = "original_max_position_embeddings"  # beside the object, or else in it
             rope.setdefault(original, max_position_embeddings)
             rope[original] = kwargs.get(original) or rope[original]
-        mem_layers = mem_layers or ()
-        mem_dtype = str(mem_dtype).removeprefix("torch.")
-        if mem_dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"mem_dtype = {mem_dtype!r}: choose float32, bfloat16 or float16")
-        if mem_topk is not None and mem_topk < 1:
-            raise ValueError(f"mem_topk = {mem_topk}: give 1 or more, or None for all")
-        if any(not 0 <= layer < num_hidden_layers for layer in mem_layers):
-            raise ValueError(
-                f"mem_layers = {mem_layers}: give numbers of {num_hidden_layers} layers"
-            )
         self.rope_parameters = rope
         self.local_context = local_context or max_position_embeddings
-        self.mem_layers = list(mem_layers)
+        self.mem_layers = mem_layers
         self.mem_positionals = mem_positionals
         self.mem_dtype = mem_dtype
         self.mem_topk = mem_topk
@@ -104,6 +96,7 @@ class FotConfig(PretrainedConfig):
         self.mlp = mlp
         self.qk_norm = qk_norm
         self.use_cache = use_cache
+        self.check()
         super().__init__(
             tie_word_embeddings=tie_word_embeddings,
             bos_token_id=bos_token_id,
@@ -111,6 +104,30 @@ class FotConfig(PretrainedConfig):
             pad_token_id=pad_token_id,
             **kwargs,
         )
+
+    def check(self):
+        """Looks whether there are such memories; has their type and layers as JSON has them.
+
+        Raises:
+          ValueError: mem_dtype, mem_topk or mem_layers is none that there is.
+        """
+        self.mem_layers = list(self.mem_layers or ())
+        self.mem_dtype = str(self.mem_dtype).removeprefix("torch.")
+        if self.mem_dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"mem_dtype = {self.mem_dtype!r}: choose float32, bfloat16 or float16")
+        if self.mem_topk is not None and self.mem_topk < 1:
+            raise ValueError(f"mem_topk = {self.mem_topk}: give 1 or more, or None for all")
+        layers = self.num_hidden_layers
+        if any(not 0 <= layer < layers for layer in self.mem_layers):
+            raise ValueError(f"mem_layers = {self.mem_layers}: give numbers of {layers} layers")
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # What from_pretrained is given beside the file passes the same checks as what is in it:
+        # transformers would set it afterwards.
+        names = inspect.signature(FotConfig.__init__).parameters.keys() & kwargs.keys()
+        given = {name: kwargs.pop(name) for name in names}
+        return super().from_dict({**config_dict, **given}, **kwargs)
 
 
 class FotLlamaConfig(FotConfig):

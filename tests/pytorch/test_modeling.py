@@ -550,6 +550,8 @@ def test_configurations_come_back(tmp_path, kind):
     assert again.rope_parameters == {"rope_theta": 7.0, "rope_type": "default"}
     assert again.local_context == 20 and again.tie_word_embeddings and again.head_dim == 8
     assert kind(mem_dtype=torch.float16).mem_dtype == "float16"
+    changed = kind.from_pretrained(tmp_path, mem_dtype=torch.bfloat16, mem_layers=None)
+    assert (changed.mem_dtype, changed.mem_layers) == ("bfloat16", [])
     for wrong, message in (
         ({"rope_scaling": {"rope_type": "su"}}, "rope scaling of type 'su' is not supported"),
         ({"mem_dtype": "int8"}, "mem_dtype = 'int8': choose float32, bfloat16 or float16"),
@@ -558,3 +560,8 @@ def test_configurations_come_back(tmp_path, kind):
     ):
         with pytest.raises(ValueError, match=message):
             kind(**wrong)
+        with pytest.raises(ValueError, match=message):
+            kind.from_pretrained(tmp_path, **wrong)
+    config.mem_topk = 0
+    with pytest.raises(ValueError, match="mem_topk = 0"):
+        (FotForCausalLM if kind is FotConfig else FotLlamaForCausalLM)(config)
