@@ -511,7 +511,8 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
           attention_mask: [B, T] or [B, all tokens so far]; 0 for padding, which takes a place of
             its window. Positions are places in the window: position_ids are passed over.
           past_key_values: a FotCache, which changes.
-          labels: [B, T], -100 where there is none, for the loss.
+          labels: [B, T], -100 where there is none, for the loss: the mean, or the sum divided by
+            `num_items_in_batch`.
           last_context_length: tokens that stay in the window at the end, at most the local
             window; None: as in the configuration, or all that fit of a model without memory.
           logits_to_keep: logits of the last so many tokens are wanted; 0: of all.
@@ -559,7 +560,7 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, self.config.vocab_size)
+            loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         out = CausalLMOutputWithPast(loss, logits, cache if use_cache else None)
         return out.to_tuple() if return_dict is False else out

@@ -339,11 +339,15 @@ def test_few_logits_are_kept(load):
 def test_loss_of_labels(load):
     text = random_text(2, 100)
     labels = np.where(np.arange(100) < 10, -100, text)
-    loss = load("llama")(torch.tensor(text), labels=torch.tensor(labels).long()).loss
+    given = {"input_ids": torch.tensor(text), "labels": torch.tensor(labels).long()}
+    loss = load("llama")(**given).loss
     scores = ours("llama").logits(text)[:, :-1].astype(np.float64)
     log_z = np.log(np.exp(scores).sum(-1))
     of_targets = np.take_along_axis(scores, text[:, 1:, None], -1)[..., 0]
     np.testing.assert_allclose(loss, (log_z - of_targets)[:, 9:].mean(), rtol=1e-5)
+    # As Trainer wants it of a part of a batch: of twice as many targets, here.
+    of_part = load("llama")(**given, num_items_in_batch=2 * of_targets[:, 9:].size).loss
+    np.testing.assert_allclose(of_part, loss / 2, rtol=1e-5)
 
 
 def test_embeddings_in_the_place_of_tokens(load):
