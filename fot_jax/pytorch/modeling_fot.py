@@ -565,7 +565,7 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
         out = CausalLMOutputWithPast(loss, logits, cache if use_cache else None)
         return out.to_tuple() if return_dict is False else out
 
-    def generate(self, inputs=None, generation_config=None, **kwargs):
+    def generate(self, inputs=None, generation_config=None, *args, **kwargs):
         """As of transformers. Of a model without memory the window has room for what is written."""
         if not self.config.mem_layers and kwargs.get("last_context_length") is None:
             window, how = self.config.local_context, generation_config or self.generation_config
@@ -577,7 +577,7 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
             if new is None:
                 new = window if longest is None else longest - prompt
             kwargs["last_context_length"] = max(1, window - min(max(new, 0), window // 2))
-        return super().generate(inputs, generation_config=generation_config, **kwargs)
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
     def _cache(self, cache):
         if cache is None:
@@ -612,12 +612,11 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
         if inputs_embeds is not None and seen == 0:
             inputs = {"inputs_embeds": inputs_embeds}
         else:
-            given = input_ids.shape[1]
-            if "next_sequence_length" in kwargs:  # transformers 5; None: all of them
+            new = given = input_ids.shape[1]
+            if kwargs.get("next_sequence_length") is not None:  # transformers 5; None: all
                 new = kwargs["next_sequence_length"]
-                new = given if new is None else new
-            else:
-                new = (given if attention_mask is None else attention_mask.shape[1]) - seen
+            elif "next_sequence_length" not in kwargs and attention_mask is not None:
+                new = attention_mask.shape[1] - seen  # (of a chunk without padding there is none)
             if not 0 < new <= given:
                 raise ValueError(
                     f"{given} tokens where {seen} have been read: give the whole text, what was "
@@ -627,7 +626,10 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
         for name in ("use_cache", "logits_to_keep", "last_context_length"):
             if name in kwargs:
                 inputs[name] = kwargs[name]
-        return inputs | {"past_key_values": past_key_values, "attention_mask": attention_mask}
+        inputs |= {"past_key_values": past_key_values, "attention_mask": attention_mask}
+        if self.device.type == "meta":  # where the weights are on disk
+            return inputs
+        return {n: x.to(self.device) if torch.is_tensor(x) else x for n, x in inputs.items()}
 
 
 class FotLlamaForCausalLM(FotForCausalLM):

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import reading as rules
 from tiny import LLAMA, PAPER, random_params
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fot_jax import convert
 from fot_jax.checkpoints import stream
@@ -309,6 +310,20 @@ def test_sampling_streaming_and_beams(load):
         return scores.gather(-1, tokens[:, 70:, None]).sum().item()
 
     assert best.shape == (1, 110) and likelihood(best) >= likelihood(greedy)
+    first = greedy[0, 70].item()
+    without = transformers.LogitsProcessorList(
+        [transformers.SuppressTokensLogitsProcessor([first])]
+    )
+    assert first not in model.generate(text, None, without, do_sample=False, **how)[0, 70:]
+
+
+def test_a_prompt_is_moved_to_the_model(load):
+    with FakeTensorMode():
+        x, mask = torch.zeros(1, 9, 32, device="mps"), torch.ones(1, 9, device="mps")
+        how = {"inputs_embeds": x, "attention_mask": mask, "logits_to_keep": 1}
+        got = load("llama").prepare_inputs_for_generation(None, **how)
+    assert got["inputs_embeds"].device.type == got["attention_mask"].device.type == "cpu"
+    assert got["logits_to_keep"] == 1
 
 
 def test_a_model_without_memory_reads_a_whole_window(tmp_path):
@@ -408,6 +423,8 @@ def test_generating_from_what_was_read(load):
     for new in (book, more):
         with pytest.raises(ValueError, match="tokens where 75 have been read: give the whole"):
             model.generate(new, past_key_values=copy.deepcopy(cache), **how)
+    in_chunks = model.generate(text, prefill_chunk_size=75, **how)
+    assert torch.equal(in_chunks[:, 84:], want)
     # A cache filled in inference mode can be read on from outside of it.
     assert torch.equal(model.generate(text, past_key_values=cache, **how)[:, 84:], want)
 
