@@ -518,9 +518,10 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
           logits_to_keep: logits of the last so many tokens are wanted; 0: of all.
         """
         if self.training:
+            llama = ", or train it without memory as a LlamaForCausalLM"
             raise ValueError(
-                "this model only reads and writes: call eval(), train with fot_jax, or train it "
-                "without memory as a LlamaForCausalLM"
+                "this model only reads and writes: call eval(), or train with fot_jax"
+                + llama * (self.config.model_type == "llama")
             )
         if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
             raise ValueError("attentions and hidden states of windows are not kept")
