@@ -152,6 +152,12 @@ class FotCache(Cache):
             visible = torch.ones(rows, tokens, dtype=torch.bool, device=device)
         self.visible = torch.cat((self.visible, visible), 1)
 
+    def hide(self, visible):
+        """Notes anew which of all tokens so far are none of padding, [B, tokens]."""
+        visible = visible[:, self.get_seq_length() - self.memory - self.places :]
+        if self.visible is not None or not visible.all():
+            self.visible = visible
+
     # What `generate` asks of a cache.
 
     is_compileable = False
@@ -508,8 +514,9 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
           input_ids: [B, T], of any length; or inputs_embeds [B, T, hidden].
-          attention_mask: [B, T] or [B, all tokens so far]; 0 for padding, which takes a place of
-            its window. Positions are places in the window: position_ids are passed over.
+          attention_mask: [B, T] or [B, all tokens so far], which may hide what has been read; 0 for
+            padding, which takes a place of its window. Positions are places in the window:
+            position_ids are passed over.
           past_key_values: a FotCache, which changes.
           labels: [B, T], -100 where there is none, for the loss: the mean, or the sum divided by
             `num_items_in_batch`.
@@ -588,14 +595,18 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
         return cache
 
     def _visible(self, mask, cache, tokens):
-        """Which of the new tokens are none of padding, [B, T]; None: all."""
-        # A single token is never padding, and asking would wait for the device.
-        if mask is None or tokens == 1 and cache.get_seq_length() > 0:
+        """Which of the new tokens are none of padding, [B, T]; None: all.
+
+        A mask of all tokens so far is noted for those in the cache, too.
+        """
+        if mask is None:
             return None
         if mask.dim() != 2:
             raise ValueError(f"attention_mask of shape {tuple(mask.shape)}: give [rows, tokens]")
         if mask.shape[1] < tokens:
             raise ValueError(f"attention_mask of {mask.shape[1]} tokens for {tokens}: give all")
+        if mask.shape[1] == cache.get_seq_length() + tokens:
+            cache.hide(mask[:, :-tokens].bool())
         visible = mask[:, -tokens:].bool()
         return None if visible.all() else visible
 
@@ -623,6 +634,8 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
                     f"{given} tokens where {seen} have been read: give the whole text, what was "
                     "read and at least one token more, or what is new with attention_mask of all"
                 )
+            if kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration"):
+                attention_mask = None  # of what we wrote; to ask for 0s would wait for the device
             inputs = {"input_ids": input_ids[:, -new:]}
         for name in ("use_cache", "logits_to_keep", "last_context_length"):
             if name in kwargs:

@@ -429,6 +429,29 @@ def test_generating_from_what_was_read(load):
     assert torch.equal(model.generate(text, past_key_values=cache, **how)[:, 84:], want)
 
 
+@pytest.mark.parametrize("name", ["llama 3", "paper"])
+@pytest.mark.parametrize("new", [1, 40])
+def test_what_was_read_is_hidden_later(load, name, new):
+    """The padding of a row that ended early, which the mask tells of with the next text only."""
+    model, text = load(name), torch.tensor(random_text(2, 90 + new + 40))
+    mask = torch.ones_like(text)
+    mask[1, 50:90] = 0  # of memory and of the window
+    early, late = FotCache(model.config), FotCache(model.config)
+    model(text[:, :90], attention_mask=mask[:, :90], past_key_values=early)
+    model(text[:, :90], past_key_values=late)
+    hidden, again = slice(90, 90 + new), slice(90 + new, None)
+    how = {"attention_mask": mask[:, : 90 + new], "max_new_tokens": 9, "do_sample": False}
+    how |= {"eos_token_id": None, "pad_token_id": V}
+    written = model.generate(text[:, : 90 + new], past_key_values=copy.deepcopy(early), **how)
+    got = model.generate(text[:, : 90 + new], past_key_values=copy.deepcopy(late), **how)
+    assert torch.equal(got, written)
+    want = model(text[:, hidden], past_key_values=early).logits
+    got = model(text[:, hidden], attention_mask=how["attention_mask"], past_key_values=late).logits
+    torch.testing.assert_close(got, want)
+    want = model(text[:, again], past_key_values=early).logits
+    torch.testing.assert_close(model(text[:, again], past_key_values=late).logits, want)
+
+
 def test_a_cache_of_another_kind_and_training_are_refused(load):
     model, text = load("llama"), torch.tensor(random_text(1, 9))
     cache = transformers.DynamicCache()
