@@ -521,7 +521,8 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
           labels: [B, T], -100 where there is none, for the loss: the mean, or the sum divided by
             `num_items_in_batch`.
           last_context_length: tokens that stay in the window at the end, at most the local
-            window; None: as in the configuration, or all that fit of a model without memory.
+            window; None: as in the configuration, or of a model without memory all that fit, and
+            half a window, so that what is written has room, where logits_to_keep = 1.
           logits_to_keep: logits of the last so many tokens are wanted; 0: of all.
         """
         if self.training:
@@ -542,8 +543,9 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
         visible = self._visible(attention_mask, cache, T)
         window = self.config.local_context
         last = last_context_length
+        kept = T if isinstance(logits_to_keep, torch.Tensor) else logits_to_keep or T
         if last is None and not self.config.mem_layers:  # what leaves the window is lost
-            last = window
+            last = window - (window // 2 if kept == 1 else 0)
         if last is None:
             last = min(window, self.config.last_context_length)
         if not 1 <= last <= window:
@@ -551,7 +553,6 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
         rope = self._rope_on(x.device)
         pieces = cache.pieces(T, last)
         expected = cache.memory + cache.places + T
-        kept = T if isinstance(logits_to_keep, torch.Tensor) else logits_to_keep or T
         hidden = []
         for start, stop, moves in pieces:
             if moves:

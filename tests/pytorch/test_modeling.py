@@ -338,6 +338,12 @@ def test_a_model_without_memory_reads_a_whole_window(tmp_path):
         how = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": V}
         got = model.generate(torch.tensor(text), attention_mask=torch.ones(1, length), **how)
         assert got[0, length:].tolist() == lm.generate(text[0], new, temperature=0)
+    # Read to write on, it leaves room for that.
+    book, question = text[:, :1_190], text[:, 1_190:]
+    how["past_key_values"] = model(torch.tensor(book), logits_to_keep=1).past_key_values
+    got = model.generate(torch.tensor(text), attention_mask=torch.ones(1, length), **how)
+    want = lm.generate(question[0], new, temperature=0, state=lm.read(book[0]))
+    assert got[0, length:].tolist() == want
 
 
 def test_few_logits_are_kept(load):
