@@ -575,7 +575,11 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
         return out.to_tuple() if return_dict is False else out
 
     def generate(self, inputs=None, generation_config=None, *args, **kwargs):
-        """As of transformers. Of a model without memory the window has room for what is written."""
+        """As of transformers. Of a model without memory the window has room for what is written.
+
+        There is always a cache: read anew for each token, the text would be cut into other windows.
+        """
+        kwargs["use_cache"] = True
         if not self.config.mem_layers and kwargs.get("last_context_length") is None:
             window, how = self.config.local_context, generation_config or self.generation_config
             given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))

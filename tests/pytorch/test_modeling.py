@@ -429,6 +429,8 @@ def test_generating_from_what_was_read(load):
     for new in (book, more):
         with pytest.raises(ValueError, match="tokens where 75 have been read: give the whole"):
             model.generate(new, past_key_values=copy.deepcopy(cache), **how)
+    without_cache = model.generate(text, use_cache=False, **how)
+    assert torch.equal(without_cache, model.generate(text, **how))
     in_chunks = model.generate(text, prefill_chunk_size=75, **how)
     assert torch.equal(in_chunks[:, 84:], want)
     # A cache filled in inference mode can be read on from outside of it.
