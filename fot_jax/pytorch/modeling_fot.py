@@ -36,6 +36,10 @@ class LayerCache:
 
     def __init__(self, remembers, dtype):
         self.remembers, self.dtype = remembers, dtype
+        self.reset()
+
+    def reset(self):
+        """Forgets all."""
         self.window = None, None  # keys, values [B, K, W, D]
         self.plain = None  # keys as memory keeps them
         self.memory = None, None  # keys, values [B, K, M, D]
@@ -43,6 +47,9 @@ class LayerCache:
     def add(self, keys, values, plain, memory, places, expected):
         """Puts keys and values of T tokens behind the `places` in the window."""
         stop = places + keys.shape[2]
+        if self.window[0] is not None:  # autocast may have begun or ended since
+            kind = self.window[0].dtype
+            keys, values, plain = (x.to(kind) for x in (keys, values, plain))
         self.window = _put(self.window, (keys, values), places, stop)
         if self.remembers:
             (self.plain,) = _put((self.plain,), (plain,), places, stop)
@@ -108,6 +115,11 @@ class FotCache(Cache):
             LayerCache(i in config.mem_layers, dtype) for i in range(config.num_hidden_layers)
         ]
         self.context = config.local_context
+        self.reset()
+
+    def reset(self):
+        """Forgets all that was read."""
+        super().reset()
         self.places = 0  # of the window, in use
         self.memory = 0  # tokens in memory
         self.forgotten = 0  # tokens that have left the window
@@ -355,8 +367,8 @@ class Attention(nn.Module):
         visible = cache.visible
         if visible is not None:
             visible = visible[:, -k.shape[2] :].to(k.device)
-        attended = attend(q, k, v, visible, self.scale, self.topk, memory)
-        return self.o_proj(attended.transpose(1, 2).reshape(B, T, -1))
+        attended = attend(q.to(k.dtype), k, v, visible, self.scale, self.topk, memory)
+        return self.o_proj(attended.to(q.dtype).transpose(1, 2).reshape(B, T, -1))
 
     def _longer(self, visible, memory, q):
         """What queries of each row are multiplied by for so many tokens in memory."""

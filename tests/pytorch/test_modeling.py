@@ -242,6 +242,21 @@ def test_in_bfloat16(load):
     assert error < 1.5 * np.abs(in_jax - exact).mean() < 0.2
 
 
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+@pytest.mark.parametrize("first", [True, False])
+def test_autocast_begins_or_ends_while_a_text_is_read(load, storage, first):
+    """What was read in one type is read on in the other."""
+    model, text = load("llama", mem_dtype=storage), torch.tensor(random_text(2, 150))
+    exact = model(text[:, :80], last_context_length=16).past_key_values
+    cache = FotCache(model.config)
+    for start, stop in ((0, 80), (80, 90), (90, 150)):  # the second joins the first in the window
+        with torch.autocast("cpu", torch.bfloat16, enabled=first == (start == 0)):
+            got = model(text[:, start:stop], past_key_values=cache, last_context_length=16).logits
+        if start:
+            want = model(text[:, start:stop], past_key_values=exact, last_context_length=16).logits
+            assert (got.float() - want).abs().mean() < 0.1
+
+
 # --- What transformers does with it --------------------------------------------------------------
 
 
@@ -275,6 +290,10 @@ def test_a_book_is_read_once_and_asked_many_times(load):
         want = ours("llama").generate(question[None], 50, temperature=0, state=state)
         assert got[0, tokens.shape[1] :].tolist() == want[0]
     assert cache.get_seq_length() == 200
+    cache.reset()
+    assert repr(cache) == "FotCache(0 tokens in memory, 0 in the window)"
+    text = random_text(2, 75)
+    np.testing.assert_array_equal(logits(model, text, past_key_values=cache), logits(model, text))
 
 
 def test_sampling_streaming_and_beams(load):
