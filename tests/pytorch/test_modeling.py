@@ -298,7 +298,7 @@ def test_a_book_is_read_once_and_asked_many_times(load):
 
 def test_sampling_streaming_and_beams(load):
     model, text = load("llama"), torch.tensor(random_text(1, 70))
-    how = {"max_new_tokens": 40, "eos_token_id": None, "pad_token_id": 0}
+    how = {"max_new_tokens": 40, "eos_token_id": None, "pad_token_id": V}
 
     def sample(**more):
         torch.manual_seed(0)
@@ -322,12 +322,26 @@ def test_sampling_streaming_and_beams(load):
     assert several.shape == (3, 110) and len({tuple(row.tolist()) for row in several}) == 3
     # The best of beams is at least as likely as the greedy continuation.
     greedy = model.generate(text, do_sample=False, num_beams=1, **how)
-    best = model.generate(text, do_sample=False, num_beams=4, **how)
+    beams = model.generate(
+        text,
+        do_sample=False,
+        num_beams=4,
+        num_return_sequences=4,
+        output_scores=True,
+        return_dict_in_generate=True,
+        **how,
+    )
+    best = beams.sequences[:1]
 
     def likelihood(tokens):
-        scores = model(tokens).logits[:, 69:-1].log_softmax(-1)
-        return scores.gather(-1, tokens[:, 70:, None]).sum().item()
+        """Of what was written, read in the windows that it was written in."""
+        cache = FotCache(model.config)
+        parts = [model(part, past_key_values=cache).logits for part in tokens.split((70, C, 8), 1)]
+        scores = torch.cat(parts, 1)[:, 69:-1].log_softmax(-1)
+        return scores.gather(-1, tokens[:, 70:, None]).sum((1, 2))
 
+    # Each beam's scores are of what that beam has read.
+    np.testing.assert_allclose(beams.sequences_scores * 40, likelihood(beams.sequences), rtol=1e-4)
     assert best.shape == (1, 110) and likelihood(best) >= likelihood(greedy)
     first = greedy[0, 70].item()
     without = transformers.LogitsProcessorList(
