@@ -251,7 +251,8 @@ def _real_model(seed: int) -> list[Run]:
         "base": ("the model as it is", (*AT_REST, own)),
         "fot": ("FoT", ()),
         "mt": ("Memorizing Transformer, no gate", (*_memorizing(2_048), own, rows)),
-        "xl": ("Transformer-XL", (*recurrent, own, rows)),
+        # In halves: every layer sees two windows, which would take 16 GB.
+        "xl": ("Transformer-XL", (*recurrent, own, rows, "Compute.accumulation = 2")),
         "longer": (
             "plain, windows of four times the length",
             (
