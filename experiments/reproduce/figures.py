@@ -247,12 +247,13 @@ def _real_model(seed: int) -> list[Run]:
     own = "smollm2_135m.memory_scaling = 0.0"  # as published, each of them
     rows = "Data.lanes = 16"  # where a lane gives one window a step
     recurrent = _transformer_xl("smollm2_135m", 30, 512)
+    halves = "Data.group_lanes = 8", "Compute.accumulation = 2"
     models = {
         "base": ("the model as it is", (*AT_REST, own)),
         "fot": ("FoT", ()),
         "mt": ("Memorizing Transformer, no gate", (*_memorizing(2_048), own, rows)),
-        # In halves: every layer sees two windows, which would take 16 GB.
-        "xl": ("Transformer-XL", (*recurrent, own, rows, "Compute.accumulation = 2")),
+        # In halves: every layer sees two windows, and a whole step would take 16 GB.
+        "xl": ("Transformer-XL", (*recurrent, own, rows, *halves)),
         "longer": (
             "plain, windows of four times the length",
             (
