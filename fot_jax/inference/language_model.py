@@ -29,7 +29,14 @@ from fot_jax.data.vocabulary import Vocabulary, encode_prompt
 from fot_jax.inference import forward, inputs, sampling
 from fot_jax.inference.decode import decode
 from fot_jax.inference.prefill import prefill, remember
-from fot_jax.inference.state import EVERYTHING, SHARED, MemoryConfig, State, begin
+from fot_jax.inference.state import (
+    EVERYTHING,
+    SETTINGS_OF_READING,
+    SHARED,
+    MemoryConfig,
+    State,
+    begin,
+)
 from fot_jax.model import lora
 from fot_jax.model import memory as memories
 from fot_jax.model.config import ModelConfig
@@ -471,13 +478,17 @@ class LanguageModel:
         from fot_jax.checkpoints.array_checksums import array_checksums
 
         config = dataclasses.asdict(self.config)
+        for name in SETTINGS_OF_READING:
+            del config[name]
         leaves = jax.tree.leaves(self.params)
         dtype = self.params["embedding"].dtype.name
         return {"model": config, "dtype": dtype, "parameters": array_checksums(leaves)}
 
     def _check_own(self, state: State) -> None:
         """Raises UserError for a state of another model, or with other parameters."""
-        same = (state.model, state.mesh) == (self.config, self.mesh)
+        settings = {name: getattr(self.config, name) for name in SETTINGS_OF_READING}
+        config = dataclasses.replace(state.model, **settings)
+        same = (config, state.mesh) == (self.config, self.mesh)
         if same and state.reader is not None and state.reader.params is not self.params:
             of_both = (each._fingerprint for each in (state.reader, self))
             parameters, others = (each["parameters"] for each in of_both)
@@ -509,7 +520,7 @@ class LanguageModel:
             in_files = memory.directory is not None
             fingerprint = self._fingerprint if in_files else None
             begun = memory_files.begin_segments(begun, fingerprint, text)
-        begun.reader = self
+        begun.model, begun.reader = self.config, self
         return begun
 
     def _begin_reading(self, tokens, valid, memory: MemoryConfig, state: State | None, progress):

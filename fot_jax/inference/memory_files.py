@@ -37,7 +37,13 @@ from fot_jax.common.trees import leaves_by_path
 from fot_jax.inference import forward, segment_files
 from fot_jax.inference.forward import Cache
 from fot_jax.inference.segment_files import Segments
-from fot_jax.inference.state import MemoryConfig, State, begin, check_segments
+from fot_jax.inference.state import (
+    SETTINGS_OF_READING,
+    MemoryConfig,
+    State,
+    begin,
+    check_segments,
+)
 from fot_jax.model import memory as memories
 from fot_jax.model.config import ModelConfig
 from fot_jax.model.lookup import Dense, IndexedTopK, Lookup
@@ -212,7 +218,7 @@ def _check_whole(path: epath.Path) -> None:
 def _load(path: epath.Path, c: ModelConfig, fingerprint, lookup, mesh) -> State:
     """A memory that is in no segments."""
     content = _description(path)
-    _check_same_model(path, content["fingerprint"], json.loads(json.dumps(fingerprint)))
+    _check_same_model(path, content["fingerprint"], fingerprint)
     config = MemoryConfig(**content["config"], lookup=lookup)
     storage = content["storage"]
     appended, places = np.asarray(content["appended"]), np.asarray(content["places"])
@@ -283,7 +289,8 @@ def begin_segments(state: State, fingerprint: Any, text: np.ndarray | None) -> S
     path, begun = path_of(config.directory), False
     if text is not None and in_segments(path):
         there = segment_files.describe(path)
-        begun = all(there.get(name) == x for name, x in json.loads(json.dumps(content)).items())
+        there, ours = (x | {"fingerprint": _comparable(x["fingerprint"])} for x in (there, content))
+        begun = all(there.get(name) == x for name, x in ours.items())
     if segment_files.of_all_processes(begun).all():
         segments = segment_files.load(path, state.memory)
         if segments.tokens < text.size and not is_whole(segments):
@@ -306,7 +313,7 @@ def is_whole(segments: Segments) -> bool:
 
 def _load_directory(path: epath.Path, c: ModelConfig, fingerprint, lookup, mesh) -> State:
     content = segment_files.describe(path)
-    _check_same_model(path, content["fingerprint"], json.loads(json.dumps(fingerprint)))
+    _check_same_model(path, content["fingerprint"], fingerprint)
     config = MemoryConfig(**content["config"], lookup=lookup, directory=str(path))
     rows, dtype = content["rows"], content["fingerprint"]["dtype"]
     check_segments(c, mesh, rows, config)
@@ -487,10 +494,17 @@ def _description(path: epath.Path) -> dict[str, Any]:
     return content
 
 
-def _check_same_model(path: epath.Path, saved: Any, ours: Any) -> None:
+def _comparable(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """A fingerprint of this or an earlier version, as it is after a turn through JSON."""
     fields = dataclasses.fields(ModelConfig)
     defaults = {x.name: x.default for x in fields if x.default is not dataclasses.MISSING}
-    saved = saved | {"model": defaults | saved["model"]}  # of before a field was there
+    model = defaults | fingerprint["model"]  # of before a field was there
+    model = {name: value for name, value in model.items() if name not in SETTINGS_OF_READING}
+    return json.loads(json.dumps(fingerprint | {"model": model}))
+
+
+def _check_same_model(path: epath.Path, saved: Any, ours: Any) -> None:
+    saved, ours = _comparable(saved), _comparable(ours)
     for field, value in ours["model"].items():
         if saved["model"].get(field) != value:
             raise UserError(

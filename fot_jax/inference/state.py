@@ -95,6 +95,8 @@ class MemoryConfig:
 LAST_CONTEXT = 1024  # tokens of a text that stay in the window, as in LongLLaMA
 EVERYTHING = MemoryConfig()
 SHARED = MemoryConfig(shared=True)
+# Fields of ModelConfig on which no key or value that was read depends: how the next text is read.
+SETTINGS_OF_READING = ("last_context_length", "memory_dtype")
 
 
 def all_of_a_text(c: ModelConfig, storage: str | None, lookup: Lookup) -> MemoryConfig:

@@ -11,6 +11,7 @@ import runs
 from readers import config_of, model_of, random_text
 from tiny import random_params
 
+from fot_jax.common.checksums import seal
 from fot_jax.common.errors import UserError
 from fot_jax.inference import memory_files
 from fot_jax.inference.language_model import LanguageModel
@@ -136,6 +137,23 @@ def test_of_another_model(saved):
     params = jax.tree.map(lambda x: x.astype("bfloat16"), lm.params)
     with pytest.raises(UserError, match="was computed in float32, not in bfloat16: load the model"):
         LanguageModel(lm.config, params).load_memory(path)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"last_context_length": 32}, {"memory_dtype": "int8"}], ids=str
+)
+def test_of_the_same_model_that_reads_otherwise(saved, setting):
+    """No key or value depends on it: also of memories that were saved with it."""
+    lm, path = saved
+    other = dataclasses.replace(lm, config=dataclasses.replace(lm.config, **setting))
+    assert_same(lm.load_memory(path).memory, other.load_memory(path).memory)
+    state = lm.load_memory(path)
+    other.save_memory(state, path)
+    content = json.loads((path / "memory.json").read_text())["content"]
+    content["fingerprint"]["model"] |= setting
+    (path / "memory.json").write_text(json.dumps(seal(content)))
+    for each in (lm, other):
+        assert_same(state.memory, each.load_memory(path).memory)
 
 
 def test_nothing_there(tmp_path):

@@ -238,6 +238,9 @@ def test_killed_while_a_segment_is_written(tmp_path, caplog, left, files):
     for wrong in wrongs if segments else ():
         with pytest.raises(UserError, match="holds a memory already"):
             lm.read(**{"tokens": text, "memory": kept_in(path)} | wrong)
+    other = dataclasses.replace(lm.config, last_context_length=30)
+    begun = dataclasses.replace(lm, config=other)._begin(1, kept_in(path), None, text)
+    assert begun.stored == [kept]
     state = lm.read(text, memory=kept_in(path), progress=steps.append)
     assert sum(steps) == 1000 and (steps[0] == kept or not kept)
     more, unbroken = random_text(1, 2 * C, seed=1), lm.read(text)
