@@ -187,7 +187,7 @@ def read_step(
         check_shapes(folder, "optimizer state", saved.opt_state, opt_state)
     data = _on_all("data", lambda: items.read_data(folder, groups))
     params = _read_arrays(folder / "params", saved.params, params)
-    params = _merged(params) if merge else params
+    params = lora.merged(params, _added) if merge else params
     if opt_state is not None:
         opt_state = _read_arrays(folder / "opt_state", saved.opt_state, opt_state)
     return Restored(step, params, opt_state, data, saved.meta)
@@ -231,16 +231,20 @@ def _on_all_devices_of(params: Any, adapters: Any) -> Any:
     )
 
 
-def _merged(params: Any) -> Any:
-    """Kernels with their adapters in them, where they were; the parameters are donated."""
-    params, adapters = lora.split(params)
-    shardings = jax.tree.map(lambda x: x.sharding, params)
-    merge = jax.jit(
-        lambda params, adapters: lora.merged(lora.joined(params, adapters)),
-        donate_argnums=0,
-        out_shardings=shardings,
-    )
-    return merge(params, adapters)
+def _added(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+    """As `lora.added_on_host`, where the kernel was; it is deleted.
+
+    The adapters are whole on every device.
+    """
+    a, b, scale = (np.asarray(x.addressable_data(0)) for x in (a, b, scale))
+    parts, shape, sharding = {}, kernel.shape, kernel.sharding
+    for shard in kernel.addressable_shards:
+        L, E, F = shard.index
+        if str(shard.index) not in parts:  # or another device has the same
+            part = lora.added_on_host(np.asarray(shard.data), a[L, E], b[L, :, F], scale[L])
+            parts[str(shard.index)] = part
+    kernel.delete()
+    return jax.make_array_from_callback(shape, sharding, lambda index: parts[str(index)])
 
 
 # --- Arrays --------------------------------------------------------------------------------------

@@ -200,8 +200,7 @@ class Reader:
         if adapter is None:
             return x
         at = slice(None) if layer is None else layer
-        add = lora.delta(adapter["a"][at], adapter["b"][at], self.adapters["scale"][at])
-        return (x + add).astype(x.dtype)
+        return lora.added_on_host(x, adapter["a"][at], adapter["b"][at], self.adapters["scale"][at])
 
     def _read(self, path: str, layer: int | None = None) -> np.ndarray:
         """A parameter as saved."""

@@ -13,11 +13,12 @@ Letters: L layers, E width of a kernel's input, F of its output.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float
 
 from fot_jax.common.configurable import configurable
@@ -33,6 +34,7 @@ KERNELS = {
     "down": "mlp",
 }  # of a layer, and the part of it where each one stands
 NAME = "lora"  # of the adapters among a layer's parameters
+BLOCK = 2**18  # elements of a kernel that are merged at a time: caches hold them
 
 
 @configurable
@@ -88,20 +90,53 @@ def joined(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> dict[str, 
     return {**params, "layers": {**params["layers"], **({NAME: adapters} if adapters else {})}}
 
 
-def merged(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters whose kernels hold what the adapters add: those of a model without any."""
+def added(
+    kernel: Float[Any, "L E F"],
+    a: Float[Any, "L E rank"],
+    b: Float[Any, "L rank F"],
+    scale: Float[Any, " L"],
+) -> Float[Any, "L E F"]:
+    """The kernels of all layers with their adapters in them, in the kernels' type."""
+    return (kernel + scale[:, None, None] * (a @ b)).astype(kernel.dtype)
+
+
+def merged(params: Mapping[str, Any], add: Callable[..., Any] = added) -> dict[str, Any]:
+    """Parameters whose kernels hold what the adapters add: those of a model without any.
+
+    Args:
+      add: as `added`.
+    """
     params, adapters = split(params)
     layers = dict(params["layers"])
     for name, part in KERNELS.items():
         if name in adapters:
-            add = delta(adapters[name]["a"], adapters[name]["b"], adapters["scale"])
             kernel = layers[part][name]
-            layers[part] = {**layers[part], name: (kernel + add).astype(kernel.dtype)}
+            kernel = add(kernel, adapters[name]["a"], adapters[name]["b"], adapters["scale"])
+            layers[part] = {**layers[part], name: kernel}
     return {**params, "layers": layers}
 
 
-def delta(
-    a: Float[Any, "*L E rank"], b: Float[Any, "*L rank F"], scale: Float[Any, "*L"]
-) -> Float[Any, "*L E F"]:
-    """What an adapter adds to its kernel, or those of all layers to theirs."""
-    return scale[..., None, None] * (a @ b)
+def added_on_host(
+    kernel: Float[np.ndarray, "*L E F"],
+    a: Float[np.ndarray, "*L E rank"],
+    b: Float[np.ndarray, "*L rank F"],
+    scale: Float[np.ndarray, "*L"],
+) -> Float[np.ndarray, "*L E F"]:
+    """As `added`, the same to the last bit on every machine and for every part of a kernel.
+
+    Saved memories know parameters by their bits, which are those of sums and products of float32
+    alone: in a product of matrices the last bit depends on the library, the machine and the shape.
+    """
+    kernel = np.asarray(kernel)
+    a, b, scale = (np.asarray(x, np.float32) for x in (a, b, scale))
+    *L, E, F = kernel.shape
+    out, rows = np.empty(kernel.shape, kernel.dtype), max(1, BLOCK // F)
+    for layer in np.ndindex(*L):
+        for start in range(0, E, rows):
+            here = (*layer, slice(start, start + rows))
+            total = np.zeros(kernel[here].shape, np.float32)
+            product = np.empty_like(total)
+            for column, row in zip(a[here].T, b[layer], strict=True):
+                total += np.multiply(column[:, None], row, out=product)
+            out[here] = kernel[here] + scale[layer] * total
+    return out

@@ -15,9 +15,10 @@ from tiny import tiny
 from fot_jax.checkpoints import stream
 from fot_jax.checkpoints.array_checksums import array_checksums, slice_checksum
 from fot_jax.checkpoints.manager import Checkpointer
-from fot_jax.checkpoints.restore import restore_model
+from fot_jax.checkpoints.restore import restore_model, restore_params
 from fot_jax.common.errors import UserError
 from fot_jax.common.trees import leaves_by_path, tree_of_leaves
+from fot_jax.model import lora
 
 CONFIG = tiny()
 
@@ -97,6 +98,40 @@ def test_slices_are_read_back(tmp_path, how):
             np.testing.assert_array_equal(content.read(name), values[name])
         for layer in (2, 0, 1) if name.startswith("layers/") else ():
             np.testing.assert_array_equal(content.read(name, layer), values[name][layer])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_adapters_are_merged_to_the_same_bits(tmp_path, monkeypatch, dtype):
+    """By slices, in whole kernels, or on a mesh: or a memory would be one of another model."""
+    monkeypatch.setattr(lora, "BLOCK", 1_000)
+    rng = np.random.default_rng(1)
+    shapes = {"query/a": (32, 16), "query/b": (16, 32), "up/a": (32, 16), "up/b": (16, 48)}
+    adapters = {f"layers/lora/{name}": rng.normal(size=(3, *x)) for name, x in shapes.items()}
+    adapters["layers/lora/scale"] = np.array([0.3, 0.7, 1.1])
+    values = parameters(dtype)
+    saved(tmp_path, values | {name: x.astype(np.float32) for name, x in adapters.items()})
+    mesh = jax.sharding.Mesh(np.reshape(jax.devices(), (2, 4)), ("x", "y"))
+    axes = {"layers/attention/query": (None, None, "y"), "layers/mlp/up": (None, "y", "x")}
+    shards = {}
+    for name, x in values.items():
+        spec = jax.sharding.PartitionSpec(*axes.get(name, ()))
+        sharding = jax.sharding.NamedSharding(mesh, spec)
+        shards[name] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    content = stream.Reader(tmp_path)
+    for params in (None, tree_of_leaves(shards)):
+        found = leaves_by_path(restore_params(tmp_path, params).params)
+        assert sorted(found) == sorted(content.arrays) == sorted(values)
+        for name in axes:
+            assert params is None or found[name].sharding == shards[name].sharding
+            for layer, x in enumerate(np.asarray(found[name])):
+                np.testing.assert_array_equal(content.read(name, layer), x)
+    for kernel in axes:
+        a, b = (adapters[f"layers/lora/{kernel.split('/')[-1]}/{x}"] for x in "ab")
+        want = values[kernel] + adapters["layers/lora/scale"][:, None, None] * (a @ b)
+        got = content.read(kernel)
+        assert got.dtype == dtype
+        error = ml_dtypes.finfo(dtype).eps
+        np.testing.assert_allclose(np.float64(got), want, rtol=error, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["streamed", "saved"])
