@@ -84,6 +84,7 @@ _ONE_ADDS = (
 TOKENS = 2**16  # of a segment that was not merged
 MERGED = 4  # segments of a size into one
 CHUNK = 2**16  # vectors of a merged segment that are written at a time
+LISTINGS = 5  # of a directory to which another process adds, before loading it is given up
 
 
 class _Layer(NamedTuple):
@@ -509,15 +510,31 @@ def load(path: epath.Path, like: Memory) -> Segments:
       like: a memory of the same types and shapes, but for its slots.
 
     Raises:
-      UserError: names the first segment that is not what was written.
+      UserError: names the first segment that is not what was written; or another process adds to
+        the memory so fast that its segments are merged and removed before they are read.
     """
     path = own(epath.Path(os.path.realpath(path)))
     sealed = _unsealed(path / DESCRIPTION)
-    segments = _empty(path, like, sealed["content"]["slots"], sealed["crc32"])
-    if len(set(of_all_processes(np.uint32(segments.root)).tolist())) > 1:
+    empty = _empty(path, like, sealed["content"]["slots"], sealed["crc32"])
+    if len(set(of_all_processes(np.uint32(empty.root)).tolist())) > 1:
         raise UserError(f"{path}: another memory than those of other processes: give a new name")
-    names = _names(path)
-    position = 0
+    for _ in range(LISTINGS):
+        names = _names(path)
+        try:
+            segments, position = _with_files(empty, names, like)
+        except UserError:
+            if _names(path) == names:
+                raise
+        else:
+            return segments._up_to(of_all_processes(position).min())
+    raise UserError(f"{path}: another process is adding to it: load it when that is done")
+
+
+def _with_files(
+    segments: Segments, names: dict[str, tuple[int, int]], like: Memory
+) -> tuple[Segments, int]:
+    """With those of the names, and how many were closed for them; as of `load`."""
+    path, position = segments.directory, 0
     while names:
         here = [each for each in names.values() if each[0] == position]
         if not here:
@@ -539,7 +556,7 @@ def load(path: epath.Path, like: Memory) -> Segments:
         tokens = content["tokens"], content.get("of_all", content["tokens"])
         segment = _Segment(first, count, *tokens, sealed["crc32"], content["after"], layers)
         segments = segments._with(segment)
-    return segments._up_to(of_all_processes(position).min())
+    return segments, position
 
 
 def restart(memory: Memory) -> Memory:

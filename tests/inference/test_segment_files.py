@@ -269,6 +269,31 @@ def test_killed_before_merged_segments_are_removed(read):
     assert not list(path.glob("segment-000001-000001"))
 
 
+def test_loaded_while_another_process_reads_on(read, monkeypatch):
+    """Which merges segments that were listed, and removes them."""
+    lm, state, path = read
+    crc32, others = segment_files._crc32, iter([state])
+
+    def read_on(file):
+        for other in others:  # once
+            lm.read(random_text(1, SEGMENT + C, seed=1), state=other)
+        return crc32(file)
+
+    monkeypatch.setattr(segment_files, "_crc32", read_on)
+    loaded = lm.load_memory(path)
+    assert loaded.segments.tokens == state.segments.tokens == 4 * SEGMENT
+    assert [each.name for each in path.glob("segment-*")] == ["segment-000000-000003"]
+
+    def never_done(file):
+        (path / f"segment-{next(numbers):06}-000099").mkdir()
+        raise FileNotFoundError(file)
+
+    numbers = iter(range(90, 100))
+    monkeypatch.setattr(segment_files, "_crc32", never_done)
+    with pytest.raises(UserError, match=f"{path}: another process is adding to it: load it when"):
+        lm.load_memory(path)
+
+
 def test_damage_is_noticed(read):
     lm, state, path = read
     lm.save_memory(state, path)
