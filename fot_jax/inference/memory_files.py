@@ -398,11 +398,12 @@ def _write_tree(path: epath.Path, prefix: str, tree, length: int, shards: int) -
                 {"driver": "zarr3", "codecs": [{"name": "bytes"}, {"name": "crc32c"}]}
             ),
         ).result()
+        crcs[name] = 0  # of no slots, too: the description names all that is there
         for start in range(0, length, chunk):
             stop = min(start + chunk, length)
             content = _slots(x, start, stop, shards)
             array[:, :, start:stop].write(content).result()
-            crcs[name] = _crc32(content, crcs.get(name, 0))
+            crcs[name] = _crc32(content, crcs[name])
     return crcs
 
 

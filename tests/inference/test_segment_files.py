@@ -19,7 +19,7 @@ from readers import C, model_of, random_text
 from fot_jax.common.checksums import seal
 from fot_jax.common.errors import UserError
 from fot_jax.inference import decode, forward, segment_files
-from fot_jax.inference.state import MemoryConfig
+from fot_jax.inference.state import SHARED, MemoryConfig
 from fot_jax.model import clusters
 from fot_jax.model import segments as segmented
 from fot_jax.model.lookup import Dense, IndexedTopK, TopK
@@ -173,6 +173,19 @@ def test_nor_at_the_same_time(read, monkeypatch):
     more = random_text(1, 30, seed=1)
     got = lm.logits(more, state=lm.load_memory(path).copy())
     np.testing.assert_array_equal(got, lm.logits(more, state=state.copy()))
+
+
+def test_an_empty_window_is_saved_again(tmp_path):
+    lm = model_of("llama")
+    for memory in (SHARED, kept_in(tmp_path / "m", shared=True)):
+        path = memory.directory or tmp_path / "ram"
+        state = lm.remember(random_text(3, 40), memory=memory)
+        for _ in range(2):
+            lm.save_memory(state, path)
+        loaded = lm.load_memory(path)
+        assert loaded.places == [0] and loaded.stored == [120]
+    with pytest.raises(UserError, match=f"{path}/open: the end of the memory in {path}: give that"):
+        lm.load_memory(tmp_path / "m" / "open")
 
 
 # --- Kills and damage ----------------------------------------------------------------------------
