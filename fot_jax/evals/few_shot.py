@@ -24,7 +24,7 @@ from fot_jax.evals import plots
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.state import MemoryConfig, State, all_of_a_text, check_texts, last_context
 from fot_jax.model.config import ModelConfig
-from fot_jax.model.lookup import Dense, Lookup
+from fot_jax.model.lookup import Dense, IndexedTopK, Lookup, TopK
 
 # Fields of a row: the question, and its answer or list of answers; how a demonstration is written.
 FORMS = {
@@ -208,7 +208,13 @@ class FewShot:
         batch: Sequence[Example],
     ) -> int:
         """How many of the questions are answered rightly."""
-        before = {"memory": memory} if state is None else {"state": state.repeated(len(batch))}
+        if state is not None:
+            before = {"state": state.repeated(len(batch))}
+        else:
+            if isinstance(memory.lookup, IndexedTopK):
+                # An index is of one row; with a question alone it finds what TopK finds.
+                memory = dataclasses.replace(memory, lookup=TopK(memory.lookup.k))
+            before = {"memory": memory}
         written = lm.generate(
             [lm.encode(self._written(example), continues=True) for example in batch],
             self.answer_tokens,

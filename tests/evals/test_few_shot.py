@@ -15,7 +15,7 @@ from fot_jax.common.errors import UserError
 from fot_jax.data.vocabulary import Bytes
 from fot_jax.evals.few_shot import FewShot
 from fot_jax.inference.state import EVERYTHING, MemoryConfig
-from fot_jax.model.lookup import TopK
+from fot_jax.model.lookup import IndexedTopK, TopK
 
 DEMONSTRATION = re.compile(r"Question: (.*)\nType: (.*)\n\n")
 QUESTIONS = [(f"What is number {i} ?", f"KIND{i % 3}:sub{i}") for i in range(40)]
@@ -107,7 +107,7 @@ def test_the_first_questions_alone(directory):
 
 
 def test_a_vocabulary_without_a_mark_at_the_beginning(directory):
-    """Where no demonstration fits there is nothing to read before a question."""
+    """Where no demonstration fits there is nothing to read before questions, nor an index of it."""
 
     class Plain(Bytes):
         before, ends = (), (10, 257)
@@ -120,14 +120,16 @@ def test_a_vocabulary_without_a_mark_at_the_beginning(directory):
 
         def generate(self, prompts, max_new_tokens, *, temperature, stop, state=None, memory=None):
             self.alone = state is None
-            assert (memory is None) != self.alone and stop == (10, 257)
+            alone = MemoryConfig(lookup=TopK(7)) if self.alone else None
+            assert memory == alone and stop == (10, 257)
             state = state or ({}, len(prompts))
             how = {"temperature": temperature, "state": state, "stop": (Bytes.eos,)}
             return super().generate(prompts, max_new_tokens, **how)
 
     for length, alone in ((600, False), (55, True)):
         reader = Reader()
-        (row,) = evaluation(directory, lengths=(length,), draws=1).run(reader, None)
+        each = evaluation(directory, lengths=(length,), draws=1, lookup=IndexedTopK(7))
+        (row,) = each.run(reader, None)
         assert reader.alone == alone == (row["demonstrations"] == 0)
 
 
