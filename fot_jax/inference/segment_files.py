@@ -441,6 +441,11 @@ def create(directory: epath.PathLike, like: Memory, window: int, **content: Any)
         names = [x.name for x in place.iterdir()] if place.is_dir() else []
         if place.exists() and not (place.is_dir() and all(re.fullmatch(ours, x) for x in names)):
             what = "holds a memory already: go on from it with --memory (load_memory), or"
+            if content["text"] is None:
+                what = (
+                    "holds a memory already, and only one text without a mask that is read or "
+                    "continued goes on after a kill: load what is there (load_memory), or"
+                )
             raise UserError(
                 f"{place}: {what if is_one(place) else 'something else is there:'} give a new name"
             )

@@ -41,8 +41,9 @@ class MemoryConfig:
       shared: one memory for all rows of a batch (the paper's multi-doc setting).
       directory: a new one of this machine, to keep memory in files as text is read (see
         segment_files.py), so that it may be larger than RAM; None: in RAM. Go on from it with
-        LanguageModel.load_memory. Where a process was killed, reading the same text into the
-        same directory goes on from what is there, by whatever lookup it is given then.
+        LanguageModel.load_memory. Where a process was killed, `read` or `generate` of the same text
+        with the same directory goes on from what is there, by whatever lookup it is given then: of
+        one text, without a mask.
 
     In a directory, or with an index, memory is in segments: of one text, or of several that share
     it, and nothing is forgotten. It is on one device or, where several processes run together, on

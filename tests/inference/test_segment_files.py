@@ -341,6 +341,9 @@ def test_what_a_directory_cannot_be_is_refused(read, tmp_path):
         lm.read(text, memory=kept_in(path))
     with pytest.raises(UserError, match="not a memory, so it is not replaced: give a new name"):
         lm.save_memory(lm.read(text), path)
+    for rows, mask in ((2, None), (1, np.arange(10)[None] > 2)):
+        with pytest.raises(UserError, match=f"{path}: holds a memory already, and only one text w"):
+            lm.read(random_text(rows, 10), mask=mask, memory=kept_in(path, shared=True))
     (tmp_path / "thesis").write_text("1")
     with pytest.raises(UserError, match="thesis: something else is there: give a new name"):
         lm.read(text, memory=kept_in(tmp_path / "thesis"))
