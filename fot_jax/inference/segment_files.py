@@ -25,10 +25,10 @@ the device, and the host reads what queries go to (model/segments.py).
 
 **Being killed.** A segment's directory is written under another name and renamed when whole, and
 those that were merged into it are removed after that: what is there is what was closed, and a kill
-costs the open segment. As windows ended where the last segment did, reading on from its last token
-gives what reading in one go does. Each segment.json has the checksum of the one before: segments
-cannot change places. `open` counts only if no segment was closed after it. All checksums are
-compared once, when the directory is opened.
+costs the open segment and the window. As windows ended where the last segment did, reading on from
+its last token gives what reading in one go does. Each segment.json has the checksum of the one
+before: segments cannot change places. `open` counts only if no segment was closed after it. All
+checksums are compared once, when the directory is opened.
 
 **One writer.** The state that began the memory, or loaded it, adds to it. Copies of a state see the
 segments that there were, and keep in RAM what they read.
