@@ -15,11 +15,10 @@ from fot_jax.convert import Reader, open_checkpoint
 from fot_jax.data.vocabulary import Symbols
 from fot_jax.hugging_face import tensors
 from fot_jax.inference.language_model import LanguageModel
-from fot_jax.inference.state import all_of_a_text
+from fot_jax.inference.state import SETTINGS_OF_READING, all_of_a_text
 from fot_jax.model.config import ModelConfig
 from fot_jax.model.lookup import Dense
 
-_SETTINGS_OF_READING = ("last_context_length", "memory_dtype")
 _PROBE, _WINDOW = 200, 64  # tokens read, in windows of so many
 
 
@@ -59,7 +58,7 @@ def check(a: epath.PathLike, b: epath.PathLike) -> bool:
     differences = {
         name: pair
         for name, pair in ours.config.differences(theirs.config).items()
-        if name not in _SETTINGS_OF_READING or None not in pair  # one of them leaves it open
+        if name not in SETTINGS_OF_READING or None not in pair  # one of them leaves it open
     }
     for name, (one, other) in differences.items():
         print(f"{name}: {one} in {a}, {other} in {b}")
@@ -70,7 +69,7 @@ def check(a: epath.PathLike, b: epath.PathLike) -> bool:
     if (
         same_tensors
         and differences
-        and {*differences} <= {*of_memory, *_SETTINGS_OF_READING, "local_context"}
+        and {*differences} <= {*of_memory, *SETTINGS_OF_READING, "local_context"}
     ):
         print(f"the same model, but for {', '.join(differences)}")
     agree = same_tensors and not differences

@@ -95,8 +95,8 @@ class RopeScaling:
 class ModelConfig:
     """Everything that determines the parameters and the function of a model.
 
-    Checkpoints and memories record every field. Those of before a new one get its default: give it
-    the value that they were trained with.
+    Checkpoints record every field, memories all but the last two. Those of before a new one get its
+    default: give it the value that they were trained with.
 
     `local_context` is the window that positions are trained for. How a long text is read where
     nobody says otherwise is part of it as it is of LongLLaMA's config.json: the last two fields.
