@@ -95,7 +95,7 @@ def _until_done(
     """Turn after turn; the exit code."""
     newest = _newest_checkpoint(pod, args.workdir)
     failures = _Failures(pod, args.workdir, args.max_failures, newest)
-    before, said, shown = Step("wait", ""), None, None
+    before, said, shown, unstarted = Step("wait", ""), None, None, False
     while True:
         step = _look(pod, slices, asked)
         acts = not step.if_still or before.if_still and before.do == step.do
@@ -106,10 +106,15 @@ def _until_done(
             return 0
         if step.running:
             failures.requests = 0
-        if acts and step.failed and step.failed["ended"] != shown:
-            shown = step.failed["ended"]
-            if failures.of_the_run(verbs.failure(step.failed)):
+        if acts and step.do == "start":
+            failed = unstarted
+            if step.failed and step.failed["ended"] != shown:
+                shown, failed = step.failed["ended"], True
+                _say(pod, verbs.failure(step.failed))
+            if failed and failures.of_the_run():
                 return 1
+        if acts and (step.do != "wait" or step.running):
+            unstarted = False
         try:
             if acts and step.do == "create":
                 process.call(create)
@@ -127,13 +132,15 @@ def _until_done(
                 return 1
         except UserError as error:
             if step.do == "start":
-                gives_up = failures.of_the_run(str(error))
+                # A failure of the run if it is to be started on these nodes again. They may be
+                # about to go: that is preemption.
+                unstarted = True
+                _say(pod, str(error))
             else:
                 done = "ALREADY_EXISTS" if step.do == "create" else "NOT_FOUND"
                 counts = done not in str(error) and not _passes(str(error))
-                gives_up = failures.of_requests(str(error), counts)
-            if gives_up:
-                return 1
+                if failures.of_requests(str(error), counts):
+                    return 1
         before, said = step, line
         slow = step.denied or step.do in ("create", "delete")
         time.sleep(args.poll * (failures.patience() if slow else 1))
@@ -238,12 +245,12 @@ _MOST_PATIENCE = 32  # times --poll
 class _Failures:
     """What has failed without anything having come of it since; when to wait longer, and give up.
 
-    Runs that end with an error count from the last checkpoint that was new or, where checkpoints
-    cannot be seen, from the last new pod. Requests that Google Cloud refuses or that FAIL (no
-    quota, no such network, an account without rights) count from the last pod whose workers
-    answered. Preemption and want of capacity do not end the watch, however often: they are what it
-    is for. But each in a row without a new checkpoint, as each request that fails, doubles the
-    time until the next is asked for.
+    Runs that end with an error, or cannot be started, count from the last checkpoint that was new
+    or, where checkpoints cannot be seen, from the last new pod. Requests that Google Cloud refuses
+    or that FAIL (no quota, no such network, an account without rights) count from the last pod
+    whose workers answered. Preemption and want of capacity do not end the watch, however often:
+    they are what it is for. But each in a row without a new checkpoint, as each request that fails,
+    doubles the time until the next is asked for.
 
     Attributes:
       workdir: of the run; progress is only seen in a bucket.
@@ -259,9 +266,8 @@ class _Failures:
     requests: int = 0
     lost: int = 0
 
-    def of_the_run(self, what: str) -> bool:
-        """Says what failed, counts it, and whether to give up."""
-        _say(self.pod, what)
+    def of_the_run(self) -> bool:
+        """Counts a failure; says whether to give up."""
         self._forget_if_progress()
         self.runs += 1
         if self.runs >= self.most:

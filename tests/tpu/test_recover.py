@@ -156,6 +156,22 @@ def test_what_passes_by_itself_is_waited_for(cloud):
     assert out.count("request 1 of 3 failed") == out.count("request 2 of 3 failed") == 2
 
 
+@pytest.mark.slow
+def test_a_start_that_fails_on_a_pod_about_to_be_preempted_is_no_failure(cloud):
+    cloud.plan(*[["ACTIVE", "SUSPENDED"]] * 4, ["ACTIVE"], drops=["fine", *["before"] * 4] * 4)
+    out = cloud.works("recover", cloud.experiment, *POD, *WORKDIR, "--spot", "--poll", "0.02")
+    assert out.count("Connection refused") == out.count("SUSPENDED: delete") == 4
+    assert cloud.checkpoints() == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.slow
+def test_starts_that_fail_on_a_pod_that_is_there_are_given_up(cloud):
+    (cloud.directory / "no_space").touch()
+    code, out, _ = cloud.tpu("recover", cloud.experiment, *POD, *WORKDIR, "--poll", "0.02")
+    assert code == 1 and out.count("no space left") == 3
+    assert out.splitlines()[-2].endswith("given up after 3 failures without a new checkpoint")
+
+
 def test_pods_are_asked_for_ever_more_seldom_without_progress(monkeypatch):
     saved = "gs://b/run/checkpoints/3/commit_success.txt"
     listed = iter(["", saved, saved])
@@ -179,11 +195,11 @@ def test_a_new_checkpoint_counts_for_failures_and_preemptions(monkeypatch):
     monkeypatch.setattr(recover.process, "call", lambda *_: newest[0])
     failures = recover._Failures(Pod("pod", "zone"), "gs://b/run", 3, 0)
     for _ in range(9):
-        assert not failures.of_the_run("failed")
+        assert not failures.of_the_run()
         newest[0] = next(saved)
         assert not failures.of_requests("preempted", False)
         newest[0] = next(saved)
-    assert [failures.of_the_run("failed") for _ in range(3)] == [False, False, True]
+    assert [failures.of_the_run() for _ in range(3)] == [False, False, True]
 
 
 STATES = {
