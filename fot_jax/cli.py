@@ -19,6 +19,7 @@ from pathlib import Path
 
 from fot_jax import gin_files
 from fot_jax.common.errors import UserError
+from fot_jax.common.stopping import stopping
 from fot_jax.training import cluster
 
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -142,15 +143,9 @@ def _interrupted_saving(signum, frame) -> None:
 def _stopped_without_remains() -> Iterator[None]:
     """A signal, or a terminal that is closed, leaves nothing half-written."""
     with contextlib.ExitStack() as stack:
-        for signum in _stopping():
+        for signum in stopping():
             stack.enter_context(_on(signum, _interrupted_saving))
         yield
-
-
-def _stopping() -> list[signal.Signals]:
-    """The signals that stop a command."""
-    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # as nohup has it
-    return [signal.SIGTERM, signal.SIGINT] + [signal.SIGHUP] * hangs_up
 
 
 def _exit(signum, frame) -> None:
@@ -462,7 +457,7 @@ def _cache(args) -> int:
                 f"Data.source is a {type(source).__name__}, only @Text() has a cache: give that"
             )
         with contextlib.ExitStack() as stack:
-            for signum in _stopping():
+            for signum in stopping():
                 stack.enter_context(_on(signum, _exit))
             for text in texts:
                 tasks.cache(text, args.output)

@@ -95,7 +95,7 @@ def train(
       dry_run: trace one step, print what would run, write nothing.
 
     Returns:
-      None when done; the signal, SIGTERM or SIGINT, that stopped it, with the last step saved.
+      None when done; the signal that stopped it, with the last step saved.
 
     Raises:
       UserError: parts of the experiment that do not fit each other, bad data, or a loss or gradient

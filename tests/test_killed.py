@@ -125,12 +125,14 @@ def test_stopped_between_logged_steps_it_ends_as_if_unbroken(tmp_path):
 @pytest.mark.slow
 def test_a_second_sigterm_ends_the_process_at_once():
     code = """if True:
-        import os, signal
-        from fot_jax.training.signals import stop_signals
+        import os, signal, time
+        from fot_jax.training.signals import SAME_SECONDS, stop_signals
         with stop_signals() as signals:
             assert not signals.received
-            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(2):  # sent to all processes, and passed on by another
+                os.kill(os.getpid(), signal.SIGTERM)
             print(signals.received.name, flush=True)
+            time.sleep(SAME_SECONDS)
             os.kill(os.getpid(), signal.SIGTERM)
             print("still here", flush=True)
     """

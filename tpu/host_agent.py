@@ -25,6 +25,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -163,6 +164,8 @@ def start(name: str, digest: str, assignments: list[str], arguments: list[str], 
         with open(run / "log", "ab") as log:
             log.write(f"{STARTED}{time.strftime('%Y-%m-%d %H:%M:%S')} code {digest}\n".encode())
             log.flush()
+            # As nohup: it goes on, whatever hangs up on those that the connection has started.
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
             supervisor = [python, "-m", "tpu", "worker", "--run_dir", str(run), "--"]
             child = subprocess.Popen(
                 supervisor + [python, "-m", "fot_jax"] + arguments,

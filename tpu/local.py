@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from fot_jax.common.errors import UserError
+from fot_jax.common.stopping import stopping
 from tpu.supervisor import STOPPED, dies_with_parent
 
 GRACE_SECONDS = 15  # for workers to end on their own after one has failed
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs several processes, their output line by line with the worker's number.
 
-    Returns the exit code: 0 when done; 143 after SIGTERM or SIGINT, with the last step saved; 1
+    Returns the exit code: 0 when done; 143 after a signal to stop, with the last step saved; 1
     after one failure more than there are restarts.
 
     Raises:
@@ -204,14 +205,14 @@ def _codes(workers: list[_Worker]) -> list[int]:
 
 @contextlib.contextmanager
 def _stop_signals(workers: list[_Worker]) -> Iterator[Callable[[], bool]]:
-    """Passes SIGTERM and SIGINT on to workers; gives a function that says whether one came."""
+    """Passes signals to stop on to workers; gives a function that says whether one came."""
     came: list[int] = []
 
     def handler(signum, frame):
         came.append(signum)
         _stop(workers)
 
-    before = {each: signal.signal(each, handler) for each in (signal.SIGTERM, signal.SIGINT)}
+    before = {each: signal.signal(each, handler) for each in stopping()}
     try:
         yield lambda: bool(came)
     finally:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fot_jax.common.errors import UserError
+from fot_jax.common.stopping import stopping
 from fot_jax.training import cluster
 from fot_jax.training.cluster import Place
 from tpu import control
@@ -136,7 +137,7 @@ async def _work(
         return True
 
     def stop() -> None:
-        """Either signal asks the command to save and stop: that is what it does after SIGTERM."""
+        """Any of the signals asks the command to save and stop, as it does after SIGTERM."""
         nonlocal stopped
         stopped = True
         if child is None:
@@ -152,7 +153,7 @@ async def _work(
                 events.put_nowait((place.index, {"ended": child.returncode}))
 
     meeting = asyncio.ensure_future(meet())
-    for each in (signal.SIGTERM, signal.SIGINT):
+    for each in stopping():
         loop.add_signal_handler(each, stop)
     loop.add_signal_handler(signal.SIGCHLD, look)
     alive = asyncio.ensure_future(control.keep_alive(links, args.silence / 4))
@@ -237,6 +238,8 @@ async def _obey(place: Place, links: control.Links, events: control.Events) -> V
 def _start(place: Place, command: list[str]) -> subprocess.Popen:
     """Starts the command in a process group of its own.
 
+    It ignores SIGHUP: what hangs up on all processes of a session stops it by the signal from here.
+
     Raises:
       UserError: there is no such program.
     """
@@ -246,13 +249,19 @@ def _start(place: Place, command: list[str]) -> subprocess.Popen:
         coordinator = f"{place.hosts[0]}:{place.port + 1}"
         values = (coordinator, str(len(place.hosts)), str(place.index))
         environment |= dict(zip(names, values, strict=True))
+    ends = dies_with_parent()
+
+    def prepare() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        ends()
+
     try:
         return subprocess.Popen(
             command,
             env=environment,
             stdin=subprocess.DEVNULL,
             process_group=0,
-            preexec_fn=dies_with_parent(),
+            preexec_fn=prepare,
         )
     except OSError as error:
         raise UserError(f"{command[0]}: {error.strerror}: give a program after --") from error

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a run finishes its step, saves and ends."""
+"""Signals to stop: a run finishes its step, saves and ends."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import contextlib
 import dataclasses
 import os
 import signal
+import time
 from collections.abc import Iterator
 
 from fot_jax.common.agreement import Agreement, all_values
+from fot_jax.common.stopping import stopping
+
+SAME_SECONDS = 1.0  # in which signals are one: some go to all processes, and are passed on as well
 
 
 @dataclasses.dataclass
@@ -38,15 +42,18 @@ class StopSignals:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[StopSignals]:
-    """Records SIGTERM and SIGINT instead of ending the process; a second one ends it."""
-    signals = StopSignals()
+    """Records a signal to stop instead of ending the process; a second one, later, ends it."""
+    signals, came = StopSignals(), -SAME_SECONDS
 
     def handler(signum, frame):
+        nonlocal came
+        if (now := time.monotonic()) - came < SAME_SECONDS:
+            return
         if signals.exit_at_once:
             os._exit(128 + signum)
-        signals.received, signals.exit_at_once = signal.Signals(signum), True
+        signals.received, signals.exit_at_once, came = signal.Signals(signum), True, now
 
-    before = {each: signal.signal(each, handler) for each in (signal.SIGTERM, signal.SIGINT)}
+    before = {each: signal.signal(each, handler) for each in stopping()}
     try:
         yield signals
     finally:

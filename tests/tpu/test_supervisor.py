@@ -297,6 +297,35 @@ def test_commands_are_asked_to_save_and_stop(pod, pids, how):
         assert (state["state"], state["code"], state["why"]) == ("stopped", 143, None)
 
 
+SAVES = """
+import os, sys, time
+from fot_jax.training.signals import stop_signals
+with stop_signals() as signals:
+    print(os.getpid(), flush=True)
+    while not signals.received:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    print("saved", flush=True)
+sys.exit(143)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [["SIGTERM"], ["SIGTERM", "SIGHUP"], ["SIGHUP"]], ids="+".join)
+def test_what_reaches_both_processes_lets_the_command_save(pod, how):
+    """As systemd stops a unit, or a session's end all that it has started."""
+    one, before = pod(1), signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        one.start(0, SAVES)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    command = int(one.workers[0].stdout.readline())
+    for each in how:
+        os.kill(command, signal.Signals[each])
+        one.workers[0].send_signal(signal.Signals[each])
+    assert one.end(0) == (143, "saved\n", "")
+
+
 def test_a_second_signal_is_passed_on_as_well(pod, tmp_path):
     counts = """
 import signal, sys, time

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -58,6 +60,8 @@ def test_a_run_that_goes_on_is_left_alone(cloud):
     _created_and_set_up(cloud)
     cloud.works("run", cloud.experiment, *POD, *WORKDIR)
     _until(cloud, "running")
+    pid = int((cloud.home(0) / "fot" / "runs" / "pod" / "pid").read_text())
+    os.kill(pid, signal.SIGHUP)
     out = cloud.works("run", cloud.experiment, *POD, *WORKDIR)
     assert out.count("left alone") == 2
     time.sleep(1)
