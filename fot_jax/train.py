@@ -197,7 +197,7 @@ def train(
     )
     if resumed:
         metrics.say(f"resuming {workdir} after step {first_step}")
-    batches = Prefetch(lanes, place)
+    batches = Prefetch(lanes, place, count=steps - first_step - len(ready))
     reports = Reports(
         history,
         metrics=metrics,

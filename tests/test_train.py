@@ -176,12 +176,16 @@ def test_resumes_with_more_steps(trained, tmp_path, one_device):
     runs.assert_same_parameters(tmp_path, trained.workdir)
 
 
-def test_a_finished_run_is_only_evaluated(trained, tmp_path, one_device, capsys):
+def test_a_finished_run_is_only_evaluated(trained, tmp_path, one_device, capsys, monkeypatch):
+    read, stream = [], DictionaryLookup.stream
+    watched = lambda *args: (read.append(args), stream(*args))[1]  # noqa: E731
+    monkeypatch.setattr(DictionaryLookup, "stream", watched)
     workdir = trained.copy(tmp_path / "run")
     before = runs.files(workdir / "checkpoints")
     shutil.rmtree(workdir / "plots")
     assert runs.train(trained.experiment, workdir) == 0
     assert "perplexity_by_context" in capsys.readouterr().out
+    assert not read  # nothing that has been read is skipped
     assert curve(workdir) == curve(trained.workdir)
     assert runs.files(workdir / "checkpoints") == before
     assert (workdir / "plots" / "perplexity_by_context.png").exists()

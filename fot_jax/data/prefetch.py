@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
@@ -20,19 +21,34 @@ class Prefetch:
     `next` that would have given its batch.
     """
 
-    def __init__(self, lanes: Lanes, place: Callable[[dict[str, np.ndarray]], Any], depth: int = 2):
+    def __init__(
+        self,
+        lanes: Lanes,
+        place: Callable[[dict[str, np.ndarray]], Any],
+        depth: int = 2,
+        count: int | None = None,
+    ):
+        """Starts the thread.
+
+        Args:
+          depth: how many batches may wait.
+          count: how many there are to be, so that no document is read for others; None: no end.
+        """
         self.waited = 0.0  # seconds that `next` has waited in all
         self._queue: queue.Queue = queue.Queue(depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(
-            target=self._run, args=(lanes, place), name="prefetch", daemon=True
+            target=self._run, args=(lanes, place, count), name="prefetch", daemon=True
         )
         self._thread.start()
 
-    def _run(self, lanes, place) -> None:
-        while not self._stop.is_set():
+    def _run(self, lanes, place, count) -> None:
+        for made in itertools.count():
+            if self._stop.is_set():
+                return
             try:
-                item = (place(next(lanes)), lanes.snapshot())
+                ends = made == count
+                item = StopIteration() if ends else (place(next(lanes)), lanes.snapshot())
             except BaseException as error:
                 item = error
             while not self._stop.is_set():

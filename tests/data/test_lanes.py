@@ -417,6 +417,12 @@ def test_close_stops_the_thread_when_the_queue_is_full(taken):
     assert_same(take(lanes, 2), take(LAYOUT.open(source), taken + 5)[-2:])
 
 
+def test_no_more_batches_are_made_than_there_are_to_be():
+    prefetch = Prefetch(LAYOUT.open(Numbered()), lambda batch: batch, count=3)
+    assert [len(list(prefetch)) for _ in range(2)] == [3, 0]
+    within_seconds(prefetch.close)
+
+
 def test_closing_twice_and_after_an_error_does_no_harm():
     prefetch = Prefetch(LAYOUT.open(Numbered(fails_at=0)), lambda batch: batch)
     within_seconds(prefetch.close)
