@@ -192,6 +192,7 @@ def train(
         workdir,
         first_step=first_step,
         steps=steps,
+        evaluates=first_step == steps or evaluation.due(first_step),
         tokens_per_step=program.tokens_per_step,
         peak_flops=rate * program.mesh.size,
     )
@@ -221,7 +222,7 @@ def train(
         checkpointer.finishing(),
     ):
         pending, now_d, compiled, owed, stopped = None, history.d, set(), False, None
-        if resumed and evaluations.due(first_step) and first_step < steps:
+        if resumed and evaluation.due(first_step) and first_step < steps:
             evaluations.run(evaluation.during, state.params, first_step)  # in case it was cut off
         for step in range(first_step + 1, steps + 1):
             profile.start(step)
@@ -250,7 +251,7 @@ def train(
             profile.stop(step, state)
             stopped = signals.agreed(agreement, step)
             ends = stopped or step == steps
-            evaluates = evaluations.due(step) and step < steps
+            evaluates = evaluation.due(step) and step < steps
             # Before an evaluation too: it may be longer than what is left after a SIGTERM.
             owed = retries.due(step) or owed or step % checkpoints.every == 0 or evaluates
             if owed or ends:

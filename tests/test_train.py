@@ -169,10 +169,13 @@ def test_resuming_as_another_function_is_said(tmp_path, one_device, caplog, caps
 
 
 def test_resumes_with_more_steps(trained, tmp_path, one_device):
-    """Stopped where an evaluation during training is due: it is made good."""
-    for steps in (5, 12):
+    """After an end where no evaluation during training is due, and one where it is: made good."""
+    for steps in (3, 5, 12):
         assert runs.train(trained.experiment, tmp_path, f"train.steps = {steps}") == 0
-    assert curve(tmp_path) == curve(trained.workdir)
+    rows = curve(tmp_path)
+    (at_3,) = (row for row in rows if row["step"] == 3 and "loss" not in row)
+    assert set(at_3) > {"step"}  # of the evaluation at its end, which is not made again
+    assert [row for row in rows if row is not at_3] == curve(trained.workdir)
     runs.assert_same_parameters(tmp_path, trained.workdir)
 
 

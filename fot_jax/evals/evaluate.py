@@ -106,6 +106,10 @@ class Evaluation:
                     "another name"
                 )
 
+    def due(self, step: int) -> bool:
+        """Whether those during training follow this step."""
+        return bool(self.every) and step % self.every == 0
+
     def documents(self, source: DocumentSource) -> DocumentSource:
         """What evaluations get, where training reads `source`, whose vocabulary they have."""
         return source if self.source is None else self.source.with_vocabulary(source.vocabulary)

@@ -28,12 +28,8 @@ class Evaluations:
     ):
         """`source`: documents of training, whose held-out splits serve if no others are set."""
         self._vocabulary = source.vocabulary
-        self._every, self._source = evaluation.every, evaluation.documents(source)
+        self._source = evaluation.documents(source)
         self._transformer, self._metrics, self._workdir = transformer, metrics, workdir
-
-    def due(self, step: int) -> bool:
-        """Whether evaluations during training follow this step."""
-        return bool(self._every) and step % self._every == 0
 
     def run(self, evals: Sequence[Eval], params: Any, step: int) -> None:
         """Prints tables, draws plots into workdir/plots, writes numbers to the metrics."""

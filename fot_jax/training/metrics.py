@@ -132,8 +132,8 @@ class Metrics:
     """metrics.jsonl and TensorBoard events in the workdir, and the console.
 
     metrics.jsonl has one object a line: step, time (seconds since 1970), name -> number, null for
-    what is not finite. A resumed run first drops the lines after the step it resumes from, so that
-    no step stands there twice.
+    what is not finite. A resumed run first drops the lines that it is to write again, so that no
+    step stands there twice.
     """
 
     def __init__(
@@ -144,6 +144,7 @@ class Metrics:
         tokens_per_step: int,
         peak_flops: float | None = None,
         console: IO[str] | None = None,
+        evaluates: bool = True,
     ):
         """Opens the files.
 
@@ -153,6 +154,7 @@ class Metrics:
           tokens_per_step: new tokens of a step, over all processes.
           peak_flops: FLOP/s that utilisation is measured against, over all devices.
           console: where to speak; standard error if None. A bar on a terminal, lines elsewhere.
+          evaluates: whether `first_step` is evaluated, and what that gives written, again.
         """
         self._steps, self._tokens_per_step, self._peak = steps, tokens_per_step, peak_flops
         self._untimed, self._stopped = 0.0, None  # seconds that do not count; since when
@@ -163,7 +165,7 @@ class Metrics:
         self._console = console or sys.stderr
         self._workdir = workdir = epath.Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        _drop_lines(workdir / "metrics.jsonl", first_step)
+        _drop_lines(workdir / "metrics.jsonl", first_step, evaluates)
         now = time.time()
         events = f"events.out.tfevents.{now:.6f}.{socket.gethostname()}.{os.getpid()}"
         kind = AppendableFile if in_bucket(workdir) else _open
@@ -328,20 +330,21 @@ def _open(path: epath.Path) -> IO[bytes]:
     return path.open("ab")
 
 
-def _drop_lines(path: epath.Path, first_step: int) -> None:
+def _drop_lines(path: epath.Path, first_step: int, evaluates: bool) -> None:
     """Takes out of metrics.jsonl what a resumed run is about to write again."""
     if path.exists():
         text = path.read_bytes().decode(errors="replace")
-        kept = "".join(f"{line}\n" for line in text.splitlines() if _stays(line, first_step))
+        lines = (line for line in text.splitlines() if _stays(line, first_step, evaluates))
+        kept = "".join(f"{line}\n" for line in lines)
         if kept != text:
             write_file(path, kept)
 
 
-def _stays(line: str, first_step: int) -> bool:
+def _stays(line: str, first_step: int, evaluates: bool) -> bool:
     try:
         values = json.loads(line)
-        # What was evaluated at that very step (it has no "loss") is evaluated, and written, again.
-        return 0 < values["step"] < first_step + ("loss" in values)
+        # What evaluations gave has no "loss".
+        return 0 < values["step"] < first_step + ("loss" in values or not evaluates)
     except (ValueError, KeyError, TypeError, RecursionError):  # cut off when a run was killed
         return False
 
