@@ -115,7 +115,9 @@ def _check_alone() -> None:
     if len(here.hosts) > 1:
         raise UserError(
             f"this machine is worker {here.index} of {len(here.hosts)} of a pod: started alone it "
-            "would wait for the others forever: start all with python -m tpu run"
+            "would wait for the others forever: start the same on all of them, under python -m tpu "
+            "worker (tpu/README.md), or set JAX_PLATFORMS=cpu to compute on this machine's CPUs "
+            "alone"
         )
 
 

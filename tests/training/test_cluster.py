@@ -1,6 +1,7 @@
 """Which host of how many this is, and processes that become one program."""
 
 import http.server
+import re
 import socket
 import threading
 
@@ -16,7 +17,11 @@ NAMES = (
     *("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID", "MEGASCALE_NUM_SLICES", "GCE_METADATA_HOST"),
     *("TPU_SKIP_MDS_QUERY", "JAX_PLATFORMS"),
 )
-ALONE = "this machine is worker 3 of 16 of a pod: started alone it would wait for the others"
+ALONE = (
+    "this machine is worker 3 of 16 of a pod: started alone it would wait for the others forever: "
+    "start the same on all of them, under python -m tpu worker (tpu/README.md), or set "
+    "JAX_PLATFORMS=cpu to compute on this machine's CPUs alone"
+)
 
 
 @pytest.fixture
@@ -150,10 +155,10 @@ def on_a_pod():
 
 def test_one_host_of_a_pod_does_not_start_alone(surroundings):
     surroundings(**on_a_pod())
-    with pytest.raises(UserError, match=ALONE):
+    with pytest.raises(UserError, match=f"^{re.escape(ALONE)}$"):
         cluster.join()
     surroundings(**on_a_pod(), JAX_PLATFORMS="tpu,cpu")
-    with pytest.raises(UserError, match=ALONE):
+    with pytest.raises(UserError, match=f"^{re.escape(ALONE)}$"):
         cluster.join()
 
 
@@ -164,7 +169,7 @@ def test_one_host_of_a_pod_uses_its_cpus_alone(surroundings):
 
 def test_train_refuses_and_a_dry_run_does_not(surroundings, here, capsys):
     surroundings(**on_a_pod())
-    assert ALONE in runs.refused_untouched(capsys, "train", "experiment.gin", "--workdir", "run")
+    assert ALONE == runs.refused_untouched(capsys, "train", "experiment.gin", "--workdir", "run")
     assert runs.cli.main(["train", "experiment.gin", "--dry_run"]) == 0
 
 
