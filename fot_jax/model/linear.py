@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from fot_jax.model.layout import KernelSharding
+from fot_jax.model.rope import times
 
 
 def linear(
@@ -61,10 +62,9 @@ _linear.defvjp(_linear_forward, _linear_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _adapted(shardings, x, kernel, a, b, scale):
     kernel, a, b = (_gathered(s, x, p) for s, p in zip(shardings, (kernel, a, b), strict=True))
-    scale = scale.astype(x.dtype)
     if _adds_first(x):
-        return x @ (kernel + scale * (a @ b))
-    return (_in_float32(x, kernel) + _in_float32(scale * (x @ a), b)).astype(x.dtype)
+        return x @ (kernel + times(a @ b, scale))
+    return (_in_float32(x, kernel) + _in_float32(times(x @ a, scale), b)).astype(x.dtype)
 
 
 def _adapted_forward(shardings, x, kernel, a, b, scale):
@@ -74,15 +74,14 @@ def _adapted_forward(shardings, x, kernel, a, b, scale):
 def _adapted_backward(shardings, saved, dy):
     x, *stored, scale = saved
     kernel, a, b = (_gathered(s, x, p) for s, p in zip(shardings, stored, strict=True))
-    factor = scale.astype(x.dtype)
-    d_inner = factor * (dy @ b.T)
+    d_inner = times(dy @ b.T, scale)
     if _adds_first(x):
-        dx = dy @ (kernel + factor * (a @ b)).T
+        dx = dy @ (kernel + times(a @ b, scale)).T
     else:
         dx = (_in_float32(dy, kernel.T) + _in_float32(d_inner, a.T)).astype(x.dtype)
     of_product = _outer(x @ a, dy)
     # The kernel's own is left out by the compiler where the kernel does not train.
-    gradients = _outer(x, dy), _outer(x, d_inner), factor * of_product
+    gradients = _outer(x, dy), _outer(x, d_inner), times(of_product, scale)
     return (
         dx,
         *(_stored(*each) for each in zip(shardings, gradients, stored, strict=True)),
