@@ -60,6 +60,9 @@ def recover(args: Namespace) -> int:
     """Creates, waits, sets up, starts, watches, deletes and creates again until the run is done.
 
     Returns 0 when it has finished, 1 after --max_failures failures (see _Failures).
+
+    Raises:
+      UserError: flags that cannot be, no login, or the pod of this name is another slice.
     """
     pod = targets.pod_of(args.name, args.zone, args.project)
     slices = targets.one_slice_of(args.experiment, args.gin, args.topology)
@@ -73,7 +76,7 @@ def recover(args: Namespace) -> int:
 
     if args.tier == "spot" and not args.workdir.startswith("gs://"):
         _say(pod, f"{args.workdir} is lost with a spot pod, unless machines share it: use gs://…")
-    verbs.look(pod)  # a missing login, say, does not go away by waiting
+    verbs.look_for(pod, slices)  # a missing login, say, does not go away by waiting
     try:
         return _until_done(pod, slices, code, create, start, asked, args)
     except KeyboardInterrupt:
@@ -158,7 +161,7 @@ def _without_trouble(pod: Pod, code: ship.Code, create: Argv, start: Argv) -> li
 def _look(pod: Pod, slices: targets.Slices, asked: str) -> Step:
     """The next step of a pod, from what Google Cloud and the workers say now."""
     try:
-        found = verbs.look(pod)
+        found = verbs.look_for(pod, slices)
         if found is None or verbs.state_of(found) != "ACTIVE":
             return step_of_request(found)
         step = step_of_nodes(verbs.nodes_of(pod), slices.count)
@@ -321,9 +324,7 @@ def _newest_checkpoint(pod: Pod, workdir: str) -> int:
 
 
 def _say_billed(pod: Pod) -> None:
-    where = f"--zone {pod.zone}" + (f" --project {pod.project}" if pod.project else "")
-    ends = f"python -m tpu delete --name {pod.name} {where}"
-    _say(pod, f"is billed for as long as it is there: {ends}")
+    _say(pod, f"is billed for as long as it is there: {verbs.delete_line(pod)}")
 
 
 def _say(pod: Pod, what: str) -> None:

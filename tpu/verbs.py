@@ -33,8 +33,9 @@ def setup(args: Namespace) -> int:
     slices = targets.slices_of(args.experiment, args.gin, args.topology)
     code = ship.pack(args.experiment)
     if args.dry_run:
-        process.print_commands(ssh.setup_commands(pod, code))
+        process.print_commands([gcloud.describe(pod), *ssh.setup_commands(pod, code)])
         return 0
+    look_for(pod, slices)
     print(f"{pod.name}: setting up code {code.digest}; the first time takes minutes", flush=True)
     ssh.set_up(pod, code, slices.workers)
     print(f"{pod.name}: {slices.workers} workers are ready")
@@ -48,8 +49,9 @@ def run(args: Namespace) -> int:
     code = ship.pack(args.experiment)
     command = start_command(pod, code, args)
     if args.dry_run:
-        process.print_commands([command])
+        process.print_commands([gcloud.describe(pod), command])
         return 0
+    look_for(pod, slices)
     for answer in ssh.start(command, slices.workers):
         told = {"started": "started", "going on": "a run of this name is going on: left alone"}
         print(f"worker {answer['worker']}: {told[answer['state']]}")
@@ -171,6 +173,30 @@ def look(pod: Pod) -> dict | None:
         if "NOT_FOUND" in error.text:
             return None
         raise
+
+
+def look_for(pod: Pod, slices: targets.Slices) -> dict | None:
+    """The same, where it has to have these slices.
+
+    Raises:
+      UserError: gcloud fails, or the queued resource is one of other slices.
+    """
+    found = look(pod)
+    wanted = slices.topology.accelerator_type
+    for spec in (found or {}).get("tpu", {}).get("nodeSpec", ()):
+        kind = (spec.get("node", {}).get("acceleratorType") or wanted).split("/")[-1]
+        if kind != wanted:
+            raise UserError(
+                f"{pod.name} in {pod.zone} is {kind}, not {wanted}: give another --name, or delete "
+                f"it: {delete_line(pod)}"
+            )
+    return found
+
+
+def delete_line(pod: Pod) -> str:
+    """What the user types to delete a pod."""
+    project = f" --project {pod.project}" if pod.project else ""
+    return f"python -m tpu delete --name {pod.name} --zone {pod.zone}{project}"
 
 
 def _read(printed: str, kind: type):

@@ -104,6 +104,7 @@ def create(args):
         ids = [args.node_id] if args.node_id else [f"{args.name}-{i}" for i in range(slices)]
         life = lives[min(state["created"], len(lives)) - 1]
         made = {"life": life, "now": life[0], "nodes": ids, "workers": plan["workers"]}
+        made["type"] = args.accelerator_type
         state["there"][args.name] = made
         for home in homes(args.name, state):
             home.mkdir(parents=True)
@@ -129,7 +130,8 @@ def describe(args):
         shown = {"state": now.split()[0]}
         if shown["state"] == "FAILED":
             shown["failedData"] = {"error": {"code": 8, "message": plan["failure"]}}
-        print(json.dumps({"name": args.name, "state": shown}))
+        spec = {"nodeSpec": [{"node": {"acceleratorType": there["type"]}}]}
+        print(json.dumps({"name": args.name, "state": shown, "tpu": spec}))
     return 0
 
 

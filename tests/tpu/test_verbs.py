@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from clouds import POD, WORKDIR
 
-from fot_jax.common.topologies import CHIPS
+from fot_jax.common.topologies import CHIPS, topology_of
+from tpu import targets, verbs
+from tpu.gcloud import Pod
 
 
 @pytest.mark.slow
@@ -213,6 +215,29 @@ def test_several_slices(cloud):
     assert "pod-0 " in status and "pod-1 " in status
 
 
+@pytest.mark.slow
+def test_a_pod_of_another_slice_is_not_taken(cloud):
+    """Whether it is there or still waited for."""
+    cloud.plan(["WAITING_FOR_RESOURCES", "ACTIVE"])
+    cloud.works("create", cloud.experiment, *POD)
+    for verb, more in (("recover", WORKDIR), ("setup", ()), ("run", WORKDIR)):
+        code, out, err = cloud.tpu(verb, cloud.experiment, *POD, *more, "--topology", "v4-32")
+        assert (code, out) == (2, "")
+        assert err == (
+            "tpu: error: pod in us-central2-b is v4-16, not v4-32: give another --name, or delete "
+            f"it: python -m tpu delete {' '.join(POD)}\n"
+        )
+    assert not cloud.calls("ssh") and not cloud.calls("delete")
+
+
+@pytest.mark.parametrize("tpu", [None, {}, {"nodeSpec": [{}, {"node": {}}]}], ids=str)
+def test_a_pod_that_does_not_say_its_slice_is_taken(monkeypatch, tpu):
+    found = {} if tpu is None else {"tpu": tpu}
+    monkeypatch.setattr(verbs, "look", lambda pod: found)
+    slices = targets.Slices(topology_of("v4-16"), 1)
+    assert verbs.look_for(Pod("pod", "us-central2-b"), slices) is found
+
+
 HOSTILE = "-a \"b\" 'c' $(touch {0}/hacked) `touch {0}/hacked` \\ ; & | > * ~ ü \t %s {{}} !"
 
 
@@ -295,8 +320,8 @@ def test_errors_of_gcloud_are_one_line(cloud):
 
 VERBS = {
     "create": ["create"],
-    "setup": ["ssh", "scp", "ssh"],
-    "run": ["ssh"],
+    "setup": ["describe", "ssh", "scp", "ssh"],
+    "run": ["describe", "ssh"],
     "logs": ["ssh", "ssh"],
     "status": ["describe", "list", "ssh"],
     "delete": ["delete"],
