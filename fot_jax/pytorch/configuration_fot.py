@@ -4,8 +4,6 @@ A LLaMA with memory layers has model_type "llama" and a LLaMA's own fields, so t
 the same directory and passes the fields for memory over. Names of these are LongLLaMA's.
 """
 
-import inspect
-
 from transformers import PretrainedConfig
 
 
@@ -123,9 +121,9 @@ class FotConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        # What from_pretrained is given beside the file passes the same checks as what is in it:
+        # What from_pretrained is given of memory passes the same checks as what is in the file:
         # transformers would set it afterwards.
-        names = inspect.signature(FotConfig.__init__).parameters.keys() & kwargs.keys()
+        names = {"mem_dtype", "mem_layers", "mem_topk"} & kwargs.keys()
         given = {name: kwargs.pop(name) for name in names}
         return super().from_dict({**config_dict, **given}, **kwargs)
 

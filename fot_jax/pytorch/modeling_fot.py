@@ -9,6 +9,7 @@ Letters: B rows, T new tokens, S keys, M tokens in memory, W tokens in the windo
 and value heads, G = H / K, D head dim.
 """
 
+import copy
 import math
 
 import torch
@@ -119,7 +120,8 @@ class FotCache(Cache):
 
     def reset(self):
         """Forgets all that was read."""
-        super().reset()
+        for layer in self.layers:
+            layer.reset()
         self.places = 0  # of the window, in use
         self.memory = 0  # tokens in memory
         self.forgotten = 0  # tokens that have left the window
@@ -165,9 +167,11 @@ class FotCache(Cache):
         self.visible = torch.cat((self.visible, visible), 1)
 
     def hide(self, visible):
-        """Notes anew which of all tokens so far are none of padding, [B, tokens]."""
+        """Notes which of all tokens so far, [B, tokens], are padding, beside those that were."""
         visible = visible[:, self.get_seq_length() - self.memory - self.places :]
-        if self.visible is not None or not visible.all():
+        if self.visible is not None:
+            visible = visible & self.visible.to(visible.device)
+        if not visible.all():
             self.visible = visible
 
     # What `generate` asks of a cache.
@@ -533,9 +537,10 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
           labels: [B, T], -100 where there is none, for the loss: the mean, or the sum divided by
             `num_items_in_batch`.
           last_context_length: tokens that stay in the window at the end, at most the local
-            window; None: as in the configuration, or of a model without memory all that fit, and
-            half a window, so that what is written has room, where logits_to_keep = 1.
+            window; None: as in the configuration, or of a model without memory all that fit; of a
+            text that does not, read to write on (logits_to_keep = 1), half a window.
           logits_to_keep: logits of the last so many tokens are wanted; 0: of all.
+          use_cache: whether the cache is returned; None: as in the configuration.
         """
         if self.training:
             llama = ", or train it without memory as a LlamaForCausalLM"
@@ -555,9 +560,11 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
         visible = self._visible(attention_mask, cache, T)
         window = self.config.local_context
         last = last_context_length
+        use_cache = self.config.use_cache if use_cache is None else use_cache
         kept = T if isinstance(logits_to_keep, torch.Tensor) else logits_to_keep or T
         if last is None and not self.config.mem_layers:  # what leaves the window is lost
-            last = window - (window // 2 if kept == 1 else 0)
+            writes = kept == 1 and use_cache and cache.places + T > window
+            last = window - (window // 2 if writes else 0)
         if last is None:
             last = min(window, self.config.last_context_length)
         if not 1 <= last <= window:
@@ -582,7 +589,6 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        use_cache = self.config.use_cache if use_cache is None else use_cache
         out = CausalLMOutputWithPast(loss, logits, cache if use_cache else None)
         return out.to_tuple() if return_dict is False else out
 
@@ -591,7 +597,12 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
 
         There is always a cache: read anew for each token, the text would be cut into other windows.
         """
-        kwargs["use_cache"] = True
+        if generation_config is None:
+            kwargs["use_cache"] = True
+        else:  # beside which transformers warns of settings that are given by themselves
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.use_cache = True
+            kwargs.pop("use_cache", None)
         if not self.config.mem_layers and kwargs.get("last_context_length") is None:
             window, how = self.config.local_context, generation_config or self.generation_config
             given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
