@@ -64,6 +64,8 @@ class _Gate(http.server.BaseHTTPRequestHandler):
         try:
             if (before := cloud.before) is not None:
                 before(self.command, asked)
+            if cloud.broken:
+                raise Outage
         except Outage:
             return self._refuse(503, "We encountered an internal error. Please try again.")
         if cloud.anonymous:
@@ -151,6 +153,7 @@ class Cloud:
       environment: for processes that shall find them.
       forbidden: permissions, "storage.objects.list" say, that nobody has.
       anonymous: whether nobody is logged in.
+      broken: whether all requests fail as they do in an outage.
       before: called with the method and path of each request, before it is answered; an upload's
         path has the name of the object in it. It may raise Outage.
       requests: (method, path, bytes sent, bytes received), of those that went through.
@@ -158,7 +161,7 @@ class Cloud:
 
     def __init__(self):
         self.forbidden: set[str] = set()
-        self.anonymous = False
+        self.anonymous = self.broken = False
         self.before = None
         self.requests: list[tuple[str, str, int, int]] = []
         self.server_port = free_port()

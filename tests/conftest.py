@@ -181,7 +181,7 @@ def cloud(_cloud):
     """Google Cloud Storage on this machine, where gs:// paths lead from now on."""
     _cloud.requests.clear()
     yield _cloud
-    _cloud.forbidden, _cloud.anonymous, _cloud.before = set(), False, None
+    _cloud.forbidden, _cloud.anonymous, _cloud.broken, _cloud.before = set(), False, False, None
 
 
 @pytest.fixture

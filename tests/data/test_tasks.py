@@ -244,6 +244,10 @@ def test_mixture(tmp_path):
     streams = [[t for _, t in take(source, 200, shard, 2)] for shard in range(2)]
     drawn = [[t in of_few for t in stream] for stream in streams]
     assert 50 < sum(a != b for a, b in zip(*drawn, strict=True)) < 100  # of 75: independent draws
+    # A run of an earlier fot_jax goes on as it began: all shards draw alike.
+    earlier = [[t for _, t in take(source, 60, i, 2, position=(0, 40))] for i in range(2)]
+    drawn = [[t in of_few for t in stream] for stream in earlier]
+    assert drawn[0] == drawn[1] and not set(earlier[0]) & set(earlier[1])
     shards = list(map(set, streams))
     assert not shards[0] & shards[1]
     assert shards[0] | shards[1] >= set(map(framed, few))
