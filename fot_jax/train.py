@@ -160,7 +160,7 @@ def train(
         owned=owned,
         seed=data.seed,
         documents_apart=data.documents_apart,
-        negatives=scheme.has_contexts,
+        negatives=program.crosses,
         vocab_size=model.vocab_size,
     )
     check_same_documents(source, lanes.settings)

@@ -104,7 +104,8 @@ class Lanes:
         self._streams: dict[int, Iterator[tuple[Position, Document]]] = {}
         self._longest = dict.fromkeys(owned, 0)
         self._drawn = dict.fromkeys(owned, 0)
-        self._held: dict[tuple[int, int], int] = {}  # lane of a group -> CRC of its document
+        # Lane of a group -> CRC and tokens of its documents in a step.
+        self._read: dict[tuple[int, int], list[tuple[int, int]]] = {}
 
     def __iter__(self) -> Lanes:
         return self
@@ -118,6 +119,8 @@ class Lanes:
                 lanes.append(lane)
                 blocks.append(block)
             self._snapshots[group] = self._snapshots[group]._replace(lanes=tuple(lanes))
+        if self._watched:
+            self._watch()
         return {name: np.concatenate([block[name] for block in blocks]) for name in FIELDS}
 
     def _advance_lane(self, group: int, i: int, lane: _Lane) -> tuple[_Lane, dict[str, np.ndarray]]:
@@ -125,12 +128,15 @@ class Lanes:
         new = {name: np.zeros(self._advance * self._window, t) for name, t in FIELDS.items()}
         (tokens, weights), number = lane.left, lane.number
         at = 0
+        goes_on = len(tokens) > 1 or self._windows > self._advance  # the document before
+        read = self._read[group, i] = self._read.get((group, i), [])[-1:] if goes_on else []
         while at < self._advance * self._window:
             if len(tokens) < 2:  # the last token of a document is only ever a target
                 if self._apart and at > 0:
                     break
-                document = tokens, weights = self._next_document(group)
-                self._watch(group, i, document)
+                tokens, weights = self._next_document(group)
+                if self._watched:
+                    read.append((zlib.crc32(np.ascontiguousarray(tokens)), len(tokens)))
                 number += 1
             n = min(len(tokens) - 1, self._advance * self._window - at)
             new["inputs"][at : at + n] = tokens[:n]
@@ -171,25 +177,20 @@ class Lanes:
             )
         return document
 
-    def _watch(self, group: int, i: int, document: Document) -> None:
-        """Warns once if another lane has the document that lane i begins.
-
-        Here, that is: other hosts' lanes are not looked at.
-        """
-        if not self._watched:
-            return
-        held = zlib.crc32(np.ascontiguousarray(document.tokens))
-        others = [crc for lane, crc in self._held.items() if lane != (group, i)]
-        self._held[group, i] = held
-        if held in others:
-            self._watched = False
-            logging.warning(
-                "two lanes read the same document of %d tokens at once: each sees in the other, as "
-                "a negative, what it is to predict. There are few training documents, or some are "
-                "there twice: lower Data.lanes (%d), set Text.piece_tokens, or remove repetitions",
-                len(document.tokens),
-                self._lanes,
-            )
+    def _watch(self) -> None:
+        """Warns once if two lanes had one document in a step; other hosts' lanes are not seen."""
+        lane_of: dict[tuple[int, int], tuple[int, int]] = {}
+        for lane, documents in self._read.items():
+            for document in documents:
+                if lane_of.setdefault(document, lane) != lane and self._watched:
+                    self._watched = False
+                    logging.warning(
+                        "two lanes read the same document of %d tokens at once: one may see in the "
+                        "other, as a negative, what it is to predict. There are few training "
+                        "documents, or some are there twice: lower Data.lanes (%d), set "
+                        "Text.piece_tokens, or remove repetitions",
+                        *(document[1], self._lanes),
+                    )
 
     # --- State -----------------------------------------------------------------------------------
 

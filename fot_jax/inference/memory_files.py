@@ -317,18 +317,39 @@ def _load_directory(path: epath.Path, c: ModelConfig, fingerprint, lookup, mesh)
     config = MemoryConfig(**content["config"], lookup=lookup, directory=str(path))
     rows, dtype = content["rows"], content["fingerprint"]["dtype"]
     check_segments(c, mesh, rows, config)
-    segments = segment_files.load(path, memories.empty(c, 1, 0, content["storage"]))
-    if is_whole(segments):
-        state = _load(segments.directory / segment_files.OPEN, c, fingerprint, Dense(), mesh)
-        return dataclasses.replace(state, config=config, segments=segments, closes=True)
+    like = memories.empty(c, 1, 0, content["storage"])
+    for _ in range(segment_files.listings()):
+        segments = segment_files.load(path, like)
+        end = segments.directory / segment_files.OPEN
+        before = _marks(end)
+        try:
+            if is_whole(segments):
+                state = _load(end, c, fingerprint, Dense(), mesh)
+                return dataclasses.replace(state, config=config, segments=segments, closes=True)
+            break
+        except UserError:
+            if _marks(end) == before:
+                raise
+    else:
+        raise UserError(f"{path}: {segment_files.ADDED_TO}")
     logging.warning(
         "%s: has the first %d tokens that were read, and not what was read after them: read on "
         "from there",
         path,
         segments.tokens,
     )
-    state = begin(c, dtype, mesh, rows=rows, config=config, state=None)
-    return _after_segments(state, segments)
+    # Of the type that its segments have, whatever the model's own is now.
+    as_kept = dataclasses.replace(config, storage=content["storage"])
+    state = begin(c, dtype, mesh, rows=rows, config=as_kept, state=None)
+    return dataclasses.replace(_after_segments(state, segments), config=config)
+
+
+def _marks(path: epath.Path) -> str | None:
+    """The description of a memory as it is now; None: there is none."""
+    try:
+        return (path / DESCRIPTION).read_text()
+    except FileNotFoundError:
+        return None
 
 
 def _after_segments(state: State, segments: Segments) -> State:

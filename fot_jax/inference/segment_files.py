@@ -46,6 +46,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import json
@@ -81,6 +82,7 @@ _ONE_ADDS = (
     "written by another process or state: only one adds to a memory; load it anew, or ask several "
     "things of copies of a state"
 )
+ADDED_TO = "another process is adding to it: load it when that is done"
 TOKENS = 2**16  # of a segment that was not merged
 MERGED = 4  # segments of a size into one
 CHUNK = 2**16  # vectors of a merged segment that are written at a time
@@ -199,14 +201,16 @@ class Segments:
         if self.directory is None:
             yield
             return
-        with open(self.directory / DESCRIPTION, "rb") as file:
+        with open(self.directory / DESCRIPTION, "r+b") as file:  # NFS locks what can be written
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 # Not waited for: several processes would wait for each other, each with one lock.
                 raise UserError(f"{self.directory}: {_ONE_ADDS}") from error
-            except OSError:  # a file system without locks: what others have closed is seen still
-                pass
+            except OSError as error:
+                # A file system without locks: what others have closed is seen still.
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    raise
             yield
 
     def check_alone(self) -> None:
@@ -523,7 +527,7 @@ def load(path: epath.Path, like: Memory) -> Segments:
     empty = _empty(path, like, sealed["content"]["slots"], sealed["crc32"])
     if len(set(of_all_processes(np.uint32(empty.root)).tolist())) > 1:
         raise UserError(f"{path}: another memory than those of other processes: give a new name")
-    for _ in range(LISTINGS):
+    for _ in range(listings()):
         names = _names(path)
         try:
             segments, position = _with_files(empty, names, like)
@@ -531,8 +535,17 @@ def load(path: epath.Path, like: Memory) -> Segments:
             if _names(path) == names:
                 raise
         else:
-            return segments._up_to(of_all_processes(position).min())
-    raise UserError(f"{path}: another process is adding to it: load it when that is done")
+            stop = of_all_processes(position).min()
+            segments = segments._up_to(stop)
+            whole = not stop if not segments.closed else segments.closed[-1].stop == stop
+            if of_all_processes(whole).all():
+                return segments
+    raise UserError(f"{path}: {ADDED_TO}")
+
+
+def listings() -> int:
+    """How often a directory is listed; several processes would have to do it together."""
+    return LISTINGS if jax.process_count() == 1 else 1
 
 
 def _with_files(

@@ -13,7 +13,10 @@ Letters: L layers, E width of a kernel's input, F of its output.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -131,12 +134,17 @@ def added_on_host(
     a, b, scale = (np.asarray(x, np.float32) for x in (a, b, scale))
     *L, E, F = kernel.shape
     out, rows = np.empty(kernel.shape, kernel.dtype), max(1, BLOCK // F)
-    for layer in np.ndindex(*L):
-        for start in range(0, E, rows):
-            here = (*layer, slice(start, start + rows))
-            total = np.zeros(kernel[here].shape, np.float32)
-            product = np.empty_like(total)
-            for column, row in zip(a[here].T, b[layer], strict=True):
-                total += np.multiply(column[:, None], row, out=product)
-            out[here] = kernel[here] + scale[layer] * total
+
+    def merge(block: tuple[tuple[int, ...], int]) -> None:
+        layer, start = block
+        here = (*layer, slice(start, start + rows))
+        total = np.zeros(kernel[here].shape, np.float32)
+        product = np.empty_like(total)
+        for column, row in zip(a[here].T, b[layer], strict=True):
+            total += np.multiply(column[:, None], row, out=product)
+        out[here] = kernel[here] + scale[layer] * total
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy computes side by side
+        for _ in threads.map(merge, itertools.product(np.ndindex(*L), range(0, E, rows))):
+            pass
     return out

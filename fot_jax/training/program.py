@@ -48,6 +48,7 @@ class Program:
       state: shape, type and sharding of everything that training changes.
       batch: shape, type and sharding of everything that it reads.
       ds: the values that the crossbatch dimension takes; (None,) where nothing schedules it.
+      crosses: whether lanes see each other's windows, as negatives.
       plan_of, step_of, positive_mass_of, flops_of: by that value: which contexts rows see, where
         they live; the jitted `step.train_step`, (state, batch) -> (state, info); the jitted
         (params, batch) -> r_d of each memory layer; model FLOPs of a step.
@@ -61,6 +62,7 @@ class Program:
     state: TrainState
     batch: dict[str, jax.ShapeDtypeStruct]
     ds: tuple[int | None, ...]
+    crosses: bool
     plan_of: Callable[[int | None], crossbatch.Plan]
     step_of: Callable[[int | None], Any]
     positive_mass_of: Callable[[int | None], Any]
@@ -148,8 +150,14 @@ def make_program(
         )
     group_rows = (data.group_lanes or data.lanes) * scheme.windows
     by_d = {None: scheme} if d is None else {value: scheme.with_d(value) for value in d.values}
-    for each in by_d.values():  # a d that does not fit shows now, not at step 450,000
-        each.contexts(group_rows)
+    # A d that does not fit shows now, not at step 450,000.
+    tables = [each.contexts(group_rows) for each in by_d.values()]
+    lane_pairs = (
+        (row // scheme.windows, context.row // scheme.windows)
+        for table in tables
+        for row, of_row in enumerate(table)
+        for context in of_row
+    )
 
     @functools.cache
     def plan_of(d: int | None) -> crossbatch.Plan:
@@ -210,6 +218,7 @@ def make_program(
         state=jax.tree.map(_placed, abstract, partitioning.shardings(abstract, mesh)),
         batch=_batch(rows, model.local_context, mesh),
         ds=tuple(by_d),
+        crosses=any(lane != other for lane, other in lane_pairs),
         plan_of=plan_of,
         step_of=step_of,
         positive_mass_of=positive_mass_of,

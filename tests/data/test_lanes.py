@@ -462,17 +462,21 @@ def test_tokens_that_the_model_has_not():
     take(Lanes(Numbered(), lanes=1, window=1, vocab_size=last + 1), 1)
 
 
-@pytest.mark.parametrize("per_epoch, lanes, warned", [(1, 2, 1), (3, 3, 1), (300, 3, 0)])
-def test_a_document_in_two_lanes_at_once(caplog, per_epoch, lanes, warned):
-    """It would be a negative of itself. Epochs of one document; one lane ahead of the others."""
+@pytest.mark.parametrize(
+    "per_epoch, lanes, longest, windows, warned",
+    [(1, 2, 20, 1, 1), (3, 3, 20, 1, 1), (300, 3, 20, 1, 0), (3, 2, 9, 2, 0)],
+)
+def test_a_document_in_two_lanes_at_once(caplog, per_epoch, lanes, longest, windows, warned):
+    """It would be a negative of itself. The last: one lane's comes next in the other's place."""
 
     class Again(Numbered):
         def document(self, shard, shards, seed, epoch, index):
             return super().document(shard, shards, seed, 0, index)
 
     for negatives in (False, True):
-        source = Again(shortest=20 - 10 * (lanes > 2), per_epoch=per_epoch)
-        take(Lanes(source, lanes=lanes, window=4, negatives=negatives), 40)
+        source = Again(shortest=9, longest=longest, per_epoch=per_epoch)
+        layout = {"lanes": lanes, "window": 4, "windows": windows, "advance": windows}
+        take(Lanes(source, **layout, negatives=negatives), 40)
         assert caplog.text.count("two lanes read the same document") == warned * negatives
 
 

@@ -18,7 +18,7 @@ from readers import C, model_of, random_text
 
 from fot_jax.common.checksums import seal
 from fot_jax.common.errors import UserError
-from fot_jax.inference import decode, forward, segment_files
+from fot_jax.inference import decode, forward, memory_files, segment_files
 from fot_jax.inference.state import SHARED, MemoryConfig
 from fot_jax.model import clusters
 from fot_jax.model import segments as segmented
@@ -301,10 +301,32 @@ def test_loaded_while_another_process_reads_on(read, monkeypatch):
         (path / f"segment-{next(numbers):06}-000099").mkdir()
         raise FileNotFoundError(file)
 
+    lm.save_memory(state, path)
+    ends = iter([path / "open"])
+
+    def closed_meanwhile(*args):  # by the other, which removes the end that was saved
+        for end in ends:
+            shutil.rmtree(end)
+        return load(*args)
+
+    load = memory_files._load
+    monkeypatch.setattr(memory_files, "_load", closed_meanwhile)
+    assert lm.load_memory(path).segments.tokens == 4 * SEGMENT
     numbers = iter(range(90, 100))
     monkeypatch.setattr(segment_files, "_crc32", never_done)
     with pytest.raises(UserError, match=f"{path}: another process is adding to it: load it when"):
         lm.load_memory(path)
+
+
+def test_a_memory_without_its_end_is_read_on_in_its_own_type(read):
+    """Whatever type the model would keep a new one in."""
+    lm, _, path = read
+    other = dataclasses.replace(lm, config=dataclasses.replace(lm.config, memory_dtype="int8"))
+    state = other.load_memory(path)
+    assert state.memory.storage == "float32" and state.config.storage is None
+    other.read(random_text(1, 2 * SEGMENT), state=state)
+    other.save_memory(state, path)
+    assert lm.load_memory(path).segments.tokens == state.segments.tokens == 4 * SEGMENT
 
 
 def test_damage_is_noticed(read):
