@@ -131,8 +131,8 @@ class Text:
         Each epoch of a single corpus is shuffled anew. A mixture is one endless epoch, in which
         every shard draws corpora by itself, and a corpus begins again, in another order, whenever
         it has been read (where SeqIO shuffles, as it does with caches and TensorFlow Datasets, its
-        end mixes with its beginning). Going on
-        from a position means reading up to it: use a cache if tokenizing that again takes too long.
+        end mixes with its beginning). Going on from a position means reading up to it: use a cache
+        if tokenizing that again takes too long.
 
         Files are shared out anew in every epoch, but for those of a cache; where a shard has got
         empty ones alone, or too short documents, it goes on to the next epoch.
