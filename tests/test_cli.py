@@ -204,6 +204,17 @@ def test_a_cache_is_of_the_tokenizer_that_training_takes(here, trained):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("d", [1, 2])
+def test_a_document_in_two_lanes_is_a_negative_of_itself(here, caplog, d):
+    """Where lanes see each other."""
+    write_split(here, "a text that is longer than two windows, " * 9)
+    scheme = "train.scheme = @PreviousContext()", f"PreviousContext.d = {d}"
+    (here / "text.gin").write_text("\n".join((TEXT, *scheme, "Corpus.path = 'texts'")))
+    assert cli.main(["train", "text.gin", "--workdir", "run"]) == 0
+    assert caplog.text.count("two lanes read the same document") == d - 1
+
+
+@pytest.mark.slow
 def test_an_empty_cache(here, capsys):
     write_split(here, "a short text")
     (here / "text.gin").write_text(TEXT + 'Corpus.path = "texts"\n')
