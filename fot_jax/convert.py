@@ -151,7 +151,7 @@ def to_hugging_face(
             for file in (Path(__file__).parent / "pytorch").glob("*_fot.py"):
                 (half / file.name).write_bytes(file.read_bytes())
         if base is not None:
-            _ensure_same_tokens(loading.vocabulary_of(content.directory), half)
+            _ensure_same_tokens(loading.vocabulary_of(content.directory), base, half)
         model_card.write(
             half,
             name=output.name,
@@ -266,17 +266,22 @@ def _padding_token(marks: dict[str, Any], vocab_size: int) -> int | None:
     return next((i for i in tokens if i is not None and 0 <= i < vocab_size), None)
 
 
-def _ensure_same_tokens(vocabulary: Vocabulary | None, output: epath.Path) -> None:
+def _ensure_same_tokens(
+    vocabulary: Vocabulary | None, kept: epath.Path, output: epath.Path
+) -> None:
     """Makes sure that the tokenizer of a written directory makes the tokens of a vocabulary.
 
     The files that came with a model may not: which class of tokenizer reads them depends on the
     type of the model, which may have been another. Then a tokenizer.json replaces them, which is
     read by no class of a model.
+
+    Args:
+      kept: the directory with the files that came with the model.
     """
     read = tokenizers.vocabulary_of(output)
     known = isinstance(vocabulary, HuggingFaceTokenizer) and vocabulary.marks is not None
     if vocabulary is not None and (read is None or known and read != vocabulary):
-        tokenizers.write(vocabulary, output)
+        tokenizers.write(vocabulary, output, tokenizers.special_tokens_of(kept))
 
 
 def _read_as_written(

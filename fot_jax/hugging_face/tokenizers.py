@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -36,6 +37,7 @@ _FILES = (
     "chat_template.jinja",
 )
 _TEMPLATES = "additional_chat_templates"  # a directory of them, by name
+_ROLES = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 GENERATION = "generation_config.json"
 
 
@@ -70,13 +72,25 @@ def vocabulary_of(directory: epath.PathLike) -> Vocabulary | None:
       UserError: its tokenizer cannot be read.
     """
     directory = epath.Path(directory)
-    if not any((directory / name).exists() for name in _TOKENIZERS):
+    theirs = _theirs(directory)
+    return None if theirs is None else _read(theirs, directory)
+
+
+def special_tokens_of(directory: epath.PathLike) -> dict[str, Any] | None:
+    """What a directory's tokenizer has beside bos and eos, as tokenizer_config.json names it.
+
+    None where it has no tokenizer.
+
+    Raises:
+      UserError: its tokenizer cannot be read.
+    """
+    theirs = _theirs(epath.Path(directory))
+    if theirs is None:
         return None
-    if in_bucket(directory):
-        with tempfile.TemporaryDirectory() as here:
-            copy_files(directory, here)
-            return _read(epath.Path(here), directory)
-    return _read(directory, directory)
+    found = {role: x for role in _ROLES if (x := getattr(theirs, role)) is not None}
+    named = {*found.values(), theirs.bos_token, theirs.eos_token}
+    others = [name for name in theirs.all_special_tokens if name not in named]
+    return {**found, "additional_special_tokens": others} if others else found
 
 
 def ends_of(directory: epath.PathLike) -> tuple[int, ...]:
@@ -91,9 +105,19 @@ def ends_of(directory: epath.PathLike) -> tuple[int, ...]:
     return tuple(end for end in ends if 0 <= end < 2**32)  # -1 is written for no token
 
 
-def _read(directory: epath.Path, named: epath.Path) -> HuggingFaceTokenizer:
-    """The tokenizer of a directory of this machine, called something else in messages."""
-    theirs = _auto_tokenizer(directory, named)
+def _theirs(directory: epath.Path) -> Any | None:
+    """The tokenizer that transformers makes of a directory; None where it has none."""
+    if not any((directory / name).exists() for name in _TOKENIZERS):
+        return None
+    if in_bucket(directory):
+        with tempfile.TemporaryDirectory() as here:
+            copy_files(directory, here)
+            return _auto_tokenizer(epath.Path(here), directory)
+    return _auto_tokenizer(directory, directory)
+
+
+def _read(theirs: Any, directory: epath.Path) -> HuggingFaceTokenizer:
+    """What transformers made of a directory, with the ends that this says; changes `theirs`."""
     tokenizer = theirs.backend_tokenizer
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -103,7 +127,8 @@ def _read(directory: epath.Path, named: epath.Path) -> HuggingFaceTokenizer:
     eos = theirs.eos_token or next(filter(known.__contains__, names), None)
     if eos is None:
         raise UserError(
-            f"{named}: which token ends a text is not known: add eos_token, its name, to {_CONFIG}"
+            f"{directory}: which token ends a text is not known: add eos_token, its name, to "
+            f"{_CONFIG}"
         )
     if theirs.clean_up_tokenization_spaces and (
         not isinstance(tokenizer.model, models.BPE)  # of which it asks again
@@ -125,6 +150,7 @@ def _read(directory: epath.Path, named: epath.Path) -> HuggingFaceTokenizer:
 
 
 def _auto_tokenizer(directory: epath.Path, named: epath.Path) -> Any:
+    """The tokenizer of a directory of this machine, called something else in messages."""
     # Or it says, where there is no torch, that there is none, which is not needed here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
@@ -179,11 +205,19 @@ def _infilling(theirs: Any) -> Infilling | None:
     )
 
 
-def write(vocabulary: Vocabulary, directory: epath.Path) -> None:
+def write(
+    vocabulary: Vocabulary, directory: epath.Path, special: Mapping[str, Any] | None = None
+) -> None:
     """Writes what `transformers.AutoTokenizer` makes the same tokens with.
 
     But for a SPACE in a text, which SentencePiece itself takes for a space. Names of marks in a
     text are text, unless the vocabulary is a tokenizer.json, in which they are these marks.
+
+    Args:
+      directory: maybe with the files of a tokenizer, which other programs read, and of which chat
+        templates and lengths stay.
+      special: of the model that the vocabulary came with, as of `special_tokens_of`; None: it is
+        of no model, and eos is for padding.
 
     Raises:
       UserError: the vocabulary is one that the tokenizers library cannot follow.
@@ -201,18 +235,21 @@ def write(vocabulary: Vocabulary, directory: epath.Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
         "eos_token": eos,
-        "pad_token": eos,
+        **({"pad_token": eos} if special is None else special),
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
     }
     if not isinstance(vocabulary, HuggingFaceTokenizer) or vocabulary.splits_marks:
         config["split_special_tokens"] = True
-    if (directory / _CONFIG).exists():  # of a model that came with it
+    kept = ["chat_template", "model_max_length", "padding_side"]
+    if special is None:
+        (directory / "added_tokens.json").unlink(missing_ok=True)  # to no tokenizer that is there
+    else:
+        kept.append("added_tokens_decoder")  # what tokenizer.model lacks of tokenizer.json
+    if (directory / _CONFIG).exists():
         older = Fields(directory, _CONFIG).values
-        kept = ("chat_template", "model_max_length", "padding_side")
         config |= {name: older[name] for name in kept if name in older}
-        for name in ("special_tokens_map.json", "added_tokens.json"):  # said in tokenizer.json
-            (directory / name).unlink(missing_ok=True)
+    (directory / "special_tokens_map.json").unlink(missing_ok=True)  # it would come before
     files[_CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
     for name, content in files.items():
         (directory / name).write_bytes(content)

@@ -281,6 +281,12 @@ def sentence_pieces():
         )
         yield f"mistral-1-{name}", layout(**files, config=told, generation=generation, **MISTRAL)
         yield f"mistral-1-bare-{name}", layout(**files, **MISTRAL)
+    padded = {**told, "added_tokens_decoder": decoder(THREE | CHAT), "pad_token": "<unk>"}
+    padded |= {"chat_template": "{{ messages }}", "padding_side": "right"}
+    names = {**MARKS, "pad_token": "<unk>", "additional_special_tokens": ["<|im_start|>"]}
+    older = {**LEGACY, **MARKS, "model_max_length": 2048}
+    yield "mistral-chat", layout(**plain, config=padded, **MISTRAL)
+    yield "mistral-chat-old", layout(**plain, config=older, map=names, added=CHAT, **MISTRAL)
     yield "mistral-newer", layout(json=newer, config={**told, "legacy": True}, **MISTRAL)
     yield "llama-newer", layout(json=newer, config={**told, "legacy": True}, **IDS)
     model = mistral_3()
@@ -500,7 +506,10 @@ def test_as_transformers_reads_it(directory, tmp_path):
     convert.to_hugging_face(tmp_path / "ours", tmp_path / "back")
     back = theirs_of(tmp_path / "back")
     check_same(lm.vocabulary, back)
-    assert back.chat_template == theirs.chat_template
+    kept = ("pad_token_id", "unk_token_id", "chat_template", "model_max_length")
+    assert [getattr(back, name) for name in kept] == [getattr(theirs, name) for name in kept]
+    assert {*back.all_special_tokens} == {*theirs.all_special_tokens}
+    assert back.padding_side == theirs.init_kwargs.get("padding_side", back.padding_side)
     assert ends_of(model_of(tmp_path / "back")) == lm.vocabulary.ends
 
 
@@ -564,9 +573,14 @@ def test_what_is_trained_from_scratch_is_written_with_its_marks(tmp_path):
     (tmp_path / "tokenizer.json").write_text(smol())
     ours = HuggingFaceTokenizer(tmp_path / "tokenizer.json")
     assert ours.before == ours.ends == (ours.eos,) == (0,)
-    out = lay_out(layout(eos_token_id=0), tmp_path / "out")
+    config = {"chat_template": "{{ messages }}", "model_max_length": 99, "pad_token": "<|x|>"}
+    others = {"map": {"eos_token": "<|im_end|>"}, "added": {"<|x|>": 900}}  # of another tokenizer
+    out = lay_out(layout(config=config, **others, eos_token_id=0), tmp_path / "out")
     tokenizers.write(ours, out)
-    assert theirs_of(out)("a b").input_ids == encode_prompt(ours, "a b")
+    theirs = theirs_of(out)
+    assert theirs("a b").input_ids == encode_prompt(ours, "a b")
+    assert theirs.eos_token_id == theirs.pad_token_id == ours.eos and len(theirs) == ours.size
+    assert (theirs.chat_template, theirs.model_max_length) == ("{{ messages }}", 99)
     read = tokenizers.vocabulary_of(out)
     assert (read.before, read.after, read.ends) == (ours.before, ours.after, ours.ends)
 
