@@ -138,8 +138,10 @@ def to_hugging_face(
         base = kept if configs.is_directory(kept) else None
         if base is not None and c.rope_scaling is not None and c.rope_scaling.kind == "llama3":
             # Less or more than factor x original: a promise of its own, that positions ignore.
-            longest = "max_position_embeddings"
-            values[longest] = configs.Fields(kept).number(longest, values[longest])
+            fields, field = configs.Fields(kept), "max_position_embeddings"
+            longest = fields.number(field, values[field])
+            if configs.rope(fields, longest)[1] == c.rope_scaling:
+                values[field] = max(longest, c.local_context)
         k = None if base is None else configs.Fields(kept).values.get("mem_topk")
         if k is not None and c.memory_layers:  # of PyTorch alone; here `--k`
             values["mem_topk"] = k

@@ -74,6 +74,18 @@ def test_there_and_back(tmp_path, shape, dtype, capsys):
         np.testing.assert_allclose(llamas.logits(plain, tokens), wanted, atol=1e-4)
 
 
+def test_a_base_says_how_long_texts_may_be_only_of_its_own_positions(tmp_path):
+    llamas.save(tmp_path / "a", **llamas.SHAPES["llama 3"])
+    assert fot("from-hf", tmp_path / "a", tmp_path / "b") == 0
+    kept = tmp_path / "b" / "hugging_face"
+    changes = {"max_position_embeddings": 8}, {"rope_parameters": None}  # one after the other
+    for fields, longest in zip(changes, (16, 8 * 16), strict=True):
+        llamas.edit(kept, **fields)
+        assert fot("to-hf", tmp_path / "b", tmp_path / f"{longest}") == 0
+        values = json.loads((tmp_path / f"{longest}" / "config.json").read_text())
+        assert values["max_position_embeddings"] == longest
+
+
 def test_mistral(tmp_path):
     theirs = llamas.save(
         tmp_path / "a", "mistral", num_key_value_heads=2, sliding_window=None, rope_theta=5e4

@@ -199,7 +199,7 @@ def _read(fields: Fields) -> ModelConfig:
     eight = model_type == "mistral" and "num_key_value_heads" not in fields.values
     kv_heads = 8 if eight else heads
     longest = fields.number("max_position_embeddings", _LONGEST[model_type])
-    theta, scaling = _rope(fields, longest)
+    theta, scaling = rope(fields, longest)
     # LLaMA 3.1 is LLaMA 3 beyond the window that scaling stretches. The others are trained in, or
     # work from the first token on, and max_position_embeddings is their window in transformers.
     stretched = scaling is not None and scaling.kind == "llama3"
@@ -231,7 +231,7 @@ def _memory_layers(fields: Fields) -> list[int]:
     return layers
 
 
-def _rope(fields: Fields, longest: int) -> tuple[float, RopeScaling | None]:
+def rope(fields: Fields, longest: int) -> tuple[float, RopeScaling | None]:
     """The base of rotary positions, and their scaling, as transformers 5 makes them of config.json.
 
     Args:
