@@ -86,14 +86,34 @@ def test_a_base_says_how_long_texts_may_be_only_of_its_own_positions(tmp_path):
         assert values["max_position_embeddings"] == longest
 
 
-def test_mistral(tmp_path):
+@pytest.mark.parametrize(
+    ("shape", "Plain"),
+    [
+        ({}, transformers.LlamaForCausalLM),
+        # As which transformers has heads that do not divide the width.
+        ({"num_attention_heads": 6, "head_dim": 8}, transformers.MistralForCausalLM),
+    ],
+)
+def test_mistral(tmp_path, shape, Plain):
     theirs = llamas.save(
-        tmp_path / "a", "mistral", num_key_value_heads=2, sliding_window=None, rope_theta=5e4
+        tmp_path / "a",
+        "mistral",
+        **{"num_key_value_heads": 2, "sliding_window": None, "rope_theta": 5e4, **shape},
     )
-    assert fot("from-hf", tmp_path / "a", tmp_path / "b") == 0
+    assert fot("from-hf", tmp_path / "a", tmp_path / "b", "--memory_layers", "1") == 0
+    assert fot("to-hf", tmp_path / "b", tmp_path / "c") == 0
+    assert fot("check", tmp_path / "b", tmp_path / "c") == 0
     tokens = llamas.random_tokens(2, 16)
+    wanted = llamas.logits(theirs, tokens)
     found = LanguageModel.load(tmp_path / "b").logits(tokens, last_context_length=16)
-    np.testing.assert_allclose(found, llamas.logits(theirs, tokens), atol=1e-4)
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    plain, ours = load(tmp_path / "c"), load(tmp_path / "c", trust_remote_code=True)
+    assert type(plain) is Plain
+    for model in (plain, ours):
+        np.testing.assert_allclose(llamas.logits(model, tokens), wanted, atol=1e-4)
+    ours.save_pretrained(tmp_path / "d")
+    np.testing.assert_allclose(llamas.logits(load(tmp_path / "d"), tokens), wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("left", ["both", "the head alone"])

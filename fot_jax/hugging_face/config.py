@@ -306,6 +306,14 @@ def needs_our_code(c: ModelConfig) -> bool:
     return bool(c.memory_layers) or not is_llama(c)
 
 
+def _model_type(c: ModelConfig) -> str:
+    if not is_llama(c):
+        return "fot"
+    # LlamaConfig of transformers 5 refuses such a shape, and MistralConfig does not: without a
+    # sliding window both compute the same.
+    return "mistral" if c.hidden_size % c.num_heads else "llama"
+
+
 def content(c: ModelConfig, dtype: str, marks: dict[str, int | None]) -> dict[str, Any]:
     """What to write as config.json.
 
@@ -319,11 +327,12 @@ def content(c: ModelConfig, dtype: str, marks: dict[str, int | None]) -> dict[st
     for name in ("memory_gate", "memory_before"):
         if getattr(c, name):
             raise UserError(f"model.{name} = True: there is no PyTorch code for such models")
+    kind = _model_type(c)
     longest, scaling = _written(c)
     values = {
         **formats.CONVERTED.number,
-        "architectures": ["LlamaForCausalLM" if is_llama(c) else "FotForCausalLM"],
-        "model_type": "llama" if is_llama(c) else "fot",
+        "architectures": [f"{kind.title()}ForCausalLM"],
+        "model_type": kind,
         "vocab_size": c.vocab_size,
         "hidden_size": c.hidden_size,
         "intermediate_size": c.mlp_dim,
@@ -346,16 +355,19 @@ def content(c: ModelConfig, dtype: str, marks: dict[str, int | None]) -> dict[st
     }
     if values["max_position_embeddings"] != c.local_context or scaling is not None:
         values["local_context"] = c.local_context
-    if not is_llama(c):
+    if kind == "mistral":
+        values["sliding_window"] = None  # left out, there would be one
+    if kind == "fot":
         del values["hidden_act"], values["attention_bias"], values["mlp_bias"]
         values |= {"norm": c.norm, "mlp": c.mlp, "qk_norm": c.qk_norm}
         if scaling is None:  # or AutoTokenizer warns, which takes any name for an attribute
             del values["rope_scaling"]
     if needs_our_code(c):
+        ours = "Fot" if kind == "fot" else f"Fot{kind.title()}"
         values |= {
             "auto_map": {
-                "AutoConfig": f"configuration_fot.{config_class(c)}",
-                "AutoModelForCausalLM": f"modeling_fot.{model_class(c)}",
+                "AutoConfig": f"configuration_fot.{ours}Config",
+                "AutoModelForCausalLM": f"modeling_fot.{ours}ForCausalLM",
             },
             "mem_layers": list(c.memory_layers),
             "mem_positionals": c.memory_positions,
@@ -392,11 +404,3 @@ def _written(c: ModelConfig) -> tuple[int, dict[str, Any] | None]:
         names += ["attention_factor"] if s.attention_factor is not None else []
     values |= {name: getattr(s, name) for name in names}
     return int(s.factor * s.original_max_position), values
-
-
-def config_class(c: ModelConfig) -> str:
-    return "FotLlamaConfig" if is_llama(c) else "FotConfig"
-
-
-def model_class(c: ModelConfig) -> str:
-    return "FotLlamaForCausalLM" if is_llama(c) else "FotForCausalLM"

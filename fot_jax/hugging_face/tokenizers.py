@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
@@ -166,6 +167,11 @@ def _auto_tokenizer(directory: epath.Path, named: epath.Path) -> Any:
         theirs = transformers.AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
+    except StrictDataclassError as error:
+        what = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{named / CONFIG}: transformers refuses it ({what}): correct what it names"
+        ) from error
     except Exception as error:  # of any kind, from any of its files
         if not (directory / _JSON).exists() and (directory / _MODEL).exists():
             SentencePiece(directory / _MODEL)  # refused, if it is none

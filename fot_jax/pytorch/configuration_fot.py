@@ -136,3 +136,16 @@ class FotLlamaConfig(FotConfig):
     # (Said again, or transformers 5 would make one of its own.)
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
+
+
+class FotMistralConfig(FotLlamaConfig):
+    """Of one whose width is no multiple of its heads, which LlamaConfig of transformers 5 refuses.
+
+    MistralConfig does not, and a Mistral without a sliding window computes the same.
+    """
+
+    model_type = "mistral"
+
+    def __init__(self, sliding_window=None, **kwargs):
+        self.sliding_window = None  # or saved without it, there would be one
+        super().__init__(**kwargs)

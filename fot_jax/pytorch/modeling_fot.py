@@ -19,7 +19,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .configuration_fot import FotConfig, FotLlamaConfig
+from .configuration_fot import FotConfig, FotLlamaConfig, FotMistralConfig
 
 TILE = 256  # queries at a time, times G: masks are made for a tile
 SCORES = 2**26  # of queries and keys that are held at a time to find the best
@@ -543,10 +543,10 @@ class FotForCausalLM(PreTrainedModel, GenerationMixin):
           use_cache: whether the cache is returned; None: as in the configuration.
         """
         if self.training:
-            llama = ", or train it without memory as a LlamaForCausalLM"
+            kind = self.config.model_type
             raise ValueError(
                 "this model only reads and writes: call eval(), or train with fot_jax"
-                + llama * (self.config.model_type == "llama")
+                + f", or train it without memory as a {kind.title()}ForCausalLM" * (kind != "fot")
             )
         if kwargs.get("output_attentions") or kwargs.get("output_hidden_states"):
             raise ValueError("attentions and hidden states of windows are not kept")
@@ -678,3 +678,7 @@ class FotLlamaForCausalLM(FotForCausalLM):
     """A model that is a LLaMA without its memory."""
 
     config_class = FotLlamaConfig
+
+
+class FotMistralForCausalLM(FotLlamaForCausalLM):
+    config_class = FotMistralConfig

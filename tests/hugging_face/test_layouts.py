@@ -617,6 +617,11 @@ def test_other_models_of_pieces(tmp_path):
             "= [2, null]: give a token id",
         ),
         (layout(llama(), config={"added_tokens_decoder": [1]}), "cannot read its tokenizer"),
+        (
+            layout(llama(), config=MARKS, hidden_size=32, num_attention_heads=3),
+            "config.json: transformers refuses it (Class validation error for validator "
+            "'validate_architecture': ValueError: The hidden size (32) is not a multiple of",
+        ),
         (layout(json="{}"), "cannot read its tokenizer"),
         (layout(json=of_bytes(("<a>",)), config=FAST), "not known: add eos_token, its name, to"),
         (layout(json=smol(), config={"tokenizer_class": "ByT5Tokenizer"}), "is a program, ByT5"),
