@@ -26,16 +26,19 @@ def write(file: File, directory: epath.Path) -> HuggingFaceTokenizer:
     """
     config = weights.config_of(file)
     vocabulary = tokenizer.vocabulary_of(file)
-    ends = vocabulary.ends
+    ends, special = vocabulary.ends, tokenizer.special_tokens_of(file)
     marks: dict[str, Any] = {
         "bos_token_id": vocabulary.bos,
         "eos_token_id": ends[0] if len(ends) == 1 else list(ends),
     }
+    if "pad_token" in special:
+        marks["pad_token_id"], _ = special["pad_token"]
     for name, content in ((CONFIG, {**config, **marks}), (tokenizers.GENERATION, marks)):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
     if said := _said_of(file):
         huggingface_hub.metadata_save(directory / model_card.CARD, said)
-    tokenizers.write(vocabulary, directory)
+    names = {role: name for role, (_, name) in special.items()}
+    tokenizers.write(vocabulary, directory, {"pad_token": vocabulary.eos_token, **names})
     if (template := tokenizer.chat_template_of(file)) is not None:
         (directory / "chat_template.jinja").write_text(template)
     return vocabulary

@@ -170,6 +170,20 @@ def vocabulary_of(file: File) -> HuggingFaceTokenizer:
     )
 
 
+def special_tokens_of(file: File) -> dict[str, tuple[int, str]]:
+    """Tokens with other roles than bos and eos, by role: number and name.
+
+    Marks alone: transformers makes one of any token with a role, and texts would have other tokens.
+
+    Raises:
+      UserError: the tokenizer is damaged.
+    """
+    settings = _Settings(file)
+    marks = dict(settings.of(TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED))
+    roles = {"unk_token": settings.token("unknown"), "pad_token": settings.token("padding")}
+    return {role: (i, marks[i]) for role, i in roles.items() if i in marks}
+
+
 def chat_template_of(file: File) -> str | None:
     """The template of chats, in Jinja; None where the file has none."""
     return file.setting("tokenizer.chat_template", str)

@@ -49,6 +49,7 @@ OF_ALL = SIZES | {
     "tokenizer.ggml.token_type": "whole numbers",
     "tokenizer.ggml.bos_token_id": "whole number",
     "tokenizer.ggml.eos_token_id": "whole number",
+    "tokenizer.ggml.padding_token_id": "whole number",
     "tokenizer.ggml.add_bos_token": "bool",
     "tokenizer.ggml.add_eos_token": "bool",
     "tokenizer.chat_template": "text",

@@ -229,6 +229,8 @@ def test_there_and_back(tmp_path):
         add_bos_token=True,
         add_eos_token=True,
         eot_token_id=3,
+        pad_token_id=4,
+        unk_token_id=0,
         chat_template="{{ messages[0]['content'] }}",
     )
     written(tmp_path / "a.gguf", add, vocab_size=640)
@@ -242,7 +244,10 @@ def test_there_and_back(tmp_path):
         assert encode_prompt(lm.vocabulary, text) == wanted == theirs(text)["input_ids"]
     assert theirs.chat_template == "{{ messages[0]['content'] }}"
     generation = json.loads((tmp_path / "c" / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == [2, 3, 4]
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    for values in (generation, config):
+        assert (values["eos_token_id"], values["pad_token_id"]) == ([2, 3, 4], 4)
+    assert (theirs.pad_token_id, theirs.unk_token_id) == (4, 0)
 
 
 @pytest.mark.parametrize(
