@@ -239,6 +239,7 @@ def test_the_model_card(here, one_device, capsys):
         ("no YAML", "---\n]: [\n---\n", "says nothing of its licence"),
         ("no front matter", "# A", "says nothing of its licence"),
         ("several", "---\nlicense: [mit, other]\nmodel_name: 3\n---\n", "is mit, other."),
+        ("named", "---\nlicense: other\nlicense_name: llama3\n---\n", "whose licence is llama3."),
     ):
         (here / "a" / "README.md").write_text(said)
         assert fot("to-hf", "a", name) == 0

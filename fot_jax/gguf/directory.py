@@ -47,5 +47,6 @@ def write(file: File, directory: epath.Path) -> HuggingFaceTokenizer:
 def _said_of(file: File) -> dict[str, Any]:
     """Name, licence and languages of the model, as model cards call them."""
     names = {"name": "model_name", "license": "license", "languages": "language"}
+    names |= {"license.name": "license_name", "license.link": "license_link"}
     said = {card: file.settings.get(f"general.{name}") for name, card in names.items()}
     return {card: x for card, x in said.items() if x and isinstance(x, str | list)}

@@ -169,4 +169,7 @@ def _licence(said: dict[str, Any], base: epath.Path | None) -> str:
             "came from, and state it above."
         )
     several = licence if isinstance(licence, list) else [licence]
+    other = said.get("license_name")  # what "other" stands for
+    if isinstance(other, str):
+        several = [other if each == "other" else each for each in several]
     return f"## Licence\n\n{derives}, whose licence is {', '.join(several)}."

@@ -231,6 +231,10 @@ def test_there_and_back(tmp_path):
         eot_token_id=3,
         pad_token_id=4,
         unk_token_id=0,
+        name="Some Model",
+        license="other",
+        license_name="llama3.1",
+        license_link="LICENSE",
         chat_template="{{ messages[0]['content'] }}",
     )
     written(tmp_path / "a.gguf", add, vocab_size=640)
@@ -248,6 +252,9 @@ def test_there_and_back(tmp_path):
     for values in (generation, config):
         assert (values["eos_token_id"], values["pad_token_id"]) == ([2, 3, 4], 4)
     assert (theirs.pad_token_id, theirs.unk_token_id) == (4, 0)
+    card = (tmp_path / "c" / "README.md").read_text()
+    assert "license_name: llama3.1\nlicense_link: LICENSE\n" in card
+    assert "derive from Some Model, whose licence is llama3.1." in card
 
 
 @pytest.mark.parametrize(
