@@ -16,7 +16,6 @@ from fot_jax.data.vocabulary import Symbols
 from fot_jax.hugging_face import tensors
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.state import SETTINGS_OF_READING, all_of_a_text
-from fot_jax.model.config import ModelConfig
 from fot_jax.model.lookup import Dense
 
 _PROBE, _WINDOW = 200, 64  # tokens read, in windows of so many
@@ -54,7 +53,8 @@ def check(a: epath.PathLike, b: epath.PathLike) -> bool:
     Raises:
       UserError: one of them cannot be read.
     """
-    ours, theirs = open_checkpoint(a), open_checkpoint(b)
+    # The same parameters, whatever the window; texts are read in one that both have.
+    ours, theirs = (open_checkpoint(path, window=1) for path in (a, b))
     differences = {
         name: pair
         for name, pair in ours.config.differences(theirs.config).items()
@@ -65,7 +65,8 @@ def check(a: epath.PathLike, b: epath.PathLike) -> bool:
     same_tensors, apart = _check_tensors(ours, theirs)
     of_memory = [name for name in differences if name.startswith("memory_")]
     if ours.config.vocab_size == theirs.config.vocab_size:
-        _check_logits(a, b, ours.config, bool(of_memory))
+        window = min(_WINDOW, ours.config.local_context, theirs.config.local_context)
+        _check_logits(a, b, ours.config.vocab_size, window, bool(of_memory))
     if (
         same_tensors
         and differences
@@ -130,24 +131,26 @@ def _rounded_to(x: np.ndarray, y: np.ndarray) -> str | None:
     return None
 
 
-def _check_logits(a: epath.PathLike, b: epath.PathLike, c: ModelConfig, plain: bool) -> None:
+def _check_logits(
+    a: epath.PathLike, b: epath.PathLike, vocab_size: int, window: int, plain: bool
+) -> None:
     """Prints the largest difference between logits; `plain`: without memory, too."""
-    window = min(_WINDOW, c.local_context)
 
     def logits(path) -> list[np.ndarray]:
-        lm, found = LanguageModel.load(path), []
-        for layers in (lm.config.memory_layers, ())[: 1 + plain]:
-            config = dataclasses.replace(lm.config, local_context=window, memory_layers=layers)
-            lm = dataclasses.replace(lm, config=config)
+        config, params = loading.load_model(path, np.dtype(np.float32), window)
+        found = []
+        for layers in (config.memory_layers, ())[: 1 + plain]:
+            config = dataclasses.replace(config, local_context=window, memory_layers=layers)
+            lm = LanguageModel(config, params)
             memory = all_of_a_text(config, "float32", Dense())
             found.append(lm.logits(tokens, last_context_length=max(1, window // 2), memory=memory))
         return found
 
     vocabulary = loading.vocabulary_of(a)
-    tokens = np.arange(_PROBE) * 7919 % c.vocab_size
+    tokens = np.arange(_PROBE) * 7919 % vocab_size
     if vocabulary is not None and not isinstance(vocabulary, Symbols):  # cannot encode a text
         text = Path(__file__).read_text()[: 20 * _PROBE]
-        tokens = np.resize(vocabulary.encode(text), _PROBE) % c.vocab_size
+        tokens = np.resize(vocabulary.encode(text), _PROBE) % vocab_size
     tokens = tokens[None]
     ways = ("each with its own memory", "without memory") if plain else ("with memory",)
     for way, x, y in zip(ways, *map(logits, (a, b)), strict=True):

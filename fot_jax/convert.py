@@ -49,15 +49,11 @@ class Reader(Protocol):
         """A parameter, of one layer if it is of a layer."""
 
 
-def open_checkpoint(
-    path: epath.PathLike,
-    memory_layers: Sequence[int] | None = None,
-    local_context: int | None = None,
-) -> Reader:
-    """Opens a checkpoint of either kind; the arguments after the path are for Hugging Face ones."""
+def open_checkpoint(path: epath.PathLike, window: int | None = None) -> Reader:
+    """Opens a checkpoint of either kind; `window` is as of hugging_face.config.read."""
     path = path_of(path)
     if configs.is_directory(path):
-        return tensors.Reader(path, configs.read(path, memory_layers, local_context))
+        return tensors.Reader(path, configs.read(path, window=window))
     return stream.Reader(path)
 
 

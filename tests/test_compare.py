@@ -48,6 +48,17 @@ def test_checking_a_model_with_memory_and_what_it_came_from(two, capsys, dtype, 
         )
 
 
+def test_checking_a_mistral_and_what_was_made_of_it_within_its_sliding_window(tmp_path, capsys):
+    llamas.save(tmp_path / "a", "mistral", num_key_value_heads=2, sliding_window=8)
+    assert fot("from-hf", tmp_path / "a", tmp_path / "b", "--local_context", 8) == 0
+    capsys.readouterr()
+    assert fot("check", tmp_path / "a", tmp_path / "b") == 1
+    said, *_, logits, same, _ = capsys.readouterr().out.splitlines()
+    assert said == f"local_context: 16 in {tmp_path / 'a'}, 8 in {tmp_path / 'b'}"
+    assert "tokens in windows of 8, with memory: largest difference 0 (" in logits
+    assert same == "the same model, but for local_context"
+
+
 def apart(capsys):
     """The differences of logits that were printed last."""
     lines = capsys.readouterr().out.splitlines()

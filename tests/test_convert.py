@@ -312,8 +312,9 @@ def test_a_trained_checkpoint(here, one_device):
 def test_training_starts_from_either(here, one_device, kind):
     llamas.save(here / "a", **OF_THE_EXPERIMENT)
     of_memory = dict(mem_layers=[1], last_context_length=8, mem_dtype="float16")
-    llamas.edit(here / "a", **of_memory)
-    fot("from-hf", "a", "b")
+    as_mistral = dict(model_type="mistral", sliding_window=16, max_position_embeddings=32)
+    llamas.edit(here / "a", **of_memory, **as_mistral)  # whose window is longer than the run's
+    fot("from-hf", "a", "b", "--local_context", 16)
     start = "a" if kind == "hugging face" else "b"
     bindings = "train.learning_rate = @constant_rate()", "constant_rate.value = 0.0", NO_EVALS
     binding = f'train.initialize_from = "{start}"'
@@ -360,10 +361,14 @@ def test_training_of_another_function_is_warned_of(here, one_device, caplog):
 
 def test_training_from_another_shape(here, one_device, capsys):
     llamas.save(here / "a", vocab_size=64)
-    line = runs.refused(
-        capsys, *runs.arguments("experiment.gin", "run", 'train.initialize_from = "a"')
-    )
+    begun = runs.arguments("experiment.gin", "run", 'train.initialize_from = "a"')
+    line = runs.refused(capsys, *begun)
     assert line.startswith("a: parameter embedding is (64, 32) in the checkpoint and (64, 16) in")
+    llamas.edit(here / "a", model_type="mistral", sliding_window=8)
+    assert runs.refused(capsys, *begun) == (
+        "a/config.json: sliding_window = 8 is shorter than the window of 16 tokens, and layers "
+        "that see less than the window are not supported: set local_context to 8, or less"
+    )
 
 
 # --- LongLLaMA -----------------------------------------------------------------------------------

@@ -98,11 +98,12 @@ def keep_files(path: epath.PathLike, workdir: epath.Path) -> None:
                 (source / name).copy(workdir / KEPT / name, overwrite=True)
 
 
-def load_model(path: epath.PathLike, dtype) -> tuple[ModelConfig, Any]:
+def load_model(path: epath.PathLike, dtype, window: int | None = None) -> tuple[ModelConfig, Any]:
     """Loads a model for inference.
 
     Args:
       dtype: of matrices; vectors are float32.
+      window: as of hugging_face.config.read.
 
     Returns:
       Its configuration, and parameters as of `parameters_by_layer`, none of which is held twice.
@@ -111,17 +112,20 @@ def load_model(path: epath.PathLike, dtype) -> tuple[ModelConfig, Any]:
       UserError: there is no checkpoint, or it is damaged.
     """
     if configs.is_directory(path):
-        content = Reader(path, configs.read(path))
+        content = Reader(path, configs.read(path, window=window))
         return content.config, _by_layer(content, dtype)
     config, params = restore.restore_model(path)
     return config, parameters_by_layer(params, dtype, use_up=True)
 
 
-def load_params(path: epath.PathLike, target: Any) -> tuple[ModelConfig, Any]:
+def load_params(
+    path: epath.PathLike, target: Any, window: int | None = None
+) -> tuple[ModelConfig, Any]:
     """Loads parameters to train from.
 
     Args:
       target: tree of `jax.ShapeDtypeStruct` with shardings; parameters are cast to its dtypes.
+      window: as of hugging_face.config.read.
 
     Returns:
       The configuration of the checkpoint, and its parameters as the target.
@@ -130,7 +134,7 @@ def load_params(path: epath.PathLike, target: Any) -> tuple[ModelConfig, Any]:
       UserError: there is no checkpoint, it is damaged, or its parameters have other shapes.
     """
     if configs.is_directory(path):
-        content = Reader(path, configs.read(path))
+        content = Reader(path, configs.read(path, window=window))
         return content.config, _stacked(content, target)
     restored = restore.restore_params(path, target)
     return restore.model_config_of(path, restored.meta), restored.params

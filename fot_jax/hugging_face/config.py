@@ -42,6 +42,7 @@ def read(
     directory: epath.PathLike,
     memory_layers: Sequence[int] | None = None,
     local_context: int | None = None,
+    window: int | None = None,
 ) -> ModelConfig:
     """The model of a Hugging Face directory.
 
@@ -50,6 +51,7 @@ def read(
       memory_layers: None: mem_layers of config.json, or none.
       local_context: None: that of config.json, or max_position_embeddings or, where rope scaling
         of LLaMA 3 stretches another, that.
+      window: tokens that texts are read in, where it is another than local_context.
 
     Raises:
       UserError: no config.json, or of a model that is no LLaMA; a field is missing or of no use.
@@ -65,21 +67,22 @@ def read(
         config = dataclasses.replace(config, memory_layers=tuple(memory_layers))
     if local_context is not None:
         config = dataclasses.replace(config, local_context=local_context)
-    _check_sliding_window(fields, config)
+    _check_sliding_window(fields, config, window)
     return config
 
 
-def _check_sliding_window(fields: Fields, config: ModelConfig) -> None:
+def _check_sliding_window(fields: Fields, config: ModelConfig, window: int | None) -> None:
     if fields.values["model_type"] != "mistral":
         return  # LLaMA code passes the field over
     name = "sliding_window"
     # The default of its configuration class, for files that leave it out.
-    window = fields.values.get(name, 4096)
-    if window is not None and fields.number(name, 4096) < config.local_context:
+    sliding = fields.values.get(name, 4096)
+    seen = window or config.local_context
+    if sliding is not None and fields.number(name, 4096) < seen:
+        remedy = "set local_context to" if window else "fot convert from-hf --local_context"
         raise UserError(
-            f"{fields.path}: {name} = {window} is shorter than the window of "
-            f"{config.local_context} tokens, and layers that see less than the window are not "
-            f"supported: fot convert from-hf --local_context {window}, or less"
+            f"{fields.path}: {name} = {sliding} is shorter than the window of {seen} tokens, and "
+            f"layers that see less than the window are not supported: {remedy} {sliding}, or less"
         )
 
 

@@ -106,7 +106,7 @@ def begin(
     state = jax.jit(program.init, out_shardings=shardings)(jax.random.key(seed))
     if initialize_from is not None:
         wanted, _ = lora.split(program.state.params)
-        there, params = loading.load_params(initialize_from, wanted)
+        there, params = loading.load_params(initialize_from, wanted, model.local_context)
         state = state._replace(params=lora.joined(params, lora.split(state.params)[1]))
         check_function(initialize_from, there, model)
     return Start(state, History())
