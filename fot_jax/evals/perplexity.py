@@ -8,7 +8,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from absl import logging
 from etils import epath
 
 from fot_jax.common.configurable import configurable
@@ -16,6 +18,7 @@ from fot_jax.common.errors import UserError, check_range
 from fot_jax.common.progress import bar
 from fot_jax.data.documents import Document, DocumentSource
 from fot_jax.evals import plots
+from fot_jax.inference import segment_files
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.state import EVERYTHING, MemoryConfig, check_texts
 from fot_jax.model.config import ModelConfig
@@ -41,9 +44,11 @@ class PerplexityByContext:
       rows: at most so many documents are read side by side.
       multi_doc: these share one memory, of which each then has its part (the paper's multi-doc
         setting); else each has its own.
-      lookup: Dense(), TopK(k), ApproximateTopK(k, recall), or IndexedTopK(k, visited), with which
-        nothing that is scored is forgotten, and of which a text has a memory of its own (rows = 1)
-        or a shared one.
+      lookup: Dense(), TopK(k), ApproximateTopK(k, recall), or IndexedTopK(k, visited), of which a
+        text has a memory of its own (rows = 1) or a shared one. With an index nothing is forgotten:
+        a memory grows while tokens are scored, begins anew when it has twice its size, and rows say
+        how much it held. The newest 65,536 tokens or fewer are looked up without the index, which
+        is used in memories of 65,536 and more.
       storage: of memory, as MemoryConfig.storage.
       source: of other documents than the run's; tokenized as those are.
       split: of the source.
@@ -90,6 +95,9 @@ class PerplexityByContext:
     def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
         """One row a memory size: memory, perplexity, nats, accuracy, tokens.
 
+        With an index also memory_at_most, tokens that the memory held at most, and indexed, how
+        many of them were looked up by the index.
+
         Raises:
           UserError: the split has no document longer than two windows, or no token of those that
             are scored counts in the loss.
@@ -109,17 +117,27 @@ class PerplexityByContext:
         sizes = sorted(set(self.memory_sizes))
         batches = self._choose(self._of(source), window, sizes[-1])
         by_model = [self._usable(lm.config, sizes) for lm in models]
+        parts = {size: self._parts(batches, size, window) for size in (0, *sizes)}
         total = sum(
             self._tokens(batch, size, window)
             for usable in by_model
             for size in usable
-            for batch in batches
+            for batch in parts[size]
         )
         with bar(total, name=self.name) as progress:
-            return [
-                [self._measure(lm, size, batches, progress) for size in usable]
+            found = [
+                [self._measure(lm, size, parts[size], progress) for size in usable]
                 for lm, usable in zip(models, by_model, strict=True)
             ]
+        indexed = [row["indexed"] for rows in found for row in rows if "indexed" in row]
+        if indexed and not any(indexed) and jax.process_index() == 0:
+            logging.warning(
+                "%s: no memory had more than the %s tokens that are looked up without the index of "
+                "%s: what was measured is exact search; give memory_sizes of as many, and longer "
+                "documents",
+                *(self.name, f"{segment_files.TOKENS:,}", self.lookup),
+            )
+        return found
 
     def _usable(self, model: ModelConfig, sizes: list[int]) -> list[int]:
         """The sizes that a model can have."""
@@ -137,31 +155,38 @@ class PerplexityByContext:
         progress: Callable[[int], None],
     ) -> dict[str, Any]:
         """The row of a size."""
-        window = lm.config.local_context
-        lm = lm.for_memory(self._memory(size))
-        sums = np.zeros(3)
+        window, memory = lm.config.local_context, self._memory(size)
+        lm = lm.for_memory(memory)
+        sums, held = np.zeros(3), []
         for batch in batches:
             tokens, mask, weights = self._arrays(batch, size, window)
+            if not weights.any():  # in a part of a document
+                progress(self._tokens(batch, size, window))
+                continue
             # What nobody scores is read for memory alone, which takes fewer layers and no logits.
             start = int(weights.any(0).argmax()) // window * window
             read = {"last_context_length": window, "progress": progress}
-            memory = self._memory(size) if lm.config.memory_layers else EVERYTHING
-            before = {"memory": memory}
+            before = {"memory": memory if lm.config.memory_layers else EVERYTHING}
             if start:
                 of_start = lm.read(tokens[:, :start], mask=mask[:, :start], **before, **read)
                 before = {"state": of_start}
             scores = lm.score(tokens[:, start:], mask=mask[:, start:], **before, **read)
+            if memory.in_segments:  # of a window or more, which was read before
+                held.append((int(of_start.stored.max()), of_start.segments.tokens))
             weights = weights[:, start:]
             of_batch = (scores.nats * weights, scores.correct * weights, weights)
             sums += [x.sum(dtype=np.float64) for x in of_batch]
         nats, correct, weights = sums.tolist()
-        return {
+        row = {
             "memory": size,
             "perplexity": math.exp(min(nats / weights, 700.0)),
             "nats": nats / weights,
             "accuracy": correct / weights,
             "tokens": weights,
         }
+        if held:
+            row["memory_at_most"], row["indexed"] = map(max, zip(*held, strict=True))
+        return row
 
     def _choose(self, source, window: int, largest: int) -> list[list[_Scored]]:
         """The longest documents at hand, in batches, and the part of each that is scored."""
@@ -190,10 +215,30 @@ class PerplexityByContext:
         bounds = [len(parts) * i // count for i in range(count + 1)]
         return [parts[first:last] for first, last in itertools.pairwise(bounds)]
 
+    def _parts(self, batches: list[list[_Scored]], size: int, window: int) -> list[list[_Scored]]:
+        """What is scored with one memory: batches or, where memory grows, as much as fills it."""
+        if not self._memory(size).in_segments:
+            return batches
+        parts = []
+        for batch in batches:
+            most = self._before(batch, size, window)
+            for done in range(0, max(stop - start for _, start, stop in batch), most):
+                of_part = [
+                    _Scored(document, start + done, min(start + done + most, stop))
+                    for document, start, stop in batch
+                    if start + done < stop
+                ]
+                parts.append(of_part)
+        return parts
+
+    def _before(self, batch: list[_Scored], size: int, window: int) -> int:
+        """Tokens of each document, in whole windows, that fill the memory."""
+        share = size / (len(batch) if self.multi_doc else 1)
+        return math.ceil(share / window) * window
+
     def _starts(self, batch: list[_Scored], size: int, window: int) -> list[int]:
         """Where reading starts: so many whole windows before as fill the memory."""
-        share = size / (len(batch) if self.multi_doc else 1)
-        before = math.ceil(share / window) * window
+        before = self._before(batch, size, window)
         return [max(0, scored.start - before) for scored in batch]
 
     def _tokens(self, batch: list[_Scored], size: int, window: int) -> int:
@@ -221,9 +266,14 @@ class PerplexityByContext:
 
     def table(self, rows: list[dict[str, Any]]) -> str:
         """The rows as text."""
-        lines = [f"{'memory (tokens)':>16} {'perplexity':>11} {'accuracy':>9} {'scored':>10}"]
+        grows = any("memory_at_most" in row for row in rows)
+        head = f"{'memory (tokens)':>16} {'perplexity':>11} {'accuracy':>9} {'scored':>10}"
+        lines = [head + grows * f" {'at most':>11} {'indexed':>11}"]
         for r in rows:
             numbers = f"{r['perplexity']:11.3f} {r['accuracy']:9.3f} {r['tokens']:10,.0f}"
+            if grows:
+                held = r.get("memory_at_most", r["memory"]), r.get("indexed", 0)
+                numbers += "".join(f" {tokens:11,d}" for tokens in held)
             lines.append(f"{r['memory']:16d} {numbers}")
         return "\n".join(lines)
 
@@ -247,7 +297,8 @@ class PerplexityByContext:
         plots.sizes_along(axes, sizes, linear_to=max(1, sizes[1] if len(sizes) > 1 else 1))
         axes.margins(x=0.06, y=0.18)
         documents = ", shared by documents" if self.multi_doc else ""
-        axes.set_xlabel(f"memory beyond the local window (tokens{documents})")
+        least = "at least so many " * any("memory_at_most" in row for row in rows)
+        axes.set_xlabel(f"memory beyond the local window ({least}tokens{documents})")
         axes.set_ylabel(f"{self.split} perplexity per token")
         plots.save(figure, path)
 

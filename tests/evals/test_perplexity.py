@@ -196,6 +196,31 @@ def test_an_index_that_leads_to_all_keys_changes_nothing(lm, monkeypatch):
         PerplexityByContext(lookup=IndexedTopK())
 
 
+@pytest.mark.parametrize("multi_doc", [False, True])
+def test_a_memory_with_an_index_holds_about_its_size(lm, monkeypatch, caplog, multi_doc):
+    """It begins anew when it has twice as many tokens: 64 slots at least are no segment yet."""
+    monkeypatch.setattr(segment_files, "TOKENS", 16)
+    evaluation = PerplexityByContext(
+        (0, 16, 64),
+        documents=2,
+        scored_tokens=320,
+        lookup=IndexedTopK(2, visited=1_000),
+        rows=2 if multi_doc else 1,
+        multi_doc=multi_doc,
+    )
+    source = Documents(300, 240)
+    none, small, large = evaluation.run(lm, source)
+    assert "memory_at_most" not in none and none["tokens"] == small["tokens"] == large["tokens"]
+    assert (small["memory_at_most"], small["indexed"]) == ((16, 0) if multi_doc else (24, 0))
+    assert 64 < large["memory_at_most"] < 128 and large["indexed"] >= 64
+    assert not caplog.text
+    lines = [line.split() for line in evaluation.table([none, small, large]).splitlines()]
+    assert lines[0][-3:] == ["at", "most", "indexed"] and lines[1][-2:] == ["0", "0"]
+    assert lines[3][-2:] == [str(large["memory_at_most"]), str(large["indexed"])]
+    dataclasses.replace(evaluation, memory_sizes=(0, 16)).run(lm, source)
+    assert "no memory had more than the 16 tokens that are looked up without" in caplog.text
+
+
 def test_no_memory_is_the_window_alone(lm):
     """What stands before the window of a token changes nothing."""
     source = Documents(49, seed=1)
