@@ -378,6 +378,12 @@ def test_checkpoints_that_cannot_be_evaluated(here, trained, capsys):
         "run: the tokenizer has 258 tokens, the model's embedding 64 rows: get both from the same "
         "model"
     )
+    shutil.rmtree(here / "run" / "vocabulary")  # and so of no tokenizer: the experiment's is taken
+    (here / "run" / "hugging_face").mkdir()
+    (here / "run" / "hugging_face" / "config.json").write_text("{}")
+    (here / "text.gin").write_text(TEXT + EVALUATED + 'Corpus.path = "texts"\n')
+    argv = ["evaluate", "text.gin", "--checkpoint", "run", *output]
+    assert refused_untouched(capsys, *argv) == line
     shutil.copytree(trained / "vocabulary", here / "run" / "vocabulary", dirs_exist_ok=True)
     for file in (here / "run" / "checkpoints" / "2" / "params").rglob("*"):
         if file.is_file() and file.stat().st_size > 1000:

@@ -159,18 +159,18 @@ def evaluate(
     if not evaluation.evals:
         raise UserError("the experiment evaluates nothing: set Evaluation.evals")
     config, vocabulary = loading.config_of(checkpoint), loading.vocabulary_of(checkpoint)
-    loading.check_rows(checkpoint, vocabulary, config.vocab_size)
     source = evaluation.source or source
-    if vocabulary is not None:
-        source = source.with_vocabulary(vocabulary)
+    if vocabulary is None:
+        vocabulary = source.vocabulary
+    loading.check_rows(checkpoint, vocabulary, config.vocab_size)
+    source = source.with_vocabulary(vocabulary)
     for each in evaluation.evals:
         each.check(config, source)
     writes = output is not None and jax.process_index() == 0
     plots = _directory_of(output) if writes else None
     made = provenance()  # now: code and commit may be others when it is done
     lm = LanguageModel.load(checkpoint, dtype=dtype, devices=devices)
-    if vocabulary is None:
-        lm = dataclasses.replace(lm, vocabulary=source.vocabulary)
+    lm = dataclasses.replace(lm, vocabulary=vocabulary)
     results = run_evals(lm, evaluation.evals, source, plots)
     if writes:
         content = {"checkpoint": checkpoint, "made": made, **results}
