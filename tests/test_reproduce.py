@@ -225,6 +225,8 @@ def test_ranges_are_over_seeds_and_not_over_what_one_seed_has_several_of():
     ]
     *_, last = figure.table(rows).splitlines()
     assert last == "| 1K | 50.0 % (0.0 … 100.0) |"
+    rows = figure.rows({"FoT": [seed(None, 0, 1, 1)]})  # as JSON has what was not finite
+    assert "nan" in figure.table(rows).splitlines()[-2]
 
 
 def test_every_figure_has_its_experiments():

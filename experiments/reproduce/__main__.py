@@ -21,7 +21,7 @@ from figure import Figure, Run
 from figures import FIGURES
 from record import Record, read_object
 
-from fot_jax.common.atomic import write_file
+from fot_jax.common.atomic import write_json
 from fot_jax.evals.provenance import provenance
 
 HERE = Path(__file__).parent
@@ -199,7 +199,7 @@ def _report(
         "rows": rows,
     }
     figure.draw(rows, results / f"{name}.png")
-    write_file(results / f"{name}.json", json.dumps(content, indent=1) + "\n")
+    write_json(results / f"{name}.json", content)
 
 
 def _different(values: Iterable) -> list:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ class Figure:
             for result in of_seeds:
                 of_seed: dict[int, list[float]] = {}
                 for row in result[self.evaluation]:
-                    of_seed.setdefault(row[self.x], []).append(row[self.y])
+                    y = math.nan if row[self.y] is None else row[self.y]  # was not finite
+                    of_seed.setdefault(row[self.x], []).append(y)
                 for x, ys in of_seed.items():
                     found.setdefault(x, []).append(sum(ys) / len(ys))
             for x, ys in found.items():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import shutil
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import fsspec
 from etils import epath
@@ -65,6 +68,23 @@ def write_file(path: epath.PathLike, content: str | bytes) -> None:
     """
     with replacing(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: epath.PathLike, content: Any) -> None:
+    """Writes lists, dictionaries and what they hold as JSON: null for numbers that are not finite.
+
+    Raises:
+      OSError: as of write_file.
+    """
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {name: plain(value) for name, value in x.items()}
+        if isinstance(x, list | tuple):
+            return [plain(value) for value in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    write_file(path, json.dumps(plain(content), indent=1, allow_nan=False) + "\n")
 
 
 def create_file(path: epath.PathLike, content: bytes) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import jax
 from etils import epath
 
 from fot_jax.checkpoints import loading
-from fot_jax.common.atomic import replacing, write_file
+from fot_jax.common.atomic import replacing, write_json
 from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import NotHere, UserError, check_range
 from fot_jax.common.paths import absolute, in_bucket, path_of
@@ -30,7 +29,8 @@ class Eval(Protocol):
     """One evaluation: a frozen dataclass in a file of its own, with numbers that can be set.
 
     Rows of results are dictionaries that JSON can hold: `fot evaluate --output` writes them as
-    they are, and `table` and `plot` also draw rows that were read from such a file.
+    they are, but null for numbers that are not finite, and `table` and `plot` also draw rows that
+    were read from such a file, where all are.
     """
 
     name: str  # of its results, its plot and its metrics: no two evaluations may share one
@@ -173,8 +173,7 @@ def evaluate(
     lm = dataclasses.replace(lm, vocabulary=vocabulary)
     results = run_evals(lm, evaluation.evals, source, plots)
     if writes:
-        content = {"checkpoint": checkpoint, "made": made, **results}
-        write_file(output, json.dumps(content, indent=1) + "\n")
+        write_json(output, {"checkpoint": checkpoint, "made": made, **results})
 
 
 def _directory_of(output: str) -> epath.Path:

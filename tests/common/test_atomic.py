@@ -1,5 +1,8 @@
 """Files and directories that are written whole or not at all."""
 
+import json
+import math
+
 import pytest
 import runs
 from etils import epath
@@ -10,6 +13,7 @@ from fot_jax.common.atomic import (
     replacing,
     scratch_directory,
     write_file,
+    write_json,
 )
 from fot_jax.common.errors import UserError
 
@@ -31,6 +35,15 @@ def test_a_file_has_its_old_content_until_all_of_the_new_is_there(tmp_path):
     assert path.read_text() == "new"
     write_file(path, b"newer")
     assert runs.files(tmp_path) == {"file": b"newer"}
+
+
+def test_numbers_that_json_has_not_are_null(tmp_path):
+    """Of a model that diverged, say: a file with NaN is read by few but Python."""
+    rows = [{"perplexity": math.nan, "stderr": None}, {"perplexity": 1.5, "all": (-math.inf, 2)}]
+    write_json(tmp_path / "file", {"rows": rows, "made": "now"})
+    found = json.loads((tmp_path / "file").read_text(), parse_constant=pytest.fail)
+    plain = [{"perplexity": None, "stderr": None}, {"perplexity": 1.5, "all": [None, 2]}]
+    assert found == {"rows": plain, "made": "now"}
 
 
 def test_a_file_that_is_not_written_stays(tmp_path):
