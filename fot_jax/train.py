@@ -223,7 +223,8 @@ def train(
     ):
         pending, now_d, compiled, owed, stopped = None, history.d, set(), False, None
         if resumed and evaluation.due(first_step) and first_step < steps:
-            evaluations.run(evaluation.during, state.params, first_step)  # in case it was cut off
+            # In case it was cut off.
+            evaluations.run(evaluation.during, state.params, first_step, goes_on=True)
         for step in range(first_step + 1, steps + 1):
             profile.start(step)
             now_d = d_of(step, now_d, reports.history)
@@ -274,7 +275,7 @@ def train(
                     if ends:
                         retries.until_saved(save)
                 if evaluates and not stopped:
-                    evaluations.run(evaluation.during, state.params, step)
+                    evaluations.run(evaluation.during, state.params, step, goes_on=True)
             if stopped:
                 break
         checkpointer.close()

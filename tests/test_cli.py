@@ -22,9 +22,9 @@ from fot_jax.common.errors import UserError
 from fot_jax.data import tasks
 from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
 from fot_jax.data.vocabulary import Bytes
-from fot_jax.evals import evaluate as evaluate_
 from fot_jax.evals import provenance
 from fot_jax.evals.perplexity import PerplexityByContext
+from fot_jax.evals.sample import Sample
 from fot_jax.training import checks
 
 ROOT = Path(__file__).parents[1]
@@ -353,9 +353,9 @@ def test_results_name_the_code_that_was_there_at_the_start(here, trained, monkey
 
     def takes_long(*arguments):
         monkeypatch.setattr(provenance, "_commit", lambda: "later")
-        return {}
+        return [{"memory": 0, "perplexity": 2.0, "accuracy": 0.5, "tokens": 3.0}]
 
-    monkeypatch.setattr(evaluate_, "run_evals", takes_long)
+    monkeypatch.setattr(PerplexityByContext, "run", takes_long)
     assert cli.main(evaluate(trained, "--output", "all.json")) == 0
     assert json.loads((here / "all.json").read_text())["made"]["commit"] != "later"
 
@@ -460,20 +460,34 @@ def test_texts_of_another_vocabulary_than_the_checkpoint(here, trained, capsys):
     assert line.startswith("'none' is none of the 64 symbols")
 
 
-def test_results_are_whole_or_not_there(here, trained, capsys, monkeypatch):
-    """Where drawing fails, what was there before stays."""
+def test_what_was_measured_is_kept(here, trained, capsys, monkeypatch):
+    """Where drawing fails, of which an older plot stays, or a later evaluation is refused."""
     (here / "perplexity_by_context.png").write_bytes(b"older")
-    (here / "results.json").write_text("older")
 
     def fail(self, rows, path):
         path.write_bytes(b"half")
         raise UserError("no ink left: buy some")
 
-    monkeypatch.setattr(PerplexityByContext, "plot", fail)
-    line = refused(capsys, *evaluate(trained, "--output", "results.json"))
-    assert line == "no ink left: buy some"
+    def refuse(self, lm, source):
+        raise UserError("no words left: find some")
+
+    results = here / "results.json"
+    output = evaluate(trained, "--output", "results.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(PerplexityByContext, "plot", fail)
+        assert refused(capsys, *output) == "no ink left: buy some"
+    measured = json.loads(results.read_text())["perplexity_by_context"]
     assert (here / "perplexity_by_context.png").read_bytes() == b"older"
-    assert (here / "results.json").read_text() == "older"
+    monkeypatch.setattr(Sample, "run", refuse)
+    evals = bind("Evaluation.evals = (@Sample(), @PerplexityByContext())")
+    before = results.read_text()
+    assert refused(capsys, *output, *evals) == "no words left: find some"
+    assert results.read_text() == before
+    evals = bind("Evaluation.evals = (@PerplexityByContext(), @Sample())")
+    assert refused(capsys, *output, *evals) == "no words left: find some"
+    content = json.loads(results.read_text())
+    assert set(content) == {"checkpoint", "made", "perplexity_by_context"}
+    assert content["perplexity_by_context"] == measured
 
 
 @pytest.mark.parametrize("output", [".", "pipe"])

@@ -30,10 +30,13 @@ from tiny import tiny
 from fot_jax import cli
 from fot_jax import train as train_module
 from fot_jax.checkpoints.manager import Checkpointer
+from fot_jax.common.errors import UserError
 from fot_jax.data.corpus import Corpus
 from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
 from fot_jax.data.synthetic import DictionaryLookup
 from fot_jax.data.tasks import Text
+from fot_jax.evals.perplexity import PerplexityByContext
+from fot_jax.evals.sample import Sample
 from fot_jax.model.schemes import PreviousContext
 from fot_jax.training.optimizers import adamw
 from fot_jax.training.schedules import constant_rate
@@ -192,6 +195,35 @@ def test_a_finished_run_is_only_evaluated(trained, tmp_path, one_device, capsys,
     assert curve(workdir) == curve(trained.workdir)
     assert runs.files(workdir / "checkpoints") == before
     assert (workdir / "plots" / "perplexity_by_context.png").exists()
+
+
+def test_evaluations_that_are_refused_while_they_run(
+    trained, tmp_path, one_device, capsys, monkeypatch
+):
+    """A line says so, and training goes on; after its end what others measured is kept."""
+    run = PerplexityByContext.run
+
+    def run_of_test(self, lm, source):
+        if self.split == "valid":
+            raise UserError("no documents left: restore them")
+        return run(self, lm, source)
+
+    def refuse(self, lm, source):
+        raise UserError("no words left: find some")
+
+    monkeypatch.setattr(PerplexityByContext, "run", run_of_test)
+    monkeypatch.setattr(Sample, "run", refuse)
+    workdir = trained.copy(tmp_path / "run")
+    for step in (10, 11, 12):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    assert runs.train(trained.experiment, workdir) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == "fot: error: no words left: find some"
+    line = "step 10: perplexity_by_context is left out: no documents left: restore them"
+    assert [each for each in said if "left out" in each] == [line]
+    kept = [row for row in curve(trained.workdir) if "loss" in row or row["step"] != 10]
+    assert curve(workdir) == kept
+    assert steps_saved(workdir)[-1] == 12
 
 
 def test_fewer_steps_than_done_are_refused(trained, tmp_path, one_device, capsys):

@@ -55,6 +55,21 @@ def _key(name: str) -> str:
     return f"fot_jax/requests/{name}"
 
 
+def all_arrive(name: str, seconds: int = 60) -> bool:
+    """Whether all processes come here, under a name that is used once, within some time.
+
+    For those that may come alone while others compute together: nothing is computed here.
+    """
+    if jax.process_count() == 1:
+        return True
+    client = ocp.multihost.get_jax_distributed_client()
+    try:
+        client.wait_at_barrier(_key(name), 1000 * seconds)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
 def all_values(value: int) -> list[int]:
     """The value of every process, in their order; they wait for each other here."""
     if jax.process_count() == 1:

@@ -1,5 +1,5 @@
 """Evaluations: one file for each, a frozen dataclass that follows `evaluate.Eval`.
 
-`evaluate.run_evals` runs them, prints their tables and draws their plots, for `fot evaluate` and
-during training. CONTRIBUTING.md says how to add one.
+`evaluate.evaluate` (`fot evaluate`) and training/evaluations.py run them, print their tables and
+draw their plots. CONTRIBUTING.md says how to add one.
 """

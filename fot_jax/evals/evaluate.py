@@ -151,7 +151,8 @@ def evaluate(
       checkpoint: a workdir, a step inside it, or a Hugging Face directory.
       evaluation: what to run; its own source, if it has one, comes before `source`.
       dtype, devices: as of LanguageModel.load.
-      output: a JSON file for {evaluation: rows}, and for what made it; plots go beside it.
+      output: a JSON file for {evaluation: rows}, and for what made it, written after each
+        evaluation; plots go beside it.
 
     Raises:
       UserError: there is nothing to evaluate, or an evaluation does not fit this checkpoint.
@@ -171,9 +172,13 @@ def evaluate(
     made = provenance()  # now: code and commit may be others when it is done
     lm = LanguageModel.load(checkpoint, dtype=dtype, devices=devices)
     lm = dataclasses.replace(lm, vocabulary=vocabulary)
-    results = run_evals(lm, evaluation.evals, source, plots)
-    if writes:
-        write_json(output, {"checkpoint": checkpoint, "made": made, **results})
+    results = {}
+    for each in evaluation.evals:
+        results[each.name] = rows = each.run(lm, source)
+        show(each, rows)
+        if writes:  # now, as the next one may be refused, or be killed
+            write_json(output, {"checkpoint": checkpoint, "made": made, **results})
+            draw(each, rows, plots / f"{each.name}.png")
 
 
 def _directory_of(output: str) -> epath.Path:
@@ -201,21 +206,15 @@ def _directory_of(output: str) -> epath.Path:
     return absolute(path).parent
 
 
-def run_evals(
-    lm: LanguageModel, evals: Sequence[Eval], source: DocumentSource, plots: epath.Path | None
-) -> dict[str, list[dict[str, Any]]]:
-    """Runs evaluations one after the other, prints each table, draws each plot into `plots`.
+def show(evaluation: Eval, rows: list[dict[str, Any]]) -> None:
+    """Prints the table, on process 0."""
+    if jax.process_index() == 0:
+        print(f"\n{evaluation.name}\n{evaluation.table(rows)}", flush=True)
 
-    All processes run them; process 0 prints and draws.
-    """
-    results = {}
-    for evaluation in evals:
-        rows = evaluation.run(lm, source)
-        if jax.process_index() == 0:
-            print(f"\n{evaluation.name}\n{evaluation.table(rows)}", flush=True)
-        if plots is not None and jax.process_index() == 0:
-            plots.mkdir(parents=True, exist_ok=True)
-            with replacing(plots / f"{evaluation.name}.png") as path:
-                evaluation.plot(rows, path)
-        results[evaluation.name] = rows
-    return results
+
+def draw(evaluation: Eval, rows: list[dict[str, Any]], path: epath.Path) -> None:
+    """Draws the plot, on process 0; where drawing fails, an older one stays."""
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            evaluation.plot(rows, partial)

@@ -245,10 +245,17 @@ def test_a_port_that_is_taken_is_named(surroundings):
 
 
 def test_processes_join(run_of_two):
-    for process in run_of_two(f"{GATHERS}cluster.finish()"):
+    """And know whether all of them come to a place, where one would wait for the others."""
+    arrive = """
+from fot_jax.common.agreement import all_arrive
+alone = os.environ["FOT_PROCESS_ID"] == "1" or all_arrive("one", 1)
+print(all_arrive("both"), alone, file=sys.stderr)
+cluster.finish()
+"""
+    for process, arrived in zip(run_of_two(GATHERS + arrive), ("False", "True"), strict=True):
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
-        assert "[0, 1]" in err.splitlines()
+        assert {"[0, 1]", f"True {arrived}"} <= set(err.splitlines())
 
 
 @pytest.mark.parametrize(("program", "code"), [(RAISES, 1), (RETURNS, 2)])
