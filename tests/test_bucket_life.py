@@ -104,7 +104,7 @@ def test_a_whole_life_in_a_bucket(bucket, cloud, tmp_path, one_device, capsys):
     assert cli.main(["evaluate", str(experiment), "--checkpoint", workdir, "--output", output]) == 0
     results = json.loads(bucket.get("results/rows.json"))
     assert len(results["perplexity_by_context"]) == 2
-    assert bucket.get("results/perplexity_by_context.png").startswith(b"\x89PNG")
+    assert bucket.get("results/rows.perplexity_by_context.png").startswith(b"\x89PNG")
 
     text = tmp_path / "text"
     text.write_text("some words to read, " * 5)

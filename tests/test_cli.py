@@ -320,8 +320,8 @@ def test_evaluates_what_the_experiment_evaluates(here, trained, capsys):
     rows = results["perplexity_by_context"]
     assert [row["memory"] for row in rows] == [0, 16]
     there = {path.name for path in (here / "results").iterdir()}
-    assert there == {"all.json", "perplexity_by_context.png"}
-    image = matplotlib.image.imread(here / "results" / "perplexity_by_context.png")
+    assert there == {"all.json", "all.perplexity_by_context.png"}
+    image = matplotlib.image.imread(here / "results" / "all.perplexity_by_context.png")
     assert image.shape[:2] == (675, 1050) and image.std() > 0.05
     step = trained / "checkpoints" / "2"
     assert cli.main(evaluate(step, "--output", "again.json")) == 0
@@ -462,7 +462,7 @@ def test_texts_of_another_vocabulary_than_the_checkpoint(here, trained, capsys):
 
 def test_what_was_measured_is_kept(here, trained, capsys, monkeypatch):
     """Where drawing fails, of which an older plot stays, or a later evaluation is refused."""
-    (here / "perplexity_by_context.png").write_bytes(b"older")
+    (here / "results.perplexity_by_context.png").write_bytes(b"older")
 
     def fail(self, rows, path):
         path.write_bytes(b"half")
@@ -477,7 +477,7 @@ def test_what_was_measured_is_kept(here, trained, capsys, monkeypatch):
         patch.setattr(PerplexityByContext, "plot", fail)
         assert refused(capsys, *output) == "no ink left: buy some"
     measured = json.loads(results.read_text())["perplexity_by_context"]
-    assert (here / "perplexity_by_context.png").read_bytes() == b"older"
+    assert (here / "results.perplexity_by_context.png").read_bytes() == b"older"
     monkeypatch.setattr(Sample, "run", refuse)
     evals = bind("Evaluation.evals = (@Sample(), @PerplexityByContext())")
     before = results.read_text()

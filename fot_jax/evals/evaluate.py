@@ -152,7 +152,7 @@ def evaluate(
       evaluation: what to run; its own source, if it has one, comes before `source`.
       dtype, devices: as of LanguageModel.load.
       output: a JSON file for {evaluation: rows}, and for what made it, written after each
-        evaluation; plots go beside it.
+        evaluation; plots go beside it: with STEM.json STEM.NAME.png.
 
     Raises:
       UserError: there is nothing to evaluate, or an evaluation does not fit this checkpoint.
@@ -178,7 +178,7 @@ def evaluate(
         show(each, rows)
         if writes:  # now, as the next one may be refused, or be killed
             write_json(output, {"checkpoint": checkpoint, "made": made, **results})
-            draw(each, rows, plots / f"{each.name}.png")
+            draw(each, rows, plots / f"{path_of(output).stem}.{each.name}.png")
 
 
 def _directory_of(output: str) -> epath.Path:
