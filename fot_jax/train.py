@@ -120,21 +120,22 @@ def train(
         trainable=trainable,
         lora=lora,
     )
+    workdir = path_of(workdir)
     if dry_run:
-        check_vocabulary(data.source, model)
-        evaluation.check(model, data.source, elsewhere=True)
+        source = start.documents_if_here(data.source, workdir, initialize_from)
+        check_vocabulary(source, model)
+        evaluation.check(model, source, elsewhere=True)
         print(f"{program.trace()}, {steps:,} steps: nothing written")
         return None
 
     # --- State: the workdir's newest whole checkpoint, else initialize_from, else fresh ----------
-    workdir = path_of(workdir)
     check_for_orbax(workdir)
     start.check_workdir(workdir)
     start.cache_compiled_programs(workdir)
     checkpointer = Checkpointer(
         workdir / "checkpoints", keep_last=checkpoints.keep_last, keep_every=checkpoints.keep_every
     )
-    source = start.documents(data.source, checkpointer, workdir, initialize_from)
+    source = start.documents(data.source, workdir, initialize_from)
     with said_if_slow("reading the tokenizer, or documents to train one"):
         check_vocabulary(source, model)
     evaluation.check(model, source)

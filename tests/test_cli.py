@@ -274,6 +274,26 @@ def test_evaluations_of_a_split_that_is_not_there(here, trained, capsys, caplog)
     assert line.startswith("DictionaryLookup has no split 'dev'")
 
 
+def test_a_dry_run_of_what_is_elsewhere(here, trained, capsys, caplog):
+    """Directories, the harness; the tokenizer is that of the checkpoint that it starts from."""
+    asked = (
+        "Evaluation.evals = (@FewShot(), @LmEval())",
+        *("FewShot.path = 'nowhere'", "FewShot.form = 'trec'"),
+        *("LmEval.tasks = ('one',)", "LmEval.include_path = 'nowhere'"),
+    )
+    argv = ["train", "experiment.gin", *bind(*asked)]
+    assert cli.main([*argv, "--dry_run"]) == 0
+    for name in ("FewShot", "LmEval"):
+        assert f"whether all is there to evaluate is not known here: {name}" in caplog.text
+    assert refused_untouched(capsys, *argv).startswith("FewShot.path = 'nowhere': no such dir")
+    (here / "text.gin").write_text(TEXT + 'Corpus.path = "texts"\nModelConfig.vocab_size = 100\n')
+    argv = ["train", "text.gin", "--dry_run", *bind("Data.lanes = 4")]
+    for more in ([], bind('train.initialize_from = "nowhere"')):
+        assert refused_untouched(capsys, *argv, *more).startswith("the tokenizer has 258 tokens")
+    for more in (bind(f'train.initialize_from = "{trained}"'), ["--workdir", str(trained)]):
+        assert cli.main([*argv, *more]) == 0
+
+
 # --- Checkpoints ---------------------------------------------------------------------------------
 
 

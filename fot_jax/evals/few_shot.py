@@ -14,7 +14,7 @@ import scipy.special
 from etils import epath
 
 from fot_jax.common.configurable import configurable
-from fot_jax.common.errors import LARGEST_SEED, UserError, check_range
+from fot_jax.common.errors import LARGEST_SEED, NotHere, UserError, check_range
 from fot_jax.common.paths import path_of
 from fot_jax.common.progress import bar
 from fot_jax.data import corpus
@@ -96,7 +96,7 @@ class FewShot:
 
     def _check_path(self) -> None:
         if not self.path or not path_of(self.path).is_dir():
-            raise UserError(
+            raise NotHere(
                 f"FewShot.path = {self.path!r}: no such directory: give one with train.jsonl and "
                 f"{self.split}.jsonl, or the same as .jsonl.gz"
             )

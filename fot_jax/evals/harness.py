@@ -15,7 +15,7 @@ from typing import Any
 from etils import epath
 
 from fot_jax.common.configurable import configurable
-from fot_jax.common.errors import UserError, check_range
+from fot_jax.common.errors import NotHere, UserError, check_range
 from fot_jax.data.documents import DocumentSource
 from fot_jax.evals import plots, ruler
 from fot_jax.evals.harness_adapter import adapter
@@ -76,9 +76,9 @@ class LmEval:
     def check(self, model: ModelConfig, source: DocumentSource) -> None:
         """Raises UserError, whatever the model, where there is no harness."""
         if importlib.util.find_spec("lm_eval") is None:
-            raise UserError("LmEval needs the harness: pip install -e '.[lm_eval]'")
+            raise NotHere("LmEval needs the harness: pip install -e '.[lm_eval]'")
         if self.include_path is not None and not os.path.isdir(self.include_path):
-            raise UserError(
+            raise NotHere(
                 f"LmEval.include_path = {self.include_path!r}: no such directory: give one with "
                 "the YAML files of tasks"
             )

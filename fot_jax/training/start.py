@@ -13,9 +13,10 @@ from fot_jax.checkpoints import loading
 from fot_jax.checkpoints.items import LaneGroups
 from fot_jax.checkpoints.manager import Checkpointer
 from fot_jax.checkpoints.restore import model_config_of
+from fot_jax.checkpoints.steps import complete_steps
 from fot_jax.common.atomic import write_file
 from fot_jax.common.errors import UserError
-from fot_jax.common.paths import real_path
+from fot_jax.common.paths import path_of, real_path
 from fot_jax.data.documents import DocumentSource
 from fot_jax.data.saved_vocabulary import load_vocabulary
 from fot_jax.hugging_face import config as configs
@@ -42,10 +43,7 @@ class Start(NamedTuple):
 
 
 def documents(
-    source: DocumentSource,
-    checkpointer: Checkpointer,
-    workdir: epath.Path,
-    initialize_from: str | None,
+    source: DocumentSource, workdir: epath.Path, initialize_from: str | None
 ) -> DocumentSource:
     """`source` with the vocabulary of the workdir, if it has a checkpoint, else with that of the
     checkpoint that the run starts from, if that has one.
@@ -54,11 +52,27 @@ def documents(
       UserError: it cannot be read.
     """
     vocabulary = None
-    if checkpointer.steps():
+    if complete_steps(workdir / "checkpoints"):
         vocabulary = load_vocabulary(workdir / "vocabulary")
     elif initialize_from is not None:
         vocabulary = loading.vocabulary_of(initialize_from)
     return source if vocabulary is None else source.with_vocabulary(vocabulary)
+
+
+def documents_if_here(
+    source: DocumentSource, workdir: epath.Path, initialize_from: str | None
+) -> DocumentSource:
+    """As `documents`, but `source` as it is where what has the vocabulary is on another machine.
+
+    Raises:
+      UserError: as of `documents`.
+    """
+    try:
+        if initialize_from is not None and not path_of(initialize_from).exists():
+            initialize_from = None
+        return documents(source, workdir, initialize_from)
+    except OSError:  # a bucket that takes a login
+        return source
 
 
 def resume(
