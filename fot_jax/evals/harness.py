@@ -8,10 +8,13 @@ import functools
 import importlib.util
 import json
 import os
+import random
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from fot_jax.common.configurable import configurable
@@ -24,6 +27,8 @@ from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.state import all_of_a_text, check_texts
 from fot_jax.model.config import ModelConfig
 from fot_jax.model.lookup import Dense, Lookup
+
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 
 
 @configurable
@@ -149,6 +154,7 @@ class LmEval:
         """The rows of one length, of question and answer."""
         from lm_eval import simple_evaluate
 
+        _begin_draws_anew()
         seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
         found = simple_evaluate(
             model=model,
@@ -280,6 +286,19 @@ class LmEval:
             axes.set_xlim(0, 100)
             axes.set_xlabel("%")
         plots.save(figure, path)
+
+
+def _begin_draws_anew() -> None:
+    """Has the harness load code of tasks anew that draws from a generator of its own.
+
+    It keeps what it loads, and ruler_cwe, say, would go on drawing where it was left: its questions
+    would depend on what the process asked before.
+    """
+    for name, module in list(sys.modules.items()):
+        content = getattr(module, "__dict__", {})
+        of_a_task = "__mtime__" in content  # the mark of the harness's loader
+        if of_a_task and any(isinstance(x, _GENERATORS) for x in content.values()):
+            del sys.modules[name]
 
 
 def _length(row: dict[str, Any]) -> tuple[int, ...]:

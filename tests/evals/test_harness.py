@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import types
 from pathlib import Path
 
@@ -103,6 +104,14 @@ doc_to_target: "{{{{animal}}}}"
 metric_list:
   - metric: byte_perplexity
 """
+DRAWING = """
+import random
+
+RNG = random.Random(42)
+
+def ask(doc):
+    return f"{RNG.random()}?"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -192,14 +201,27 @@ def test_as_asked_for(tasks):
     assert speaker.last == {2048, 2048 - 12}  # all that fits, beside what is written
 
 
+def test_questions_do_not_depend_on_what_was_asked_before(tasks):
+    """Where a task's code draws from a generator of its own, as ruler_cwe's does."""
+    (tasks / "drawing.py").write_text(DRAWING)
+    written = (tasks / "written.yaml").read_text().replace("task: written", "task: drawn")
+    asks = "doc_to_text: !function drawing.ask\n"
+    (tasks / "drawn.yaml").write_text(re.sub("doc_to_text: .*\n", asks, written))
+    parrots = [Parrot(3), Parrot(3)]
+    for parrot in parrots:
+        evaluation(tasks, "drawn", limit=2).run(parrot, None)
+    assert parrots[0].asked == parrots[1].asked and len(set(parrots[0].asked)) == 2
+
+
 class Parrot(Speaker):
     """Writes down the last so many tokens of what it reads."""
 
     def __init__(self, most):
         super().__init__()
-        self.most, self.lengths = most, []
+        self.most, self.lengths, self.asked = most, [], []
 
     def generate(self, prompts, max_new_tokens, **options):
+        self.asked += map(tuple, prompts)
         self.lengths += [len(prompt) + max_new_tokens for prompt in prompts]
         return [prompt[-self.most :] for prompt in prompts]
 
