@@ -82,6 +82,8 @@ class LmEval:
         """Raises UserError, whatever the model, where there is no harness."""
         if importlib.util.find_spec("lm_eval") is None:
             raise NotHere("LmEval needs the harness: pip install -e '.[lm_eval]'")
+        if self.lengths and importlib.util.find_spec("wonderwords") is None:
+            raise NotHere("LmEval.lengths needs wonderwords: pip install -e '.[lm_eval]'")
         if self.include_path is not None and not os.path.isdir(self.include_path):
             raise NotHere(
                 f"LmEval.include_path = {self.include_path!r}: no such directory: give one with "

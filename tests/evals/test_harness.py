@@ -361,7 +361,14 @@ def test_what_does_not_fit_is_named(tasks, make, message):
     assert message in str(raised.value)
 
 
-def test_without_the_harness(tasks, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="LmEval needs the harness: pip install"):
-        evaluation(tasks, "choices").run(Speaker(), None)
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("lm_eval", "LmEval needs the harness: pip install"),
+        ("wonderwords", "LmEval.lengths needs wonderwords: pip install"),
+    ],
+)
+def test_without_the_harness(tasks, monkeypatch, missing, message):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == missing else name)
+    with pytest.raises(UserError, match=message):
+        evaluation(tasks, "niah_single_1", lengths=(2_000,)).check(None, None)
