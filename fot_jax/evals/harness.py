@@ -6,12 +6,15 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import random
+import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,7 +82,20 @@ class LmEval:
         check_texts("LmEval", self.rows, self.storage, self.lookup)
 
     def check(self, model: ModelConfig, source: DocumentSource) -> None:
-        """Raises UserError, whatever the model, where there is no harness."""
+        """Raises UserError, whatever the model, where there is no harness, or it knows no task."""
+        self._check_installed()
+        # As text, in a second: the harness reads them as YAML in half a minute, and `run` asks it.
+        names = "|".join(map(re.escape, self.tasks))
+        pattern, left = re.compile(rf"(?<![\w.-])(?:{names})(?![\w.-])".encode()), {*self.tasks}
+        places = [] if self.include_path is None else [self.include_path]
+        places += importlib.util.find_spec("lm_eval").submodule_search_locations
+        for file in itertools.chain(*(Path(place).glob("**/*.yaml") for place in places)):
+            if not left:
+                return
+            left -= {name.decode() for name in pattern.findall(file.read_bytes())}
+        self._check_known(left)
+
+    def _check_installed(self) -> None:
         if importlib.util.find_spec("lm_eval") is None:
             raise NotHere("LmEval needs the harness: pip install -e '.[lm_eval]'")
         if self.lengths and importlib.util.find_spec("wonderwords") is None:
@@ -99,7 +115,7 @@ class LmEval:
           UserError: the harness is not installed, or knows no such task; or a task asks for what
             cannot be had of this model, or here.
         """
-        self.check(lm.config, source)
+        self._check_installed()
         with self._templates(lm) as templates, tempfile.TemporaryDirectory() as directory:
             metadata: dict[str, Any] = {}
             if self.lengths:
@@ -145,12 +161,16 @@ class LmEval:
                 return loaded
 
         manager = Manager(include_path=self.include_path, metadata=metadata)
-        if unknown := [task for task in self.tasks if task not in manager.all_tasks]:
-            raise UserError(
-                f"LmEval.tasks: the harness knows no {', '.join(unknown)}: see lm-eval ls tasks, "
-                "or set LmEval.include_path to a directory with it"
-            )
+        self._check_known({*self.tasks}.difference(manager.all_tasks))
         return manager
+
+    def _check_known(self, unknown: Set[str]) -> None:
+        """Raises UserError where there are tasks that the harness does not know."""
+        if unknown:
+            raise UserError(
+                f"LmEval.tasks: the harness knows no {', '.join(sorted(unknown))}: see lm-eval ls "
+                "tasks, or set LmEval.include_path to a directory with it"
+            )
 
     def _rows(self, model: Any, manager: Any, length: int | None) -> list[dict[str, Any]]:
         """The rows of one length, of question and answer."""

@@ -361,6 +361,13 @@ def test_what_does_not_fit_is_named(tasks, make, message):
     assert message in str(raised.value)
 
 
+def test_names_are_looked_up_before_anything_is_loaded(tasks):
+    """Of tasks, groups and tags."""
+    evaluation(tasks, "choices", "niah_single_1", "ruler", "longcxt").check(None, None)
+    with pytest.raises(UserError, match="the harness knows no arc_eas, no_such: see lm-eval ls"):
+        evaluation(tasks, "choices", "no_such", "arc_eas").check(None, None)
+
+
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
