@@ -282,7 +282,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = verbs.add_parser("bench", help="measure speed as a ratio to the machine's own rates")
     bench.add_argument(
-        "name", choices=["train", "memory", "index", "pytorch"], help="what to measure"
+        "name", choices=["train", "memory", "index", "pytorch", "gpu"], help="what to measure"
     )
     bench.add_argument("--json", action="store_true", help="print one JSON object")
     bench.set_defaults(run=_bench)

@@ -1,16 +1,22 @@
 """`fot bench`: that it runs, and that its ratios are those of what it says."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 
+import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
+from fot_jax.bench import gpu as bench_gpu
 from fot_jax.bench import index as bench_index
 from fot_jax.bench import memory as bench_memory
 from fot_jax.bench import pytorch as bench_pytorch
 from fot_jax.bench import train as bench_train
 from fot_jax.common.errors import UserError
+from fot_jax.model import crossbatch
+from fot_jax.model.attention import gpu as kernels
 
 
 @pytest.mark.slow
@@ -111,3 +117,46 @@ def test_train(monkeypatch, capsys):
     for row in (*ranges, *real):
         rate = row["model_gflop_per_step"] * 1e9 / row["seconds_per_step"]
         assert row["utilisation"] == pytest.approx(rate / 1e12)
+
+
+def test_gpu(monkeypatch, capsys):
+    """Kernels that are interpreted; what they are compared with computes the same."""
+    for module in (bench_gpu, crossbatch):
+        monkeypatch.setattr(module, "engine_of", lambda mesh, window: kernels)
+    monkeypatch.setattr(
+        kernels.pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True)
+    )
+    monkeypatch.setattr(bench_train, "matmul_rate", lambda dtype: 1e12)
+    found = []
+    monkeypatch.setattr(bench_gpu, "best_of", lambda run, times: found.append(run()) or len(found))
+    small = dict(hidden_size=32, num_layers=2, mlp_dim=48, memory_layers=(1,), vocab_size=96)
+    small |= dict(num_heads=2, num_kv_heads=2, head_dim=16)
+    model = functools.partial(dataclasses.replace, bench_train.MODEL, **small)
+    shapes = dict(models={"small": model}, heads=((2, 16),), windows=(32,), ds=(1, 2))
+    bench_gpu.gpu(as_json=True, **shapes)
+    printed = json.loads(capsys.readouterr().out)
+    one, two = printed["training steps"]
+    # Windows of two lanes see one more, with 2 heads of 16, forward and backward.
+    more = two["model_gflop_per_step"] - one["model_gflop_per_step"]
+    assert more == pytest.approx(3 * 2 * 4 * 32 * 32 * 32 / 1e9)
+    rate = two["model_gflop_per_step"] * 1e9 / two["seconds_per_step"]
+    assert two["utilisation"] == pytest.approx(rate / 1e12)
+    (local, local_gradients), (causal, causal_gradients) = found[:2], found[2:4]
+    np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (local, causal)), atol=0.02)
+    for ours, theirs in zip(local_gradients, causal_gradients, strict=True):
+        ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
+        assert np.abs(ours - theirs).max() < 0.05 * np.abs(theirs).max()
+    # Seconds were 1, 2, 3 and so on: of local attention, cuDNN's, its full one, and of each d.
+    rows = printed["attention"]
+    assert [row["contexts"] for row in rows] == [0, 1, 2]
+    assert [row["forward_us"] for row in rows] == [1e6 / 4, 1e6 * 6 / 2, 1e6 * 8 / 4]
+    assert [row["cudnn_with_gradients_us"] for row in rows] == [
+        1e6 * 4 / 4,
+        1e6 * 6 / 4,
+        1e6 * 6 / 4,
+    ]
+
+
+def test_a_gpu_is_needed():
+    with pytest.raises(UserError, match="needs an NVIDIA GPU, Ampere or later, and JAX finds cpu"):
+        bench_gpu.gpu()

@@ -49,7 +49,7 @@ def train(as_json: bool = False, ranges: Sequence[int] = (1, 3, 7, 15), runs: in
     """
     tables = {
         "crossbatch of each range": lambda: [
-            {"range": reach, **_measured(MODEL, schemes.Packed(pack=2, range=reach), ROWS, runs)}
+            {"range": reach, **measured(MODEL, schemes.Packed(pack=2, range=reach), ROWS, runs)}
             for reach in ranges
         ],
         "SmolLM2 135M, 4 windows of 512": lambda: _real(max(3, runs // 2)),
@@ -59,7 +59,7 @@ def train(as_json: bool = False, ranges: Sequence[int] = (1, 3, 7, 15), runs: in
 
 def _real(runs: int) -> list[dict[str, Any]]:
     rows = [
-        {"step": "crossbatch", "remat": remat, **_measured(REAL, REAL_SCHEME, 4, runs, remat)}
+        {"step": "crossbatch", "remat": remat, **measured(REAL, REAL_SCHEME, 4, runs, remat)}
         for remat in ("none", "dots")
     ]
     llama = transformers_llama(REAL)
@@ -70,9 +70,16 @@ def _real(runs: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _measured(c: ModelConfig, scheme, rows: int, runs: int, remat: str = "none") -> dict[str, Any]:
+def measured(
+    c: ModelConfig,
+    scheme: schemes.Scheme,
+    rows: int,
+    runs: int,
+    remat: str = "none",
+    dtype: str = "float32",
+) -> dict[str, Any]:
     """A step of ours: time, ratio to the matmul rate, temporaries."""
-    model = Transformer(c, remat=remat)
+    model = Transformer(c, jnp.dtype(dtype), remat)
     plan = crossbatch.make_plan(scheme, rows, heads=c.num_heads, window=c.local_context)
     tokens = _tokens(c, rows)
     batch = {
@@ -91,7 +98,7 @@ def _measured(c: ModelConfig, scheme, rows: int, runs: int, remat: str = "none")
         state, info = step(state, batch)
         jax.block_until_ready(info)
 
-    row = _timed(run, training_flops(c, scheme, rows, rows), runs)
+    row = _timed(run, training_flops(c, scheme, rows, rows), runs, dtype)
     return row | {"temporaries_mb": step.memory_analysis().temp_size_in_bytes / 1e6}
 
 
@@ -109,15 +116,17 @@ def _llama_step(model, tokens: np.ndarray) -> Callable[[], None]:
     return run
 
 
-def _timed(run: Callable[[], None], flops: int, runs: int) -> dict[str, Any]:
+def _timed(
+    run: Callable[[], None], flops: int, runs: int, dtype: str = "float32"
+) -> dict[str, Any]:
     """Each run beside the matmul rate before and after it: those of shared machines vary."""
     run(), run()  # to warm up
-    seconds, rates = [], [matmul_rate("float32")]
+    seconds, rates = [], [matmul_rate(dtype)]
     for _ in range(runs):
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)
-        rates.append(matmul_rate("float32"))
+        rates.append(matmul_rate(dtype))
     beside = (np.asarray(rates[1:]) + rates[:-1]) / 2
     return {
         "seconds_per_step": float(np.median(seconds)),
