@@ -175,11 +175,11 @@ def world(tmp_path, monkeypatch):
 
 
 def llama(directory, llamas):
-    """What `hf download` leaves, of a LLaMA with the layers that pages name and few of all else."""
+    """What `hf download` leaves, of a LLaMA with few of everything."""
     from transformers import PreTrainedTokenizerFast
 
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
-    llamas.save(directory, vocab_size=300, num_hidden_layers=19, **sizes)
+    llamas.save(directory, vocab_size=300, num_hidden_layers=3, **sizes)
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.train_from_iterator(["Call me, model"], 300, special_tokens=["<s>", "</s>"])
     PreTrainedTokenizerFast(
@@ -217,6 +217,7 @@ def run(argv, page, world):
         shutil.copytree("workdirs/mine", "workdirs/quickstart")  # which on these texts is the same
         return
     verb = arguments[0]
+    arguments = ["0,2" if word == "6,12,18" else word for word in arguments]
     if verb == "train" and "--dry_run" not in arguments:
         own = [] if "Corpus.path" in shlex.join(arguments) else ['Corpus.path = "my_texts"']
         arguments += bind(*STEPS, *EVALUATED_SMALL, "Sample.new_tokens = 4", *own)

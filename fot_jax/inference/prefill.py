@@ -24,6 +24,7 @@ from fot_jax.inference.state import State, last_context
 from fot_jax.model import memory as memories
 
 AHEAD = 2  # pieces that the host may be ahead of the devices
+ROOM = 4096  # tokens that are written before memory grows for more of them
 
 
 class Piece(NamedTuple):
@@ -212,5 +213,5 @@ def _reserve(
     needed = int((state.stored + moved + later).max())
     state.check_room(needed)
     # Decoding may end early: room for a part of it, which grows as it is needed.
-    wanted = min(needed, int((state.stored + moved).max()) + max(4096, int(moved.max())))
+    wanted = min(needed, int((state.stored + moved).max()) + max(ROOM, int(moved.max())))
     state.reserve(wanted, wanted)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fot_jax.training import cluster
 
+cluster.HEARTBEAT_SECONDS = 20  # in which one finds the other gone
 cluster.join()
 
 import dataclasses  # noqa: E402

@@ -211,8 +211,7 @@ def test_a_signal_while_saving_leaves_nothing(workdir, tmp_path, signum, option)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [3.0, 5.0])
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum, after", [(signal.SIGINT, 3.0), (signal.SIGTERM, 5.0)])
 def test_a_signal_ends_it(workdir, tmp_path, signum, after):
     """While it compiles, reads or writes, nothing compiled beforehand: no crash."""
     book = tmp_path / "book.txt"

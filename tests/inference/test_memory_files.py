@@ -84,7 +84,7 @@ def test_of_one_device_onto_eight_and_back(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "storage, rows", [("float32", 3), ("bfloat16", 1), ("int8", 1), ("int8", 3), ("int4", 1)]
+    "storage, rows", [("float32", 3), ("bfloat16", 1), ("int8", 3), ("int4", 1)]
 )
 def test_arrays_are_read_as_they_were_cut(tmp_path, monkeypatch, storage, rows):
     """Those of scales, and of a window's marks, have fewer bytes a token than those of keys."""

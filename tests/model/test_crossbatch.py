@@ -30,7 +30,7 @@ schemes = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     scheme=schemes,
     groups=st.integers(1, 2),
@@ -86,28 +86,28 @@ def test_any_tiling_gives_the_same(monkeypatch, tile, strip, budget):
         check(scheme, 6, 3, 16, 4, 2, 4, seed=tile + budget)
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2), (2, 1, 4, 1), (1, 1, 8, 1)]
-)
-@pytest.mark.parametrize(
-    "scheme, lanes, group_lanes",
-    [
-        (PreviousContext(d=3), 8, 8),  # negatives on the next devices, around the end
-        (PreviousContext(d=8), 8, 8),
-        (PreviousContext(d=2), 16, 4),  # groups smaller than the ring of all devices
-        (PreviousContext(d=2), 16, 2),
-        (PreviousContext(d=5, w=3), 8, 8),
-        (Packed(pack=2, range=15), 8, 8),
-        (Packed(pack=4, range=5), 8, 4),
-        (Packed(pack=16, range=15), 1, 1),  # one document over all devices
-        (PackedTable(((0, 0), (1, 2), (2, 5), (3, 4))), 4, 4),
-    ],
-)
-def test_on_eight_devices(shape, scheme, lanes, group_lanes):
-    check(scheme, lanes, group_lanes, 4, 4, 2, 4, seed=1, mesh=mesh_of(*shape))
+ACROSS = [
+    (PreviousContext(d=3), 8, 8),  # negatives on the next devices, around the end
+    (PreviousContext(d=8), 8, 8),
+    (PreviousContext(d=2), 16, 4),  # groups smaller than the ring of all devices
+    (PreviousContext(d=2), 16, 2),
+    (PreviousContext(d=5, w=3), 8, 8),
+    (Packed(pack=2, range=15), 8, 8),
+    (Packed(pack=4, range=5), 8, 4),
+    (Packed(pack=16, range=15), 1, 1),  # one document over all devices
+    (PackedTable(((0, 0), (1, 2), (2, 5), (3, 4))), 4, 4),
+]
+# Every scheme on all devices and on half of them; the other axes in turn.
+MESHES = [(shape, of) for of in ACROSS for shape in ((1, 8, 1, 1), (1, 2, 2, 2))]
+MESHES += zip([(2, 2, 1, 2), (2, 1, 4, 1), (1, 1, 8, 1)] * 2, ACROSS[::-1], strict=False)
 
 
-@settings(max_examples=15, deadline=None)
+@pytest.mark.parametrize("shape, of", MESHES, ids=str)
+def test_on_eight_devices(shape, of):
+    check(*of, 4, 4, 2, 4, seed=1, mesh=mesh_of(*shape))
+
+
+@settings(max_examples=8, deadline=None)
 @given(scheme=schemes, seed=st.integers(0, 2**31), tensor=st.sampled_from([None, 1, 2]))
 def test_positive_mass(scheme, seed, tensor):
     lanes = 8

@@ -70,7 +70,7 @@ def test_exact_search_equals_faiss(tokens, k, dim):
         assert (exact == slots).all() if whole else (exact == slots).mean() > 0.999
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     tokens=st.sampled_from([1, 3, 60, 130, 1100, 5000]),
     k=st.sampled_from([1, 4, 50]),

@@ -58,7 +58,7 @@ def test_segments_are_one_memory(lookup, rows):
 # --- By the index --------------------------------------------------------------------------------
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     storage=st.sampled_from(memory.STORAGE),
     counts=st.lists(st.integers(0, 1024), min_size=1, max_size=3),

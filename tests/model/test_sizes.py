@@ -69,7 +69,7 @@ def test_every_size_traces_in_training(name):
 
     Sizes that experiment files name are traced with those: test_experiments.py.
     """
-    config = name()
+    config = name(num_layers=4, memory_layers=(1,))
     scheme = PreviousContext(d=2) if config.qk_norm else PackedTable()
     rows = 8 * scheme.windows
     tensor = 1 if config.num_kv_heads % 2 else 2

@@ -377,13 +377,12 @@ def test_remat_saves_temporaries():
     assert temporaries("full") < temporaries("none") / 2
 
 
-@FAMILIES
-def test_program_does_not_grow_with_depth(family):
+def test_program_does_not_grow_with_depth():
     """Layers between memory layers are scanned: the lowered program has the same lines."""
 
     def lines(num_layers):
         config = dataclasses.replace(
-            family, num_layers=num_layers, memory_layers=(num_layers // 3, num_layers * 2 // 3)
+            LLAMA, num_layers=num_layers, memory_layers=(num_layers // 3, num_layers * 2 // 3)
         )
         tokens = random_tokens(config, 8, 8)
         step = gradient(config, Packed(4, 3), remat="full")
