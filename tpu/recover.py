@@ -99,9 +99,12 @@ def _until_done(
     newest = _newest_checkpoint(pod, args.workdir)
     failures = _Failures(pod, args.workdir, args.max_failures, newest)
     before, said, shown, unstarted = Step("wait", ""), None, None, False
+    next_request = 0.0  # not before this time
     while True:
         step = _look(pod, slices, asked)
         acts = not step.if_still or before.if_still and before.do == step.do
+        if step.do == "create":
+            acts = time.monotonic() >= next_request
         line = f"{step.why}: {step.do if acts else 'wait'}"
         if line != said:
             _say(pod, line)
@@ -145,8 +148,11 @@ def _until_done(
                 if failures.of_requests(str(error), counts):
                     return 1
         before, said = step, line
-        slow = step.denied or step.do in ("create", "delete")
-        time.sleep(args.poll * (failures.patience() if slow else 1))
+        pause = args.poll * failures.patience()
+        if acts and step.do == "create":
+            # Not slept through: the pod may be there soon, even if the answer says otherwise.
+            next_request = time.monotonic() + pause
+        time.sleep(pause if step.denied or acts and step.do == "delete" else args.poll)
 
 
 def _without_trouble(pod: Pod, code: ship.Code, create: Argv, start: Argv) -> list[Argv]:

@@ -1,12 +1,18 @@
 """`recover` against a fake cloud that delays, preempts, loses workers; and its decisions alone."""
 
+import collections
 import itertools
+import time
+from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 from clouds import POD, WORKDIR
 
+from fot_jax.common.errors import UserError
 from tpu import recover
 from tpu.gcloud import Pod
+from tpu.recover import Step
 
 RECOVER = (*POD, *WORKDIR, "--spot", "--poll", "0.3")
 
@@ -170,6 +176,46 @@ def test_starts_that_fail_on_a_pod_that_is_there_are_given_up(cloud):
     code, out, _ = cloud.tpu("recover", cloud.experiment, *POD, *WORKDIR, "--poll", "0.02")
     assert code == 1 and out.count("no space left") == 3
     assert out.splitlines()[-2].endswith("given up after 3 failures without a new checkpoint")
+
+
+def watch(monkeypatch, look, call=lambda *_: "", most=3):
+    """The exit code of a watch in a made-up cloud; and a clock that only sleeping moves."""
+    clock = [0.0]
+
+    def sleep(seconds):
+        clock[0] += seconds
+
+    made_up = SimpleNamespace(sleep=sleep, monotonic=lambda: clock[0], strftime=time.strftime)
+    monkeypatch.setattr(recover, "time", made_up)
+    monkeypatch.setattr(recover, "_look", lambda *_: look(clock[0]))
+    monkeypatch.setattr(recover.process, "call", lambda argv, *_: call(argv[4], clock[0]))
+    args = Namespace(workdir="gs://b/run", max_failures=most, poll=1.0)
+    pod, create = Pod("pod", "zone"), ["", "", "", "", "create"]
+    return recover._until_done(pod, None, None, create, None, "", args)
+
+
+def test_pods_that_were_asked_for_are_looked_at_soon(monkeypatch):
+    """They are billed. It is the next request that comes later each time."""
+    lives, there, times = iter(["FAILED"] * 4 + ["", "ACTIVE"]), [""], collections.defaultdict(list)
+
+    def call(verb, now):
+        times[verb].append(now)
+        if verb in ("create", "delete"):
+            there[0] = next(lives) if verb == "create" else ""
+        if verb == "create" and there[0] != "FAILED":  # whether there is a pod now or not
+            raise UserError("not done after 3600 seconds")
+        return ""
+
+    def look(now):
+        times["look"].append(now)
+        why = {"error": {"message": "no more capacity"}}
+        found = {"state": {"state": there[0], "failedData": why}} if there[0] else None
+        return Step("end", "") if there[0] == "ACTIVE" else recover.step_of_request(found)
+
+    assert watch(monkeypatch, look, call) == 0
+    assert {then + 1 for then in times["create"]} <= set(times["look"])
+    between = [after - before for before, after in itertools.pairwise(times["create"])]
+    assert between == [1 + 2, 1 + 4, 1 + 8, 1 + 16, 32]
 
 
 def test_pods_are_asked_for_ever_more_seldom_without_progress(monkeypatch):
