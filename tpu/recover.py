@@ -99,6 +99,7 @@ def _until_done(
     newest = _newest_checkpoint(pod, args.workdir)
     failures = _Failures(pod, args.workdir, args.max_failures, newest)
     before, said, shown, unstarted = Step("wait", ""), None, None, False
+    watched = False  # what failed before does not count
     next_request = 0.0  # not before this time
     while True:
         step = _look(pod, slices, asked)
@@ -115,12 +116,12 @@ def _until_done(
         if acts and step.do == "start":
             failed = unstarted
             if step.failed and step.failed["ended"] != shown:
-                shown, failed = step.failed["ended"], True
+                shown, failed = step.failed["ended"], watched
                 _say(pod, verbs.failure(step.failed))
             if failed and failures.of_the_run():
                 return 1
         if acts and (step.do != "wait" or step.running):
-            unstarted = False
+            unstarted, watched = False, True
         try:
             if acts and step.do == "create":
                 process.call(create)

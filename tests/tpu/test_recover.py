@@ -5,6 +5,7 @@ import itertools
 import time
 from argparse import Namespace
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from clouds import POD, WORKDIR
@@ -110,6 +111,9 @@ def test_too_many_failures_without_progress(cloud):
     assert "billed" in billed and billed.endswith(f"python -m tpu delete {' '.join(POD)}")
     assert len(cloud.starts(0)) == 3
     assert not cloud.calls("delete")
+    cloud.train(steps=5)
+    out = cloud.works("recover", cloud.experiment, *RECOVER, "--max_failures", "1")
+    assert "RuntimeError: worker 0 broke at step 3" in out
 
 
 @pytest.mark.slow
@@ -179,7 +183,7 @@ def test_starts_that_fail_on_a_pod_that_is_there_are_given_up(cloud):
 
 
 def watch(monkeypatch, look, call=lambda *_: "", most=3):
-    """The exit code of a watch in a made-up cloud; and a clock that only sleeping moves."""
+    """The exit code of a watch in a made-up cloud, whose clock moves by sleeping alone."""
     clock = [0.0]
 
     def sleep(seconds):
@@ -190,8 +194,8 @@ def watch(monkeypatch, look, call=lambda *_: "", most=3):
     monkeypatch.setattr(recover, "_look", lambda *_: look(clock[0]))
     monkeypatch.setattr(recover.process, "call", lambda argv, *_: call(argv[4], clock[0]))
     args = Namespace(workdir="gs://b/run", max_failures=most, poll=1.0)
-    pod, create = Pod("pod", "zone"), ["", "", "", "", "create"]
-    return recover._until_done(pod, None, None, create, None, "", args)
+    create, slices = ["", "", "", "", "create"], SimpleNamespace(workers=1)
+    return recover._until_done(Pod("pod", "zone"), slices, None, create, None, "", args)
 
 
 def test_pods_that_were_asked_for_are_looked_at_soon(monkeypatch):
@@ -216,6 +220,19 @@ def test_pods_that_were_asked_for_are_looked_at_soon(monkeypatch):
     assert {then + 1 for then in times["create"]} <= set(times["look"])
     between = [after - before for before, after in itertools.pairwise(times["create"])]
     assert between == [1 + 2, 1 + 4, 1 + 8, 1 + 16, 32]
+
+
+def test_a_failure_from_before_the_watch_is_shown_and_not_counted(monkeypatch, capsys):
+    """Even where it takes two looks to act on it."""
+    monkeypatch.setattr(recover, "ssh", mock.Mock())
+    told = {"worker": 0, "host": "a", "code": 1, "traceback": ""}
+    old, new = ({**told, "why": f"broke {when}", "ended": when} for when in (1.0, 2.0))
+    silent = Step("start", "one silent", if_still=True, failed=old, running=True)
+    goes_on = Step("wait", "running", running=True)
+    steps = iter([silent, silent, goes_on, Step("start", "failed", failed=new, running=True)])
+    assert watch(monkeypatch, lambda _: next(steps), most=1) == 1
+    out = capsys.readouterr().out
+    assert [out.count(f"broke {when}") for when in (1.0, 2.0)] == [1, 1]
 
 
 def test_pods_are_asked_for_ever_more_seldom_without_progress(monkeypatch):
