@@ -44,14 +44,17 @@ async def count(
     events: Events,
     timeout: float,
     silence: float,
-) -> None:
+) -> asyncio.Server:
     """Worker 0 listens until all others are here, and tells them to start.
+
+    Returns what listens on, until the run closes it: workers of another run must not be counted
+    here meanwhile, whose commands would take themselves for parts of this one.
 
     Raises:
       UserError: some are missing when the time is over, or the port is taken.
     """
     workers = len(place.hosts)
-    started = False
+    over = False
 
     async def welcome(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         hello = await _receive(reader, silence)
@@ -60,9 +63,11 @@ async def count(
             writer.close()  # not one of ours
             return
         refused = None
-        if not 0 < worker < workers or hello["workers"] != workers:
+        if over:
+            refused = "another run is going on here"
+        elif not 0 < worker < workers or hello["workers"] != workers:
             refused = f"it counts {hello['workers']} workers, worker 0 {workers}"
-        elif worker in links or started:
+        elif worker in links:
             refused = "another one with its number was here before"
         if refused:
             send([writer], {"refused": refused})
@@ -89,15 +94,19 @@ async def count(
                 worker, message = await events.get()
                 if "lost" in message:  # it may come again
                     links.pop(worker).close()
+        send(links.values(), {"start": True})
+        return server
+    except asyncio.CancelledError:
+        server.close()
+        raise
     except TimeoutError:
+        server.close()
         missing = [name_of(place, i) for i in range(1, workers) if i not in links]
         names = f"{', '.join(missing)} of {workers} workers"
         send(links.values(), {"missing": names})
         raise _missing(names, timeout) from None
     finally:
-        started = True
-        server.close()
-    send(links.values(), {"start": True})
+        over = True
 
 
 async def report(

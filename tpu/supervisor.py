@@ -125,15 +125,17 @@ async def _work(
     events: control.Events = asyncio.Queue()
     links: control.Links = {}
     child: subprocess.Popen | None = None
+    server: asyncio.Server | None = None
     stopped = False
     loop = asyncio.get_running_loop()
 
     async def meet() -> bool:
         """Whether all start."""
+        nonlocal server
         if len(place.hosts) > 1 and place.index > 0:
             return await control.report(place, links, events, args.timeout, args.silence)
         if len(place.hosts) > 1:
-            await control.count(place, links, events, args.timeout, args.silence)
+            server = await control.count(place, links, events, args.timeout, args.silence)
         return True
 
     def stop() -> None:
@@ -178,6 +180,8 @@ async def _work(
         if child is not None:
             _kill(child)
         await control.hang_up(links)
+        if server is not None:
+            server.close()
 
 
 def _exit_code(place: Place, verdict: Verdict, returncode: int) -> int:

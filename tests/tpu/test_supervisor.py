@@ -132,14 +132,19 @@ def test_a_worker_0_that_never_starts_is_named(pod):
     assert f"worker 1 cannot reach worker 0 at 127.0.0.1:{two.port} within 1 s" in line
 
 
-def test_another_run_on_the_port_is_named(pod):
-    two = pod(2)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", two.port))
-        taken.listen()
-        two.start(0, SAYS)
-        code, _, line = two.end(0)
-    assert code == 2 and f"cannot listen on port {two.port}" in line
+def test_a_second_run_beside_one_that_goes_on_is_refused(pod, pids, tmp_path):
+    """Of another account, say. Its commands would take themselves for parts of the first one."""
+    first, second = pod(2), pod(2)
+    second.port, second.directory = first.port, tmp_path / "second"
+    start_sleeping(first, pids)
+    refusals = (f"cannot listen on port {first.port}", "another run is going on here")
+    for worker, why in enumerate(refusals):
+        second.start(worker, SAYS)
+        code, out, line = second.end(worker)
+        assert (code, out) == (2, "") and why in line
+    for worker in first.workers.values():
+        worker.send_signal(signal.SIGTERM)
+    assert [first.end(worker)[:2] for worker in (0, 1)] == [(143, "saved 15\n")] * 2
 
 
 def test_one_who_counts_otherwise_is_refused(pod):
