@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 
@@ -93,19 +94,20 @@ def one_slice_of(files: list[str], bindings: list[str], topology: str | None) ->
 def slices_of(files: list[str], bindings: list[str], topology: str | None) -> Slices:
     """The slices that experiment files, or --topology, name.
 
+    They are those of `train.compute`, as training takes mesh and dtype from there.
+
     Raises:
       UserError: they name none, or one that does not exist, or whose devices the mesh does not use
         exactly; or they do not parse.
     """
-    from fot_jax import (
-        gin_files,  # brings JAX: only where an experiment is read
-    )
+    from fot_jax import gin_files  # brings JAX: only where an experiment is read
+    from fot_jax.training.experiment import Compute
 
     gin_files.load(files, bindings)
-    import gin
-
     with gin_files.gin_errors():
-        compute = gin.get_configurable("Compute")()
+        compute = copy.deepcopy(gin_files.value_of("train.compute"))  # evaluates @Compute()
+    if not isinstance(compute, Compute):
+        raise UserError(f"{files[0]}: set train.compute = @Compute(), where training looks for it")
     name = compute.topology if topology is None else topology
     if name is None:
         raise UserError(

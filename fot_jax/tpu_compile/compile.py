@@ -136,7 +136,8 @@ def compile_experiment(
     name = compute.topology if topology is None else topology
     if name is None:
         raise UserError(
-            "the experiment names no TPU slice: add --topology v4-128, or set Compute.topology"
+            "the experiment names no TPU slice: add --topology v4-128, or set train.compute = "
+            "@Compute() and Compute.topology = 'v4-128'"
         )
     devices = devices_of(topology_of(name), compute.slices)
 

@@ -355,6 +355,17 @@ def test_dry_runs_print_what_runs(cloud):
         assert [shlex.split(line)[1:] for line in printed.splitlines()] == cloud.calls(), verb
 
 
+def test_a_pod_is_of_the_slice_that_training_takes(cloud):
+    """Not of a Compute that training does not see, whose mesh and dtype it would not have."""
+    dry = ("create", cloud.experiment, *POD, "--dry_run")
+    cloud.experiment.write_text('Compute.topology = "v4-16"\n')
+    code, out, err = cloud.tpu(*dry)
+    assert (code, out) == (2, "") and "set train.compute = @Compute()" in err
+    with cloud.experiment.open("a") as file:
+        file.write('train.compute = @pod/Compute()\npod/Compute.topology = "v4-8"\n')
+    assert "--accelerator-type=v4-8 " in cloud.works(*dry)
+
+
 @pytest.mark.slow
 def test_tiers_and_chips(cloud):
     def flags(*more):

@@ -273,7 +273,7 @@ def test_experiments_divide_over_the_slice_they_name(path, monkeypatch, capsys):
         (["--topology", "v4-7"], "there is no TPU slice 'v4-7': of v4 there are v4-8, v4-16,"),
         (["--topology", "v5litepod-256"], "no TPU slice 'v5litepod-256': names are v5e-256"),
         (["--topology", "h100"], "there is no TPU slice 'h100': names are v2-…, v3-…,"),
-        (bindings("Compute.topology = None"), "the experiment names no TPU slice: add --topology"),
+        (bindings("Compute.topology = None"), "add --topology v4-128, or set train.compute = @"),
         (bindings("Compute.topology = 'v9-8'"), "there is no TPU slice 'v9-8'"),
         (bindings("Compute.slices = 0"), "Compute.slices = 0"),
         (bindings("Compute.slices = 2"), "MeshShape.replica = 1 is not a multiple of the 2 TPU"),
