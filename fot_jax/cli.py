@@ -6,9 +6,11 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import dataclasses
 import errno
 import importlib
 import importlib.metadata
+import itertools
 import os
 import re
 import signal
@@ -442,24 +444,33 @@ def _cache(args) -> int:
     from fot_jax.checkpoints import loading
     from fot_jax.data import tasks
     from fot_jax.data.mixture import Mixture
+    from fot_jax.evals.evaluate import Evaluation
 
     with gin_files.gin_errors():
         source = gin.get_configurable("Data")().source
         start = copy.deepcopy(gin_files.value_of("train.initialize_from"))  # evaluates %NAME
+        evaluation = copy.deepcopy(gin_files.value_of("train.evaluation"))
         if start not in (None, gin.REQUIRED) and (vocabulary := loading.vocabulary_of(start)):
             source = source.with_vocabulary(vocabulary)  # as training does
         sources = [source]
-        if isinstance(source, Mixture):  # which has all of them tokenized as the first is
-            sources = source.with_vocabulary(source.vocabulary).sources
-        texts = [each for each in sources if isinstance(each, tasks.Text)]
+        if isinstance(evaluation, Evaluation):
+            sources += evaluation.own_sources()
+        parts = (each.sources if isinstance(each, Mixture) else [each] for each in sources)
+        texts = [part for part in itertools.chain(*parts) if isinstance(part, tasks.Text)]
         if not texts:
             raise UserError(
                 f"Data.source is a {type(source).__name__}, only @Text() has a cache: give that"
             )
+        corpora: dict[str | None, dict] = {}  # by Text.data_dir; each once, in however many texts
+        for text in texts:
+            alike = (dataclasses.replace(corpus, weight=1.0) for corpus in text.corpora)
+            corpora.setdefault(text.data_dir, {}).update(dict.fromkeys(alike))
         with contextlib.ExitStack() as stack:
             for signum in stopping():
                 stack.enter_context(_on(signum, _exit))
-            for text in texts:
+            for data_dir, several in corpora.items():
+                # All are tokenized as training texts are.
+                text = tasks.Text(tuple(several), source.vocabulary, data_dir=data_dir)
                 tasks.cache(text, args.output)
     return 0
 

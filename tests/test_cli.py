@@ -197,10 +197,16 @@ def test_a_cache_is_of_the_tokenizer_that_training_takes(here, trained):
         *("Data.source = @Mixture()", "Mixture.weights = (1, 1, 1)"),
         "Mixture.sources = (@Passkey(), @Text(), @other/Text())",
         *("other/Text.corpora = (@other/Corpus(),)", "other/Corpus.min_document_length = 3"),
+        *("train.evaluation = @Evaluation()", "Evaluation.every = 1"),
+        *("Evaluation.source = @other/Text()", "Evaluation.during = (@PerplexityByContext(),)"),
+        *("PerplexityByContext.source = @held/Text()", "held/Corpus.min_document_length = 4"),
+        "held/Text.corpora = (@other/Corpus(), @held/Corpus())",
     )
     assert cli.main(["cache", "text.gin", "--output", "both", *bind(*mixture)]) == 0
-    for corpus in (tasks.Corpus("texts"), tasks.Corpus("texts", min_document_length=3)):
+    for least in (0, 3, 4):
+        corpus = tasks.Corpus("texts", min_document_length=least)
         next(tasks.Text([corpus], vocabulary, cache_dir="both").stream(0, 1, 0))
+    assert len(list((here / "both").iterdir())) == 3
 
 
 @pytest.mark.slow

@@ -110,6 +110,11 @@ class Evaluation:
         """Whether those during training follow this step."""
         return bool(self.every) and step % self.every == 0
 
+    def own_sources(self) -> list[DocumentSource]:
+        """Documents that are not those of training, for all evaluations or for one."""
+        named = (getattr(each, "source", None) for each in (*self.evals, *self.during))
+        return [each for each in (self.source, *named) if each is not None]
+
     def documents(self, source: DocumentSource) -> DocumentSource:
         """What evaluations get, where training reads `source`, whose vocabulary they have."""
         return source if self.source is None else self.source.with_vocabulary(source.vocabulary)
