@@ -20,7 +20,14 @@ def create(args: Namespace) -> int:
     if args.dry_run:
         process.print_commands([command])
         return 0
-    process.call(command)
+    try:
+        process.call(command)
+    except BaseException as error:
+        refused = isinstance(error, UserError) and getattr(error, "code", 1) != process.DROPPED
+        if not refused:  # stopped, or not done in time: Google Cloud may go on with it
+            asked = f"{pod.name} may have been asked for; it is billed once ACTIVE"
+            print(f"{asked}: {delete_line(pod)}", flush=True)
+        raise
     tier = args.tier or "on demand"
     what = f"{slices.count} x {slices.topology.name}, {tier}"
     print(f"{pod.name}: asked for {what}; it is billed once ACTIVE")

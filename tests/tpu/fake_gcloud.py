@@ -10,6 +10,7 @@ FAKE_GCLOUD is the directory. `plan.json` in it says what is going to happen:
     command has run the connection is lost; "silent": the last worker is not reached, with a warning
     only; "nobody": none of them is; "fine".
   create: errors of creating, one after the other; the last one stays.
+  hangs: creating never returns, and sends a signal of this number to what called it; 0: none.
   failure: why a queued resource is FAILED.
 
 `state.json` is what has happened, `calls.jsonl` every command line. Workers are directories,
@@ -24,6 +25,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import power
@@ -108,6 +110,9 @@ def create(args):
         state["there"][args.name] = made
         for home in homes(args.name, state):
             home.mkdir(parents=True)
+    if "hangs" in plan:
+        os.kill(os.getppid(), plan["hangs"])
+        time.sleep(600)
     return 0
 
 

@@ -1,6 +1,7 @@
 """The verbs, one by one, against a fake cloud with two workers."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -306,6 +307,18 @@ def test_without_gcloud(cloud):
     code, _, err = cloud.tpu("create", cloud.experiment, *POD, PATH=str(cloud.bin))
     assert (code, err.count("\n")) == (2, 1)
     assert "gcloud on this machine: install the Google Cloud CLI" in err
+
+
+@pytest.mark.parametrize(
+    "signum, limit, code", [(signal.SIGTERM, 60, 143), (0, 1, 2)], ids=["stopped", "too long"]
+)
+def test_creating_that_does_not_end_may_be_billed(cloud, monkeypatch, signum, limit, code):
+    call = verbs.process.call
+    monkeypatch.setattr(verbs.process, "call", functools.partial(call, limit=limit))
+    cloud.plan(hangs=signum)
+    ended, out, _ = cloud.tpu("create", cloud.experiment, *POD)
+    told = "pod may have been asked for; it is billed once ACTIVE: python -m tpu delete"
+    assert (ended, out) == (code, f"{told} {' '.join(POD)}\n")
 
 
 def test_errors_of_gcloud_are_one_line(cloud):
