@@ -391,27 +391,27 @@ def test_what_reading_takes_is_the_memory_and_a_constant():
         from fot_jax.model.config import ModelConfig
         from fot_jax.model.transformer import Transformer
         from fot_jax.inference.state import MemoryConfig
-        model = Transformer(ModelConfig(64, 64, 2, 8, 8, 2048, 64, (1,), 128))
+        model = Transformer(ModelConfig(64, 64, 2, 8, 8, 512, 64, (1,), 512))
         tokens = np.zeros((1, 8), np.int32)
         params = model.init(jax.random.key(0), tokens, tokens, crossbatch.Plan())["params"]
         lm, length = LanguageModel.of(model, params), int(sys.argv[1])
         text = np.arange(length)[None] % 64
-        lm.score(text[:, :250])
-        state = lm.read(text[:, :150], memory=MemoryConfig())
+        lm.score(text[:, :1000])
+        state = lm.read(text[:, :600], memory=MemoryConfig())
         lm.score(text, state=state)
         status = open("/proc/self/status").read()
         peak = int(status.split("VmHWM:")[1].split()[0])  # ru_maxrss would have the parent's
         print(peak * 1024, state.memory.nbytes)
     """
     peaks = {}
-    for length in (300, 1_900):
+    for length in (1_900, 7_000):
         environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
         argv = [sys.executable, "-c", program, str(length)]
         ran = subprocess.run(argv, capture_output=True, text=True, env=environment, check=True)
         peaks[length] = [int(word) for word in ran.stdout.split()]
     (short, of_short), (long, of_long) = peaks.values()
     added = of_long - of_short
-    assert added > 1_250 * 131_072  # 8 heads x 2,048 x keys and values x 4 bytes
+    assert added > 5_000 * 32_768  # 8 heads x 512 x keys and values x 4 bytes
     assert abs(long - short - added) < 0.25 * added  # compiling alone differs by tens of MB
 
 
