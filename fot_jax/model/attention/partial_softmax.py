@@ -75,12 +75,14 @@ def schedule_pairs(pairs: Sequence[tuple[int, int, int]], rows: int, slots: int)
 
 
 def tile_of(length: int) -> int:
-    """The tile that `length` queries or keys are cut into: the largest divisor up to MAX_TILE."""
-    for tile in range(min(length, MAX_TILE), 0, -1):
-        if length % tile == 0:
-            # A length with no useful divisor (a large prime) is one tile.
-            return tile if tile >= 64 else length
-    return length
+    """The tile that `length` queries or keys are cut into: the largest divisor up to MAX_TILE.
+
+    Where multiples of 128 divide, the largest of these: kernels for TPUs take no other tiles.
+    """
+    divisors = [tile for tile in range(1, min(length, MAX_TILE) + 1) if length % tile == 0]
+    tile = max([tile for tile in divisors if tile % 128 == 0] or divisors)
+    # A length with no useful divisor (a large prime) is one tile.
+    return tile if tile >= 64 else length
 
 
 def score_budget(platform: str | None = None) -> int:

@@ -126,6 +126,7 @@ def test_devices_that_have_kernels(monkeypatch):
 
     assert engine("tpu", "TPU v3") == engine("cpu", "cpu") == "partial_softmax"
     assert engine("tpu", "TPU v5 lite") == "tpu"
+    assert {engine("tpu", "TPU v5 lite", window) for window in range(128, 4097, 128)} == {"tpu"}
     assert engine("tpu", "TPU v5 lite", 200) == "partial_softmax"
     assert engine("gpu", "NVIDIA H100", compute_capability="9.0") == "gpu"
     assert engine("gpu", "NVIDIA B200", 48, compute_capability="10.0") == "gpu"
