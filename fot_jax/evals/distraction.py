@@ -18,7 +18,7 @@ from fot_jax.common.progress import bar
 from fot_jax.data.documents import DocumentSource
 from fot_jax.evals import plots
 from fot_jax.inference.language_model import LanguageModel
-from fot_jax.model import crossbatch
+from fot_jax.model import crossbatch, lora
 from fot_jax.model.config import ModelConfig
 from fot_jax.model.schemes import PreviousContext
 from fot_jax.model.transformer import Transformer
@@ -76,7 +76,7 @@ class PositiveMass:
         c, ds = lm.config, sorted(set(self.ds))
         params = {name: x for name, x in lm.params.items() if name != "layers"}
         params["layers"] = jax.tree.map(lambda *layers: jnp.stack(layers), *lm.params["layers"])
-        model = Transformer(c, dtype=lm.params["embedding"].dtype)
+        model = Transformer(c, dtype=lm.params["embedding"].dtype, lora=lora.of(params))
         documents = self._documents(source, 2 * c.local_context, ds[-1])
         rng = np.random.default_rng(self.seed)
         batches = [

@@ -58,7 +58,8 @@ class LanguageModel:
 
     Attributes:
       config: of the model.
-      params: from `parameters_by_layer`; matrices in the type computed in.
+      params: from `parameters_by_layer`; matrices in the type computed in. In bfloat16 there may
+        be adapters among them.
       vocabulary: data/vocabulary.py.
       mesh: devices that hold it. Over its axis "memory", if there is one, memory is sharded.
         Parameters stay where they are; windows and what is computed are on every device.
@@ -128,7 +129,10 @@ class LanguageModel:
         mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
         if isinstance(mesh, AbstractMesh) or mesh is not None and mesh.size == 1:
             mesh = None
-        by_layer = parameters_by_layer(lora.merged(params), model.dtype)
+        # In bfloat16 what a young adapter adds would be rounded away: it stays beside its kernel.
+        if jnp.dtype(model.dtype) == jnp.float32:
+            params = lora.merged(params)
+        by_layer = parameters_by_layer(params, model.dtype)
         return LanguageModel(model.config, by_layer, vocabulary, mesh, files)
 
     def on_one_device(self) -> LanguageModel:

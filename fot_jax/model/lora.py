@@ -81,6 +81,13 @@ class Lora:
         return adapters
 
 
+def of(params: Mapping[str, Any]) -> Lora | None:
+    """What the adapters among stacked parameters are of, but for alpha, which is in their scale."""
+    _, adapters = split(params)
+    kernels = tuple(name for name in KERNELS if name in adapters)
+    return Lora(adapters[kernels[0]]["a"].shape[-1], kernels=kernels) if kernels else None
+
+
 def split(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Parameters without their adapters, and the adapters; {} where there are none."""
     layers = dict(params.get("layers", {}))

@@ -12,6 +12,7 @@ from fot_jax.common.errors import UserError
 from fot_jax.data.documents import Document
 from fot_jax.evals import distraction
 from fot_jax.evals.distraction import PositiveMass
+from fot_jax.model.lora import Lora, joined
 from fot_jax.training import partitioning
 from fot_jax.training.partitioning import MeshShape
 
@@ -89,6 +90,29 @@ def test_by_hand():
                 of = [np.exp(6.0 * x[texts[n][:WINDOW], head] @ x[token, head]) for n in (i, j, k)]
                 shares.append(of[0].sum() / sum(each.sum() for each in of))
     assert masses(rows)[3] == pytest.approx(np.mean(shares), rel=1e-4)
+
+
+def test_adapters_beside_the_kernels():
+    """Which those of a run in bfloat16 are."""
+
+    def adapted(params):
+        params = with_scale(6.0)(params)
+        adapters = Lora(2, kernels=("query",)).init(jax.random.key(0), params["layers"])
+        b = adapters["query"]["b"]
+        adapters["query"]["b"] = 0.3 * jax.random.normal(jax.random.key(1), b.shape)
+        return joined(params, adapters)
+
+    each, source = PositiveMass(ds=(3,), batches=1), Documents([16] * 3, alike=False)
+    plain, merged, beside = (
+        masses(each.run(untrained(CONFIG, change=change, dtype=dtype), source))[3]
+        for change, dtype in (
+            (with_scale(6.0), "float32"),
+            (adapted, "float32"),
+            (adapted, "bfloat16"),
+        )
+    )
+    assert beside == pytest.approx(merged, rel=0.005)
+    assert merged != pytest.approx(plain, rel=0.02)
 
 
 def test_short_documents_are_left_out_and_places_drawn():

@@ -5,6 +5,8 @@ import functools
 import math
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from oracles import reading as rules
@@ -16,6 +18,7 @@ from fot_jax.inference import prefill
 from fot_jax.inference import state as inference_state
 from fot_jax.inference.language_model import LanguageModel
 from fot_jax.inference.state import MemoryConfig
+from fot_jax.model.lora import KERNELS, Lora, joined
 from fot_jax.model.transformer import Transformer
 
 # --- Writing -------------------------------------------------------------------------------------
@@ -280,6 +283,30 @@ def test_a_model_without_memory_sees_all_that_fits(monkeypatch):
     assert lm.generate(new[:1], 7, temperature=0, state=state.copy()) == lm.generate(
         [*prompt[-C // 2 :], new[0]], 7, temperature=0
     )
+
+
+def test_a_young_adapter_in_bfloat16():
+    """Added to kernels as large as these, what it has learned would be rounded away."""
+    config, text = config_of("llama"), random_text(32, C)
+    params = jax.tree.map(
+        lambda x: np.sign(x) * np.float32(3 / 16) if x.ndim == 3 else x, random_params(config)
+    )
+    adapters = Lora(8, 8.0).init(jax.random.key(0), params["layers"])
+    rng = np.random.default_rng(0)
+    for name in KERNELS:
+        b = adapters[name]["b"]
+        adapters[name]["b"] = np.float32(rng.normal(size=b.shape) * 2.0**-12)
+
+    def of_adapters(dtype):
+        model = Transformer(config, dtype=dtype)
+        with_, without = (
+            LanguageModel.of(model, each).logits(text)
+            for each in (joined(params, adapters), params)
+        )
+        return with_ - without
+
+    got, want = of_adapters(jnp.bfloat16), of_adapters(jnp.float32)
+    assert np.vdot(got, want) / np.vdot(want, want) == pytest.approx(1, abs=0.2)
 
 
 # --- Programs ------------------------------------------------------------------------------------
