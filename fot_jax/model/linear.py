@@ -1,24 +1,34 @@
-"""Products with a layer's kernels, with or without an adapter, and their gradients.
+"""Products with a layer's kernels, with or without an adapter, rows of the embedding, and the
+gradients of both.
 
 The gradients are written out for two reasons. Autodiff's own ask XLA's CPU backend for a transposed
 copy of the wider activation, which took a fifth of a training step. And over a mesh what is kept
 for the backward pass has to be the kernel as it is sharded, and what leaves it a gradient that is
 sharded alike: left alone, XLA may reduce activations over all devices instead.
 
-Letters: R rows, T tokens of a row, E width of a kernel's input, F of its output.
+Letters: R rows, T tokens of a row, E width of a kernel's input, F of its output, V vocabulary.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
 
-from fot_jax.model.layout import KernelSharding
+from fot_jax.model.attention.partial_softmax import AnyArray
+from fot_jax.model.layout import (
+    GATHERED_AXIS,
+    HEAD_AXIS,
+    PARAMETERS,
+    ROW_AXES,
+    KernelSharding,
+)
 from fot_jax.model.rope import times
 
 
@@ -121,3 +131,50 @@ def _stored(sharding: KernelSharding | None, gradient: Array, kernel: Array) -> 
     if sharding is not None:
         gradient = lax.with_sharding_constraint(gradient, sharding.stored)
     return gradient.astype(kernel.dtype)
+
+
+# --- Rows of the embedding -----------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def embedded(
+    mesh: Mesh | AbstractMesh | None,
+    dtype: Any,
+    embedding: Float[Array, "V E"],
+    tokens: Int[AnyArray, "R T"],
+) -> Float[Array, "R T E"]:
+    """The embedding's rows of tokens, in `dtype`.
+
+    Gradients are summed in the embedding's own type. In bfloat16 a sum stops at 256 equal terms,
+    and a batch may have a token thousands of times.
+    """
+    return embedding.astype(dtype)[tokens]
+
+
+def _embedded_forward(mesh, dtype, embedding, tokens):
+    return embedded(mesh, dtype, embedding, tokens), (embedding, tokens)
+
+
+def _embedded_backward(mesh, dtype, saved, dx):
+    embedding, tokens = saved
+    if mesh is None:
+        return jnp.zeros_like(embedding).at[tokens].add(dx.astype(embedding.dtype)), None
+    stored = PartitionSpec(*PARAMETERS["embedding",])
+
+    def of_part(part, tokens, dx):
+        # Of all rows that devices gather parameters over, the part's columns alone are sent.
+        dx = lax.all_to_all(dx, GATHERED_AXIS, 2, 0, tiled=True).astype(part.dtype)
+        tokens = lax.all_gather(tokens, GATHERED_AXIS, tiled=True)
+        at = tokens - lax.axis_index(HEAD_AXIS) * len(part)
+        at = jnp.where(at < 0, len(part), at)  # negative ones would count from the end
+        gradient = jnp.zeros_like(part).at[at].add(dx, mode="drop")
+        return lax.psum(gradient, [axis for axis in ROW_AXES if axis != GATHERED_AXIS])
+
+    rows = PartitionSpec(ROW_AXES)
+    of_parts = jax.shard_map(
+        of_part, mesh=mesh, in_specs=(stored, rows, rows), out_specs=stored, check_vma=False
+    )
+    return of_parts(embedding, tokens, dx), None
+
+
+embedded.defvjp(_embedded_forward, _embedded_backward)

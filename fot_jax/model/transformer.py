@@ -29,7 +29,7 @@ from fot_jax.model import cached_context, crossbatch, layout, lora, schemes
 from fot_jax.model.attention.partial_softmax import AnyArray
 from fot_jax.model.cached_context import Cached
 from fot_jax.model.config import ModelConfig
-from fot_jax.model.linear import adapted_linear, linear
+from fot_jax.model.linear import adapted_linear, embedded, linear
 from fot_jax.model.parameters import init_kernel, init_layers, init_norm
 from fot_jax.model.rope import positioned, rope_table, rotate, times
 from fot_jax.model.trained import Trained
@@ -117,7 +117,7 @@ class Transformer(nn.Module):
                 f"model.memory_scaling = {c.memory_scaling} with a CachedContext: it is for "
                 "crossbatch; set it to 0"
             )
-        x = self.embedding.astype(self.dtype)[tokens]
+        x = embedded(plan.mesh, self.dtype, self.embedding, tokens)
         rope = rope_table(c, tokens.shape[1])
         block = _block
         if self.remat != "none":

@@ -430,6 +430,25 @@ def test_factors_of_all_queries_are_not_rounded_to_bfloat16(qk_norm):
     np.testing.assert_allclose(of_heads, 1, atol=4e-4)
 
 
+def test_the_gradient_of_a_frequent_token_is_not_summed_in_bfloat16():
+    """There a sum of equal terms stops at 256 of them; a batch has a space thousands of times."""
+    config = tiny(num_layers=1, memory_layers=(), local_context=64)
+    tokens = random_tokens(config, 64, 64)
+    tokens[:, ::2] = 7
+    plan, segments = crossbatch.Plan(), np.ones_like(tokens)
+
+    def of_token(dtype):
+        def total(params):
+            model = Transformer(config, dtype=dtype)
+            hidden = model.apply({"params": params}, tokens, segments, plan).hidden
+            return hidden.astype(jnp.float32).sum()
+
+        return np.asarray(jax.jit(jax.grad(total))(random_params(config))["embedding"][7])
+
+    got, want = of_token(jnp.bfloat16), of_token(jnp.float32)
+    assert np.linalg.norm(got - want) < 0.02 * np.linalg.norm(want)
+
+
 # --- Bad input -----------------------------------------------------------------------------------
 
 
