@@ -72,8 +72,7 @@ def test_a_run_in_two_parts_is_as_in_one(one, experiment, tmp_path, monkeypatch)
 
 def test_many_devices_train_as_one(one, experiment, tmp_path):
     mesh = ("MeshShape.data = 2", "MeshShape.fsdp = 2", "MeshShape.tensor = 2")
-    accumulated = ("Compute.accumulation = 2", "Data.group_lanes = 4")
-    bindings = (*mesh, *accumulated, *one.bindings, "Evaluation.evals = ()")
+    bindings = (*mesh, "Compute.accumulation = 2", *one.bindings, "Evaluation.evals = ()")
     assert runs.train(experiment, tmp_path / "many", *bindings) == 0
     for name in ("loss", "grad_norm"):
         of_one, of_many = (

@@ -36,6 +36,10 @@ from fot_jax.model.schemes import Scheme, checked_contexts
 Lists = Any  # of pairs, laid out for a device by an engine
 
 
+class BrokenGroups(UserError):
+    """A microbatch is not of whole crossbatch groups."""
+
+
 class Contexts(NamedTuple):
     """The pairs of rows that each device computes, those around the ring in the order they come."""
 
@@ -107,7 +111,7 @@ def make_plan(
         )
     local_rows = rows // devices
     if rows % group_rows or group_rows % scheme.windows:
-        raise UserError(
+        raise BrokenGroups(
             f"{rows} rows of a microbatch are not whole crossbatch groups of {group_rows} rows "
             f"({scheme.windows} a lane): change Data.group_lanes or Compute.accumulation"
         )

@@ -6,6 +6,7 @@ memory of the devices, what it computes and moves, and so how fast it can be at 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
@@ -14,7 +15,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ from fot_jax.common.trees import leaves_by_path
 from fot_jax.common.units import bytes_of
 from fot_jax.model import schemes
 from fot_jax.model.config import ModelConfig
-from fot_jax.model.crossbatch import Plan
+from fot_jax.model.crossbatch import BrokenGroups, Plan
 from fot_jax.model.lora import Lora
 from fot_jax.model.transformer import REMAT_POLICIES
 from fot_jax.tpu_compile import costs
@@ -140,22 +141,27 @@ def compile_experiment(
             "@Compute() and Compute.topology = 'v4-128'"
         )
     devices = devices_of(topology_of(name), compute.slices)
+    refused: set[int] = set()  # numbers of microbatches that would cut crossbatch groups
 
     def report(compute: Compute) -> Report:
         mesh = compute.mesh.make(devices)
-        program = make_program(
-            mesh=mesh,
-            model=model,
-            data=data,
-            optimizer=optimizer,
-            learning_rate=learning_rate,
-            scheme=scheme,
-            d=d,
-            compute=compute,
-            z_loss=z_loss,
-            trainable=trainable,
-            lora=lora,
-        )
+        try:
+            program = make_program(
+                mesh=mesh,
+                model=model,
+                data=data,
+                optimizer=optimizer,
+                learning_rate=learning_rate,
+                scheme=scheme,
+                d=d,
+                compute=compute,
+                z_loss=z_loss,
+                trainable=trainable,
+                lora=lora,
+            )
+        except BrokenGroups:
+            refused.add(compute.accumulation)
+            raise
         return compile_program(program, compute, name)
 
     if not suggest:
@@ -173,7 +179,8 @@ def compile_experiment(
     elif fitting:
         print(f"\n{table(fitting[0])}\n\n{_bindings(fitting[0])}")
     else:
-        print("nothing fits: take a larger slice, or fewer tokens a step")
+        groups = _smaller_groups(scheme, d, data.lanes, refused)
+        print(f"nothing fits: take a larger slice, or fewer tokens a step{groups}")
     return bool(fitting)
 
 
@@ -313,7 +320,7 @@ def suggestions(
     rest = devices // compute.slices
     meshes = [
         MeshShape(rest // (fsdp * tensor), fsdp, tensor, compute.slices)
-        for tensor in (1, 2, 4)
+        for tensor in (1, 2, 4, 8)
         for fsdp in sorted({rest // tensor // n for n in (1, 4, 16) if rest // tensor >= n})
         if rest % (fsdp * tensor) == 0
     ]
@@ -338,6 +345,22 @@ def suggestions(
                 break
     if not tried:
         raise refused
+
+
+def _smaller_groups(
+    scheme: schemes.Scheme, d: ScheduleOfD | None, lanes: int, microbatches: Iterable[int]
+) -> str:
+    """The crossbatch groups that would allow the fewest microbatches of those, in words."""
+    by_d = [scheme] if d is None else [scheme.with_d(value) for value in d.values]
+    for n in sorted(n for n in microbatches if lanes % n == 0):
+        with contextlib.suppress(UserError):  # too few lanes for d
+            for each in by_d:
+                each.contexts(lanes // n * scheme.windows)
+            return (
+                f", or set Data.group_lanes = {lanes // n} for {n} microbatches, which changes "
+                "which negatives there are"
+            )
+    return ""
 
 
 # --- In words ------------------------------------------------------------------------------------

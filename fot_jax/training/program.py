@@ -148,7 +148,9 @@ def make_program(
             f"Data.lanes = {data.lanes} makes {rows} rows a step ({scheme.windows} a lane), more "
             f"than {MOST_ROWS}: lower it"
         )
-    group_rows = (data.group_lanes or data.lanes) * scheme.windows
+    # Lanes that see no others are groups by themselves: microbatches may be of any of them.
+    group_lanes = (data.group_lanes or data.lanes) if scheme.has_contexts else 1
+    group_rows = group_lanes * scheme.windows
     by_d = {None: scheme} if d is None else {value: scheme.with_d(value) for value in d.values}
     # A d that does not fit shows now, not at step 450,000.
     tables = [each.contexts(group_rows) for each in by_d.values()]

@@ -91,11 +91,16 @@ FSDP = bindings("Compute.mesh = @MeshShape()", "MeshShape.fsdp = 2")
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The report of the experiment, all of whose parameters train, on two times two devices."""
+    """The report of the experiment, all of whose parameters train, on two times two devices.
+
+    Of several d the largest is compiled.
+    """
     path = tmp_path_factory.mktemp("whole") / "experiment.gin"
     path.write_text(EXPERIMENT)
+    of_d = "SwitchAtStep.steps = (1, 2)", "SwitchAtStep.values = (2, 4, 3)"
+    of_d = bindings("train.d = @SwitchAtStep()", *of_d)
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        assert cli.main(["compile", str(path), "--json", *FSDP]) == 0
+        assert cli.main(["compile", str(path), "--json", *FSDP, *of_d]) == 0
     return json.loads(out.getvalue())
 
 
@@ -104,6 +109,7 @@ def test_what_fits(whole):
     got = whole
     assert got["fits"]
     assert got["mesh"] == {"replica": 1, "data": 2, "fsdp": 2, "tensor": 1}
+    assert got["d"] == 4
     E, F, HD, V = 256, 32, 2 * 128, 64
     sharded = 2 * (4 * E * HD + 3 * E * F) + 2 * V * E
     assert got["parameters"] == 4 * (sharded // 2 + 5 * E)
@@ -124,6 +130,11 @@ def test_gradients_of_what_trains_alone_are_sent(whole, experiment, capsys):
     frozen = 2 * 4 * E * HD + 3 * E * F + 2 * V * E
     assert whole["least_messages"] - part["least_messages"] == 2 * frozen // 2
     assert part["flops"] < whole["flops"] and part["messages"] != whole["messages"]
+    chip = topologies.topology_of("v4-8").chip  # of which there are four, each of them a device
+    assert whole["compute_seconds"] == pytest.approx(whole["flops"] / 4 / chip.flops)
+    of_chip = whole["memory_traffic"], sum(whole["messages"].values())
+    seconds = whole["memory_seconds"], whole["message_seconds"]
+    assert seconds == pytest.approx((of_chip[0] / chip.hbm_rate, of_chip[1] / chip.ici_rate))
 
 
 @pytest.mark.parametrize("generation", topologies.CHIPS)
@@ -217,6 +228,55 @@ def _paragraphs(text):
     return [paragraphs[0], *paragraphs]
 
 
+SMALLER_GROUPS = (
+    ", or set Data.group_lanes = 8 for 2 microbatches, which changes which negatives there are"
+)
+
+
+@pytest.mark.parametrize(
+    "changes, tried, hint",
+    [
+        ((), {1}, SMALLER_GROUPS),
+        (("Data.group_lanes = 4",), {1, 2, 4}, ""),
+        (("PreviousContext.d = 16",), {1}, ""),
+        (("train.scheme = @NoCrossbatch()",), {1, 2, 4}, ""),
+    ],
+    ids=str,
+)
+def test_microbatches_of_whole_groups_are_tried(
+    experiment, capsys, monkeypatch, changes, tried, hint
+):
+    asked = []
+
+    def compiled(program, compute, name):
+        asked.append(compute.accumulation)
+        return dataclasses.replace(SOME, fits=False)
+
+    monkeypatch.setattr(compile, "compile_program", compiled)
+    argv = [experiment, "--topology", "v5e-1", "--suggest", *bindings(*changes)]
+    assert cli.main(["compile", *argv]) == 1
+    assert set(asked) == tried
+    nothing = f"nothing fits: take a larger slice, or fewer tokens a step{hint}"
+    assert capsys.readouterr().out.splitlines()[-1] == nothing
+
+
+def test_fewer_rows_than_devices(monkeypatch, capsys):
+    """32 rows on 256 devices: the 8 key/value heads divide, too."""
+    asked = []
+
+    def compiled(program, compute, name):
+        asked.append(dict(program.mesh.shape))
+        return dataclasses.replace(
+            SOME, compute_seconds=1.0, memory_seconds=1.0, message_seconds=1.0
+        )
+
+    monkeypatch.setattr(compile, "compile_program", compiled)
+    path = Path(__file__).parents[2] / "experiments" / "llama3_8b_fot.gin"
+    argv = [str(path), "--topology", "v5e-256", "--suggest", "--json"]
+    assert cli.main(["compile", *argv]) == 0
+    assert {mesh["tensor"] for mesh in asked} == {8}
+
+
 def test_the_fastest_that_fits_is_suggested():
     """Less recomputation comes first; what does not divide or fit is passed over."""
     asked = []
@@ -248,6 +308,12 @@ SOME = compile.Report(
     model_flops=1,
     compile_seconds=1.0,
 )
+
+
+def test_utilisation_is_of_all_slices():
+    seconds = dict(compute_seconds=2.0, memory_seconds=1.0, message_seconds=0.5)
+    of_three = dataclasses.replace(SOME, slices=3, model_flops=6 * 4 * 275e12, **seconds)
+    assert of_three.utilisation == pytest.approx(1)
 
 
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.gin"))

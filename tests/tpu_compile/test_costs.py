@@ -1,6 +1,7 @@
 """What programs cost, against figures worked out by hand."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny import LLAMA, shapes_of
 
 from fot_jax.model import crossbatch, schemes, trained
+from fot_jax.model.attention import tpu
 from fot_jax.model.attention.partial_softmax import LOOP_SCOPE
 from fot_jax.model.transformer import Transformer
 from fot_jax.tpu_compile import costs
@@ -96,6 +98,41 @@ def test_kernels_that_do_not_train_have_no_gradients():
     head = c.hidden_size * c.vocab_size
     gradients = 2 * 4 * 8 * 2 * layer + 2 * 2 * 8 * (layer + head)  # 2 of 3 layers have all rows
     assert step_flops() - step_flops(trains=["*norm*"]) == gradients
+
+
+def test_what_the_kernels_of_tpus_say(monkeypatch):
+    """Of two lanes of two windows of two tiles each: forward, and gradients by queries and keys."""
+    monkeypatch.setattr(crossbatch, "engine_of", lambda mesh, window: tpu)
+    heads, T, tile, D = 4, 1024, 512, 128
+    plan = crossbatch.make_plan(schemes.PreviousContext(d=2), 4, heads=heads, window=T)
+
+    def gradients(q, k, v, segments):
+        def attention(q, k, v):
+            return crossbatch.attention(q, k, v, segments, plan, k)
+
+        out, vjp = jax.vjp(attention, q, k, v)
+        return vjp(out)
+
+    q, k = (jax.ShapeDtypeStruct((4, T, n, D), jnp.bfloat16) for n in (heads, 2))
+    jaxpr = jax.make_jaxpr(gradients)(q, k, k, jax.ShapeDtypeStruct((4, T), jnp.int32)).jaxpr
+
+    def kernels(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "pallas_call":
+                yield eqn.params["cost_estimate"]
+            else:
+                yield from itertools.chain(*map(kernels, costs._jaxprs_in(eqn.params)))
+
+    pairs = {"local": 4, "contexts": 4 * 2}  # as many for each row as the most have
+    product = 2 * heads * T * T * D
+    a_pair = heads * (T // tile) ** 2 * 2 * tile * D * 2  # two blocks of 2 bytes for each of tiles
+    want = [
+        (products * n * product // (2 if which == "local" else 1), n * a_pair)
+        for which, n in pairs.items()
+        for products in (2, 3, 4)
+    ]
+    assert sorted((x.flops, x.bytes_accessed) for x in kernels(jaxpr)) == sorted(want)
+    assert costs.product_flops(jaxpr) == sum(flops for flops, _ in want)
 
 
 # --- Traffic -------------------------------------------------------------------------------------
