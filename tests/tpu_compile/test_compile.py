@@ -106,21 +106,20 @@ def whole(tmp_path_factory):
 
 def test_what_fits(whole):
     """Without corpus, tokenizer or checkpoint; bytes of the state as they divide over devices."""
-    got = whole
-    assert got["fits"]
-    assert got["mesh"] == {"replica": 1, "data": 2, "fsdp": 2, "tensor": 1}
-    assert got["d"] == 4
+    assert whole["fits"]
+    assert whole["mesh"] == {"replica": 1, "data": 2, "fsdp": 2, "tensor": 1}
+    assert whole["d"] == 4
     E, F, HD, V = 256, 32, 2 * 128, 64
     sharded = 2 * (4 * E * HD + 3 * E * F) + 2 * V * E
-    assert got["parameters"] == 4 * (sharded // 2 + 5 * E)
-    assert 2 * got["parameters"] <= got["optimizer"] <= 2 * got["parameters"] + 1024
-    assert got["batch"] == 32 * 128 * 4 * 4 // 4
-    assert got["parameters"] + got["optimizer"] < got["used"] < got["available"]
-    assert got["available"] == round(30.75 * 2**30)
-    assert got["tokens_per_step"] == 16 * 128
-    assert got["model_flops"] < 2 * got["flops"]
-    assert got["messages"].keys() >= {"collective-permute", "all-gather"}
-    assert got["step_seconds"] == max(got[f"{x}_seconds"] for x in ("compute", "memory", "message"))
+    assert whole["parameters"] == 4 * (sharded // 2 + 5 * E)
+    assert 2 * whole["parameters"] <= whole["optimizer"] <= 2 * whole["parameters"] + 1024
+    assert whole["batch"] == 32 * 128 * 4 * 4 // 4
+    assert whole["parameters"] + whole["optimizer"] < whole["used"] < whole["available"]
+    assert whole["available"] == round(30.75 * 2**30)
+    assert whole["tokens_per_step"] == 16 * 128
+    assert whole["model_flops"] < 2 * whole["flops"]
+    assert whole["messages"].keys() >= {"collective-permute", "all-gather"}
+    assert whole["step_seconds"] == max(whole[f"{x}_seconds"] for x in ("compute", "memory", "message"))
 
 
 def test_gradients_of_what_trains_alone_are_sent(whole, experiment, capsys):
