@@ -119,7 +119,8 @@ def test_what_fits(whole):
     assert whole["tokens_per_step"] == 16 * 128
     assert whole["model_flops"] < 2 * whole["flops"]
     assert whole["messages"].keys() >= {"collective-permute", "all-gather"}
-    assert whole["step_seconds"] == max(whole[f"{x}_seconds"] for x in ("compute", "memory", "message"))
+    parts = [whole[f"{each}_seconds"] for each in ("compute", "memory", "message")]
+    assert whole["step_seconds"] == max(parts)
 
 
 def test_gradients_of_what_trains_alone_are_sent(whole, experiment, capsys):
