@@ -308,6 +308,13 @@ def test_evaluations_of_a_run_that_is_done(files, capsys, elsewhere):
     assert evaluations and all(each.name for each in evaluations)
 
 
+def test_perplexity_is_that_of_the_part_whatever_scopes_a_run_has():
+    files = [ROOT / "experiments" / f"{x}.gin" for x in ("reproduce/text_cpu", "parts/perplexity")]
+    gin_files.load([str(file) for file in files], ['Corpus.path = "texts"'])
+    for evaluation in gin.get_configurable("Evaluation")().evals:
+        assert evaluation.memory_sizes[-1] == 131_072 and evaluation.documents == 32
+
+
 def test_every_part_is_tested():
     parts = {file.stem for file in (ROOT / "experiments" / "parts").glob("*.gin")}
     assert parts == {*EVALUATIONS, "long_llama", "long_llama_mixture", "paper_184m"}

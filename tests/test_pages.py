@@ -142,7 +142,10 @@ OURS |= {"num_layers": 3, "memory_layers": (1, 2), "vocab_size": 300, "local_con
 STEPS = ("train.steps = 2", "Checkpoints.every = 2")
 SMALL = ("PerplexityByContext.memory_sizes = (0, 64)", "PerplexityByContext.scored_tokens = 256")
 EVALUATED_SMALL = (*SMALL, "PerplexityByContext.documents = 2")
-WITH_PERPLEXITY = ("single/PerplexityByContext.rows = 2", "multi/PerplexityByContext.rows = 2")
+WITH_PERPLEXITY = (
+    "single_doc/PerplexityByContext.rows = 2",
+    "multi_doc/PerplexityByContext.rows = 2",
+)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from figures import FIGURES
 from record import Record, read_object
 
 from fot_jax.common.atomic import write_json
-from fot_jax.evals.provenance import provenance
+from fot_jax.evals.provenance import command_and_code
 
 HERE = Path(__file__).parent
 
@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 def main(argv: list[str] | None = None) -> int:
     """Makes one figure; the exit code is that of the first command that fails."""
     args = _parser().parse_args(argv)
-    made = provenance()  # now: the commit may be another one when all is done
+    made = command_and_code()  # now: the commit may be another one when all is done
     figure = FIGURES[args.figure]
     runs = [
         dataclasses.replace(run, bindings=(*run.bindings, *args.gin))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import statistics
 import string
@@ -236,9 +237,8 @@ class FewShot:
         """The rows as text."""
         lines = [f"{'length (tokens)':>16} {'demonstrations':>15} {'accuracy':>9} {'95 %':>8}"]
         for row in rows:
-            numbers = (
-                f"{row['demonstrations']:15.1f} {row['accuracy']:9.3f} ±{row['interval']:7.3f}"
-            )
+            interval = "" if math.isnan(row["interval"]) else f" ±{row['interval']:7.3f}"
+            numbers = f"{row['demonstrations']:15.1f} {row['accuracy']:9.3f}{interval}"
             lines.append(f"{row['length']:16,d} {numbers}")
         return "\n".join(lines)
 
@@ -255,9 +255,9 @@ class FewShot:
 
 
 def _interval(found: Sequence[float]) -> float:
-    """Half of the 95 % interval of the mean, by Student's distribution; 0 of one number."""
+    """Half of the 95 % interval of the mean, by Student's distribution; NaN of one number."""
     if len(found) == 1:
-        return 0.0
+        return math.nan
     quantile = scipy.special.stdtrit(len(found) - 1, 0.975)
     return float(quantile * statistics.stdev(found) / len(found) ** 0.5)
 

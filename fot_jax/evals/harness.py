@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -147,6 +148,7 @@ class LmEval:
         Raises:
           UserError: there is no such task.
         """
+        from lm_eval.api.metrics import mean
         from lm_eval.tasks import TaskManager
 
         evaluation = self
@@ -158,6 +160,9 @@ class LmEval:
                 except Exception as error:  # from its YAML, templates, functions and data
                     raise evaluation._cannot_load(error) from error
                 evaluation._check_tasks(loaded["tasks"])
+                for task in loaded["tasks"].values() if evaluation.lengths else ():
+                    # The same number as by RULER's own way, of which the harness has no error.
+                    task.aggregation().update({str(n): mean for n in evaluation.lengths})
                 return loaded
 
         manager = Manager(include_path=self.include_path, metadata=metadata)
@@ -281,7 +286,7 @@ class LmEval:
 
     def plot(self, rows: list[dict[str, Any]], path: epath.Path) -> None:
         """A bar for every metric that is a share, or a curve by length, as a PNG."""
-        shares = [row for row in rows if 0 <= row["value"] <= 1]
+        shares = [r for r in rows if 0 <= r["value"] <= 1 and _metric(r) != "bits_per_byte"]
         if not shares:
             return
         figure, axes = plots.new()
@@ -355,7 +360,8 @@ def _tasks_in(names: Iterable[str], index: Mapping[str, Any]) -> set[str]:
 
 def _percent(rows: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
     """Values, and their standard errors."""
-    return [100 * row["value"] for row in rows], [100 * (row["stderr"] or 0) for row in rows]
+    errors = (math.nan if row["stderr"] is None else row["stderr"] for row in rows)
+    return [100 * row["value"] for row in rows], [100 * error for error in errors]
 
 
 def _generation_config(lm: LanguageModel) -> dict[str, Any]:

@@ -31,10 +31,11 @@ class PerplexityByContext:
     """Perplexity of the same tokens with memories of several sizes beyond the local window.
 
     Scored are the tokens beyond the largest memory, so that every memory is full when they are
-    read; of a document too short for that, its second half. They are the same with a memory of each
-    document and with one that is shared, and for models that have a window alone, or only the one
-    before it (memory_before), which are measured with the sizes that they can use. Reading starts
-    with an empty memory, so many tokens before them as fill it.
+    read; of a document too short for that, its second half, with what memory its first one fills: a
+    warning says so, and rows say of how many documents memories were full. They are the same with a
+    memory of each document and with one that is shared, and for models that have a window alone, or
+    only the one before it (memory_before), which are measured with the sizes that they can use.
+    Reading starts with an empty memory, so many tokens before them as fill it.
 
     Attributes:
       memory_sizes: tokens.
@@ -93,10 +94,11 @@ class PerplexityByContext:
         return source if self.source is None else self.source.with_vocabulary(source.vocabulary)
 
     def run(self, lm: LanguageModel, source: DocumentSource) -> list[dict[str, Any]]:
-        """One row a memory size: memory, perplexity, nats, accuracy, tokens.
+        """One row a memory size: memory, perplexity, nats, accuracy, tokens, documents, full.
 
-        With an index also memory_at_most, tokens that the memory held at most, and indexed, how
-        many of them were looked up by the index.
+        `full` is the number of documents before whose first scored token there is enough text for
+        the memory. With an index also memory_at_most, tokens that the memory held at most, and
+        indexed, how many of them were looked up by the index.
 
         Raises:
           UserError: the split has no document longer than two windows, or no token of those that
@@ -129,6 +131,11 @@ class PerplexityByContext:
                 [self._measure(lm, size, parts[size], progress) for size in usable]
                 for lm, usable in zip(models, by_model, strict=True)
             ]
+        full = {size: self._full(batches, size, window) for size in sizes}
+        for row in itertools.chain.from_iterable(found):
+            row["documents"], row["full"] = sum(map(len, batches)), full[row["memory"]]
+        if short := [row for rows in found for row in rows if row["full"] < row["documents"]]:
+            self._warn_of_short_documents(short)
         indexed = [row["indexed"] for rows in found for row in rows if "indexed" in row]
         if indexed and not any(indexed) and jax.process_index() == 0:
             logging.warning(
@@ -138,6 +145,25 @@ class PerplexityByContext:
                 *(self.name, f"{segment_files.TOKENS:,}", self.lookup),
             )
         return found
+
+    def _full(self, batches: list[list[_Scored]], size: int, window: int) -> int:
+        """Documents long enough to fill such a memory, or their part of it."""
+        needed = (
+            (scored.start, self._before(batch, size, window))
+            for batch in batches
+            for scored in batch
+        )
+        return sum(start >= before for start, before in needed)
+
+    def _warn_of_short_documents(self, rows: list[dict[str, Any]]) -> None:
+        row = max(rows, key=lambda row: row["memory"])
+        if jax.process_index() == 0:
+            logging.warning(
+                "%s: memories of %s tokens and more are not full when tokens are scored, of %d of "
+                "%d documents with the largest: the split has no longer ones; lower memory_sizes",
+                *(self.name, f"{min(row['memory'] for row in rows):,}"),
+                *(row["documents"] - row["full"], row["documents"]),
+            )
 
     def _usable(self, model: ModelConfig, sizes: list[int]) -> list[int]:
         """The sizes that a model can have."""

@@ -17,11 +17,16 @@ from fot_jax import __version__
 def provenance() -> dict[str, str]:
     """The command of this process, the code it runs, and the machine."""
     device = jax.devices()[0]
+    machine = f"{jax.device_count()} x {device.device_kind} ({platform.machine()})"
+    return {**command_and_code(), "device": machine}
+
+
+def command_and_code() -> dict[str, str]:
+    """Of a process that leaves the devices to others: who asks for one may keep it to himself."""
     return {
         "command": shlex.join([*_program(Path(sys.argv[0])), *sys.argv[1:]]),
         "commit": _commit(),
         "jax": jax.__version__,
-        "device": f"{jax.device_count()} x {device.device_kind} ({platform.machine()})",
     }
 
 

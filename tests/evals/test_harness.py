@@ -284,10 +284,14 @@ def test_ruler_by_length(english, tmp_path):
         (n, x) for n in lengths for x in RULER
     ]
     assert {row["metric"] for row in rows} == {"string_match,none"}
+    # RULER names some lengths itself, of which the harness has no error of the mean.
+    rows_of_both = LmEval(("niah_single_1",), lengths=(2_000, 4_096), limit=3).run(parrot, None)
+    errors = [(row["value"] * (1 - row["value"]) / 2) ** 0.5 for row in rows_of_both]
+    assert [row["stderr"] for row in rows_of_both] == pytest.approx(errors) and any(errors)
     found = {(row["task"], row["length"]): row["value"] for row in rows}
     assert all(found[task, 2_000] == 1 for task in RULER)
     assert 0 < sum(found[task, 3_500] for task in RULER) < len(RULER)
-    asked = np.reshape(parrot.lengths, (2, -1))
+    asked = np.reshape(parrot.lengths[: -2 * 3], (2, -1))
     assert asked.shape == (2, 3 * len(RULER))
     for length, some in zip(lengths, asked, strict=True):
         assert (length / 2 < some).all() and (some < 1.1 * length).all(), some
@@ -301,16 +305,19 @@ def test_ways_to_find_an_answer_are_told_apart(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(harness.plots, "save", lambda figure, path: drawn.append(figure))
     rows = [
-        {"task": task, "metric": metric, "value": 0.5, "stderr": None}
-        for task, metric in (
-            ("gsm8k", "exact_match,strict-match"),
-            ("gsm8k", "exact_match,flexible-extract"),
-            ("arc", "acc,none"),
+        {"task": task, "metric": metric, "value": 0.5, "stderr": error}
+        for task, metric, error in (
+            ("gsm8k", "exact_match,strict-match", 0.1),
+            ("gsm8k", "exact_match,flexible-extract", 0.1),
+            ("arc", "acc,none", None),
+            ("wikitext", "bits_per_byte,none", None),  # no share, whatever its number
         )
     ]
     LmEval(("gsm8k", "arc")).plot(rows, tmp_path / "x.png")
     (axes,) = drawn[0].axes
     assert len({bar.get_y() for bar in axes.patches}) == 3
+    (bars,) = (x for x in axes.collections if len(x.get_segments()) == 3)
+    assert [len(ends) for ends in bars.get_segments()] == [2, 2, 0]  # no error is not one of 0
     assert [label.get_text() for label in axes.get_yticklabels()][2] == "arc: acc"
 
 

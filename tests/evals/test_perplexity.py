@@ -79,9 +79,21 @@ def test_rows_are_means_over_the_same_tokens(lm):
     assert len({round(row["nats"], 4) for row in rows}) == 3  # memory is of consequence
 
 
-def test_documents_too_short_for_the_memory_give_their_second_half(lm):
+def test_documents_too_short_for_the_memory_give_their_second_half(lm, caplog):
     source = Documents(45)
-    rows = PerplexityByContext((0, 256), documents=2, scored_tokens=128).run(lm, source)
+    evaluation = PerplexityByContext((0, 256), documents=2, scored_tokens=128)
+    rows = evaluation.run(lm, source)
+    assert [(row["full"], row["documents"]) for row in rows] == [(1, 1), (0, 1)]
+    assert "memories of 256 tokens and more are not full" in caplog.text
+    caplog.clear()
+    both = evaluation.run(
+        lm, Documents(45, 329)
+    )  # the other has 320 inputs, of which 64 are scored
+    assert [(row["full"], row["documents"]) for row in both] == [(2, 2), (1, 2)]
+    assert "of 1 of 2 documents" in caplog.text
+    caplog.clear()
+    evaluation.run(lm, Documents(329))
+    assert not caplog.text
     for row in rows:  # 40 inputs are whole windows, the second half of them from window 2 on
         total, weights, _ = nats_of(lm, source.all[0], 16, 40, row["memory"])
         assert row["tokens"] == weights
