@@ -312,10 +312,15 @@ def _train(args) -> int:
         cluster.join()
     import gin
 
-    from fot_jax.training import workdir_lock
+    from fot_jax.training import partitioning, workdir_lock
+    from fot_jax.training.experiment import Compute
 
     if args.workdir == "":
         raise UserError("--workdir is empty: give a directory")
+    with gin_files.gin_errors():
+        compute = copy.deepcopy(gin_files.value_of("train.compute"))  # evaluates @Compute()
+    if isinstance(compute, Compute):
+        partitioning.divide_cpu(compute.cpu_devices)
     name = Path(args.experiment[0]).stem
     if name == "config":  # fot train WORKDIR/config.gin
         name = Path(args.experiment[0]).resolve().parent.name

@@ -60,6 +60,9 @@ class Compute:
       topology: the TPU slice that the mesh is for, "v4-128": what `fot compile` compiles for and
         `python -m tpu` asks for. Training takes the devices that there are.
       slices: how many of them, connected by the data-centre network.
+      cpu_devices: devices that a CPU is taken for, where there is nothing else. Each computes its
+        rows with a thread of its own: of products as small as those of short windows, XLA computes
+        one after another. Each holds its parameters, too.
     """
 
     dtype: str = "float32"
@@ -68,11 +71,13 @@ class Compute:
     mesh: MeshShape = MeshShape()
     topology: str | None = None
     slices: int = 1
+    cpu_devices: int = 1
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"Compute.dtype = {self.dtype!r}: choose one of float32, bfloat16")
-        check_range("Compute", 1, accumulation=self.accumulation, slices=self.slices)
+        counts = {"slices": self.slices, "cpu_devices": self.cpu_devices}
+        check_range("Compute", 1, whole=True, accumulation=self.accumulation, **counts)
         if self.topology is not None:
             topology_of(self.topology)
 

@@ -23,9 +23,10 @@ def prepare(compiled: jax.stages.Compiled) -> str:
     Args:
       compiled: called (state, batch), both of which are there already.
     """
-    memory = compiled.memory_analysis()
-    there = memory.argument_size_in_bytes
+    memory, devices = compiled.memory_analysis(), jax.local_device_count()
+    there = memory.argument_size_in_bytes * devices
     more = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    more *= devices  # of each device; all of them are in the memory of one machine
     line = (
         f"a step needs {_size(there + more)} of memory: {_size(there)} for what is trained and its "
         f"batch, {_size(more)} for temporaries"

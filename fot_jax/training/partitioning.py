@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +17,21 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError
 from fot_jax.model.layout import AXES, CACHED, PARAMETERS, ROW_AXES
+
+
+def divide_cpu(count: int) -> None:
+    """Makes `count` devices of a CPU, each with one thread, before JAX has devices.
+
+    Changes nothing where there are devices already, or where the environment says how many.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    said = "JAX_NUM_CPU_DEVICES" in os.environ or "force_host_platform_device_count" in flags
+    if count == 1 or said:
+        return
+    with contextlib.suppress(RuntimeError):  # there are devices
+        jax.config.update("jax_num_cpu_devices", count)
+        # Else the devices would share all threads, and wait for each other at every product.
+        os.environ["XLA_FLAGS"] = f"--xla_cpu_multi_thread_eigen=false {flags}"
 
 
 @configurable

@@ -1,12 +1,16 @@
 """Meshes, and where parameters, optimizer states and rows go on them."""
 
 import dataclasses
+import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
@@ -311,3 +315,26 @@ def test_a_mesh_that_deals_rows_is_refused():
     chips = np.array([Chip(i, i % 2) for i in range(4)]).reshape(1, 4, 1, 1)
     with pytest.raises(ValueError, match="rows of process 1 lie apart"):
         partitioning.owned_rows(Mesh(chips, partitioning.AXES), 8, process=1)
+
+
+def test_a_cpu_is_taken_for_several_devices(tmp_path):
+    """The same steps; what the step needs is what all of them need."""
+    experiment = runs.write(tmp_path, f"{runs.DICTIONARY}train.compute = @Compute()\n")
+    program = "import sys, jax, fot_jax.cli as cli; print(cli.main(sys.argv[1:]), jax.devices())"
+    environment = runs.with_devices(1)
+    flags = environment.pop("XLA_FLAGS")
+    environment["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", flags)
+    needed = []
+    for count in (1, 2):
+        bindings = f"Compute.cpu_devices = {count}", "ModelConfig.mlp_dim = 4096"
+        argv = runs.arguments(experiment, tmp_path / f"{count}", *bindings)
+        command = [sys.executable, "-c", program, *argv]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        code, devices = done.stdout.splitlines()[-1].split(maxsplit=1)
+        assert code == "0" and devices.count("CpuDevice") == count, done.stderr
+        needed.append(float(re.search(r"MB of memory: ([\d.]+) MB", done.stderr)[1]))
+    one, two = (runs.training_curve(tmp_path / name) for name in "12")
+    assert len(one) == len(two) == 12
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    assert needed[1] == pytest.approx(2 * needed[0], rel=0.05)  # each has all parameters
