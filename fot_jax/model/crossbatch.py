@@ -107,7 +107,8 @@ def make_plan(
     if rows % devices:
         raise UserError(
             f"{rows} rows of a microbatch do not divide over {devices} devices (mesh axes "
-            f"{' x '.join(ROW_AXES)}): change Data.lanes, Compute.accumulation or the mesh"
+            f"{' x '.join(ROW_AXES)}): change Data.lanes, Compute.accumulation, the mesh, or on a "
+            "CPU Compute.cpu_devices"
         )
     local_rows = rows // devices
     if rows % group_rows or group_rows % scheme.windows:
