@@ -316,20 +316,25 @@ def _attend_window(q, layer: LayerCache, valid, place):
     """The valid tokens of the window at or before each query, in parts."""
     B, K, N, D = q.shape
     W, groups = valid.shape[1], N // place.shape[1]
-    block = min(W, 256)
 
-    def step(i, parts):
+    def step(start, size, parts):
         k, v, seen = (
-            lax.dynamic_slice_in_dim(x, i * block, block, axis)
+            lax.dynamic_slice_in_dim(x, start, size, axis)
             for x, axis in ((layer.k, 2), (layer.v, 2), (valid, 1))
         )
         scores = jnp.einsum("bknd,bksd->bkns", q, k, preferred_element_type=jnp.float32)
-        before = i * block + jnp.arange(block) <= place[:, :, None]
+        before = start + jnp.arange(size) <= place[:, :, None]
         visible = jnp.tile(before & seen[:, None], (1, groups, 1))[:, None]
         return partial_softmax.add_block(parts, scores, visible, v)
 
-    steps = jnp.minimum(place.max() // block + 1, W // block)
-    return lax.fori_loop(0, steps, step, partial_softmax.no_parts(q))
+    return partial_softmax.over_blocks(
+        step,
+        partial_softmax.no_parts(q),
+        places=W,
+        used=jnp.minimum(place.max() + 1, W),
+        block=min(W, 256),
+        at_once=partial_softmax.fits_at_once(B * K * N, W),
+    )
 
 
 def _gated(gate: Float[Array, " H"], local, beyond):

@@ -42,14 +42,21 @@ class Dense:
 
     def attend(self, q, layer: LayerMemory, visible, shards: int) -> Parts:
         """On each of `shards` devices over its own slots; arguments as of `attend` below."""
-        block = _block(layer.k.slots, math.prod(q.shape[:3]))
+        slots, queries = layer.k.slots, math.prod(q.shape[:3])
 
-        def step(i, parts):
-            k, v = (x.slot(i * block, block, q.dtype) for x in layer)
-            return partial_softmax.add_block(parts, _dot(q, k), _seen(visible, i * block, block), v)
+        def step(start, size, parts):
+            k, v = (x.slot(start, size, q.dtype) for x in layer)
+            return partial_softmax.add_block(parts, _dot(q, k), _seen(visible, start, size), v)
 
-        steps = (visible.max() + block - 1) // block
-        parts = lax.fori_loop(0, steps, step, partial_softmax.no_parts(q))
+        parts = partial_softmax.over_blocks(
+            step,
+            partial_softmax.no_parts(q),
+            places=slots,
+            used=visible.max(),
+            block=_block(slots, queries),
+            # Vectors that are decoded are copied in any case.
+            at_once=layer.k.x.dtype == q.dtype and partial_softmax.fits_at_once(queries, slots),
+        )
         return _merge_shards(parts) if shards > 1 else parts
 
     def best(self, scores: jax.Array) -> None:

@@ -202,6 +202,30 @@ def merge(a: Parts, b: Parts) -> Parts:
     return Parts(out, top, a.total * wa + b.total * wb)
 
 
+def over_blocks(step, parts: Parts, places: int, used: jax.Array, block: int, at_once: bool):
+    """step(start, size, parts) over all blocks of `places` keys of which the first are used.
+
+    Args:
+      used: [] int32: keys in use; what a step sees of others counts for nothing.
+      block: places of a step; divides `places`.
+      at_once: whether one step may take all of them, which it does where half of them are used: of
+        a block XLA's CPU backend makes a copy before it multiplies, of all of them none.
+    """
+
+    def block_by_block(parts):
+        steps = (used + block - 1) // block
+        return lax.fori_loop(0, steps, lambda i, parts: step(i * block, block, parts), parts)
+
+    if not at_once:
+        return block_by_block(parts)
+    return lax.cond(2 * used >= places, lambda parts: step(0, places, parts), block_by_block, parts)
+
+
+def fits_at_once(queries: int, places: int) -> bool:
+    """Whether scores of so many queries and places are few enough for one step, on a CPU."""
+    return jax.default_backend() == "cpu" and queries * places <= score_budget()
+
+
 def attend(q, k, v, q_segments, k_segments, pairs: Pairs, parts: Parts, causal: bool) -> Parts:
     """Merges the attention of all `pairs` into `parts`.
 
