@@ -197,15 +197,16 @@ def test_a_finished_run_is_only_evaluated(trained, tmp_path, one_device, capsys,
     assert (workdir / "plots" / "perplexity_by_context.png").exists()
 
 
+@pytest.mark.parametrize("error", [UserError, OSError])
 def test_evaluations_that_are_refused_while_they_run(
-    trained, tmp_path, one_device, capsys, monkeypatch
+    trained, tmp_path, one_device, capsys, monkeypatch, error
 ):
     """A line says so, and training goes on; after its end what others measured is kept."""
     run = PerplexityByContext.run
 
     def run_of_test(self, lm, source):
         if self.split == "valid":
-            raise UserError("no documents left: restore them")
+            raise error("no documents left: restore them")
         return run(self, lm, source)
 
     def refuse(self, lm, source):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -62,7 +63,7 @@ def gpu(
         "training steps": lambda: [
             _step(name, models[name](local_context=window), d, max(ds)) for name, window, d in steps
         ],
-        "attention": lambda: [row for shape in shapes for row in _attention(*shape, ds)],
+        "attention": lambda: [row for shape in shapes for row in _attention(shape, ds)],
     }
     print_tables("gpu", tables, as_json)
 
@@ -70,15 +71,29 @@ def gpu(
 def _step(name: str, c: ModelConfig, d: int, lanes: int) -> dict[str, Any]:
     row = {"model": name, "window": c.local_context, "d": d}
     scheme = PreviousContext(d=d)
+    with _said_if_it_does_not_fit(row, "seconds_per_step"):
+        row |= measured(c, scheme, lanes * scheme.windows, 5, "full", "bfloat16")
+    return row
+
+
+@contextlib.contextmanager
+def _said_if_it_does_not_fit(row: dict[str, Any], column: str) -> Iterator[None]:
     try:
-        return row | measured(c, scheme, lanes * scheme.windows, 5, "full", "bfloat16")
+        yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return row | {"seconds_per_step": "out of memory"}
+        row[column] = "out of memory"
 
 
-def _attention(heads: int, dim: int, window: int, ds: Sequence[int]) -> list[dict[str, Any]]:
+def _attention(shape: tuple[int, int, int], ds: Sequence[int]) -> list[dict[str, Any]]:
+    row = dict(zip(("heads", "dim", "window"), shape, strict=True))
+    with _said_if_it_does_not_fit(row, "forward_us"):
+        return _attention_of(*shape, ds)
+    return [row]
+
+
+def _attention_of(heads: int, dim: int, window: int, ds: Sequence[int]) -> list[dict[str, Any]]:
     lanes, windows = max(ds), PreviousContext().windows
     rows = lanes * windows
     rng = np.random.default_rng(0)

@@ -51,7 +51,8 @@ def write_split(
       OSError: the directory cannot be written.
     """
     seqio = import_seqio()
-    files, lengths = _record_files(directory, split, shards), []
+    files = _record_files(directory, split, shards)
+    count = total = longest = 0
     with contextlib.ExitStack() as stack:
         # Not TensorFlow's writer: there is one way into a bucket.
         opened = [stack.enter_context(epath.Path(file).open("wb")) for file in files]
@@ -59,7 +60,8 @@ def write_split(
         for i, document in enumerate(documents):
             example = seqio.dict_to_tfexample({"targets": document.tokens})
             writers[i % shards].write(example.SerializeToString())
-            lengths.append(len(document.tokens))
+            length = len(document.tokens)
+            count, total, longest = count + 1, total + length, max(longest, length)
     info = {
         "num_shards": shards,
         "features": {"targets": {"shape": [None], "dtype": "int32"}},
@@ -67,9 +69,9 @@ def write_split(
         "bytes": [size_of(file) for file in files],
     }
     stats = {
-        "examples": len(lengths),
-        "targets_tokens": sum(lengths),
-        "targets_max_tokens": max(lengths, default=0),
+        "examples": count,
+        "targets_tokens": total,
+        "targets_max_tokens": longest,
     }
     epath.Path(seqio.get_cached_info_path(directory, split)).write_text(json.dumps(info))
     epath.Path(seqio.get_cached_stats_path(directory, split)).write_text(json.dumps(stats))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import lzma
@@ -212,7 +213,8 @@ def _rows_of(file: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file:line, row) of every line that is not blank."""
     number = 0
     try:
-        with file.open("rb") as raw:
+        # A file in a bucket has lines, too, but of a few MB read for each of them.
+        with file.open("rb") as opened, io.BufferedReader(opened, 2**20) as raw:
             reader = READERS.get(file.suffix.lower(), READERS[""])
             for number, line in enumerate(reader(raw), 1):
                 if line.strip():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -64,6 +64,17 @@ class DocumentSource(Protocol):
         Yields (position after this document, document); starting again from a position gives the
         documents that would have followed.
         """
+
+
+def in_turn(documents: Iterable[Iterator[Document]]) -> Iterator[Document]:
+    """One of each, again and again, as long as they have some."""
+    waiting = list(documents)
+    while waiting:
+        for each in tuple(waiting):
+            if (document := next(each, None)) is None:
+                waiting.remove(each)
+            else:
+                yield document
 
 
 def single_source_position(position: Position) -> tuple[int, int]:

@@ -228,7 +228,7 @@ def _check_no_gap(first: _File, by_number: Mapping[int, _File]) -> None:
     total = first.numbered[2]
     start = 0 if 0 in by_number else 1 if total else min(by_number)
     wanted = range(start, start + total if total else max(by_number) + 1)
-    count = len(wanted) - sum(number in wanted for number in by_number)
+    count = wanted.stop - start - sum(number in wanted for number in by_number)
     missing = (number for number in wanted if number not in by_number)
     if total and count:
         raise UserError(

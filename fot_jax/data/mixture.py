@@ -12,7 +12,7 @@ import numpy as np
 
 from fot_jax.common.configurable import configurable
 from fot_jax.common.errors import UserError
-from fot_jax.data.documents import START, Document, DocumentSource, Position
+from fot_jax.data.documents import START, Document, DocumentSource, Position, in_turn
 from fot_jax.data.vocabulary import Vocabulary
 
 
@@ -71,9 +71,8 @@ class Mixture:
             source.check_split(split)
 
     def documents(self, split: str) -> Iterator[Document]:
-        """Those of each source, one source after another."""
-        for source in self._of_one_vocabulary():
-            yield from source.documents(split)
+        """Those of each source, in turn."""
+        yield from in_turn(each.documents(split) for each in self._of_one_vocabulary())
 
     def stream(
         self, shard: int, shards: int, seed: int, position: Position = START

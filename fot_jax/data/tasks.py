@@ -28,7 +28,7 @@ from fot_jax.data.caches import (
     write_split,
 )
 from fot_jax.data.corpus import Corpus, files_there, splits_in
-from fot_jax.data.documents import START, Document, Position, single_source_position
+from fot_jax.data.documents import START, Document, Position, in_turn, single_source_position
 from fot_jax.data.files import SPLITS, not_read
 from fot_jax.data.sentencepiece_vocabulary import TrainedSentencePiece
 from fot_jax.data.sources import (
@@ -109,19 +109,23 @@ class Text:
                 source.parts(split)
 
     def documents(self, split: str) -> Iterator[Document]:
-        """The documents of a split, one corpus after another, in the order of their files.
+        """The documents of a split, of each corpus in turn, in the order of their files.
 
         Raises:
           UserError: no such split, nothing in it, a broken row (file:line), no such cache.
         """
         self.check_split(split)
-        for corpus, task in zip(self.corpora, self._tasks, strict=True):
-            documents = self._read(task, split=split, shuffle=False, num_epochs=1)
-            first = next(documents, None)
-            if first is None:
-                raise _all_too_short(corpus, split)
-            yield first
-            yield from documents
+        yield from in_turn(
+            map(functools.partial(self._of_corpus, split), self.corpora, self._tasks)
+        )
+
+    def _of_corpus(self, split: str, corpus: Corpus, task: Any) -> Iterator[Document]:
+        documents = self._read(task, split=split, shuffle=False, num_epochs=1)
+        first = next(documents, None)
+        if first is None:
+            raise _all_too_short(corpus, split)
+        yield first
+        yield from documents
 
     def stream(
         self, shard: int, shards: int, seed: int, position: Position = START
@@ -374,7 +378,7 @@ def cache(text: Text, directory: epath.PathLike, splits: Sequence[str] = SPLITS)
         chosen.append((corpus, task, found, origin))
     for corpus, task, found, origin in chosen:
         with new_directory(cache_of(directory, task.name), "COMPLETED") as half:
-            for split in found:
+            for split in sorted(found, key=lambda split: split == "train"):  # the short ones first
                 train = split == "train"
                 documents = text._read(task, split=split, shuffle=train, seed=0, num_epochs=1)
                 stats = write_split(half, split, CACHE_SHARDS if train else 1, documents)

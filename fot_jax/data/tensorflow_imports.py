@@ -9,10 +9,13 @@ import atexit
 import contextlib
 import functools
 import os
+import threading
 import time
 import types
 import weakref
 from collections.abc import Generator, Iterable, Iterator
+
+_IMPORTING = threading.Lock()
 
 
 def import_tensorflow() -> types.ModuleType:
@@ -40,8 +43,13 @@ def _open_generators() -> weakref.WeakSet[Generator]:
     return generators
 
 
-@functools.cache
 def _import_both() -> tuple[types.ModuleType, types.ModuleType]:
+    with _IMPORTING:  # two at once would lose stderr
+        return _import_both_once()
+
+
+@functools.cache
+def _import_both_once() -> tuple[types.ModuleType, types.ModuleType]:
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":  # JAX sets that
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # else a broken row is reported in a hundred lines
     with _silent_stderr():  # TensorFlow logs its start before it reads that level

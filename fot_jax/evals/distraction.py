@@ -97,7 +97,8 @@ class PositiveMass:
     def _documents(self, source: DocumentSource, tokens: int, needed: int) -> list[np.ndarray]:
         """Tokens of the first documents of the split that are long enough."""
         of_split = (document.tokens for document in source.documents(self.split))
-        documents = [each for each in itertools.islice(of_split, 10_000) if len(each) >= tokens]
+        long = (each for each in itertools.islice(of_split, 10_000) if len(each) >= tokens)
+        documents = list(itertools.islice(long, 4 * self.batches * needed))
         if len(documents) < needed:
             raise UserError(
                 f"the {self.split} split has {len(documents)} documents of two windows ({tokens} "

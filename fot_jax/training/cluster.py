@@ -158,10 +158,12 @@ def _initialize(coordinator: str, count: int, process: int) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It takes SIGTERM for itself, and lets a process that is still starting live on.
     jax.config.update("jax_enable_preemption_service", False)
+    # All is said here: left to find out more, JAX would take one GPU for each of Slurm's tasks.
     jax.distributed.initialize(
         coordinator,
         count,
         process,
+        cluster_detection_method="deactivate",
         initialization_timeout=INITIALIZATION_SECONDS,
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=SHUTDOWN_SECONDS,

@@ -52,14 +52,19 @@ class Evaluations:
                 for each in evals:
                     try:
                         rows = each.run(lm, self._source)
-                    except UserError as error:
+                    except (UserError, OSError) as error:
                         if not goes_on or not all_arrive(f"{each.name} refuses in step {step}"):
                             raise
                         self._metrics.say(f"step {step}: {each.name} is left out: {error}")
                         continue
                     values |= each.scalars(rows)
                     show(each, rows)
-                    draw(each, rows, workdir / "plots" / f"{each.name}.png")
+                    try:
+                        draw(each, rows, workdir / "plots" / f"{each.name}.png")
+                    except (UserError, OSError) as error:  # on process 0 alone
+                        if not goes_on:
+                            raise
+                        self._metrics.say(f"step {step}: {each.name} is not drawn: {error}")
         finally:
             if values:
                 self._metrics.write(step, values)

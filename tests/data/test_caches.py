@@ -114,6 +114,21 @@ def test_all_is_looked_at_before_the_first_is_tokenized(tmp_path, monkeypatch):
         assert message == f"{bad}: the valid split is empty: give it some rows"
 
 
+def test_the_longest_split_is_tokenized_last(tmp_path, monkeypatch):
+    """What is wrong with another shows before."""
+    written = []
+
+    def write(directory, split, *rest):
+        written.append(split)
+        return {"examples": split != "valid"}
+
+    monkeypatch.setattr(tasks, "write_split", write)
+    path = write_corpus(tmp_path / "all", 1, train=texts_of(3), valid=["short"])
+    source = text_over(Corpus(path, min_document_length=20))
+    assert "valid split has no document of" in message_of(lambda: tasks.cache(source, tmp_path))
+    assert written == ["valid"]
+
+
 def test_a_cache_of_what_the_corpus_was(tmp_path):
     path = write_corpus(tmp_path / "text", 2, train=texts_of(6), valid=texts_of(2))
     source = cached(text_over(path), tmp_path / "cache")

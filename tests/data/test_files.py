@@ -237,6 +237,11 @@ def test_content_that_is_read(tmp_path, caplog):
     ]
 
 
+def test_shards_named_by_numbers_of_any_size(tmp_path, caplog):
+    lay_out(tmp_path / "train", "1234567890123456789.jsonl", "17446744073709551615.jsonl")
+    assert len(names_in(tmp_path, "train")) == 2 and not caplog.records
+
+
 def test_a_file_in_place_of_a_directory(tmp_path):
     lay_out(tmp_path, "train.jsonl")
     message = message_of(lambda: names_in(tmp_path / "train.jsonl", "train"))

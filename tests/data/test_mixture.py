@@ -72,10 +72,11 @@ def test_orders_differ_by_shard_and_seed():
     assert len(set(map(tuple, orders))) == 4
 
 
-def test_a_split_is_one_source_after_another():
+def test_a_split_is_of_each_source_in_turn():
     source = mixture(1, 1, 1)
-    documents = [*SHORT.documents("test"), *LONG.documents("test"), *LONGER.documents("test")]
-    assert contents(source.documents("test")) == contents(documents)
+    of_each = (each.documents("test") for each in (SHORT, LONG, LONGER))
+    in_turn = filter(None, itertools.chain.from_iterable(itertools.zip_longest(*of_each)))
+    assert contents(source.documents("test")) == contents(in_turn)
     source.check_split("test")
     with pytest.raises(UserError, match="no split 'dev'"):
         source.check_split("dev")

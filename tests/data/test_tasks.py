@@ -230,7 +230,8 @@ def test_mixture(tmp_path):
     few, many = texts_of(7), texts_of(50, start=100)
     paths = [write_corpus(tmp_path / n, 1, train=t, valid=t) for n, t in [("a", few), ("b", many)]]
     source = text_over(Corpus(paths[0], weight=3.0), Corpus(paths[1], weight=1.0))
-    assert read(source.documents("valid")) == [framed(text) for text in few + many]
+    in_turn = [text for both in zip(few, many, strict=False) for text in both] + many[len(few) :]
+    assert read(source.documents("valid")) == [framed(text) for text in in_turn]
     stream = take(source, 600)
     assert [position for position, _ in stream] == [(1, i + 1) for i in range(600)]
     of_few = [t for _, t in stream if t in set(map(framed, few))]

@@ -217,8 +217,10 @@ def test_a_signal_ends_it(workdir, tmp_path, signum, after):
     book = tmp_path / "book.txt"
     book.write_text("train 5 " * 3000)
     argv = ["generate", "--checkpoint", str(workdir), "--prompt_file", str(book)]
-    process = runs.start([*argv, "--max_new_tokens", "200000"])
+    # The most likely tokens go on for ever; drawn ones would end the text after some hundreds.
+    process = runs.start([*argv, "--max_new_tokens", "200000", "--temperature", "0"])
     time.sleep(after)
+    assert process.poll() is None
     process.send_signal(signum)
     _, stderr = process.communicate(timeout=60)
     # Before Python has come to our handler, it is Python's or the system's own.

@@ -334,7 +334,8 @@ def test_a_token_needs_no_compilation_and_no_copy_of_memory():
         advance=np.ones(1, np.int32),
     )
     temporaries = args.compile().memory_analysis().temp_size_in_bytes
-    assert temporaries < state.memory.layers[0].k.x.nbytes / 2
+    # Scores of all slots, and what is made of them, take half as much: keys have 8 dimensions here.
+    assert temporaries < state.memory.layers[0].k.x.nbytes
 
 
 def test_asking_for_a_billion_tokens_takes_no_memory_before_they_come(monkeypatch):

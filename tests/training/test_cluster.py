@@ -1,8 +1,11 @@
 """Which host of how many this is, and processes that become one program."""
 
 import http.server
+import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -242,6 +245,24 @@ def test_a_port_that_is_taken_is_named(surroundings):
         surroundings(FOT_COORDINATOR=f"a:{port}", FOT_PROCESSES="2", FOT_PROCESS_ID="0")
         with pytest.raises(UserError, match=f"process 0 cannot listen on port {port} of FOT_COORD"):
             cluster.join()
+
+
+def test_all_devices_of_a_host_are_used_under_slurm():
+    """JAX would take one GPU for a task, of which there may be one for a host of eight."""
+    variables = {"JOB_ID": "1", "STEP_NODELIST": "a", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}
+    slurm = {f"SLURM_{name}": value for name, value in variables.items()}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = f"""
+from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES
+from fot_jax.training import cluster
+cluster._initialize("127.0.0.1:{port}", 1, 0)
+print(CUDA_VISIBLE_DEVICES.value)
+"""
+    argv, environment = [sys.executable, "-c", program], {**os.environ, **slurm}
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "all\n", done.stderr
 
 
 def test_processes_join(run_of_two):
