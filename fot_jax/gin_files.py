@@ -326,6 +326,9 @@ def _gin_message(error: Exception, file: str | None) -> str | None:
     return None
 
 
+_QUOTES = "\u201c\u201d\u201e\u2018\u2019\u00ab\u00bb"  # as pages have them
+
+
 def _with_quotes(line: str) -> str | None:
     """A line as it was meant whose value is text without quotes; None for another one."""
     found = re.fullmatch(
@@ -337,7 +340,7 @@ def _with_quotes(line: str) -> str | None:
     thing = _registered().get(owner[-1]) if owner else None
     if owner and not (thing and _fits("", _hints(thing).get(parameter, int))):
         return None
-    return f'{found[1]} = "{found[2]}"'
+    return f'{found[1]} = "{found[2].strip(_QUOTES)}"'
 
 
 def _hints(thing: Callable) -> dict[str, Any]:

@@ -199,6 +199,8 @@ def train(
     )
     if resumed:
         metrics.say(f"resuming {workdir} after step {first_step}")
+        if first_step == steps:
+            metrics.say("all steps are done: nothing is trained; another --workdir trains anew")
     batches = Prefetch(lanes, place, count=steps - first_step - len(ready))
     reports = Reports(
         history,

@@ -394,6 +394,10 @@ def test_checkpoints_that_cannot_be_evaluated(here, trained, capsys):
     assert refused_untouched(capsys, *evaluate(here, *output)).endswith(
         "no checkpoint here: give a workdir or a step inside its checkpoints"
     )
+    (here / "model.gguf").write_bytes(b"GGUF")
+    assert refused_untouched(capsys, *evaluate("model.gguf", *output)) == (
+        "model.gguf: make a workdir of it: fot convert from-hf model.gguf WORKDIR"
+    )
     shutil.copytree(trained, here / "run")
     shutil.rmtree(here / "run" / "vocabulary")
     line = refused_untouched(capsys, *evaluate("run", *output))

@@ -207,6 +207,11 @@ def test_bindings_that_gin_cannot_read(here, capsys):
             "Corpus.path = my_texts",
             "--gin 'Corpus.path = my_texts': text takes quotes: --gin 'Corpus.path = \"my_texts\"'",
         ),
+        (
+            "Corpus.path = \u201cmy_texts\u201d",
+            "--gin 'Corpus.path = \u201cmy_texts\u201d': text takes quotes: "
+            "--gin 'Corpus.path = \"my_texts\"'",
+        ),
         ("Corpse.path = my_texts", "--gin 'Corpse.path = my_texts': Failed to parse token"),
         (
             "Lora.kernels = (query, key)",

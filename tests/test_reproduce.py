@@ -56,12 +56,15 @@ def test_a_figure(reproduce, tiny, tmp_path, monkeypatch, capsys):
     verbs = []
 
     def stopped(command):
+        if "train.steps = -1" in command:
+            return 2  # refuses
         name = "--workdir" if command[0] == "train" else "--checkpoint"
         verbs.append((command[0], Path(command[command.index(name) + 1]).name))
         return 143 if len(verbs) == 2 else cli.main(list(command))
 
     monkeypatch.setattr(record, "fot", stopped)
-    assert reproduce.main(tiny) == 143
+    assert reproduce.main([*tiny, "--gin", "train.steps = -1"]) == 2
+    assert reproduce.main(tiny) == 143  # now with other settings
     assert not list((tmp_path / "results").iterdir())
     assert reproduce.main(tiny) == 0
     trained = [("train", name) for name in ("base_0", "fot_0", "fot_0", "base_1", "fot_1")]

@@ -48,6 +48,8 @@ class Record:
                 sys.exit(f"{workdir}: no {file.name} says what it was made with: {anew}")
             return cls(file, settings, contents)
         content = read_object(file, anew, settings=dict, done=list, seconds=(int, float))
+        if not content["done"] and not (workdir / "checkpoints").exists():
+            return cls(file, settings, contents)  # its first command was refused, say
         if content["settings"] != settings:
             sys.exit(
                 f"{workdir} was made with other settings ({file}): give the same --gin, or other "

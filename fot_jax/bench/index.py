@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fot_jax.bench.memory import best_of, print_table
+from fot_jax.bench.memory import best_of, cores, print_table
 from fot_jax.inference import segment_files
 from fot_jax.inference.segment_files import TOKENS
 from fot_jax.model import segments
@@ -115,7 +114,7 @@ def _faiss_rows(keys, q, best, recalls: Sequence[float]) -> list[dict[str, Any]]
         return []
     import faiss
 
-    faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
+    faiss.omp_set_num_threads(cores())
     rows = []
     for kind in ("Flat", "SQ8"):
         count = int(4 * len(keys) ** 0.5)

@@ -220,6 +220,11 @@ def copy_bandwidth() -> float:
     return 2 * a.nbytes / best_of(lambda: np.copyto(b, a), 5)
 
 
+def cores() -> int:
+    """That this process may use, where the system says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def best_of(run: Callable[[], Any], times: int = 3, warm: bool = True) -> float:
     """Seconds of the fastest of so many runs, after one to warm up where it is wanted."""
     if warm:
@@ -237,7 +242,7 @@ def _faiss_seconds(keys: np.ndarray, q: np.ndarray, k: int, times: int) -> float
         return None
     import faiss
 
-    faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
+    faiss.omp_set_num_threads(cores())
     index = faiss.IndexFlatIP(keys.shape[1])
     index.add(keys)
     return best_of(lambda: index.search(q, k), times)
@@ -250,7 +255,7 @@ def transformers_llama(c: ModelConfig):
     import torch
     import transformers
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cores())
     config = transformers.LlamaConfig(
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fot_jax.bench.memory import MODEL, best_of, print_table
+from fot_jax.bench.memory import MODEL, best_of, cores, print_table
 from fot_jax.common.errors import UserError
 
 NEW_TOKENS = 64
@@ -65,7 +64,7 @@ def _measure(kind: str, length: int) -> dict[str, float]:
     """Seconds to read, tokens written a second after it, megabytes that both took."""
     import torch
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(cores())
     model = _model(kind)
     text = torch.as_tensor(np.random.default_rng(0).integers(0, MODEL.vocab_size, (1, length)))
 

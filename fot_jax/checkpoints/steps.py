@@ -37,6 +37,8 @@ def locate(path: epath.PathLike) -> tuple[epath.Path, list[int]]:
         return path, steps
     if not path.exists():
         raise UserError(f"{path}: does not exist: give a workdir or a step inside its checkpoints")
+    if path.suffix == ".gguf":
+        raise UserError(f"{path}: make a workdir of it: fot convert from-hf {path} WORKDIR")
     raise UserError(f"{path}: no checkpoint here: give a workdir or a step inside its checkpoints")
 
 

@@ -39,9 +39,11 @@ def replacing(path: epath.PathLike) -> Iterator[epath.Path]:
         os.unlink(partial)
     try:
         yield partial
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # of a full disk
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     if partial.exists():
         try:

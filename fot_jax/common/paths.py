@@ -22,7 +22,7 @@ def path_of(text: epath.PathLike) -> epath.Path:
     """The path as it was given.
 
     Raises:
-      UserError: it is of another kind, or empty.
+      UserError: it is of another kind, or empty, or begins with ~.
     """
     scheme = re.match(r"(\w+)://", str(text))
     if not str(text) or "\0" in str(text) or scheme and not re.match("gs://[^/]", str(text)):
@@ -30,6 +30,8 @@ def path_of(text: epath.PathLike) -> epath.Path:
     if scheme and (odd := re.search(r"[][*?\r\n]", str(text))):
         # Libraries take them for patterns, and would remove what they match.
         raise UserError(f"{text!r}: {odd[0]!r} in a gs:// path: give one without it")
+    if str(text).startswith("~"):  # a shell does so, but not within quotes
+        raise UserError(f"{text}: ~ is not taken for your home directory here: give the whole path")
     return epath.Path(text)
 
 

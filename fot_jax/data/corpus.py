@@ -164,14 +164,18 @@ def rows_of(path: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from _rows_of(file)
 
 
-def field(place: str, row: dict[str, Any], name: str, kind: type) -> Any:
+def field(place: str, row: dict[str, Any], name: str, kind: type, remedy: str = "") -> Any:
     """A field of a row: a text, or with `object` anything.
+
+    Args:
+      remedy: of a row without it.
 
     Raises:
       UserError: there is none, or it is no text; names the place.
     """
     if name not in row:
-        raise UserError(f"{place}: no field {name!r} in the row, which has {', '.join(row)}")
+        has = ", ".join(row)
+        raise UserError(f"{place}: no field {name!r} in the row, which has {has}{remedy}")
     value = row[name]
     if not isinstance(value, kind):
         raise UserError(
@@ -200,13 +204,15 @@ def _directory(corpus: Corpus) -> epath.Path:
 
 def _jsonl(corpus: Corpus, file: epath.Path) -> Iterator[bytes]:
     """Documents of a file."""
+    remedy = ": set Corpus.text_field to the one with the text"
     if corpus.join_by is None:
         for place, row in _rows_of(file):
-            yield field(place, row, corpus.text_field, str).encode()
+            yield field(place, row, corpus.text_field, str, remedy).encode()
     else:
         joined = itertools.groupby(_rows_of(file), lambda x: field(*x, corpus.join_by, object))
         for _, rows in joined:
-            yield "\n".join(field(*x, corpus.text_field, str) for x in rows).encode()
+            texts = (field(*x, corpus.text_field, str, remedy) for x in rows)
+            yield "\n".join(texts).encode()
 
 
 def _rows_of(file: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:

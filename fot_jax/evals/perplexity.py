@@ -119,7 +119,8 @@ class PerplexityByContext:
         sizes = sorted(set(self.memory_sizes))
         batches = self._choose(self._of(source), window, sizes[-1])
         by_model = [self._usable(lm.config, sizes) for lm in models]
-        parts = {size: self._parts(batches, size, window) for size in (0, *sizes)}
+        measured = {0, *sizes, *itertools.chain.from_iterable(by_model)}
+        parts = {size: self._parts(batches, size, window) for size in measured}
         total = sum(
             self._tokens(batch, size, window)
             for usable in by_model
@@ -131,7 +132,7 @@ class PerplexityByContext:
                 [self._measure(lm, size, parts[size], progress) for size in usable]
                 for lm, usable in zip(models, by_model, strict=True)
             ]
-        full = {size: self._full(batches, size, window) for size in sizes}
+        full = {size: self._full(batches, size, window) for size in measured}
         for row in itertools.chain.from_iterable(found):
             row["documents"], row["full"] = sum(map(len, batches)), full[row["memory"]]
         if short := [row for rows in found for row in rows if row["full"] < row["documents"]]:
@@ -170,7 +171,7 @@ class PerplexityByContext:
         if not model.memory_layers:
             return [0]
         if model.memory_before:
-            return [size for size in sizes if size <= model.local_context] or [0]
+            return sorted({min(size, model.local_context) for size in sizes})
         return sizes
 
     def _measure(

@@ -1,5 +1,6 @@
 """Files and directories that are written whole or not at all."""
 
+import errno
 import json
 import math
 
@@ -131,6 +132,14 @@ def test_a_full_disk_as_numpy_says_it(tmp_path):
     with pytest.raises(UserError, match="a: cannot be written: 5 requested and 3 written"):
         with new_directory(tmp_path / "a", "mark"):
             raise OSError("5 requested and 3 written")
+
+
+def test_a_full_disk_is_that_of_the_file(tmp_path):
+    """A write that fails does not say itself what it wrote to."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError) as error, replacing(tmp_path / "results.json"):
+        raise full
+    assert error.value.filename == str(tmp_path / "results.json") and not list(tmp_path.iterdir())
 
 
 def test_what_is_written_for_a_while_goes(tmp_path):

@@ -23,3 +23,8 @@ def test_paths_of_this_machine_and_of_buckets(tmp_path, monkeypatch):
 def test_what_is_no_path(text):
     with pytest.raises(UserError, match="is no path: give one of this machine, or gs://"):
         path_of(text)
+
+
+def test_a_home_directory_is_not_guessed():
+    with pytest.raises(UserError, match="~/runs: ~ is not taken for your home directory"):
+        path_of("~/runs")

@@ -206,7 +206,7 @@ def test_what_is_not_read_is_named(tmp_path, caplog, others, warning):
         ("train.json", b'[{"text": "a"}]', "train.json:1: broken row, not an object"),
         ("train.jsonl", b'{"text": null}', "train.jsonl:1: field 'text' is null, not a text"),
         ("train.jsonl", b'{"text": {"en": "a"}}', ':1: field \'text\' is {"en": "a"}, not a text'),
-        ("train.jsonl", b'{"meta": {"text": "a"}}', "no field 'text' in the row, which has meta"),
+        ("train.jsonl", b'{"meta": {"text": "a"}}', "which has meta: set Corpus.text_field"),
         ("train.jsonl", b'{"text": "\xed\xa0\x80"}', "field 'text' has half a character"),
         (
             "train.jsonl",

@@ -266,6 +266,13 @@ def test_models_with_less_memory_are_measured_on_the_same_tokens(lm):
     of_before = evaluation.run(dataclasses.replace(lm, config=before), source)
     assert plain["nats"] == pytest.approx(of_all[0]["nats"], rel=1e-5)  # with a memory of 0
     assert [row["memory"] for row in of_before] == [0, 4, 8]
+    larger = PerplexityByContext((0, 24), documents=2)
+    assert [
+        row["memory"] for row in larger.run(dataclasses.replace(lm, config=before), source)
+    ] == [
+        0,
+        8,  # all that it uses
+    ]
     assert {row["tokens"] for row in (*of_all, plain, *of_before)} == {plain["tokens"]}
 
 
