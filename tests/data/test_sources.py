@@ -1,6 +1,7 @@
 """A data set of TensorFlow Datasets against the texts it was made of."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -94,3 +95,11 @@ def test_a_data_set_is_prepared_as_the_message_says(books, tmp_path):
     message = message_of(lambda: next(source.documents("train")))
     exec(message.split('python -c "')[1].removesuffix('"'), {})
     assert len(read(dataclasses.replace(source).documents("train"))) == 30
+
+
+def test_a_file_in_a_bucket_is_downloaded_once(bucket, cloud):
+    """Its lines are not looked for in blocks of some MB each."""
+    row = json.dumps({"text": "x" * 5_000}) + "\n"
+    bucket.put("texts/train.jsonl", row * 2_400)
+    assert len(read(text_over(f"{bucket.url}/texts").documents("train"))) == 2_400
+    assert cloud.received("train.jsonl") < 2 * 2_400 * len(row)
