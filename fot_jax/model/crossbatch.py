@@ -25,6 +25,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from fot_jax.common.errors import UserError
+from fot_jax.model import layout
 from fot_jax.model.attention import partial_softmax
 from fot_jax.model.attention.engine import Engine, Pair, engine_of
 from fot_jax.model.attention.partial_softmax import AnyArray
@@ -76,8 +77,7 @@ class Plan:
     @property
     def platform(self) -> str:
         """Where this runs (or is compiled for): cpu, gpu or tpu."""
-        on = self.mesh
-        return on.devices.flat[0].platform if isinstance(on, Mesh) else jax.default_backend()
+        return layout.platform(self.mesh)
 
 
 def make_plan(

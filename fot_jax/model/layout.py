@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 ROW_AXES = ("replica", "data", "fsdp")  # mesh axes that rows are sharded over
@@ -39,6 +40,11 @@ CACHED = {
     ("cached", "v"): (None, ROW_AXES, None, "tensor", None),
     ("cached", "segments"): (ROW_AXES, None),
 }
+
+
+def platform(mesh: Mesh | AbstractMesh | None) -> str:
+    """Where what is on this mesh runs, or is compiled for: cpu, gpu or tpu."""
+    return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
 
 
 class KernelSharding(NamedTuple):

@@ -21,6 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from fot_jax.model import layout
 from fot_jax.model.attention.partial_softmax import AnyArray
 from fot_jax.model.layout import (
     GATHERED_AXIS,
@@ -53,7 +54,7 @@ def adapted_linear(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(sharding, x, kernel):
-    return x @ _gathered(sharding, x, kernel)
+    return _product(sharding, x, _gathered(sharding, x, kernel))
 
 
 def _linear_forward(sharding, x, kernel):
@@ -62,7 +63,7 @@ def _linear_forward(sharding, x, kernel):
 
 def _linear_backward(sharding, saved, dy):
     x, kernel = saved
-    dx = dy @ _gathered(sharding, x, kernel).T
+    dx = _product(sharding, dy, _gathered(sharding, x, kernel).T)
     return dx, _stored(sharding, _outer(x, dy), kernel)
 
 
@@ -109,6 +110,16 @@ def _adds_first(x: Array) -> bool:
     small yet would be rounded away: there the two products are added, before they are rounded.
     """
     return jnp.finfo(x.dtype).bits >= 32
+
+
+def _product(sharding: KernelSharding | None, x: Array, y: Array) -> Array:
+    """x @ y in x's dtype."""
+    mesh = None if sharding is None else sharding.gathered.mesh
+    if x.dtype == jnp.bfloat16 and layout.platform(mesh) == "cpu":
+        # XLA's CPU backend multiplies bfloat16 as such only into float32. Elsewhere that would have
+        # devices exchange partial sums in float32.
+        return _in_float32(x, y).astype(x.dtype)
+    return x @ y
 
 
 def _in_float32(x: Array, y: Array) -> Array:
