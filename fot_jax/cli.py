@@ -489,15 +489,15 @@ def _bench(args) -> int:
 
 
 def _keep_freed_memory() -> None:
-    """Stops glibc from giving freed blocks back to the kernel between steps.
+    """Stops glibc from giving freed blocks of up to 32 MB back to the kernel.
 
-    A training step on the CPU frees and takes back hundreds of megabytes; having the kernel map and
-    zero them again took a third of its time. Must come before other libraries start threads.
-    Training takes it back for steps that are large for the machine (training/needs.py).
+    A step frees and takes back many of them; having the kernel map and zero them again takes a
+    part of its time. Must come before other libraries start threads. Training keeps larger ones,
+    too, where they are few for the machine (training/needs.py).
     """
-    m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
+    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8  # of glibc's malloc.h
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(m_arena_max, 1)  # one heap for all threads,
-        mallopt(m_mmap_max, 0)  # also for large blocks,
-        mallopt(m_trim_threshold, -1)  # of which nothing is given back
+        mallopt(m_trim_threshold, -1)  # of which nothing is given back,
+        mallopt(m_mmap_threshold, 2**25)  # and larger blocks apart from it (it takes no more)

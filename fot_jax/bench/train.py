@@ -16,6 +16,7 @@ from fot_jax.model import crossbatch, schemes
 from fot_jax.model.config import ModelConfig
 from fot_jax.model.sizes import smollm2_135m
 from fot_jax.model.transformer import Transformer
+from fot_jax.training import needs
 from fot_jax.training.flops import training_flops
 from fot_jax.training.metrics import matmul_rate
 from fot_jax.training.step import TrainState, make_train_step
@@ -92,6 +93,7 @@ def measured(
     optimizer = optax.adamw(1e-3)
     state = TrainState(jnp.zeros([], jnp.int32), params, optimizer.init(params))
     step = make_train_step(model, optimizer, scheme, plan).lower(state, batch).compile()
+    needs.prepare(step)
 
     def run():
         nonlocal state

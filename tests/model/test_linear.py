@@ -76,10 +76,12 @@ def test_the_scale_of_an_adapter_is_as_in_merging():
         assert share_found(got, 0, 4 / 3 * want) == pytest.approx(1, abs=5e-4)
 
 
-def test_a_kernel_alone():
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-5), ("bfloat16", 0.01)])
+def test_a_kernel_alone(dtype, error):
     x, kernel, _, _, dy = drawn(96, 32)
-    y, gradient = jax.vjp(linear, x, kernel)
+    y, gradient = jax.vjp(linear, jnp.asarray(x, dtype), kernel)
+    got = y, *gradient(jnp.asarray(dy, dtype))
+    assert [each.dtype for each in got] == [dtype, dtype, "float32"]
     x, kernel, dy = np.float64(x), np.float64(kernel), np.float64(dy)
-    np.testing.assert_allclose(y, x @ kernel, rtol=1e-4, atol=1e-4)
-    for got, want in zip(gradient(np.float32(dy)), (dy @ kernel.T, outer(x, dy)), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
+    for each, want in zip(got, (x @ kernel, dy @ kernel.T, outer(x, dy)), strict=True):
+        assert np.abs(np.float64(each) - want).max() <= error * np.abs(want).max()
