@@ -18,8 +18,8 @@ KEPT_SHARE = 1 / 8  # of what is free: so much may they be
 def prepare(compiled: jax.stages.Compiled) -> str:
     """Gets the process ready for a compiled step on a CPU, and says in a line what it needs.
 
-    Temporaries that are few for the machine are kept between steps, which spares the time of mapping
-    them again. Where it has less than the step adds, the line warns.
+    Temporaries that are few for the machine are kept between steps, which spares the time of
+    mapping them again. Where it has less than the step adds, the line warns.
 
     Args:
       compiled: called (state, batch), both of which are there already.
